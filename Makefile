@@ -1,0 +1,59 @@
+# tierd: `make demo` and `make test` do all of their own set-up on a fresh Debian 12 as root.
+SHELL := /bin/bash
+VENV := build/venv
+PY := $(VENV)/bin/python
+STAMP := build/.installed
+C_SOURCES := $(wildcard tierd/native/*.c tierd/native/*.h tierd/native/build.py)
+
+.PHONY: demo test bench soak build lint setup install clean
+
+build: $(STAMP)
+
+# The virtual environment and the extension, rebuilt when a dependency or the C code changes.
+$(STAMP): pyproject.toml setup.py $(C_SOURCES)
+	@tests/setup.sh build
+	@test -x $(PY) || python3 -m venv $(VENV)
+	@$(VENV)/bin/pip install --quiet --upgrade pip "setuptools>=69" wheel
+	@$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+setup: build
+	@tests/setup.sh vm
+
+# The main job on a real guest; JSON=1 ends with one JSON object on the last line.
+demo: setup
+	@$(VENV)/bin/tierd demo $(if $(JSON),--json)
+
+test: setup lint
+	$(PY) -m pytest -q $(ARGS)
+
+lint: build
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror tierd/native/*.c tierd/native/*.h $(wildcard tests/*/*.c tests/*/*.h tierd/*/*.c)
+
+bench: setup
+	$(PY) -m tests.bench.bench $(ARGS)
+
+# The long runs: more seeds, more kills.
+soak: setup
+	TIERD_SEEDS=200000 $(PY) -m pytest -q tests/native $(ARGS)
+
+# A venv under /opt/tierd, units, an example configuration, the udev rule. Changes nothing in /etc/tierd that is there.
+install:
+	@tests/setup.sh build
+	python3 -m venv /opt/tierd
+	/opt/tierd/bin/pip install --quiet .
+	install -d -m 0755 /etc/tierd /etc/tierd/guests.d
+	test -e /etc/tierd/tierd.yaml || install -m 0644 config/tierd.yaml /etc/tierd/tierd.yaml
+	install -m 0644 config/guests.d/example.yaml /etc/tierd/guests.d/example.yaml.sample
+	install -D -m 0644 systemd/tierd.service /etc/systemd/system/tierd.service
+	install -D -m 0644 systemd/tierd.sysusers.conf /etc/sysusers.d/tierd.conf
+	install -D -m 0644 systemd/tierd.tmpfiles.conf /etc/tmpfiles.d/tierd.conf
+	install -D -m 0644 systemd/99-tierd-userfaultfd.rules /etc/udev/rules.d/99-tierd-userfaultfd.rules
+	ln -sf /opt/tierd/bin/tierd /usr/local/bin/tierd
+	@if [ -d /run/systemd/system ]; then systemd-sysusers; systemd-tmpfiles --create; systemctl daemon-reload; fi
+	@echo "Now edit /etc/tierd/tierd.yaml, then: systemctl enable --now tierd"
+
+clean:
+	rm -rf build tierd/native/_native.c tierd/native/*.so

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One cycle of one guest, as straight-line code: the order of the steps is visible here and nowhere else.
+
+    scan -> deactivate what was touched -> (policy) -> per batch: select, hold, copy, write, drop, release -> discard
+
+Seen from a page that is the loop of the design: deactivated, slept on for the interval, scanned, held, evicted, released.
+Only pages found present are deactivated again, so no access falls between a scan and the next deactivation (scan.c).
+Everything here runs in the guest's one worker thread and blocks; a call covers a bounded stretch, and between calls `check`
+may raise to cancel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tierd.native import BatchResult, NativeBatch, NativeGuest
+
+BATCH_BYTES = 2 << 20
+FILE_TIER = 1
+PHASES = ("scan", "deactivate", "select", "hold", "copy", "write", "drop", "release", "discard")
+
+
+@dataclass
+class Phases:
+    """Seconds spent in each phase since the guest was attached; written by the worker, read by anyone."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+    def add_batch(self, r: BatchResult) -> None:
+        for name in ("select", "hold", "copy", "write", "drop", "release"):
+            self.seconds[name] += getattr(r, f"{name}_ns") / 1e9
+
+
+@dataclass(frozen=True)
+class Touched:
+    """What a pass over the whole guest found."""
+
+    pages: int
+    present_pages: int
+
+
+def scan_and_deactivate(guest: NativeGuest, phases: Phases, check: Callable[[], None]) -> Touched:
+    """One pass over the guest in stretches of at most 64 MiB, so that the VMM's mmap_lock is never held for long."""
+    page = present = 0
+    while page < guest.pages:
+        check()
+        seen = guest.run_pass(page)
+        phases.seconds["scan"] += seen.scan_ns / 1e9
+        phases.seconds["deactivate"] += seen.zap_ns / 1e9
+        present += seen.present_pages
+        page = seen.next_page
+    return Touched(guest.pages, present)
+
+
+def evict_batch(batch: NativeBatch, first_page: int, min_idle_s: float, max_pages: int, phases: Phases) -> BatchResult:
+    """The way of a batch out of the guest. On KernelError the batch is cancelled: nothing that was not yet dropped leaves.
+
+    Returns the last step's result with `evicted_pages` and `next_page` filled in.
+    """
+    try:
+        selected = batch.select(first_page, min_idle_s, max_pages)
+        phases.add_batch(selected)
+        if not selected.selected_pages:
+            return selected
+        phases.add_batch(batch.hold())  # LEAVING came first: a fault in between takes the page back
+        phases.add_batch(batch.copy())
+        phases.add_batch(batch.write(FILE_TIER))  # durable from here on
+        dropped = batch.drop()
+        phases.add_batch(dropped)
+        phases.add_batch(batch.release())  # a punch wakes nobody, this does
+    except OSError:
+        batch.cancel()
+        raise
+    return BatchResult(**{**vars(dropped), "next_page": selected.next_page, "selected_pages": selected.selected_pages})
+
+
+def evict(
+    guest: NativeGuest,
+    *,
+    min_idle_s: float,
+    max_bytes: int,
+    page_bytes: int,
+    phases: Phases,
+    check: Callable[[], None],
+    bytes_per_s: float | None = None,
+) -> int:
+    """Evict pages idle at least `min_idle_s`, at most `max_bytes` of them, at `bytes_per_s`. Returns bytes evicted."""
+    page, evicted_pages, began = 0, 0, time.monotonic()
+    max_pages = max_bytes // page_bytes
+    with guest.batch(BATCH_BYTES // page_bytes) as batch:
+        while page < guest.pages and evicted_pages < max_pages:
+            check()
+            done = evict_batch(batch, page, min_idle_s, max_pages - evicted_pages, phases)
+            evicted_pages += done.evicted_pages
+            page = done.next_page
+            if bytes_per_s:
+                ahead_s = evicted_pages * page_bytes / bytes_per_s - (time.monotonic() - began)
+                time.sleep(min(max(ahead_s, 0.0), 1.0))
+    return evicted_pages * page_bytes
+
+
+def discard_fetched(guest: NativeGuest, phases: Phases, check: Callable[[], None], max_pages: int = 1 << 18) -> int:
+    """Give back store space of pages that were fetched since the last cycle. Returns pages."""
+    check()
+    began = time.monotonic()
+    pages = guest.discard(max_pages)
+    phases.seconds["discard"] += time.monotonic() - began
+    return pages

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine `stock`: any kernel from 5.19 on, shared (memfd, tmpfs) guest memory.
+
+Deactivation unmaps (the page cache keeps the bytes), a re-access is an ordinary minor fault, the scan sees who is mapped
+again, write-protection holds writers, and a punched page comes back as a MISSING fault.
+"""
+
+from __future__ import annotations
+
+import os
+
+from tierd.engine import EngineUnavailable
+from tierd.native import Probe, Zap
+
+# trial -> what to tell the operator when it fails
+_NEEDED = {
+    "userfaultfd": "userfaultfd for kernel faults (run as root or with CAP_SYS_PTRACE; CONFIG_USERFAULTFD=y)",
+    "write_protect": "userfaultfd write-protection of shared memory (Linux 5.19 or newer)",
+    "missing": "userfaultfd MISSING faults on shared memory",
+}
+
+
+class StockEngine:
+    name = "stock"
+    backings = frozenset({"shmem"})
+    sees_reads = True
+    holds_reads = False
+
+    def __init__(self, found: Probe) -> None:
+        """EngineUnavailable when a trial that this engine needs failed."""
+        for trial, needs in _NEEDED.items():
+            error = getattr(found, trial)
+            if error:
+                raise EngineUnavailable(f"the stock engine needs {needs}; the trial said: {os.strerror(error)}")
+        self._found = found
+
+    @property
+    def use_pagemap(self) -> bool:
+        return self._found.pagemap_scan != 0
+
+    def zap(self, swap_can_receive: bool) -> Zap:
+        """From outside where nothing can be swapped out by it; else inside the VMM, at the price of ptrace stops."""
+        return Zap.INJECT if swap_can_receive or self._found.pageout else Zap.PAGEOUT

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One guest from attach to teardown: the only file that knows the whole life.
+
+    attach or adopt -> cycles, until the VMM exits, the guest is detached, or tierd stops -> teardown
+
+The life is `Guest.run`, straight-line code in one trio task; where that task stands is the guest's state. Orders (evict,
+restore, detach) come from API tasks; everything that touches pages runs in worker threads under `_worker`, one at a time.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+import trio
+
+from tierd import cycle, policy as policies
+from tierd.attach import GuestSpec, Refused
+from tierd.attach.preflight import HolderScan, preflight, recheck, swap_can_receive
+from tierd.config import Policy
+from tierd.engine import Engine
+from tierd.serve import PAGE_BYTES, Served, Tuning, adopt, attach, key_of
+from tierd.store import StoreError
+from tierd.store.file import FileStore
+from tierd.view import GuestStatus
+
+RESTORE_STEP_PAGES = (16 << 20) // PAGE_BYTES
+BACK_OFF_S_MAX = 300.0
+CAPACITY_UNLIMITED_PAGES = 1 << 62
+
+Progress = Callable[[int, int], None]
+"""Called in the trio thread with (bytes done, bytes in all)."""
+
+
+@dataclass
+class Host:
+    """What all guests of this daemon share."""
+
+    engine: Engine
+    store: FileStore
+    guests_dir: Path
+    boot_id: str
+    holders: HolderScan
+
+
+class Ending(enum.Enum):
+    EXITED = "the VMM exited"
+    DETACHED = "detached"
+    KEPT = "kept: evicted pages stay in the store until a tierd adopts the guest"
+
+
+class GuestBusy(Exception):
+    """The order does not fit the guest's state; the text says why and what to do."""
+
+
+class Guest:
+    """A guest that tierd serves. All methods belong to the trio thread."""
+
+    def __init__(self, spec: GuestSpec, policy: Policy, host: Host, state_path: Path | None = None) -> None:
+        """`state_path`: adopt what a predecessor left there, instead of attaching."""
+        self.spec, self.policy = spec, policy
+        self.key = key_of(spec)
+        self._host = host
+        self._state_path = state_path
+        self._log = structlog.get_logger().bind(guest=spec.name, pid=spec.pid)
+        self._state = "attaching"
+        self._reason = ""
+        self._paused = False
+        self._trouble: str | None = None
+        self._failures = 0
+        self._not_before = -1e9
+        self._cycles = 0
+        self._evicting = 0.0
+        self._worker = trio.Lock()
+        self._ending: Ending | None = None
+        self._ended = trio.Event()
+        self._scope = trio.CancelScope()
+        self._wake = trio.Event()
+        self._served: Served | None = None
+        self.phases = cycle.Phases()
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def pid(self) -> int:
+        return self.spec.pid
+
+    # --- the life ---------------------------------------------------------------------------------------------------------
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> Ending:
+        """Refused, StoreError, StateError or OSError: the guest is not served, and nothing of us is in its VMM. Cancelled:
+        like KEPT. Returns when the guest is gone or left."""
+        served = self._served = await trio.to_thread.run_sync(self._begin)
+        self._state = "active"
+        self._log.info("guest_adopted" if served.adoption else "guest_attached", engine=self._host.engine.name,
+                       bytes=served.native.pages * PAGE_BYTES, zap=served.zap.name.lower(), **self._adoption_facts())
+        task_status.started()
+        try:
+            await self._live(served)
+        finally:
+            with trio.CancelScope(shield=True):  # an order may still have a thread in the guest's tables: bounded
+                async with self._worker:
+                    self._served = None
+                    await trio.to_thread.run_sync(self._end, served)
+            self._ended.set()
+        assert self._ending is not None
+        self._log.info("guest_ended", how=self._ending.value)
+        return self._ending
+
+    def _begin(self) -> Served:
+        """Attach or adopt. Worker thread."""
+        policy, host = self.policy, self._host
+        tuning = Tuning(policy.min_idle_s, policy.readahead_pages)
+        swappable = swap_can_receive(self.spec.pid)
+        if self._state_path is not None:
+            return adopt(self._state_path, engine=host.engine, store=host.store, tuning=tuning, swap_can_receive=swappable,
+                         capacity_pages=self._capacity_pages(0), boot_id=host.boot_id, pause=time.sleep)
+        preflight(self.spec, policy, host.holders)
+        return attach(self.spec, engine=host.engine, store=host.store, guests_dir=host.guests_dir, tuning=tuning,
+                      swap_can_receive=swappable, capacity_pages=self._capacity_pages(0))
+
+    def _adoption_facts(self) -> dict[str, int]:
+        assert self._served is not None
+        adoption = self._served.adoption
+        if adoption is None:
+            return {}
+        return {"stored_pages": adoption.stored_pages, "corrected_pages": adoption.corrected_pages,
+                "lost_pages": adoption.lost_pages, "adoption_us": adoption.ns // 1000}
+
+    async def _live(self, served: Served) -> None:
+        """Cycle until `_scope` is cancelled by the VMM's exit or an order. A cancellation from outside is a KEPT."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_exit, served)
+                with self._scope:
+                    await self._cycle_for_ever(served)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._ending = self._ending or Ending.KEPT
+
+    def _end(self, served: Served) -> None:
+        """Teardown, backwards. Worker thread. KEPT leaves the state file and the store for the next tierd."""
+        with served:
+            if self._ending is Ending.DETACHED:
+                served.leave()
+        if self._ending in (Ending.DETACHED, Ending.EXITED):
+            served.forget()
+
+    async def _watch_exit(self, served: Served) -> None:
+        await trio.lowlevel.wait_readable(served.pidfd)
+        self._ending = Ending.EXITED
+        self._scope.cancel()
+
+    async def _cycle_for_ever(self, served: Served) -> None:
+        while True:
+            began = trio.current_time()
+            async with self._worker:
+                await self._cycle(served)
+            with trio.move_on_at(began + self.policy.interval_s):
+                await self._wake.wait()
+            self._wake = trio.Event()
+
+    # --- a cycle ----------------------------------------------------------------------------------------------------------
+
+    async def _cycle(self, served: Served) -> None:
+        """One cycle. The only frame that survives an error of the world: it is logged once, and eviction backs off."""
+        if not self.policy.enabled or self._state == "refused":
+            return
+        try:
+            await _in_worker(self._recheck)
+            await _in_worker(cycle.scan_and_deactivate, served.native, self.phases, trio.from_thread.check_cancelled)
+            decision = policies.decide(self.policy, await _in_worker(self._sample, served))
+            self._reason = decision.reason
+            if decision.evict_bytes_max and not self._paused and trio.current_time() >= self._not_before:
+                await self._evict(served, decision.min_idle_s, decision.evict_bytes_max)
+            await _in_worker(cycle.discard_fetched, served.native, self.phases, trio.from_thread.check_cancelled)
+        except Refused as refused:
+            await self._give_up(served, refused)
+        except (OSError, StoreError) as error:
+            self._failed(error)
+        else:
+            self._recovered()
+        self._cycles += 1
+
+    def _recheck(self) -> None:
+        """What may have changed since preflight: another mapper, a pin, swap, other regions. Refused says which."""
+        recheck(self.spec, self.policy, self._host.holders)
+
+    def _sample(self, served: Served) -> policies.Sample:
+        edges = policies.idle_edges(self.policy)
+        idle = served.native.idle_pages(edges)
+        stored = served.space.used_bytes()
+        served.native.set_limits(self.policy.readahead_pages, self._capacity_pages(stored))
+        return policies.Sample(
+            resident_bytes=served.resident_bytes(),
+            stored_bytes=stored,
+            store_free_bytes=self._host.store.free_bytes(),
+            idle=tuple((edge, pages * PAGE_BYTES) for edge, pages in zip(edges, idle, strict=True)),
+            elapsed_s=self.policy.interval_s,
+        )
+
+    def _capacity_pages(self, used_bytes: int) -> int:
+        free = self._host.store.free_bytes()
+        return (used_bytes + free) // PAGE_BYTES
+
+    async def _evict(self, served: Served, min_idle_s: float, max_bytes: int) -> int:
+        def work() -> int:
+            return cycle.evict(
+                served.native,
+                min_idle_s=min_idle_s,
+                max_bytes=max_bytes,
+                page_bytes=PAGE_BYTES,
+                phases=self.phases,
+                check=trio.from_thread.check_cancelled,
+                bytes_per_s=self.policy.evict_rate_max,
+            )
+
+        evicted = await _in_worker(work)
+        if evicted:
+            self._log.debug("evicted", bytes=evicted, min_idle_s=min_idle_s)
+        return evicted
+
+    def _failed(self, error: Exception) -> None:
+        if isinstance(error, OSError) and error.errno == errno.ESRCH:
+            return  # the VMM is exiting; _watch_exit ends the guest
+        self._failures += 1
+        self._not_before = trio.current_time() + min(self.policy.interval_s * 2**self._failures, BACK_OFF_S_MAX)
+        if self._trouble != str(error):
+            self._trouble = str(error)
+            self._log.warning("eviction_failed", error=str(error), pages="stay with the guest")
+
+    def _recovered(self) -> None:
+        if self._trouble is not None and trio.current_time() >= self._not_before:
+            self._log.info("eviction_works_again", after=self._trouble)
+            self._trouble, self._failures = None, 0
+
+    async def _give_up(self, served: Served, refused: Refused) -> None:
+        """A hazard appeared after the attach: no more evictions, and everything comes back."""
+        self._state, self._reason = "refused", str(refused)
+        self._log.error("guest_refused", reason=str(refused), action="bringing every page back; detach it when done")
+        await self._restore_all(served, lambda done, total: None)
+
+    # --- orders -----------------------------------------------------------------------------------------------------------
+
+    def _must_serve(self) -> Served:
+        if self._served is None:
+            raise GuestBusy(f"guest {self.name} is {self._state}; try again when it is active")
+        return self._served
+
+    def set_policy(self, policy: Policy) -> None:
+        """From the next cycle on."""
+        self.policy = policy
+        self._wake.set()
+
+    async def pause(self) -> None:
+        self._paused, self._state = True, "paused" if self._state == "active" else self._state
+        self._log.info("guest_paused")
+
+    async def resume(self) -> None:
+        self._paused, self._state = False, "active" if self._state == "paused" else self._state
+        self._wake.set()
+        self._log.info("guest_resumed")
+
+    async def evict(self, max_bytes: int | None = None, min_idle_s: float | None = None) -> int:
+        """Evict now what is idle at least `min_idle_s` (never less than the policy's floor). Returns bytes."""
+        served = self._must_serve()
+        if self._state == "refused" or self.policy.dry_run or not self.policy.enabled:
+            raise GuestBusy(f"guest {self.name} does not evict: {self._reason or 'its policy has dry_run or enabled: false'}")
+        floor = policies.clamp_min_idle(self.policy, min_idle_s)
+        async with self._worker:
+            await _in_worker(self._recheck)
+            await _in_worker(cycle.scan_and_deactivate, served.native, self.phases, trio.from_thread.check_cancelled)
+            return await self._evict(served, floor, max_bytes if max_bytes is not None else 1 << 62)
+
+    async def restore(self, progress: Progress | None = None) -> int:
+        """Bring every page back and stay paused. Returns bytes."""
+        served = self._must_serve()
+        await self.pause()
+        async with self._worker:
+            return await self._restore_all(served, progress or (lambda done, total: None))
+
+    async def detach(self, progress: Progress | None = None) -> None:
+        """Bring every page back, then leave the VMM as if we had never been there. GuestBusy: not enough memory."""
+        served = self._must_serve()
+        self._state = "detaching"
+        async with self._worker:
+            try:
+                await self._restore_all(served, progress or (lambda done, total: None))
+            except BaseException:
+                self._state = "active"
+                raise
+            self._ending = self._ending or Ending.DETACHED
+            self._scope.cancel()
+        await self._ended.wait()
+
+    def keep(self) -> None:
+        """End serving; what is stored stays stored for the next tierd."""
+        self._ending = self._ending or Ending.KEPT
+        self._scope.cancel()
+
+    async def _restore_all(self, served: Served, progress: Progress) -> int:
+        """All stored pages, in steps, until none is left (a fault thread may give one back meanwhile)."""
+        stored_pages = served.native.counters()["state_pages"][4]
+        total, done = stored_pages * PAGE_BYTES, 0
+        self._must_fit(total)
+        while stored_pages:
+            page = 0
+            while page < served.native.pages:
+                page, restored = await _in_worker(served.native.restore, page, RESTORE_STEP_PAGES)
+                done += restored * PAGE_BYTES
+                progress(min(done, total), total)
+            before, stored_pages = stored_pages, served.native.counters()["state_pages"][4]
+            if stored_pages >= before:
+                raise OSError(errno.EIO, f"{stored_pages} pages of guest {self.name} cannot be read from the store; see tierd's log")
+        return done
+
+    def _must_fit(self, needed_bytes: int) -> None:
+        available = _memory_available_bytes()
+        if needed_bytes > available:
+            raise GuestBusy(
+                f"bringing back {needed_bytes >> 20} MiB of guest {self.name} does not fit into the {available >> 20} MiB of "
+                "memory that the host has left; free memory or stop with on_stop: keep"
+            )
+
+    # --- what others see --------------------------------------------------------------------------------------------------
+
+    def status(self) -> GuestStatus:
+        """A snapshot; reads the page table (0.1 ms per GiB)."""
+        served = self._served
+        if served is None:
+            return GuestStatus(name=self.name, pid=self.pid, key=self.key, state=self._state, engine=self._host.engine.name,
+                               reason=self._reason, policy=self.policy.model_dump(mode="json"))
+        counters: dict[str, Any] = served.native.counters()
+        edges = policies.idle_edges(self.policy)
+        idle = served.native.idle_pages(edges)
+        tiers = counters["tier_pages"]
+        return GuestStatus(
+            name=self.name,
+            pid=self.pid,
+            key=self.key,
+            state=self._state,
+            engine=self._host.engine.name,
+            reason=self._trouble or self._reason,
+            total_bytes=counters["pages"] * PAGE_BYTES,
+            resident_bytes=served.resident_bytes(),
+            stored_bytes={"zero": tiers[0] * PAGE_BYTES, "file": tiers[cycle.FILE_TIER] * PAGE_BYTES},
+            hole_bytes=counters["untouched_pages"] * PAGE_BYTES,
+            idle=tuple((edge, pages * PAGE_BYTES) for edge, pages in zip(edges, idle, strict=True)),
+            counters=counters,
+            policy=self.policy.model_dump(mode="json"),
+            phase_s=dict(self.phases.seconds),
+            cycles=self._cycles,
+        )
+
+
+async def _in_worker(function: Callable[..., Any], *args: Any) -> Any:
+    """Run in a thread; a cancellation waits for it (bounded: each call covers a bounded stretch)."""
+    return await trio.to_thread.run_sync(function, *args)
+
+
+def _memory_available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * PAGE_BYTES

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C data plane's typed face: the only importer of the extension.
+
+No cffi object leaves this package. Every call that fails raises `KernelError` with the errno and a noun. Calls marked
+"worker" belong to a guest's one worker thread at a time and block; the others may be made from any thread and do not.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tierd.native._native import ffi, lib
+
+TIERS = int(lib.TIERD_TIERS)
+REGIONS_MAX = int(lib.TIERD_REGIONS_MAX)
+STATES = ("resident", "resolving", "leaving", "dropping", "stored", "moving", "arriving", "lost")
+
+
+class KernelError(OSError):
+    """A call of the data plane failed: errno, and what was being done (to which guest is known to the caller)."""
+
+    def __str__(self) -> str:
+        return f"{self.strerror}: {os.strerror(self.errno or 0)} (errno {self.errno})"
+
+
+def check(result: int, noun: str) -> None:
+    """Raise KernelError unless `result` is 0 or positive."""
+    if result < 0:
+        raise KernelError(-result, noun)
+
+
+class Zap(enum.IntEnum):
+    """How untouched pages are made visible on a stock kernel."""
+
+    PAGEOUT = lib.TIERD_ZAP_PAGEOUT  # process_madvise from outside; only where swap cannot receive the pages
+    INJECT = lib.TIERD_ZAP_INJECT  # madvise(MADV_DONTNEED) executed inside the VMM
+
+
+@dataclass(frozen=True)
+class TableRegion:
+    """A stretch of guest memory: `bytes` at `address` in the VMM, from `offset` of a file on."""
+
+    address: int
+    bytes: int
+    offset: int
+    device: int
+    inode: int
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a state file says about its VMM; adoption compares all of it."""
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+    name: str
+    uffd_in_vmm: int
+    epoch_ns: int
+    store_path: str
+
+
+@dataclass(frozen=True)
+class Tier:
+    """An open space of a store: a sparse file addressed by page number."""
+
+    fd: int
+    direct: bool
+    drop_cache: bool
+    capacity_pages: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One stretch looked at: see struct tierd_pass."""
+
+    pages: int
+    present_pages: int
+    zapped_pages: int
+    scan_ns: int
+    zap_ns: int
+    zap_calls: int
+    next_page: int
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What one step of a batch did: see struct tierd_batch_result."""
+
+    selected_pages: int
+    held_pages: int
+    written_pages: int
+    zero_pages: int
+    evicted_pages: int
+    cancelled_pages: int
+    next_page: int
+    select_ns: int
+    hold_ns: int
+    copy_ns: int
+    write_ns: int
+    drop_ns: int
+    release_ns: int
+
+
+@dataclass(frozen=True)
+class Adoption:
+    resident_pages: int
+    stored_pages: int
+    corrected_pages: int
+    lost_pages: int
+    ns: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Trials on scratch pages: 0, or the errno (positive) that the trial ended with."""
+
+    features: int
+    page_bytes: int
+    userfaultfd: int
+    write_protect: int
+    missing: int
+    pageout: int
+    pagemap_scan: int
+    poison: int
+    self_zap: int
+
+
+def _fields(struct: Any, cls: type[Any]) -> Any:
+    return cls(**{name: getattr(struct, name) for name in cls.__dataclass_fields__})
+
+
+def probe() -> Probe:
+    """Try on a few pages of our own what this kernel can do. Blocks for some milliseconds; leaves nothing behind."""
+    out = ffi.new("struct tierd_probe *")
+    check(lib.tierd_probe(out), "trial pages")
+    trials = {
+        name: -getattr(out, name)
+        for name in ("userfaultfd", "write_protect", "missing", "pageout", "pagemap_scan", "poison", "self_zap")
+    }
+    return Probe(features=out.features, page_bytes=out.page_bytes, **trials)
+
+
+def _c_regions(regions: Sequence[TableRegion], memfds: Sequence[int]) -> Any:
+    out = ffi.new("struct tierd_region[]", len(regions))
+    for c, region, memfd in zip(out, regions, memfds, strict=True):
+        c.address, c.bytes, c.offset = region.address, region.bytes, region.offset
+        c.device, c.inode, c.memfd = region.device, region.inode, memfd
+    return out
+
+
+def table_create(fd: int, identity: Identity, regions: Sequence[TableRegion]) -> None:
+    """Lay out a new state file in the empty file `fd` (on tmpfs): its space is reserved now. Blocks. On KernelError
+    (ENOSPC) the caller unlinks the file."""
+    c = ffi.new("struct tierd_identity *")
+    c.pid, c.start_ticks, c.uffd_in_vmm = identity.pid, identity.start_ticks, identity.uffd_in_vmm
+    c.epoch_ns = identity.epoch_ns
+    c.boot_id = identity.boot_id.encode()[: lib.TIERD_BOOT_ID_BYTES - 1]
+    c.name = identity.name.encode()[: lib.TIERD_NAME_BYTES - 1]
+    path = identity.store_path.encode()
+    if len(path) >= lib.TIERD_PATH_BYTES:
+        raise KernelError(errno.ENAMETOOLONG, f"store path {identity.store_path}")
+    c.store_path = path
+    check(lib.tierd_table_create(fd, c, _c_regions(regions, [-1] * len(regions)), len(regions)), "state file")
+
+
+def table_read(fd: int) -> tuple[Identity, tuple[TableRegion, ...]]:
+    """Read a state file's header. KernelError EBADMSG: broken or not ours; EPROTONOSUPPORT: written by a newer tierd."""
+    c = ffi.new("struct tierd_identity *")
+    regions = ffi.new("struct tierd_region[]", REGIONS_MAX)
+    count = ffi.new("uint32_t *")
+    check(lib.tierd_table_read(fd, c, regions, count), "state file")
+    identity = Identity(
+        pid=c.pid,
+        start_ticks=c.start_ticks,
+        boot_id=ffi.string(c.boot_id).decode(errors="replace"),
+        name=ffi.string(c.name).decode(errors="replace"),
+        uffd_in_vmm=c.uffd_in_vmm,
+        epoch_ns=c.epoch_ns,
+        store_path=ffi.string(c.store_path).decode(),
+    )
+    found = tuple(TableRegion(r.address, r.bytes, r.offset, r.device, r.inode) for r in regions[0 : count[0]])
+    return identity, found
+
+
+def table_lock(fd: int) -> bool:
+    """Take the state file's lock; False while a predecessor's last thread still holds it."""
+    result = lib.tierd_table_lock(fd)
+    if result == -11:  # EWOULDBLOCK
+        return False
+    check(result, "lock of the state file")
+    return True
+
+
+class NativeBatch:
+    """One batch of pages on its way out (evict.c). Worker. `with` cancels what is not finished.
+
+    The steps come in the order in which they stand here; any KernelError leaves a batch that can only be cancelled, and
+    then nothing has left the guest but what `drop` already reported.
+    """
+
+    def __init__(self, guest: NativeGuest, max_pages: int) -> None:
+        out = ffi.new("struct tierd_batch **")
+        check(lib.tierd_batch_create(guest._g, max_pages, out), "memory for an eviction batch")
+        self._b = out[0]
+        self._guest = guest
+        self._result = ffi.new("struct tierd_batch_result *")
+
+    def __enter__(self) -> NativeBatch:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        lib.tierd_batch_destroy(self._b)
+        self._b = ffi.NULL
+
+    def _done(self, error: int, noun: str) -> BatchResult:
+        check(error, noun)
+        result: BatchResult = _fields(self._result, BatchResult)
+        return result
+
+    def select(self, first_page: int, min_idle_s: float, max_pages: int) -> BatchResult:
+        """RESIDENT -> LEAVING for touched pages idle at least `min_idle_s`, from `first_page` on."""
+        return self._done(lib.tierd_batch_select(self._b, first_page, min_idle_s, max_pages, self._result), "select")
+
+    def hold(self) -> BatchResult:
+        """Write-protect, scan again, give back what was touched meanwhile."""
+        return self._done(lib.tierd_batch_hold(self._b, self._result), "hold")
+
+    def copy(self) -> BatchResult:
+        """Read the bytes; find zero pages; take checksums."""
+        return self._done(lib.tierd_batch_copy(self._b, self._result), "copy out")
+
+    def write(self, tier: int) -> BatchResult:
+        """Write durably to `tier`. KernelError ENOSPC: at capacity."""
+        return self._done(lib.tierd_batch_write(self._b, tier, self._result), "store write")
+
+    def drop(self) -> BatchResult:
+        """LEAVING -> DROPPING, punch exactly those runs, see the hole, STORED."""
+        return self._done(lib.tierd_batch_drop(self._b, self._result), "punch")
+
+    def release(self) -> BatchResult:
+        """Lift the hold and wake whoever waited. The batch is empty afterwards."""
+        return self._done(lib.tierd_batch_release(self._b, self._result), "release of a hold")
+
+    def cancel(self) -> BatchResult:
+        """Everything that is still LEAVING goes back; the hold is lifted. Legal after any step."""
+        return self._done(lib.tierd_batch_cancel(self._b, self._result), "cancel")
+
+
+class NativeGuest:
+    """One guest's page table, fault threads and registrations (guest.c). Descriptors are duplicated except `table_fd`,
+    which stays the caller's and must outlive this object. `with` stops the fault threads; it unregisters nothing."""
+
+    def __init__(
+        self,
+        *,
+        table_fd: int,
+        uffd: int,
+        pidfd: int,
+        pagemap_fd: int,
+        regions: Sequence[TableRegion],
+        memfds: Sequence[int],
+        tier: Tier | None,
+        zap: Zap = Zap.PAGEOUT,
+        inject_tid: int = 0,
+        use_pagemap: bool = False,
+        chunk_bytes: int = 0,
+        readahead_pages: int = 16,
+        spin_us_max: int = 50,
+        follow: bool = True,
+    ) -> None:
+        args = ffi.new("struct tierd_guest_args *")
+        args.table_fd, args.uffd, args.pidfd, args.pagemap_fd = table_fd, uffd, pidfd, pagemap_fd
+        args.zap, args.inject_tid, args.use_pagemap = int(zap), inject_tid, use_pagemap
+        args.chunk_bytes, args.readahead_pages = chunk_bytes, readahead_pages
+        args.spin_us_max, args.follow, args.region_count = spin_us_max, follow, len(regions)
+        c_regions = _c_regions(regions, memfds)
+        ffi.memmove(args.regions, c_regions, ffi.sizeof(c_regions))
+        for c in args.tiers:
+            c.fd = -1
+        if tier is not None:
+            c = args.tiers[1]
+            c.fd, c.capacity_pages = tier.fd, tier.capacity_pages
+            c.flags = (lib.TIERD_SPACE_DIRECT if tier.direct else 0) | (
+                lib.TIERD_SPACE_DROP_CACHE if tier.drop_cache else 0
+            )
+        out = ffi.new("struct tierd_guest **")
+        check(lib.tierd_guest_create(args, out), "guest tables (is LimitMEMLOCK high enough?)")
+        self._g = out[0]
+        self.pages = sum(region.bytes for region in regions) // os.sysconf("SC_PAGESIZE")
+
+    def __enter__(self) -> NativeGuest:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        lib.tierd_guest_destroy(self._g)
+        self._g = ffi.NULL
+
+    def arm(self) -> None:
+        """First attach: register every region. Worker."""
+        check(lib.tierd_guest_arm(self._g), "registration of guest memory with userfaultfd")
+
+    def adopt(self) -> Adoption:
+        """After a predecessor: reconcile with the kernel, clear holds, wake everybody. Worker; before `start`."""
+        out = ffi.new("struct tierd_adoption *")
+        check(lib.tierd_guest_adopt(self._g, out), "adoption")
+        result: Adoption = _fields(out, Adoption)
+        return result
+
+    def disarm(self) -> None:
+        """Unregister. KernelError EBUSY while a page is not resident. Worker."""
+        check(lib.tierd_guest_disarm(self._g), "unregistration of guest memory")
+
+    def start(self) -> None:
+        """Start one more fault thread."""
+        check(lib.tierd_guest_start(self._g), "fault thread")
+
+    def stop(self) -> None:
+        """End all fault threads. Blocks until the faults in service are done."""
+        lib.tierd_guest_stop(self._g)
+
+    def set_limits(self, readahead_pages: int, capacity_pages: int) -> None:
+        lib.tierd_guest_set_limits(self._g, readahead_pages, capacity_pages)
+
+    def counters(self) -> dict[str, Any]:
+        """A snapshot of struct tierd_counters by field name; arrays as tuples. Reads the table: 0.1 ms per GiB."""
+        out = ffi.new("struct tierd_counters *")
+        lib.tierd_guest_counters(self._g, out)
+        result: dict[str, Any] = {}
+        for name, field in ffi.typeof("struct tierd_counters").fields:
+            value = getattr(out, name)
+            result[name] = tuple(value) if field.type.kind == "array" else value
+        return result
+
+    def idle_pages(self, edges_s: Sequence[float]) -> tuple[int, ...]:
+        """Resident touched pages by idle time: item i counts those idle in [edges_s[i], edges_s[i + 1])."""
+        out = ffi.new("uint64_t[]", len(edges_s))
+        check(lib.tierd_guest_idle(self._g, ffi.new("double[]", list(edges_s)), len(edges_s), out), "ages")
+        return tuple(out)
+
+    def run_pass(self, first_page: int) -> Pass:
+        """Scan one stretch (at most a chunk) from `first_page`, stamp what was touched, deactivate it. Worker."""
+        out = ffi.new("struct tierd_pass *")
+        check(lib.tierd_guest_pass(self._g, first_page, out), "scan")
+        result: Pass = _fields(out, Pass)
+        return result
+
+    def restore(self, first_page: int, max_pages: int) -> tuple[int, int]:
+        """Bring up to `max_pages` stored pages back from `first_page` on: (next page, pages restored). Worker."""
+        next_page, restored = ffi.new("uint64_t *", first_page), ffi.new("uint64_t *")
+        check(lib.tierd_guest_restore(self._g, next_page, max_pages, restored), "restore")
+        return next_page[0], restored[0]
+
+    def discard(self, max_pages: int) -> int:
+        """Give back store space of pages that were fetched since; how many. Worker."""
+        out = ffi.new("uint64_t *")
+        check(lib.tierd_guest_discard(self._g, max_pages, out), "store discard")
+        return int(out[0])
+
+    def batch(self, max_pages: int) -> NativeBatch:
+        return NativeBatch(self, max_pages)

@@ -1,0 +1,590 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * evict.c: one batch of pages on its way out: select, hold, copy, write, drop, release.
+ *
+ * The steps must come in this order (a batch in the wrong step answers -EINVAL), and a batch can be cancelled between any
+ * two. Until a page is DROPPING its truth is guest memory, so cancelling is free; from then on it is the tier's, durably.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+
+enum { AGAIN_MAX = 1000 };
+
+enum batch_step { EMPTY, SELECTED, HELD, COPIED, WRITTEN, DROPPED };
+
+struct held_run {
+	uint64_t page;
+	uint32_t count;
+};
+
+struct tierd_batch {
+	struct tierd_guest *g;
+	enum batch_step step;
+	uint32_t max_pages, count, held_runs;
+	unsigned int tier;
+	uint64_t *pages;   /* ascending; all LEAVING (or, in drop, DROPPING) unless a fault took them */
+	page_word *words;  /* what we expect the page's word to be */
+	uint8_t *zero;	   /* all zeros: needs no store */
+	uint8_t *bytes;	   /* the copy: slot i belongs to pages[i] */
+	struct held_run *held;
+	uint64_t *present, *marked; /* bitmaps of a run */
+	size_t page_bytes;
+};
+
+int tierd_batch_create(struct tierd_guest *g, uint32_t max_pages, struct tierd_batch **ret)
+{
+	struct tierd_batch *b = sys_alloc(sizeof(*b));
+
+	if (!b)
+		return -ENOMEM;
+	b->g = g;
+	b->max_pages = max_pages;
+	b->page_bytes = g->page_bytes;
+	b->pages = sys_alloc(max_pages * sizeof(*b->pages));
+	b->words = sys_alloc(max_pages * sizeof(*b->words));
+	b->zero = sys_alloc(max_pages);
+	b->held = sys_alloc(max_pages * sizeof(*b->held));
+	b->present = sys_alloc(bitmap_bytes(max_pages));
+	b->marked = sys_alloc(bitmap_bytes(max_pages));
+	b->bytes = sys_alloc((size_t)max_pages * b->page_bytes);
+	if (!b->pages || !b->words || !b->zero || !b->held || !b->present || !b->marked || !b->bytes) {
+		tierd_batch_destroy(b);
+		return -ENOMEM;
+	}
+	*ret = b;
+	return 0;
+}
+
+static void release_memory(void *memory, size_t bytes)
+{
+	if (memory)
+		sys_free(memory, bytes);
+}
+
+void tierd_batch_destroy(struct tierd_batch *b)
+{
+	struct tierd_batch_result ignored; /* the guest's counters have it */
+
+	if (!b)
+		return;
+	if (b->step != EMPTY)
+		tierd_batch_cancel(b, &ignored);
+	release_memory(b->pages, b->max_pages * sizeof(*b->pages));
+	release_memory(b->words, b->max_pages * sizeof(*b->words));
+	release_memory(b->zero, b->max_pages);
+	release_memory(b->held, b->max_pages * sizeof(*b->held));
+	release_memory(b->present, bitmap_bytes(b->max_pages));
+	release_memory(b->marked, bitmap_bytes(b->max_pages));
+	release_memory(b->bytes, (size_t)b->max_pages * b->page_bytes);
+	sys_free(b, sizeof(*b));
+}
+
+static int batch_enter(struct tierd_batch *b, enum batch_step wanted, struct tierd_batch_result *ret)
+{
+	memset(ret, 0, sizeof(*ret));
+	if (b->step != wanted)
+		return -EINVAL;
+	return guest_enter(b->g);
+}
+
+/* Takes slot `from` to slot `to` (to <= from) while a batch is being thinned out. */
+static void keep(struct tierd_batch *b, uint32_t to, uint32_t from)
+{
+	if (to == from)
+		return;
+	b->pages[to] = b->pages[from];
+	b->words[to] = b->words[from];
+	b->zero[to] = b->zero[from];
+	if (b->step >= HELD)
+		memcpy(b->bytes + to * b->page_bytes, b->bytes + from * b->page_bytes, b->page_bytes);
+}
+
+/* --- select ------------------------------------------------------------------------------------------------------------- */
+
+static void select_pages(struct tierd_batch *b, uint64_t page, uint32_t min_age, uint32_t max, uint64_t *next_page)
+{
+	struct tierd_guest *g = b->g;
+
+	for (; page < g->pages && b->count < max; page++) {
+		uint16_t now = epoch_now(g);
+		page_word w = page_load(g, page), leaving;
+		int error;
+
+		if (word_state(w) != RESIDENT || word_untouched(w) || page_age(now, w) < min_age)
+			continue;
+		/* before the page can leave: a punched page without MISSING would silently read as zeros */
+		error = missing_register(g, page);
+		if (error) { /* vm.max_map_count, say: the rest of this chunk stays with the guest */
+			count_error(g, &g->count.kernel_errors, error);
+			page = (page / g->chunk_pages + 1) * g->chunk_pages - 1;
+			continue;
+		}
+		leaving = word_with_tier(word_with_state(word_next_generation(w), LEAVING), word_copy(w) ? word_tier(w) : 1);
+		if (!page_move(g, page, w, leaving))
+			continue;
+		b->pages[b->count] = page;
+		b->words[b->count++] = leaving;
+	}
+	*next_page = page < g->pages ? page : g->pages;
+}
+
+int tierd_batch_select(struct tierd_batch *b, uint64_t first_page, double min_idle_s, uint64_t max_pages,
+		       struct tierd_batch_result *ret)
+{
+	struct tierd_guest *g = b->g;
+	uint64_t began_ns = sys_now_ns();
+	double min_age = min_idle_s * 1e9 / (double)g->epoch_ns;
+	uint32_t age;
+	int error = batch_enter(b, EMPTY, ret);
+
+	if (error)
+		return error;
+	age = min_age < 0xf000 ? (uint32_t)min_age : 0xf000;
+	age += age < min_age;
+	b->count = b->held_runs = 0;
+	select_pages(b, first_page, age, max_pages < b->max_pages ? (uint32_t)max_pages : b->max_pages, &ret->next_page);
+	b->step = b->count ? SELECTED : EMPTY;
+	ret->selected_pages = b->count;
+	ret->select_ns = sys_now_ns() - began_ns;
+	guest_leave(g);
+	return 0;
+}
+
+/* --- hold --------------------------------------------------------------------------------------------------------------- */
+
+/* Write-protects a run; afterwards b->held covers whatever may be held, also when only a prefix was. */
+static int hold_run(struct tierd_batch *b, uint64_t page, uint32_t count)
+{
+	struct tierd_guest *g = b->g;
+	int error = -EAGAIN;
+
+	b->held[b->held_runs++] = (struct held_run){page, count};
+	for (int i = 0; error == -EAGAIN && i < AGAIN_MAX; i++)
+		error = sys_uffd_protect(g->uffd, address_of(g, page), (uint64_t)count * g->page_bytes);
+	return error;
+}
+
+/* A page that was touched, or does not carry the hold's marker, stays with the guest. */
+static void turn_back(struct tierd_guest *g, uint64_t page, page_word leaving)
+{
+	page_word to = word_with_epoch(word_with_state(leaving, RESIDENT), epoch_next(g));
+
+	page_move(g, page, leaving, to); /* or a fault has taken it already */
+}
+
+static int rescan_run(struct tierd_batch *b, uint32_t first, uint32_t n, uint32_t *kept)
+{
+	int error = scan_range(b->g, b->pages[first], n, b->present, b->marked);
+
+	if (error)
+		return error;
+	for (uint32_t i = 0; i < n; i++) {
+		if (bit_get(b->marked, i) && !bit_get(b->present, i))
+			keep(b, (*kept)++, first + i);
+		else
+			turn_back(b->g, b->pages[first + i], b->words[first + i]);
+	}
+	return 0;
+}
+
+int tierd_batch_hold(struct tierd_batch *b, struct tierd_batch_result *ret)
+{
+	struct tierd_guest *g = b->g;
+	uint64_t began_ns = sys_now_ns();
+	uint32_t n, kept = 0, count = b->count;
+	int error = batch_enter(b, SELECTED, ret);
+
+	if (error)
+		return error;
+	for (uint32_t i = 0; !error && i < count; i += n) {
+		n = run_length(g, b->pages + i, count - i);
+		error = hold_run(b, b->pages[i], n);
+	}
+	for (uint32_t i = 0; !error && i < count; i += n) {
+		n = run_length(g, b->pages + i, count - i);
+		error = rescan_run(b, i, n, &kept);
+		if (error) /* those already turned back stay so; the rest is cancelled by the caller */
+			for (uint32_t k = i; k < count; k++)
+				keep(b, kept++, k);
+	}
+	if (kept)
+		b->count = kept;
+	else if (!error)
+		b->count = 0;
+	if (error)
+		count_error(g, &g->count.kernel_errors, error);
+	else
+		b->step = HELD;
+	count_add(&g->count.pages_cancelled, count - b->count);
+	ret->held_pages = b->count;
+	ret->cancelled_pages = count - b->count;
+	ret->hold_ns = sys_now_ns() - began_ns;
+	guest_leave(g);
+	return error;
+}
+
+/* --- copy --------------------------------------------------------------------------------------------------------------- */
+
+static int read_run(struct tierd_batch *b, uint32_t first, uint32_t n)
+{
+	struct tierd_guest *g = b->g;
+	struct region *r = region_of_page(g, b->pages[first]);
+	size_t bytes = n * b->page_bytes, done = 0;
+
+	while (done < bytes) {
+		ssize_t got = sys_mem_read(r->memfd, b->bytes + first * b->page_bytes + done, bytes - done,
+					   mem_offset_of(r, b->pages[first]) + done);
+
+		if (got == -EINTR)
+			continue;
+		if (got <= 0)
+			return got ? (int)got : -EIO;
+		done += (size_t)got;
+	}
+	return 0;
+}
+
+static bool all_zero(const uint8_t *page, size_t bytes)
+{
+	uint64_t first;
+
+	memcpy(&first, page, sizeof(first));
+	return !first && !memcmp(page, page + sizeof(first), bytes - sizeof(first));
+}
+
+int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret)
+{
+	struct tierd_guest *g = b->g;
+	uint64_t began_ns = sys_now_ns();
+	uint32_t n;
+	int error = batch_enter(b, HELD, ret);
+
+	if (error)
+		return error;
+	for (uint32_t i = 0; !error && i < b->count; i += n) {
+		n = run_length(g, b->pages + i, b->count - i);
+		error = read_run(b, i, n);
+	}
+	for (uint32_t i = 0; !error && i < b->count; i++) {
+		const uint8_t *page = b->bytes + i * b->page_bytes;
+
+		b->zero[i] = all_zero(page, b->page_bytes);
+		ret->zero_pages += b->zero[i];
+		/* ours to write: a fetch reads it only after we made the page STORED */
+		if (!b->zero[i])
+			g->checksums[b->pages[i]] = checksum(page, b->page_bytes);
+	}
+	if (error)
+		count_error(g, &g->count.kernel_errors, error);
+	else
+		b->step = COPIED;
+	ret->copy_ns = sys_now_ns() - began_ns;
+	guest_leave(g);
+	return error;
+}
+
+/* --- write -------------------------------------------------------------------------------------------------------------- */
+
+/* The word says that the tier holds space for the page before it does, so that space is never forgotten. */
+static void mark_copies(struct tierd_batch *b)
+{
+	uint32_t kept = 0;
+
+	for (uint32_t i = 0; i < b->count; i++) {
+		page_word to = word_with_tier(word_with_copy(b->words[i], true), b->tier);
+
+		if (!b->zero[i] && to != b->words[i]) {
+			if (!page_move(b->g, b->pages[i], b->words[i], to))
+				continue; /* touched: it is the guest's again */
+			b->g->copy_pages += !word_copy(b->words[i]);
+			b->words[i] = to;
+		}
+		keep(b, kept++, i);
+	}
+	count_add(&b->g->count.pages_cancelled, b->count - kept);
+	b->count = kept;
+}
+
+static uint64_t pages_to_allocate(const struct tierd_batch *b)
+{
+	uint64_t n = 0;
+
+	for (uint32_t i = 0; i < b->count; i++)
+		n += !b->zero[i] && !word_copy(b->words[i]);
+	return n;
+}
+
+/* Length of the run from slot i whose pages are neighbours and alike in `zero`. */
+static uint32_t alike_run(struct tierd_batch *b, uint32_t i)
+{
+	uint32_t n = run_length(b->g, b->pages + i, b->count - i), k = 1;
+
+	while (k < n && b->zero[i + k] == b->zero[i])
+		k++;
+	return k;
+}
+
+static int write_runs(struct tierd_batch *b, struct tierd_batch_result *ret)
+{
+	struct tierd_guest *g = b->g;
+	uint32_t n;
+
+	for (uint32_t i = 0; i < b->count; i += n) {
+		int error;
+
+		n = alike_run(b, i);
+		if (b->zero[i])
+			continue;
+		error = store_write(g, b->tier, b->pages[i], n, b->bytes + i * b->page_bytes);
+		if (error)
+			return error;
+		ret->written_pages += n;
+	}
+	if (!ret->written_pages)
+		return 0;
+	return store_settle(g, b->tier, b->pages[0], b->pages[b->count - 1] + 1);
+}
+
+int tierd_batch_write(struct tierd_batch *b, uint32_t tier, struct tierd_batch_result *ret)
+{
+	struct tierd_guest *g = b->g;
+	uint64_t began_ns = sys_now_ns();
+	int error = batch_enter(b, COPIED, ret);
+
+	if (error)
+		return error;
+	b->tier = tier;
+	if (tier == TIER_ZERO || tier >= TIER_UNTOUCHED || g->tiers[tier].fd < 0) {
+		error = -ENODEV;
+	} else if (g->copy_pages + pages_to_allocate(b) > atomic_load(&g->capacity_pages)) {
+		error = -ENOSPC; /* by policy: nothing was tried, so nothing is wrong with the store */
+	} else {
+		mark_copies(b);
+		error = write_runs(b, ret);
+		if (error)
+			count_error(g, &g->count.store_write_errors, error);
+	}
+	if (!error)
+		b->step = WRITTEN;
+	ret->write_ns = sys_now_ns() - began_ns;
+	guest_leave(g);
+	return error;
+}
+
+/* --- drop --------------------------------------------------------------------------------------------------------------- */
+
+static void claim_dropping(struct tierd_batch *b)
+{
+	uint32_t kept = 0;
+
+	for (uint32_t i = 0; i < b->count; i++) {
+		page_word to = word_with_state(b->words[i], DROPPING);
+
+		if (b->zero[i])
+			to = word_with_tier(to, TIER_ZERO);
+		if (!page_move(b->g, b->pages[i], b->words[i], to))
+			continue;
+		b->words[i] = to;
+		keep(b, kept++, i);
+	}
+	count_add(&b->g->count.pages_cancelled, b->count - kept);
+	b->count = kept;
+}
+
+/* A punch can fail silently: in a large folio with an extra reference it zeroes the bytes and leaves them cached. Such a page
+ * gets its bytes back and stays with the guest. */
+static int settle_dropped(struct tierd_batch *b, uint32_t i, bool cached, struct tierd_batch_result *ret)
+{
+	struct tierd_guest *g = b->g;
+	struct region *r = region_of_page(g, b->pages[i]);
+	page_word to = word_with_state(b->words[i], cached ? RESIDENT : STORED);
+
+	if (cached) {
+		ssize_t n = sys_mem_write(r->memfd, b->bytes + i * b->page_bytes, b->page_bytes,
+					  mem_offset_of(r, b->pages[i]));
+
+		if (n != (ssize_t)b->page_bytes)
+			return n < 0 ? (int)n : -EIO; /* stays DROPPING: adoption or the next try decides, nobody reads it */
+		to = word_with_epoch(to, epoch_next(g));
+		count_add(&g->count.pages_repaired, 1);
+	} else {
+		ret->evicted_pages++;
+		count_add(&g->count.pages_evicted, 1);
+		count_add(&g->count.pages_evicted_zero, b->zero[i]);
+	}
+	if (!page_move(g, b->pages[i], b->words[i], to))
+		abort();
+	return 0;
+}
+
+/* Punches exactly the run [first, first + n), all DROPPING, and looks whether it is a hole now. */
+static int drop_run(struct tierd_batch *b, uint32_t first, uint32_t n, struct tierd_batch_result *ret)
+{
+	struct region *r = region_of_page(b->g, b->pages[first]);
+	uint64_t offset = mem_offset_of(r, b->pages[first]), end = offset + n * b->page_bytes;
+	int64_t data = (int64_t)offset - 1;
+	int error = sys_mem_punch(r->memfd, offset, end - offset), failed;
+
+	for (uint32_t i = 0; i < n; i++, offset += b->page_bytes) {
+		if (data < (int64_t)offset) {
+			data = sys_mem_seek_data(r->memfd, offset);
+			if (data == -ENXIO)
+				data = INT64_MAX;
+			if (data < 0) /* not seen to be a hole: as if it were not one */
+				data = (int64_t)offset;
+		}
+		failed = settle_dropped(b, first + i, data == (int64_t)offset, ret);
+		if (failed)
+			error = failed;
+	}
+	return error;
+}
+
+/* Pages that were stored before and are all zeros now: the tier's old bytes are of no use. The worker is the only one who
+ * writes or discards, so nothing can land in that space meanwhile. */
+static int discard_zeroed(struct tierd_batch *b)
+{
+	int first = 0;
+
+	for (uint32_t i = 0; i < b->count; i++) {
+		page_word to = word_with_copy(b->words[i], false);
+		int error;
+
+		if (!b->zero[i] || !word_copy(b->words[i]))
+			continue;
+		error = store_discard(b->g, word_tier(b->words[i]), b->pages[i], 1);
+		if (error && !first)
+			first = error;
+		if (!error && page_move(b->g, b->pages[i], b->words[i], to)) {
+			b->g->copy_pages--;
+			b->words[i] = to;
+		}
+	}
+	return first;
+}
+
+int tierd_batch_drop(struct tierd_batch *b, struct tierd_batch_result *ret)
+{
+	struct tierd_guest *g = b->g;
+	uint64_t began_ns = sys_now_ns();
+	uint32_t n;
+	int error = batch_enter(b, WRITTEN, ret), first;
+
+	if (error)
+		return error;
+	first = discard_zeroed(b);
+	claim_dropping(b);
+	for (uint32_t i = 0; i < b->count; i += n) {
+		n = run_length(g, b->pages + i, b->count - i);
+		error = drop_run(b, i, n, ret);
+		if (error && !first)
+			first = error;
+	}
+	if (first)
+		count_error(g, &g->count.kernel_errors, first);
+	b->count = 0;
+	b->step = DROPPED;
+	ret->drop_ns = sys_now_ns() - began_ns;
+	guest_leave(g);
+	return first;
+}
+
+/* --- release and cancel ------------------------------------------------------------------------------------------------- */
+
+/* Every run is tried, whatever happens to one: a range left held would block its writers for ever. */
+static int release_runs(struct tierd_batch *b)
+{
+	struct tierd_guest *g = b->g;
+	int first = 0;
+
+	for (uint32_t i = 0; i < b->held_runs; i++) {
+		int error = -EAGAIN;
+
+		for (int k = 0; error == -EAGAIN && k < AGAIN_MAX; k++)
+			error = sys_uffd_unprotect(g->uffd, address_of(g, b->held[i].page),
+						   (uint64_t)b->held[i].count * g->page_bytes);
+		if (error && !first)
+			first = error;
+	}
+	b->held_runs = 0;
+	b->step = EMPTY;
+	if (first && first != -ESRCH)
+		count_error(g, &g->count.kernel_errors, first);
+	return first;
+}
+
+int tierd_batch_release(struct tierd_batch *b, struct tierd_batch_result *ret)
+{
+	uint64_t began_ns = sys_now_ns();
+	int error = batch_enter(b, DROPPED, ret);
+
+	if (error)
+		return error;
+	error = release_runs(b);
+	ret->release_ns = sys_now_ns() - began_ns;
+	guest_leave(b->g);
+	return error;
+}
+
+int tierd_batch_cancel(struct tierd_batch *b, struct tierd_batch_result *ret)
+{
+	struct tierd_guest *g = b->g;
+	int error = batch_enter(b, b->step, ret);
+
+	if (error)
+		return error;
+	for (uint32_t i = 0; i < b->count; i++)
+		page_move(g, b->pages[i], b->words[i], word_with_state(b->words[i], RESIDENT));
+	ret->cancelled_pages = b->count;
+	count_add(&g->count.pages_cancelled, b->count);
+	b->count = 0;
+	error = release_runs(b);
+	guest_leave(g);
+	return error;
+}
+
+/* --- store space of pages that were fetched since ----------------------------------------------------------------------- */
+
+static bool stale(page_word w)
+{
+	return word_state(w) == RESIDENT && word_copy(w);
+}
+
+int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint64_t *discarded)
+{
+	int error = guest_enter(g);
+
+	*discarded = 0;
+	if (error)
+		return error;
+	for (uint64_t page = 0; g->copy_pages && page < g->pages && *discarded < max_pages && !error;) {
+		page_word w = page_load(g, page);
+		uint64_t n = 0;
+
+		while (page + n < g->pages && n < max_pages - *discarded) {
+			page_word next = page_load(g, page + n);
+
+			if (!stale(next) || word_tier(next) != word_tier(w))
+				break;
+			n++;
+		}
+		if (n)
+			error = store_discard(g, word_tier(w), page, n);
+		for (uint64_t i = page; !error && i < page + n; i++) {
+			page_word now = page_load(g, i);
+
+			/* a page that a fault is resolving just now keeps its bit: its space is discarded again, later */
+			if (stale(now) && page_move(g, i, now, word_with_copy(now, false))) {
+				g->copy_pages--;
+				(*discarded)++;
+			}
+		}
+		page += n ? n : 1;
+	}
+	if (error)
+		count_error(g, &g->count.store_write_errors, error);
+	guest_leave(g);
+	return error;
+}

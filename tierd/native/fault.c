@@ -1,0 +1,454 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * fault.c: the way of a fault. Allocates nothing, logs nothing, takes no lock.
+ *
+ * A fault that cannot be served now (COPY says ENOMEM or EAGAIN) goes back to where it was and its waiter is woken: it faults
+ * again and the kernel delivers a new message, so there is no queue of our own that a crash could lose.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+
+enum {
+	MESSAGES = 16,
+	STREAMS = 4,		 /* sequential walks followed at once */
+	READ_TRIES = 3,		 /* before a stored page that cannot be read is given up */
+	NO_MEMORY_PAUSE_US = 1000,
+	ZERO_BYTES = 65536,
+};
+
+static uint8_t zeros[ZERO_BYTES] __attribute__((aligned(ZERO_BYTES)));
+
+struct stream {
+	uint64_t next_page;
+	uint32_t window, last_use;
+};
+
+struct tierd_worker {
+	struct tierd_guest *g;
+	uint8_t *buffer; /* readahead_max pages */
+	page_word *claimed;
+	struct stream streams[STREAMS];
+	uint32_t clock;
+	_Atomic uint64_t busy_since_ns;
+	struct uffd_msg messages[MESSAGES];
+};
+
+int tierd_worker_create(struct tierd_guest *g, struct tierd_worker **ret)
+{
+	struct tierd_worker *w = sys_alloc(sizeof(*w));
+
+	if (!w)
+		return -ENOMEM;
+	w->g = g;
+	w->buffer = sys_alloc((size_t)g->readahead_max * g->page_bytes);
+	w->claimed = sys_alloc(g->readahead_max * sizeof(*w->claimed));
+	if (!w->buffer || !w->claimed) {
+		tierd_worker_destroy(w);
+		return -ENOMEM;
+	}
+	*ret = w;
+	return 0;
+}
+
+void tierd_worker_destroy(struct tierd_worker *w)
+{
+	struct tierd_guest *g = w->g;
+
+	if (w->buffer)
+		sys_free(w->buffer, (size_t)g->readahead_max * g->page_bytes);
+	if (w->claimed)
+		sys_free(w->claimed, g->readahead_max * sizeof(*w->claimed));
+	sys_free(w, sizeof(*w));
+}
+
+uint64_t tierd_worker_busy_since(struct tierd_worker *w)
+{
+	return atomic_load_explicit(&w->busy_since_ns, memory_order_relaxed);
+}
+
+static void wake(struct tierd_guest *g, uint64_t page, uint64_t count)
+{
+	int error = sys_uffd_wake(g->uffd, address_of(g, page), count * g->page_bytes);
+
+	if (error && error != -ESRCH)
+		count_error(g, &g->count.kernel_errors, error);
+}
+
+static bool transient(int error)
+{
+	return error == -EAGAIN || error == -ENOMEM || error == -EINTR;
+}
+
+/* Owned page -> RESIDENT, touched now. */
+static void settle(struct tierd_guest *g, uint64_t page, page_word owned)
+{
+	page_word to = word_with_epoch(word_with_state(owned, RESIDENT), epoch_next(g));
+
+	if (word_tier(to) == TIER_UNTOUCHED)
+		to = word_with_tier(to, TIER_ZERO);
+	if (!page_move(g, page, owned, to))
+		abort();
+}
+
+/*
+ * Places n pages that we own, from `from` or zeros. Returns how many are in place. A page that the kernel already has in its
+ * cache is in place: the kernel is right, and its waiter is woken. *error says what stopped it.
+ */
+static uint32_t place(struct tierd_guest *g, uint64_t page, uint32_t n, const void *from, int *error)
+{
+	uint32_t placed = 0;
+
+	*error = 0;
+	while (placed < n) {
+		const void *bytes = from ? (const uint8_t *)from + (size_t)placed * g->page_bytes : zeros;
+		uint64_t want = (uint64_t)(n - placed) * g->page_bytes, done = 0;
+		int err;
+
+		if (!from && want > ZERO_BYTES)
+			want = ZERO_BYTES;
+		err = sys_uffd_copy(g->uffd, address_of(g, page + placed), bytes, want, &done);
+		placed += (uint32_t)(done / g->page_bytes);
+		if (!err || (done && err == -EAGAIN))
+			continue;
+		if (err == -EEXIST && placed < n) {
+			wake(g, page + placed, 1);
+			placed++;
+			continue;
+		}
+		if (err == -EEXIST)
+			continue;
+		*error = err;
+		break;
+	}
+	return placed;
+}
+
+/* --- a page that stays: RESIDENT or LEAVING ----------------------------------------------------------------------------- */
+
+/* A fault on a hole: zeros for it, and for the untouched pages behind it when the guest walks. */
+static uint32_t claim_untouched(struct tierd_worker *w, uint64_t page, uint32_t want)
+{
+	struct tierd_guest *g = w->g;
+	struct region *r = region_of_page(g, page);
+	uint32_t n = 1;
+
+	while (n < want && page + n < r->first_page + r->pages) {
+		page_word word = page_load(g, page + n);
+
+		if (!word_untouched(word) || !page_move(g, page + n, word, word_with_state(word, RESOLVING)))
+			break;
+		w->claimed[n++] = word_with_state(word, RESOLVING);
+	}
+	return n;
+}
+
+static uint32_t stream_window(struct tierd_worker *w, uint64_t page, struct stream **ret)
+{
+	struct stream *oldest = &w->streams[0];
+	uint32_t limit = atomic_load_explicit(&w->g->readahead_pages, memory_order_relaxed);
+
+	w->clock++;
+	for (int i = 0; i < STREAMS; i++) {
+		struct stream *s = &w->streams[i];
+
+		if (s->window && s->next_page == page) {
+			s->last_use = w->clock;
+			s->window = s->window * 2 < limit ? s->window * 2 : limit;
+			*ret = s;
+			return s->window;
+		}
+		if (w->clock - s->last_use > w->clock - oldest->last_use)
+			oldest = s;
+	}
+	*oldest = (struct stream){.window = 1, .last_use = w->clock};
+	*ret = oldest;
+	return 1;
+}
+
+static int resolve_missing(struct tierd_worker *w, uint64_t page, page_word owned)
+{
+	struct tierd_guest *g = w->g;
+	struct stream *s;
+	uint32_t n, placed;
+	int error;
+
+	n = claim_untouched(w, page, stream_window(w, page, &s));
+	w->claimed[0] = owned;
+	s->next_page = page + n;
+	placed = place(g, page, n, NULL, &error);
+	for (uint32_t i = 0; i < n; i++) {
+		if (i < placed)
+			settle(g, page + i, w->claimed[i]);
+		else if (!page_move(g, page + i, w->claimed[i], word_with_state(w->claimed[i], RESIDENT)))
+			abort();
+	}
+	if (placed < n)
+		wake(g, page + placed, n - placed);
+	count_add(&g->count.faults_zero, placed != 0);
+	return placed ? 0 : error;
+}
+
+/* Returns 0, or the error after which the guest must try again. */
+static int resolve(struct tierd_worker *w, uint64_t page, page_word word, uint64_t flags)
+{
+	struct tierd_guest *g = w->g;
+	page_word owned = word_with_state(word, RESOLVING);
+	int error;
+
+	if (!(flags & UFFD_PAGEFAULT_FLAG_WP)) {
+		error = resolve_missing(w, page, owned);
+	} else {
+		error = sys_uffd_unprotect(g->uffd, address_of(g, page), g->page_bytes);
+		settle(g, page, owned);
+		count_add(&g->count.faults_resolve, !error);
+	}
+	count_add(&g->count.faults_cancel, word_state(word) == LEAVING);
+	return error;
+}
+
+/* --- a page that is stored ---------------------------------------------------------------------------------------------- */
+
+static uint32_t claim_stored(struct tierd_worker *w, uint64_t page, uint32_t want)
+{
+	struct tierd_guest *g = w->g;
+	struct region *r = region_of_page(g, page);
+	uint32_t n = 0;
+
+	while (n < want && page + n < r->first_page + r->pages) {
+		page_word word = page_load(g, page + n);
+
+		if (word_state(word) != STORED || (n && word_tier(word) != word_tier(w->claimed[0])))
+			break;
+		if (!page_move(g, page + n, word, word_with_state(word, ARRIVING)))
+			break;
+		w->claimed[n++] = word_with_state(word, ARRIVING);
+	}
+	return n;
+}
+
+/* Claimed pages that did not get here go back; whoever faulted on them meanwhile was left to us. */
+static void give_back(struct tierd_worker *w, uint64_t page, uint32_t from, uint32_t to)
+{
+	if (from >= to)
+		return;
+	for (uint32_t i = from; i < to; i++)
+		if (!page_move(w->g, page + i, w->claimed[i], word_with_state(w->claimed[i], STORED)))
+			abort();
+	wake(w->g, page + from, to - from);
+}
+
+/* Number of pages at the start of the run whose bytes are what was written. */
+static uint32_t verified(struct tierd_worker *w, uint64_t page, uint32_t n)
+{
+	struct tierd_guest *g = w->g;
+
+	for (uint32_t i = 0; i < n; i++) {
+		if (checksum(w->buffer + (size_t)i * g->page_bytes, g->page_bytes) != g->checksums[page + i]) {
+			count_error(g, &g->count.checksum_errors, -EBADMSG);
+			return i;
+		}
+	}
+	return n;
+}
+
+/* Reads what is claimed. Shrinks the claim to what could be read; 0: the first page cannot be had. */
+static uint32_t read_claimed(struct tierd_worker *w, uint64_t page, uint32_t n)
+{
+	struct tierd_guest *g = w->g;
+	unsigned int tier = word_tier(w->claimed[0]);
+
+	for (int try = 0; try < READ_TRIES; try++) {
+		int error = store_read(g, tier, page, n, w->buffer);
+		uint32_t good = error ? 0 : verified(w, page, n);
+
+		if (error)
+			count_error(g, &g->count.store_read_errors, error);
+		if (good) {
+			give_back(w, page, good, n);
+			return good;
+		}
+		/* the neighbours must not fail the page that is waited for: alone, then */
+		give_back(w, page, 1, n);
+		n = 1;
+	}
+	return 0;
+}
+
+/* Nothing can bring the page back: an honest memory error, never zeros or stale bytes. Without UFFDIO_POISON (before 6.6)
+ * the guest's thread stays blocked. We own the page (ARRIVING). */
+static void lose(struct tierd_guest *g, uint64_t page, page_word owned)
+{
+	uint64_t address = address_of(g, page);
+	int error;
+
+	if (!page_move(g, page, owned, word_with_state(owned, LOST)))
+		abort();
+	count_add(&g->count.pages_lost, 1);
+	error = sys_uffd_poison(g->uffd, address, g->page_bytes);
+	if (error == -EEXIST) { /* a hold's marker is in the way: lift it, then poison */
+		sys_uffd_unprotect(g->uffd, address, g->page_bytes);
+		error = sys_uffd_poison(g->uffd, address, g->page_bytes);
+	}
+	if (error)
+		count_error(g, &g->count.kernel_errors, error);
+}
+
+int64_t fetch_run(struct tierd_worker *w, uint64_t page, uint32_t count, uint32_t *claimed)
+{
+	struct tierd_guest *g = w->g;
+	uint32_t n = claim_stored(w, page, count < g->readahead_max ? count : g->readahead_max), placed;
+	const void *from = NULL;
+	int error;
+
+	*claimed = n;
+	if (!n)
+		return 0;
+	if (word_tier(w->claimed[0]) != TIER_ZERO) {
+		n = read_claimed(w, page, n);
+		if (!n) {
+			lose(g, page, w->claimed[0]);
+			return -EIO;
+		}
+		from = w->buffer;
+	}
+	placed = place(g, page, n, from, &error);
+	for (uint32_t i = 0; i < placed; i++)
+		settle(g, page + i, w->claimed[i]);
+	give_back(w, page, placed, n);
+	return placed ? (int64_t)placed : error;
+}
+
+static int fetch(struct tierd_worker *w, uint64_t page)
+{
+	struct tierd_guest *g = w->g;
+	bool zero = word_tier(page_load(g, page)) == TIER_ZERO;
+	struct stream *s;
+	uint32_t claimed, window = stream_window(w, page, &s);
+	int64_t placed = fetch_run(w, page, window, &claimed);
+
+	if (!claimed)
+		return -EALREADY; /* somebody else took it: look again */
+	s->next_page = page + (placed > 0 ? (uint64_t)placed : 1);
+	if (placed < 0)
+		return (int)placed;
+	count_add(zero ? &g->count.faults_zero : &g->count.faults_fetch, 1);
+	count_add(&g->count.pages_fetched, (uint64_t)placed);
+	count_add(&g->count.pages_readahead, (uint64_t)placed - 1);
+	return 0;
+}
+
+/* --- messages ----------------------------------------------------------------------------------------------------------- */
+
+/* One look at the page. -EALREADY: it changed under us, look again. */
+static int serve_page(struct tierd_worker *w, uint64_t page, uint64_t flags)
+{
+	struct tierd_guest *g = w->g;
+	page_word word = page_load(g, page);
+
+	switch (word_state(word)) {
+	case RESIDENT:
+	case LEAVING:
+		if (!page_move(g, page, word, word_with_state(word, RESOLVING)))
+			return -EALREADY;
+		return resolve(w, page, word, flags);
+	case STORED:
+	case MOVING:
+		return fetch(w, page);
+	case LOST:
+		return sys_uffd_poison(g->uffd, address_of(g, page), g->page_bytes) == -EEXIST ? -EAGAIN : 0;
+	default: /* RESOLVING, DROPPING, ARRIVING: whoever owns the page wakes its waiters */
+		count_add(&g->count.faults_wait, 1);
+		return 0;
+	}
+}
+
+static void observe_latency(struct tierd_guest *g, uint64_t ns)
+{
+	int bucket = 64 - __builtin_clzll(ns | 1);
+
+	if (bucket >= TIERD_LATENCY_BUCKETS)
+		bucket = TIERD_LATENCY_BUCKETS - 1;
+	count_add(&g->count.latency_buckets[bucket], 1);
+	count_add(&g->count.latency_count, 1);
+	count_add(&g->count.latency_sum_ns, ns);
+}
+
+static void serve_fault(struct tierd_worker *w, uint64_t address, uint64_t flags, uint64_t began_ns)
+{
+	struct tierd_guest *g = w->g;
+	int64_t page = page_of_address(g, address);
+	int error;
+
+	if (page < 0) { /* a region that we do not serve: cannot be registered by us */
+		count_error(g, &g->count.kernel_errors, (int)page);
+		sys_uffd_wake(g->uffd, address & ~((uint64_t)g->page_bytes - 1), g->page_bytes);
+		return;
+	}
+	do
+		error = serve_page(w, (uint64_t)page, flags);
+	while (error == -EALREADY);
+	if (!error) {
+		observe_latency(g, sys_now_ns() - began_ns);
+		return;
+	}
+	if (error == -ESRCH || error == -EIO) /* the VMM is gone; or the page is LOST, poisoned, counted */
+		return;
+	if (!transient(error)) {
+		count_add(&g->count.faults_failed, 1);
+		count_error(g, &g->count.kernel_errors, error);
+	}
+	if (error != -EAGAIN)
+		sys_pause_us(NO_MEMORY_PAUSE_US);
+	wake(g, (uint64_t)page, 1);
+}
+
+int tierd_worker_serve(struct tierd_worker *w, uint32_t *tid)
+{
+	struct tierd_guest *g = w->g;
+	ssize_t n = sys_uffd_read(g->uffd, w->messages, MESSAGES);
+
+	if (n < 0)
+		return (int)n;
+	for (ssize_t i = 0; i < n; i++) {
+		struct uffd_msg *m = &w->messages[i];
+		uint64_t now_ns;
+
+		if (m->event != UFFD_EVENT_PAGEFAULT)
+			continue; /* no other event is ever asked for */
+		now_ns = sys_now_ns();
+		atomic_store_explicit(&w->busy_since_ns, now_ns, memory_order_relaxed);
+		*tid = m->arg.pagefault.feat.ptid;
+		serve_fault(w, m->arg.pagefault.address, m->arg.pagefault.flags, now_ns);
+	}
+	atomic_store_explicit(&w->busy_since_ns, 0, memory_order_relaxed);
+	return (int)n;
+}
+
+/* --- bringing everything back ------------------------------------------------------------------------------------------- */
+
+int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max_pages, uint64_t *restored)
+{
+	int error = guest_enter(g);
+
+	*restored = 0;
+	while (!error && *next_page < g->pages && *restored < max_pages) {
+		uint64_t left = max_pages - *restored;
+		uint32_t claimed = 0;
+		int64_t n = 0;
+
+		if (word_state(page_load(g, *next_page)) == STORED)
+			n = fetch_run(g->restorer, *next_page, left < UINT32_MAX ? (uint32_t)left : UINT32_MAX, &claimed);
+		if (n < 0 && n != -EIO) {
+			error = (int)n;
+			break;
+		}
+		*restored += n > 0 ? (uint64_t)n : 0;
+		*next_page += n > 0 ? (uint64_t)n : 1;
+	}
+	count_add(&g->count.pages_restored, *restored);
+	if (error != -EBUSY)
+		guest_leave(g);
+	return error;
+}

@@ -1,0 +1,437 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* guest.c: a guest's descriptors, regions and registrations; attach, adoption, teardown, counters. */
+#include <string.h>
+
+#include "internal.h"
+
+enum { CHUNK_BYTES = 64 << 20 };
+
+struct region *region_of_page(struct tierd_guest *g, uint64_t page)
+{
+	for (uint32_t i = 0; i < g->region_count; i++)
+		if (page - g->regions[i].first_page < g->regions[i].pages)
+			return &g->regions[i];
+	return NULL;
+}
+
+int64_t page_of_address(struct tierd_guest *g, uint64_t address)
+{
+	for (uint32_t i = 0; i < g->region_count; i++) {
+		struct region *r = &g->regions[i];
+
+		if (address - r->address < r->bytes)
+			return (int64_t)(r->first_page + (address - r->address) / g->page_bytes);
+	}
+	return -EFAULT;
+}
+
+uint64_t address_of(struct tierd_guest *g, uint64_t page)
+{
+	struct region *r = region_of_page(g, page);
+
+	return r->address + (page - r->first_page) * g->page_bytes;
+}
+
+uint64_t mem_offset_of(const struct region *r, uint64_t page)
+{
+	return r->offset + (page - r->first_page) * (r->bytes / r->pages);
+}
+
+uint32_t run_length(struct tierd_guest *g, const uint64_t *pages, uint32_t count)
+{
+	struct region *r = region_of_page(g, pages[0]);
+	uint32_t n = 1;
+
+	while (n < count && pages[n] == pages[0] + n && pages[n] < r->first_page + r->pages)
+		n++;
+	return n;
+}
+
+int guest_enter(struct tierd_guest *g)
+{
+	return atomic_exchange(&g->worker_busy, true) ? -EBUSY : 0;
+}
+
+void guest_leave(struct tierd_guest *g)
+{
+	atomic_store(&g->worker_busy, false);
+}
+
+void count_error(struct tierd_guest *g, _Atomic uint64_t *which, int error)
+{
+	count_add(which, 1);
+	atomic_store_explicit(&g->count.last_errno, (uint64_t)-error, memory_order_relaxed);
+}
+
+static int regions_take(struct tierd_guest *g, const struct tierd_guest_args *args)
+{
+	for (uint32_t i = 0; i < args->region_count; i++) {
+		struct region *r = &g->regions[i];
+
+		r->address = args->regions[i].address;
+		r->bytes = args->regions[i].bytes;
+		r->offset = args->regions[i].offset;
+		if (!r->bytes || (r->address | r->bytes | r->offset) % g->page_bytes)
+			return -EINVAL;
+		r->pages = r->bytes / g->page_bytes;
+		r->first_page = g->pages;
+		g->pages += r->pages;
+		r->memfd = sys_dup(args->regions[i].memfd);
+		g->region_count++;
+		if (r->memfd < 0)
+			return r->memfd;
+	}
+	return 0;
+}
+
+static int descriptors_take(struct tierd_guest *g, const struct tierd_guest_args *args)
+{
+	g->uffd = sys_dup(args->uffd);
+	g->pidfd = sys_dup(args->pidfd);
+	g->pagemap = sys_dup(args->pagemap_fd);
+	/* not a seam: the state file is a real one in the model too */
+	g->table_fd = args->table_fd;
+	if (g->uffd < 0 || g->pidfd < 0 || g->pagemap < 0)
+		return -EBADF;
+	for (int i = 0; i < TIERD_TIERS; i++) {
+		g->tiers[i] = args->tiers[i];
+		if (g->tiers[i].fd < 0)
+			continue;
+		g->tiers[i].fd = sys_dup(args->tiers[i].fd);
+		if (g->tiers[i].fd < 0)
+			return g->tiers[i].fd;
+	}
+	return 0;
+}
+
+static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args)
+{
+	int error;
+
+	g->page_bytes = (uint32_t)sys_page_bytes();
+	g->chunk_pages = (args->chunk_bytes ? args->chunk_bytes : CHUNK_BYTES) / g->page_bytes;
+	g->zap = args->zap;
+	g->inject_tid = args->inject_tid;
+	g->use_pagemap = args->use_pagemap;
+	g->spin_us_max = args->spin_us_max;
+	g->follow = args->follow;
+	g->readahead_max = args->readahead_pages ? args->readahead_pages : 1;
+	atomic_store(&g->readahead_pages, g->readahead_max);
+	atomic_store(&g->capacity_pages, args->tiers[1].capacity_pages);
+	if (!g->chunk_pages || args->region_count > TIERD_REGIONS_MAX)
+		return -EINVAL;
+	error = regions_take(g, args);
+	if (error)
+		return error;
+	error = descriptors_take(g, args);
+	if (error)
+		return error;
+	error = table_map(g);
+	if (error)
+		return error;
+	for (uint64_t page = 0; page < g->pages; page++)
+		g->copy_pages += word_copy(atomic_load_explicit(&g->words[page], memory_order_relaxed));
+	g->chunks = g->pages / g->chunk_pages + 1;
+	g->missing = sys_alloc(g->chunks);
+	g->present = sys_alloc(bitmap_bytes(g->chunk_pages));
+	if (!g->missing || !g->present)
+		return -ENOMEM;
+	return tierd_worker_create(g, &g->restorer);
+}
+
+int tierd_guest_create(const struct tierd_guest_args *args, struct tierd_guest **ret)
+{
+	struct tierd_guest *g = sys_alloc(sizeof(*g));
+	int error;
+
+	if (!g)
+		return -ENOMEM;
+	g->bytes = sizeof(*g);
+	g->uffd = g->pidfd = g->pagemap = g->stop_fd = -1;
+	for (int i = 0; i < TIERD_TIERS; i++)
+		g->tiers[i].fd = -1;
+	error = guest_fill(g, args);
+	if (error) {
+		tierd_guest_destroy(g);
+		return error;
+	}
+	*ret = g;
+	return 0;
+}
+
+void tierd_guest_destroy(struct tierd_guest *g)
+{
+	int fds[] = {g ? g->uffd : -1, g ? g->pidfd : -1, g ? g->pagemap : -1};
+
+	if (!g)
+		return;
+	threads_stop(g);
+	if (g->restorer)
+		tierd_worker_destroy(g->restorer);
+	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
+		if (fds[i] >= 0)
+			sys_close(fds[i]);
+	for (uint32_t i = 0; i < g->region_count; i++)
+		if (g->regions[i].memfd >= 0)
+			sys_close(g->regions[i].memfd);
+	for (int i = 0; i < TIERD_TIERS; i++)
+		if (g->tiers[i].fd >= 0)
+			sys_close(g->tiers[i].fd);
+	if (g->missing)
+		sys_free(g->missing, g->chunks);
+	if (g->present)
+		sys_free(g->present, bitmap_bytes(g->chunk_pages));
+	table_unmap(g);
+	sys_free(g, g->bytes);
+}
+
+void tierd_guest_set_limits(struct tierd_guest *g, uint32_t readahead_pages, uint64_t capacity_pages)
+{
+	if (readahead_pages > g->readahead_max)
+		readahead_pages = g->readahead_max;
+	atomic_store(&g->readahead_pages, readahead_pages ? readahead_pages : 1);
+	atomic_store(&g->capacity_pages, capacity_pages);
+}
+
+/* MISSING for the chunk of `page`, before its first page may leave: a chunk nobody evicted from costs nothing on first
+ * touch. Always WP|MISSING: REGISTER replaces the modes that it knows. */
+int missing_register(struct tierd_guest *g, uint64_t page)
+{
+	uint64_t chunk = page / g->chunk_pages, first = chunk * g->chunk_pages, end = first + g->chunk_pages;
+
+	if (g->missing[chunk])
+		return 0;
+	for (uint32_t i = 0; i < g->region_count; i++) {
+		struct region *r = &g->regions[i];
+		uint64_t from = first > r->first_page ? first : r->first_page;
+		uint64_t to = end < r->first_page + r->pages ? end : r->first_page + r->pages;
+		int error;
+
+		if (from >= to)
+			continue;
+		error = sys_uffd_register(g->uffd, r->address + (from - r->first_page) * g->page_bytes,
+					  (to - from) * g->page_bytes,
+					  UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING);
+		if (error)
+			return error;
+	}
+	g->missing[chunk] = 1;
+	atomic_fetch_add(&g->missing_chunks, 1);
+	return 0;
+}
+
+static int register_all(struct tierd_guest *g)
+{
+	for (uint32_t i = 0; i < g->region_count; i++) {
+		struct region *r = &g->regions[i];
+		int error = sys_uffd_register(g->uffd, r->address, r->bytes, UFFDIO_REGISTER_MODE_WP);
+
+		if (error)
+			return error;
+	}
+	return 0;
+}
+
+/* What the file already holds counts as touched now; the rest was never touched and needs no eviction. */
+static int mark_data(struct tierd_guest *g, struct region *r)
+{
+	int64_t data = (int64_t)r->offset, hole;
+	uint64_t end = r->offset + r->bytes;
+
+	while ((data = sys_mem_seek_data(r->memfd, (uint64_t)data)) >= 0 && (uint64_t)data < end) {
+		uint16_t epoch = epoch_next(g);
+
+		hole = sys_mem_seek_hole(r->memfd, (uint64_t)data);
+		if (hole < 0)
+			return (int)hole;
+		for (uint64_t at = (uint64_t)data; at < (uint64_t)hole && at < end; at += g->page_bytes) {
+			uint64_t page = r->first_page + (at - r->offset) / g->page_bytes;
+			page_word w = page_load(g, page);
+
+			if (word_untouched(w))
+				page_move(g, page, w, word_with_tier(word_with_epoch(w, epoch), TIER_ZERO));
+		}
+		data = hole;
+	}
+	return data < 0 && data != -ENXIO ? (int)data : 0;
+}
+
+int tierd_guest_arm(struct tierd_guest *g)
+{
+	int error = guest_enter(g);
+
+	if (error)
+		return error;
+	error = register_all(g);
+	for (uint32_t i = 0; !error && i < g->region_count; i++)
+		error = mark_data(g, &g->regions[i]);
+	guest_leave(g);
+	return error;
+}
+
+int tierd_guest_disarm(struct tierd_guest *g)
+{
+	int error = guest_enter(g), first = 0;
+
+	if (error)
+		return error;
+	for (uint64_t page = 0; page < g->pages && !first; page++)
+		if (word_state(page_load(g, page)) != RESIDENT)
+			first = -EBUSY;
+	for (uint32_t i = 0; i < g->region_count && first != -EBUSY; i++) {
+		error = sys_uffd_unregister(g->uffd, g->regions[i].address, g->regions[i].bytes);
+		if (error && !first)
+			first = error;
+	}
+	guest_leave(g);
+	return first;
+}
+
+/*
+ * Adoption. The predecessor's last thread is gone (the caller holds the lock), so nobody moves a page but us. The kernel is
+ * believed before the table: a page that is in the page cache is RESIDENT, whatever was being done to it.
+ */
+static page_word adopted_word(page_word w, bool cached)
+{
+	switch (word_state(w)) {
+	case RESIDENT:
+	case LOST:
+		return w;
+	case RESOLVING: /* it was being given zeros or un-held: not in the cache, it is a hole, as before */
+	case LEAVING:	/* not in the cache, the VMM gave it back itself */
+		return word_with_state(w, RESIDENT);
+	default: /* DROPPING, STORED, MOVING, ARRIVING: each carries its tier */
+		return word_with_state(w, cached ? RESIDENT : STORED);
+	}
+}
+
+static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct tierd_adoption *ret)
+{
+	page_word w = page_load(g, page), to = adopted_word(w, cached);
+
+	if (to != w) {
+		if (word_state(to) == RESIDENT)
+			to = word_with_epoch(to, epoch_next(g));
+		atomic_store_explicit(&g->words[page], to, memory_order_release);
+		ret->corrected_pages++;
+	}
+	ret->resident_pages += word_state(to) == RESIDENT;
+	ret->stored_pages += word_state(to) == STORED;
+	ret->lost_pages += word_state(to) == LOST;
+	return word_state(to) == RESIDENT ? 0 : missing_register(g, page);
+}
+
+static int adopt_region(struct tierd_guest *g, struct region *r, struct tierd_adoption *ret)
+{
+	uint64_t end = r->first_page + r->pages;
+	int64_t data = -1; /* the first offset with data at or after the last one asked for */
+
+	for (uint64_t page = r->first_page; page < end; page++) {
+		uint64_t offset = mem_offset_of(r, page);
+		bool cached = true; /* not asked for where the word says RESIDENT */
+		int error;
+
+		if (word_state(page_load(g, page)) != RESIDENT) {
+			if (data < (int64_t)offset) {
+				data = sys_mem_seek_data(r->memfd, offset);
+				if (data == -ENXIO)
+					data = INT64_MAX;
+				if (data < 0)
+					return (int)data;
+			}
+			cached = data == (int64_t)offset;
+		}
+		error = adopt_page(g, page, cached, ret);
+		if (error)
+			return error;
+	}
+	return 0;
+}
+
+int tierd_guest_adopt(struct tierd_guest *g, struct tierd_adoption *ret)
+{
+	uint64_t began_ns = sys_now_ns();
+	int error = guest_enter(g);
+
+	if (error)
+		return error;
+	memset(ret, 0, sizeof(*ret));
+	error = register_all(g);
+	for (uint32_t i = 0; !error && i < g->region_count; i++)
+		error = adopt_region(g, &g->regions[i], ret);
+	for (uint32_t i = 0; !error && i < g->region_count; i++)
+		error = sys_uffd_unprotect(g->uffd, g->regions[i].address, g->regions[i].bytes);
+	/* messages that the predecessor had read are not delivered again until a wake */
+	for (uint32_t i = 0; !error && i < g->region_count; i++)
+		error = sys_uffd_wake(g->uffd, g->regions[i].address, g->regions[i].bytes);
+	ret->ns = sys_now_ns() - began_ns;
+	guest_leave(g);
+	return error;
+}
+
+int tierd_guest_idle(struct tierd_guest *g, const double *edges_s, uint32_t count, uint64_t *ret)
+{
+	uint16_t now = epoch_now(g);
+	double epoch_s = (double)g->epoch_ns / 1e9;
+
+	memset(ret, 0, count * sizeof(*ret));
+	for (uint64_t page = 0; page < g->pages; page++) {
+		page_word w = atomic_load_explicit(&g->words[page], memory_order_relaxed);
+		double idle_s = page_age(now, w) * epoch_s;
+		uint32_t i = count;
+
+		if (word_state(w) != RESIDENT || word_untouched(w))
+			continue;
+		while (i && idle_s < edges_s[i - 1])
+			i--;
+		if (i)
+			ret[i - 1]++;
+	}
+	return 0;
+}
+
+void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret)
+{
+	struct counters *c = &g->count;
+
+	memset(ret, 0, sizeof(*ret));
+	ret->pages = g->pages;
+	for (uint64_t page = 0; page < g->pages; page++) {
+		page_word w = atomic_load_explicit(&g->words[page], memory_order_relaxed);
+
+		ret->state_pages[word_state(w) % PAGE_STATES]++;
+		ret->tier_pages[word_tier(w)] += word_state(w) == STORED;
+		ret->untouched_pages += word_untouched(w);
+		ret->stale_pages += word_state(w) == RESIDENT && word_copy(w);
+	}
+#define COPY(field) ret->field = atomic_load_explicit(&c->field, memory_order_relaxed)
+	COPY(faults_fetch);
+	COPY(faults_zero);
+	COPY(faults_cancel);
+	COPY(faults_resolve);
+	COPY(faults_wait);
+	COPY(faults_failed);
+	COPY(pages_fetched);
+	COPY(pages_readahead);
+	COPY(pages_restored);
+	COPY(pages_evicted);
+	COPY(pages_evicted_zero);
+	COPY(pages_cancelled);
+	COPY(pages_lost);
+	COPY(pages_repaired);
+	COPY(store_read_errors);
+	COPY(store_write_errors);
+	COPY(checksum_errors);
+	COPY(kernel_errors);
+	COPY(last_errno);
+	COPY(inject_stops);
+	COPY(inject_stopped_ns);
+	COPY(latency_count);
+	COPY(latency_sum_ns);
+	for (int i = 0; i < TIERD_LATENCY_BUCKETS; i++)
+		COPY(latency_buckets[i]);
+#undef COPY
+	ret->missing_chunks = atomic_load(&g->missing_chunks);
+	ret->fault_threads = atomic_load(&g->thread_count);
+	ret->fault_busy_since_ns = threads_busy_since(g);
+}

@@ -1,0 +1,236 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * internal.h: what the files of the data plane share, and the theory of the page table.
+ *
+ * One 32-bit word a page, in a file that outlives the process. Whoever moves a word by compare-and-swap into RESOLVING,
+ * LEAVING, DROPPING or ARRIVING owns the page until it moves it on; nobody issues an ioctl on a page that it does not own.
+ * LEAVING is the one state whose owner can lose the page: a fault takes it (-> RESOLVING) and the eviction finds out at its
+ * next compare-and-swap. There is one evictor a guest ("the worker"), so a page that left LEAVING cannot be LEAVING again
+ * within the same batch.
+ *
+ *   state      the truth is in                          who may move it on
+ *   RESIDENT   guest memory (or a hole: zeros)          fault thread -> RESOLVING; worker -> LEAVING
+ *   RESOLVING  guest memory                             its owner -> RESIDENT
+ *   LEAVING    guest memory; held or about to be        worker -> DROPPING, RESIDENT; fault thread -> RESOLVING
+ *   DROPPING   the tier, durably; punch under way       worker -> STORED once seen to be a hole, RESIDENT when written back
+ *   STORED     the tier                                 fault thread or restore -> ARRIVING
+ *   MOVING     the old tier                             (demotion, not used yet)
+ *   ARRIVING   the tier until the COPY, then memory     its owner -> RESIDENT, STORED (COPY refused), LOST
+ *   LOST       nowhere                                  an operator
+ */
+#ifndef TIERD_INTERNAL_H
+#define TIERD_INTERNAL_H
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stddef.h>
+
+#include "sys.h"
+#include "tierd.h"
+
+#ifdef TIERD_MODEL
+void tierd_model_yield(void);
+#define TIERD_YIELD() tierd_model_yield()
+#else
+#define TIERD_YIELD() ((void)0)
+#endif
+
+enum page_state { RESIDENT, RESOLVING, LEAVING, DROPPING, STORED, MOVING, ARRIVING, LOST, PAGE_STATES };
+
+enum { TIER_ZERO = 0, TIER_UNTOUCHED = 15 };
+
+/* word: state 0-3, tier 4-7, copy 8 (the tier's file holds space for this page), generation 9-15, epoch 16-31 */
+typedef uint32_t page_word;
+
+static inline enum page_state word_state(page_word w)
+{
+	return w & 0xf;
+}
+
+static inline unsigned int word_tier(page_word w)
+{
+	return w >> 4 & 0xf;
+}
+
+static inline bool word_copy(page_word w)
+{
+	return w >> 8 & 1;
+}
+
+static inline uint16_t word_epoch(page_word w)
+{
+	return (uint16_t)(w >> 16);
+}
+
+static inline page_word word_with_state(page_word w, enum page_state state)
+{
+	return (w & ~0xfu) | (page_word)state;
+}
+
+static inline page_word word_with_tier(page_word w, unsigned int tier)
+{
+	return (w & ~0xf0u) | tier << 4;
+}
+
+static inline page_word word_with_copy(page_word w, bool copy)
+{
+	return (w & ~0x100u) | (page_word)copy << 8;
+}
+
+static inline page_word word_with_epoch(page_word w, uint16_t epoch)
+{
+	return (w & 0xffffu) | (page_word)epoch << 16;
+}
+
+static inline page_word word_next_generation(page_word w)
+{
+	return (w & ~0xfe00u) | ((w + 0x200u) & 0xfe00u);
+}
+
+static inline bool word_untouched(page_word w)
+{
+	return word_state(w) == RESIDENT && word_tier(w) == TIER_UNTOUCHED;
+}
+
+struct table_header {
+	char magic[8];
+	uint32_t version;
+	uint32_t region_count;
+	uint64_t pages;
+	struct tierd_identity identity;
+	struct tierd_region regions[TIERD_REGIONS_MAX];
+	uint32_t checksum; /* of everything between magic and this */
+};
+
+enum { TABLE_HEADER_BYTES = 65536 }; /* a multiple of every page size we run on */
+
+struct region {
+	uint64_t address, bytes, offset;
+	uint64_t first_page, pages;
+	int memfd;
+};
+
+/* counters of struct tierd_counters that are kept as they happen; the rest is counted from the table */
+struct counters {
+	_Atomic uint64_t faults_fetch, faults_zero, faults_cancel, faults_resolve, faults_wait, faults_failed;
+	_Atomic uint64_t pages_fetched, pages_readahead, pages_restored;
+	_Atomic uint64_t pages_evicted, pages_evicted_zero, pages_cancelled, pages_lost, pages_repaired;
+	_Atomic uint64_t store_read_errors, store_write_errors, checksum_errors, kernel_errors, last_errno;
+	_Atomic uint64_t inject_stops, inject_stopped_ns;
+	_Atomic uint64_t latency_count, latency_sum_ns, latency_buckets[TIERD_LATENCY_BUCKETS];
+};
+
+struct tierd_thread; /* a fault thread: thread.c */
+
+struct tierd_guest {
+	int uffd, pidfd, pagemap, table_fd;
+	int zap, inject_tid;
+	bool use_pagemap;
+	uint32_t page_bytes, chunk_pages;
+	uint32_t spin_us_max, follow;
+	uint32_t readahead_max; /* what the workers' buffers hold */
+	_Atomic uint32_t readahead_pages;
+	_Atomic uint64_t capacity_pages;
+
+	uint64_t pages;
+	uint32_t region_count;
+	struct region regions[TIERD_REGIONS_MAX];
+	struct tierd_tier tiers[TIERD_TIERS];
+
+	struct table_header *header; /* the mapped state file */
+	size_t table_bytes;
+	_Atomic page_word *words;
+	uint32_t *checksums; /* of stored pages; written by the worker before DROPPING, read by the owner of ARRIVING */
+	uint64_t epoch_ns, epoch_zero_ns;
+
+	_Atomic bool worker_busy;
+	uint64_t copy_pages;	    /* words with the copy bit; the worker's own */
+	uint8_t *missing;	    /* one a chunk: MISSING is registered; the worker's own */
+	uint64_t chunks;
+	_Atomic uint64_t missing_chunks;
+	uint64_t *present;	    /* bitmap of one chunk; the worker's own */
+	struct tierd_worker *restorer;
+
+	struct counters count;
+	struct tierd_thread *threads; /* newest first */
+	_Atomic uint32_t thread_count;
+	_Atomic bool stopping;
+	int stop_fd;
+	size_t bytes; /* of this allocation */
+};
+
+/* table.c */
+static inline page_word page_load(struct tierd_guest *g, uint64_t page)
+{
+	TIERD_YIELD();
+	return atomic_load_explicit(&g->words[page], memory_order_acquire);
+}
+
+/* True when the word was `from` and is now `to`. An illegal move aborts: a table that cannot be trusted must not be used. */
+bool page_move(struct tierd_guest *g, uint64_t page, page_word from, page_word to);
+uint16_t epoch_now(const struct tierd_guest *g);
+uint16_t epoch_next(const struct tierd_guest *g); /* the first epoch that lies wholly in the future */
+uint32_t page_age(uint16_t now, page_word w);	  /* in epochs, never too large */
+int table_map(struct tierd_guest *g);
+void table_unmap(struct tierd_guest *g);
+uint64_t table_bytes(uint64_t pages);
+uint32_t checksum(const void *page, size_t bytes);
+
+/* guest.c */
+struct region *region_of_page(struct tierd_guest *g, uint64_t page);
+int64_t page_of_address(struct tierd_guest *g, uint64_t address);
+uint64_t address_of(struct tierd_guest *g, uint64_t page);
+uint64_t mem_offset_of(const struct region *r, uint64_t page);
+int guest_enter(struct tierd_guest *g); /* the worker's calls: -EBUSY when there is one */
+void guest_leave(struct tierd_guest *g);
+void count_error(struct tierd_guest *g, _Atomic uint64_t *which, int error);
+int missing_register(struct tierd_guest *g, uint64_t page);
+/* length of the run of consecutive pages in pages[0..count): the same region, neighbours in it */
+uint32_t run_length(struct tierd_guest *g, const uint64_t *pages, uint32_t count);
+
+static inline void count_add(_Atomic uint64_t *counter, uint64_t n)
+{
+	atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
+}
+
+/* scan.c: bits of `present` and, where wanted, of `marked` (the hold's marker is there and the page is not present) */
+int scan_range(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint64_t *present, uint64_t *marked);
+
+static inline size_t bitmap_bytes(uint64_t bits)
+{
+	return (bits + 63) / 64 * 8;
+}
+
+static inline bool bit_get(const uint64_t *bits, uint64_t i)
+{
+	return bits[i / 64] >> (i % 64) & 1;
+}
+
+static inline void bit_set(uint64_t *bits, uint64_t i)
+{
+	bits[i / 64] |= 1ull << (i % 64);
+}
+
+/* fault.c: serving faults, without a thread of its own */
+struct tierd_worker;
+int tierd_worker_create(struct tierd_guest *g, struct tierd_worker **ret);
+void tierd_worker_destroy(struct tierd_worker *w);
+/* Reads what is pending once and handles it: number of messages, or -EAGAIN. *tid: the last faulting thread. */
+int tierd_worker_serve(struct tierd_worker *w, uint32_t *tid);
+uint64_t tierd_worker_busy_since(struct tierd_worker *w);
+/* Brings back the STORED pages in [page, page + count), as far as they are of one tier; -errno, or how many are RESIDENT. */
+int64_t fetch_run(struct tierd_worker *w, uint64_t page, uint32_t count, uint32_t *claimed);
+
+/* store.c */
+int store_read(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_t count, void *to);
+int store_write(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_t count, const void *from);
+int store_settle(struct tierd_guest *g, unsigned int tier, uint64_t first_page, uint64_t end_page);
+int store_discard(struct tierd_guest *g, unsigned int tier, uint64_t page, uint64_t count);
+
+/* thread.c */
+int threads_stop(struct tierd_guest *g);
+uint64_t threads_busy_since(struct tierd_guest *g);
+
+#endif

@@ -1,0 +1,198 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* probe.c: what this kernel can do, found out by doing it to a few pages of our own: never by version or feature bits. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "sys.h"
+#include "tierd.h"
+
+enum { PAGES = 4, FAULT_TIMEOUT_MS = 2000, FILLED = 0x5a, FETCHED = 0xa5 };
+
+struct trial {
+	int uffd, memfd, pidfd, pagemap;
+	size_t page_bytes;
+	uint8_t *memory;
+};
+
+static int open_uffd(struct tierd_probe *ret)
+{
+	struct uffdio_api api = {.api = UFFD_API};
+	struct uffdio_api wanted = {.api = UFFD_API,
+				    .features = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_PAGEFAULT_FLAG_WP |
+						UFFD_FEATURE_THREAD_ID | 1ull << 12 /* WP_HUGETLBFS_SHMEM, 5.19 */};
+	int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+
+	if (uffd < 0)
+		return -errno;
+	/* the first handshake only asks what there is; it binds the descriptor, so a second one is opened to use */
+	if (ioctl(uffd, UFFDIO_API, &api)) {
+		close(uffd);
+		return -EOPNOTSUPP;
+	}
+	ret->features = api.features;
+	close(uffd);
+	uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	if (uffd < 0)
+		return -errno;
+	if (ioctl(uffd, UFFDIO_API, &wanted)) {
+		close(uffd);
+		return -EOPNOTSUPP;
+	}
+	return uffd;
+}
+
+static bool page_entry(struct trial *t, int page, uint64_t *entry)
+{
+	return sys_pagemap_read(t->pagemap, entry, 1, (uintptr_t)t->memory + page * t->page_bytes) == sizeof(*entry);
+}
+
+static int try_pageout(struct trial *t)
+{
+	struct iovec range = {t->memory, PAGES * t->page_bytes};
+	uint8_t byte = 0;
+	uint64_t entry;
+	ssize_t n = sys_pageout(t->pidfd, &range, 1);
+
+	if (n < 0)
+		return (int)n;
+	if (!page_entry(t, 0, &entry))
+		return -EIO;
+	if (entry >> 63)
+		return -EBUSY; /* still mapped */
+	return sys_mem_read(t->memfd, &byte, 1, 0) == 1 && byte == FILLED ? 0 : -EIO;
+}
+
+static int try_write_protect(struct trial *t)
+{
+	uint64_t entry;
+	int error = sys_uffd_protect(t->uffd, (uintptr_t)t->memory, t->page_bytes);
+
+	if (error)
+		return error;
+	if (!page_entry(t, 0, &entry) || entry >> 63 || !(entry >> 57 & 1))
+		error = -EOPNOTSUPP; /* no marker */
+	sys_uffd_unprotect(t->uffd, (uintptr_t)t->memory, t->page_bytes);
+	return error;
+}
+
+static int try_pagemap_scan(struct trial *t)
+{
+	struct sys_page_region found[PAGES];
+	uint64_t walk_end, start = (uintptr_t)t->memory;
+	ssize_t n = sys_pagemap_scan(t->pagemap, start, start + PAGES * t->page_bytes, SYS_PAGE_PRESENT, found, PAGES,
+				     &walk_end);
+
+	return n < 0 ? (int)n : 0;
+}
+
+static void *touch(void *byte)
+{
+	return (void *)(uintptr_t) * (volatile uint8_t *)byte;
+}
+
+/* A punched page faults as MISSING, and COPY answers it. The touching thread is let go whatever happens. */
+static int try_missing(struct trial *t, uint8_t *page)
+{
+	struct pollfd ready = {.fd = t->uffd, .events = POLLIN};
+	uint64_t at = (uintptr_t)t->memory, done;
+	struct uffd_msg message = {0};
+	void *seen = NULL;
+	pthread_t thread;
+	int error = sys_uffd_register(t->uffd, at, PAGES * t->page_bytes,
+				      UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING);
+
+	if (!error)
+		error = sys_mem_punch(t->memfd, 0, t->page_bytes);
+	if (!error)
+		error = -pthread_create(&thread, NULL, touch, t->memory);
+	if (error)
+		return error;
+	if (poll(&ready, 1, FAULT_TIMEOUT_MS) != 1 || sys_uffd_read(t->uffd, &message, 1) != 1 ||
+	    message.event != UFFD_EVENT_PAGEFAULT)
+		error = -ETIME;
+	memset(page, FETCHED, t->page_bytes);
+	if (!error)
+		error = sys_uffd_copy(t->uffd, at, page, t->page_bytes, &done);
+	if (error)
+		sys_uffd_unregister(t->uffd, at, PAGES * t->page_bytes);
+	pthread_join(thread, &seen);
+	return error ? error : (uintptr_t)seen == FETCHED ? 0 : -EIO;
+}
+
+static int try_poison(struct trial *t)
+{
+	int error = sys_mem_punch(t->memfd, t->page_bytes, t->page_bytes);
+
+	return error ? error : sys_uffd_poison(t->uffd, (uintptr_t)t->memory + t->page_bytes, t->page_bytes);
+}
+
+static int try_self_zap(struct trial *t)
+{
+	struct iovec range = {t->memory + 2 * t->page_bytes, t->page_bytes};
+
+	return syscall(SYS_process_madvise, t->pidfd, &range, 1, MADV_DONTNEED, 0) < 0 ? -errno : 0;
+}
+
+static int trial_open(struct trial *t)
+{
+	t->memfd = memfd_create("tierd-trial", MFD_CLOEXEC);
+	t->pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
+	t->pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	if (t->memfd < 0 || t->pidfd < 0 || t->pagemap < 0 || ftruncate(t->memfd, (off_t)(PAGES * t->page_bytes)))
+		return -errno;
+	t->memory = mmap(NULL, PAGES * t->page_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, t->memfd, 0);
+	if (t->memory == MAP_FAILED)
+		return -errno;
+	memset(t->memory, FILLED, PAGES * t->page_bytes);
+	return 0;
+}
+
+static void trial_close(struct trial *t)
+{
+	int fds[] = {t->uffd, t->memfd, t->pidfd, t->pagemap};
+
+	if (t->memory && t->memory != MAP_FAILED)
+		munmap(t->memory, PAGES * t->page_bytes);
+	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
+		if (fds[i] >= 0)
+			close(fds[i]);
+}
+
+int tierd_probe(struct tierd_probe *ret)
+{
+	struct trial t = {.uffd = -1, .memfd = -1, .pidfd = -1, .pagemap = -1, .page_bytes = sys_page_bytes()};
+	uint8_t *page = sys_alloc(t.page_bytes);
+	int error = page ? trial_open(&t) : -ENOMEM;
+
+	memset(ret, 0, sizeof(*ret));
+	ret->page_bytes = t.page_bytes;
+	ret->userfaultfd = t.uffd = open_uffd(ret);
+	if (t.uffd >= 0)
+		ret->userfaultfd = 0;
+	if (!error && t.uffd >= 0) {
+		ret->write_protect = sys_uffd_register(t.uffd, (uintptr_t)t.memory, PAGES * t.page_bytes,
+						       UFFDIO_REGISTER_MODE_WP);
+		ret->pageout = try_pageout(&t);
+		if (!ret->write_protect)
+			ret->write_protect = try_write_protect(&t);
+		ret->pagemap_scan = try_pagemap_scan(&t);
+		ret->self_zap = try_self_zap(&t);
+		ret->missing = try_missing(&t, page);
+		ret->poison = try_poison(&t);
+	}
+	if (page)
+		sys_free(page, t.page_bytes);
+	trial_close(&t);
+	return error;
+}

@@ -1,0 +1,257 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* sys.c: the real system calls behind sys.h. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "sys.h"
+#include "tierd.h"
+
+/* kernel interfaces that the headers of older distributions lack */
+#ifndef UFFDIO_POISON
+struct uffdio_poison {
+	struct uffdio_range range;
+	__u64 mode;
+	__s64 updated;
+};
+#define UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct uffdio_poison)
+#endif
+
+struct pagemap_scan { /* struct pm_scan_arg, Documentation/admin-guide/mm/pagemap.rst */
+	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+_Static_assert(sizeof(struct pagemap_scan) == 96, "the kernel checks this size");
+_Static_assert(sizeof(struct sys_page_region) == 24, "struct page_region");
+_Static_assert(sizeof(struct uffd_msg) == 32, "read(2) gives whole messages");
+#define IOCTL_PAGEMAP_SCAN _IOWR('f', 16, struct pagemap_scan)
+
+#ifndef MADV_PAGEOUT
+#define MADV_PAGEOUT 21
+#endif
+#ifndef SYS_process_madvise
+#define SYS_process_madvise 440
+#endif
+
+enum { INJECT_TIMEOUT_MS = 1000 };
+
+uint64_t sys_now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
+
+size_t sys_page_bytes(void)
+{
+	return (size_t)sysconf(_SC_PAGESIZE);
+}
+
+void sys_pause_us(uint32_t us)
+{
+	struct timespec t = {.tv_sec = us / 1000000, .tv_nsec = (long)(us % 1000000) * 1000};
+
+	nanosleep(&t, NULL);
+}
+
+int sys_dup(int fd)
+{
+	int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+
+	return copy < 0 ? -errno : copy;
+}
+
+void sys_close(int fd)
+{
+	close(fd);
+}
+
+void *sys_alloc(size_t bytes)
+{
+	void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+
+	if (memory == MAP_FAILED)
+		return NULL;
+	if (mlock(memory, bytes)) { /* RLIMIT_MEMLOCK: the host's reclaim must not stall faults behind us */
+		munmap(memory, bytes);
+		return NULL;
+	}
+	return memory;
+}
+
+void sys_free(void *memory, size_t bytes)
+{
+	munmap(memory, bytes);
+}
+
+static int uffd_ioctl(int uffd, unsigned long request, void *argument)
+{
+	return ioctl(uffd, request, argument) ? -errno : 0;
+}
+
+int sys_uffd_register(int uffd, uint64_t address, uint64_t bytes, uint64_t mode)
+{
+	struct uffdio_register r = {.range = {.start = address, .len = bytes}, .mode = mode};
+
+	return uffd_ioctl(uffd, UFFDIO_REGISTER, &r);
+}
+
+int sys_uffd_unregister(int uffd, uint64_t address, uint64_t bytes)
+{
+	struct uffdio_range r = {.start = address, .len = bytes};
+
+	return uffd_ioctl(uffd, UFFDIO_UNREGISTER, &r);
+}
+
+int sys_uffd_protect(int uffd, uint64_t address, uint64_t bytes)
+{
+	struct uffdio_writeprotect w = {.range = {.start = address, .len = bytes},
+					.mode = UFFDIO_WRITEPROTECT_MODE_WP};
+
+	return uffd_ioctl(uffd, UFFDIO_WRITEPROTECT, &w);
+}
+
+int sys_uffd_unprotect(int uffd, uint64_t address, uint64_t bytes)
+{
+	struct uffdio_writeprotect w = {.range = {.start = address, .len = bytes}};
+
+	return uffd_ioctl(uffd, UFFDIO_WRITEPROTECT, &w);
+}
+
+int sys_uffd_wake(int uffd, uint64_t address, uint64_t bytes)
+{
+	struct uffdio_range r = {.start = address, .len = bytes};
+
+	return uffd_ioctl(uffd, UFFDIO_WAKE, &r);
+}
+
+int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, uint64_t *done)
+{
+	struct uffdio_copy c = {.dst = address, .src = (uintptr_t)from, .len = bytes};
+	int error = uffd_ioctl(uffd, UFFDIO_COPY, &c);
+
+	*done = c.copy > 0 ? (uint64_t)c.copy : 0;
+	return error;
+}
+
+int sys_uffd_poison(int uffd, uint64_t address, uint64_t bytes)
+{
+	struct uffdio_poison p = {.range = {.start = address, .len = bytes}};
+
+	return uffd_ioctl(uffd, UFFDIO_POISON, &p);
+}
+
+ssize_t sys_uffd_read(int uffd, struct uffd_msg *messages, size_t count)
+{
+	ssize_t n = read(uffd, messages, count * sizeof(*messages));
+
+	return n < 0 ? -errno : n / (ssize_t)sizeof(*messages);
+}
+
+ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t any_of, struct sys_page_region *regions,
+			 size_t count, uint64_t *walk_end)
+{
+	struct pagemap_scan scan = {.size = sizeof(scan),
+				    .start = start,
+				    .end = end,
+				    .vec = (uintptr_t)regions,
+				    .vec_len = count,
+				    .category_anyof_mask = any_of,
+				    .return_mask = any_of};
+	int n = ioctl(pagemap, IOCTL_PAGEMAP_SCAN, &scan);
+
+	*walk_end = scan.walk_end;
+	return n < 0 ? -errno : n;
+}
+
+ssize_t sys_pagemap_read(int pagemap, uint64_t *entries, size_t count, uint64_t address)
+{
+	ssize_t n = pread(pagemap, entries, count * sizeof(*entries),
+			  (off_t)(address / sys_page_bytes() * sizeof(*entries)));
+
+	return n < 0 ? -errno : n;
+}
+
+ssize_t sys_pageout(int pidfd, const struct iovec *ranges, size_t count)
+{
+	ssize_t n = syscall(SYS_process_madvise, pidfd, ranges, count, MADV_PAGEOUT, 0);
+
+	return n < 0 ? -errno : n;
+}
+
+int sys_zap_inside(int tid, uint64_t address, uint64_t bytes, uint64_t *stopped_ns)
+{
+	struct tierd_call call = {.number = SYS_madvise, .argument = {address, bytes, MADV_DONTNEED}};
+	int error = tierd_inject(tid, &call, NULL, 0, INJECT_TIMEOUT_MS);
+
+	*stopped_ns = call.stopped_ns;
+	return error ? error : (int)call.result;
+}
+
+ssize_t sys_mem_read(int memfd, void *to, size_t bytes, uint64_t offset)
+{
+	ssize_t n = pread(memfd, to, bytes, (off_t)offset);
+
+	return n < 0 ? -errno : n;
+}
+
+ssize_t sys_mem_write(int memfd, const void *from, size_t bytes, uint64_t offset)
+{
+	ssize_t n = pwrite(memfd, from, bytes, (off_t)offset);
+
+	return n < 0 ? -errno : n;
+}
+
+int sys_mem_punch(int memfd, uint64_t offset, uint64_t bytes)
+{
+	return fallocate(memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)bytes) ? -errno : 0;
+}
+
+int64_t sys_mem_seek_data(int memfd, uint64_t offset)
+{
+	off_t at = lseek(memfd, (off_t)offset, SEEK_DATA);
+
+	return at < 0 ? -errno : at;
+}
+
+int64_t sys_mem_seek_hole(int memfd, uint64_t offset)
+{
+	off_t at = lseek(memfd, (off_t)offset, SEEK_HOLE);
+
+	return at < 0 ? -errno : at;
+}
+
+ssize_t sys_store_read(int fd, void *to, size_t bytes, uint64_t offset)
+{
+	ssize_t n = pread(fd, to, bytes, (off_t)offset);
+
+	return n < 0 ? -errno : n;
+}
+
+ssize_t sys_store_write(int fd, const struct iovec *from, int count, uint64_t offset)
+{
+	ssize_t n = pwritev(fd, from, count, (off_t)offset);
+
+	return n < 0 ? -errno : n;
+}
+
+int sys_store_sync(int fd)
+{
+	return fdatasync(fd) ? -errno : 0;
+}
+
+int sys_store_discard(int fd, uint64_t offset, uint64_t bytes)
+{
+	return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)bytes) ? -errno : 0;
+}
+
+int sys_store_drop_cache(int fd, uint64_t offset, uint64_t bytes)
+{
+	return -posix_fadvise(fd, (off_t)offset, (off_t)bytes, POSIX_FADV_DONTNEED);
+}

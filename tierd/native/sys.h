@@ -1,0 +1,71 @@
+/*
+ * sys.h: every system call that the data plane makes on a guest's behalf, one thin wrapper each.
+ *
+ * sys.c has the real ones. The seeded driver (tests/native) links a model kernel in their place: this header is the seam, so
+ * nothing else in the data plane (table.c, guest.c, fault.c, scan.c, evict.c, store.c) may call the kernel about a guest.
+ * All return -errno on failure. Nothing here allocates, logs or retries: EINTR and EAGAIN are the caller's.
+ */
+#ifndef TIERD_SYS_H
+#define TIERD_SYS_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <linux/userfaultfd.h>
+
+struct sys_page_region { /* struct page_region of PAGEMAP_SCAN */
+	uint64_t start, end, categories;
+};
+enum { SYS_PAGE_PRESENT = 1 << 3, SYS_PAGE_SWAPPED = 1 << 4 };
+
+uint64_t sys_now_ns(void); /* CLOCK_MONOTONIC: the same for every process of a boot, so it dates pages across a restart */
+size_t sys_page_bytes(void);
+void sys_pause_us(uint32_t us);
+
+/* descriptors of a guest are duplicated, so that their owner may close them; memory comes page aligned, zeroed and locked */
+int sys_dup(int fd);
+void sys_close(int fd);
+void *sys_alloc(size_t bytes);
+void sys_free(void *memory, size_t bytes);
+
+/* userfaultfd: addresses are the VMM's */
+int sys_uffd_register(int uffd, uint64_t address, uint64_t bytes, uint64_t mode);
+int sys_uffd_unregister(int uffd, uint64_t address, uint64_t bytes);
+int sys_uffd_protect(int uffd, uint64_t address, uint64_t bytes);   /* WRITEPROTECT on */
+int sys_uffd_unprotect(int uffd, uint64_t address, uint64_t bytes); /* WRITEPROTECT off; wakes the range */
+int sys_uffd_wake(int uffd, uint64_t address, uint64_t bytes);
+/* *done: bytes placed and woken, also when an error is returned after a part (then -EAGAIN, or the error that stopped it) */
+int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, uint64_t *done);
+int sys_uffd_poison(int uffd, uint64_t address, uint64_t bytes);
+/* number of messages read (never 0), -EAGAIN when there is none */
+ssize_t sys_uffd_read(int uffd, struct uffd_msg *messages, size_t count);
+
+/* page tables of the VMM */
+/* Regions that match: any of `any_of` set. Returns how many were filled, *walk_end says where the walk ended. -ENOTTY or
+ * -EINVAL where the kernel has no PAGEMAP_SCAN. */
+ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t any_of, struct sys_page_region *regions,
+			 size_t count, uint64_t *walk_end);
+/* 64-bit entries of /proc/PID/pagemap; returns bytes read */
+ssize_t sys_pagemap_read(int pagemap, uint64_t *entries, size_t count, uint64_t address);
+/* process_madvise(MADV_PAGEOUT); returns bytes advised */
+ssize_t sys_pageout(int pidfd, const struct iovec *ranges, size_t count);
+/* madvise(MADV_DONTNEED) executed by thread tid of the VMM: unmaps, the file keeps the bytes */
+int sys_zap_inside(int tid, uint64_t address, uint64_t bytes, uint64_t *stopped_ns);
+
+/* the memory file */
+ssize_t sys_mem_read(int memfd, void *to, size_t bytes, uint64_t offset);
+ssize_t sys_mem_write(int memfd, const void *from, size_t bytes, uint64_t offset);
+int sys_mem_punch(int memfd, uint64_t offset, uint64_t bytes);
+/* first offset >= offset that holds data; -ENXIO when there is none */
+int64_t sys_mem_seek_data(int memfd, uint64_t offset);
+int64_t sys_mem_seek_hole(int memfd, uint64_t offset);
+
+/* the store's file */
+ssize_t sys_store_read(int fd, void *to, size_t bytes, uint64_t offset);
+ssize_t sys_store_write(int fd, const struct iovec *from, int count, uint64_t offset);
+int sys_store_sync(int fd);
+int sys_store_discard(int fd, uint64_t offset, uint64_t bytes);
+int sys_store_drop_cache(int fd, uint64_t offset, uint64_t bytes);
+
+#endif

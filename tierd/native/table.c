@@ -1,0 +1,233 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* table.c: the state file: header, page words, checksums; the legal moves of a page. */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#ifdef __aarch64__
+#include <arm_acle.h>
+#include <sys/auxv.h>
+#endif
+
+#include "internal.h"
+
+static const char MAGIC[8] = "tierd\0\0";
+
+#define TO(state) (1u << (state))
+
+/* The one place that knows which moves exist. A move to the same state changes tier, copy bit or epoch only. */
+static const uint8_t LEGAL[PAGE_STATES] = {
+	[RESIDENT] = TO(RESIDENT) | TO(RESOLVING) | TO(LEAVING),
+	[RESOLVING] = TO(RESIDENT),
+	[LEAVING] = TO(LEAVING) | TO(DROPPING) | TO(RESIDENT) | TO(RESOLVING),
+	[DROPPING] = TO(STORED) | TO(RESIDENT),
+	[STORED] = TO(ARRIVING) | TO(MOVING),
+	[MOVING] = TO(STORED) | TO(ARRIVING),
+	[ARRIVING] = TO(RESIDENT) | TO(STORED) | TO(LOST),
+	[LOST] = TO(RESIDENT),
+};
+
+bool page_move(struct tierd_guest *g, uint64_t page, page_word from, page_word to)
+{
+	if (word_state(from) >= PAGE_STATES || !(LEGAL[word_state(from)] & TO(word_state(to))))
+		abort();
+	TIERD_YIELD();
+	return atomic_compare_exchange_strong_explicit(&g->words[page], &from, to, memory_order_acq_rel,
+						       memory_order_acquire);
+}
+
+uint16_t epoch_now(const struct tierd_guest *g)
+{
+	return (uint16_t)((sys_now_ns() - g->epoch_zero_ns) / g->epoch_ns);
+}
+
+uint16_t epoch_next(const struct tierd_guest *g)
+{
+	return (uint16_t)(epoch_now(g) + 1);
+}
+
+/* The epoch wraps after 65,536 steps; the worker's pass keeps ages below 0xf000, and a stamp may lie a step ahead. */
+uint32_t page_age(uint16_t now, page_word w)
+{
+	uint16_t age = (uint16_t)(now - word_epoch(w));
+
+	return age >= 0xfff0 ? 0 : age;
+}
+
+static uint64_t round_up(uint64_t bytes, uint64_t unit)
+{
+	return (bytes + unit - 1) / unit * unit;
+}
+
+uint64_t table_bytes(uint64_t pages)
+{
+	return TABLE_HEADER_BYTES + round_up(pages * (sizeof(page_word) + sizeof(uint32_t)), TABLE_HEADER_BYTES);
+}
+
+static uint32_t header_checksum(const struct table_header *h)
+{
+	uint32_t sum = 2166136261u; /* FNV-1a: guards against a broken file, not against an attacker */
+	const uint8_t *bytes = (const uint8_t *)h;
+
+	for (size_t i = sizeof(h->magic); i < offsetof(struct table_header, checksum); i++)
+		sum = (sum ^ bytes[i]) * 16777619u;
+	return sum;
+}
+
+int tierd_table_create(int fd, const struct tierd_identity *identity, const struct tierd_region *regions, uint32_t count)
+{
+	struct table_header *h;
+	page_word fresh = word_with_tier(RESIDENT, TIER_UNTOUCHED);
+	_Atomic page_word *words;
+	uint64_t pages = 0;
+	int error;
+
+	if (!count || count > TIERD_REGIONS_MAX || !identity->epoch_ns)
+		return -EINVAL;
+	for (uint32_t i = 0; i < count; i++) {
+		if (!regions[i].bytes || (regions[i].bytes | regions[i].address | regions[i].offset) % sys_page_bytes())
+			return -EINVAL;
+		pages += regions[i].bytes / sys_page_bytes();
+	}
+	/* the space is taken now: a full file system must not kill us by SIGBUS later */
+	error = posix_fallocate(fd, 0, (off_t)table_bytes(pages));
+	if (error)
+		return -error;
+	h = mmap(NULL, table_bytes(pages), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (h == MAP_FAILED)
+		return -errno;
+	h->version = TIERD_TABLE_VERSION;
+	h->region_count = count;
+	h->pages = pages;
+	h->identity = *identity;
+	h->identity.page_bytes = sys_page_bytes();
+	h->identity.created_ns = sys_now_ns();
+	memcpy(h->regions, regions, count * sizeof(*regions));
+	for (uint32_t i = 0; i < count; i++)
+		h->regions[i].memfd = -1;
+	words = (_Atomic page_word *)((char *)h + TABLE_HEADER_BYTES);
+	for (uint64_t i = 0; i < pages; i++)
+		atomic_store_explicit(&words[i], fresh, memory_order_relaxed);
+	h->checksum = header_checksum(h);
+	atomic_thread_fence(memory_order_release);
+	memcpy(h->magic, MAGIC, sizeof(MAGIC)); /* last: a file without it was never finished, so no page ever left */
+	munmap(h, table_bytes(pages));
+	return 0;
+}
+
+static int header_check(int fd, const struct table_header *h)
+{
+	struct stat st;
+
+	if (memcmp(h->magic, MAGIC, sizeof(MAGIC)))
+		return -EBADMSG;
+	if (h->version > TIERD_TABLE_VERSION)
+		return -EPROTONOSUPPORT;
+	if (h->version != TIERD_TABLE_VERSION || h->checksum != header_checksum(h))
+		return -EBADMSG;
+	if (h->identity.page_bytes != sys_page_bytes() || !h->identity.epoch_ns)
+		return -EBADMSG;
+	if (fstat(fd, &st))
+		return -errno;
+	return (uint64_t)st.st_size == table_bytes(h->pages) ? 0 : -EBADMSG;
+}
+
+int tierd_table_read(int fd, struct tierd_identity *identity, struct tierd_region *regions, uint32_t *count)
+{
+	struct table_header h;
+	ssize_t n = pread(fd, &h, sizeof(h), 0);
+	int error;
+
+	if (n < 0)
+		return -errno;
+	if (n != sizeof(h))
+		return -EBADMSG;
+	error = header_check(fd, &h);
+	if (error)
+		return error;
+	*identity = h.identity;
+	memcpy(regions, h.regions, sizeof(h.regions));
+	*count = h.region_count;
+	return 0;
+}
+
+int tierd_table_lock(int fd)
+{
+	return flock(fd, LOCK_EX | LOCK_NB) ? -errno : 0;
+}
+
+int table_map(struct tierd_guest *g)
+{
+	struct table_header h;
+	uint64_t pages = 0;
+	int error;
+
+	if (pread(g->table_fd, &h, sizeof(h), 0) != sizeof(h))
+		return -EBADMSG;
+	error = header_check(g->table_fd, &h);
+	if (error)
+		return error;
+	for (uint32_t i = 0; i < g->region_count; i++) {
+		struct region *r = &g->regions[i];
+
+		if (i >= h.region_count || h.regions[i].address != r->address || h.regions[i].bytes != r->bytes ||
+		    h.regions[i].offset != r->offset)
+			return -ESTALE;
+		pages += r->pages;
+	}
+	if (pages != h.pages || g->region_count != h.region_count)
+		return -ESTALE;
+	g->table_bytes = table_bytes(pages);
+	g->header = mmap(NULL, g->table_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, g->table_fd, 0);
+	if (g->header == MAP_FAILED) {
+		g->header = NULL;
+		return -errno;
+	}
+	if (mlock(g->header, g->table_bytes))
+		return -errno;
+	g->words = (_Atomic page_word *)((char *)g->header + TABLE_HEADER_BYTES);
+	g->checksums = (uint32_t *)(g->words + pages);
+	g->epoch_ns = h.identity.epoch_ns;
+	g->epoch_zero_ns = h.identity.created_ns;
+	return 0;
+}
+
+void table_unmap(struct tierd_guest *g)
+{
+	if (g->header)
+		munmap(g->header, g->table_bytes);
+}
+
+/*
+ * CRC-32C of a page by the CPU's instruction, in four independent lanes (the instruction has a latency of three cycles and a
+ * throughput of one), folded by one more round. The value never leaves the host's memory, so no format depends on it.
+ */
+#if defined(__x86_64__)
+#define CRC_TARGET __attribute__((target("sse4.2")))
+#define CRC_STEP(crc, value) __builtin_ia32_crc32di(crc, value)
+#elif defined(__aarch64__)
+#define CRC_TARGET __attribute__((target("+crc")))
+#define CRC_STEP(crc, value) __crc32cd((uint32_t)(crc), value)
+#else
+#error "tierd runs on x86-64 and arm64"
+#endif
+
+CRC_TARGET uint32_t checksum(const void *page, size_t bytes)
+{
+	const uint64_t *word = page;
+	size_t lane = bytes / 4 / sizeof(*word);
+	uint64_t a = ~0u, b = 1, c = 2, d = 3;
+
+	for (size_t i = 0; i < lane; i++) {
+		a = CRC_STEP(a, word[i]);
+		b = CRC_STEP(b, word[lane + i]);
+		c = CRC_STEP(c, word[2 * lane + i]);
+		d = CRC_STEP(d, word[3 * lane + i]);
+	}
+	a = CRC_STEP(a, b << 32 | c);
+	return (uint32_t)CRC_STEP(a, d);
+}
