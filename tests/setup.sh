@@ -9,6 +9,7 @@
 #   metrics  promtool
 set -eu
 cd "$(dirname "$0")/.."
+PATH=$PATH:/usr/sbin:/sbin # libvirtd is there, and an ordinary user may not look there
 packages=
 
 # want COMMAND-OR-FILE PACKAGE...: remembers the packages unless the command or file exists
@@ -33,6 +34,7 @@ kernel=
 for part in "$@"; do
 	case $part in
 	build)
+		want python3 python3
 		want gcc gcc
 		want make make
 		want "/usr/lib/$machine-linux-gnu/libc.a" libc6-dev
@@ -71,12 +73,11 @@ if ! apt-get -qq -s install $packages $kernel >/dev/null 2>&1; then apt update; 
 
 fetch_kernel() {
 	image=$(apt-cache depends "$kernel" | sed -n 's/^ *Depends: \(linux-image-.*\)/\1/p' | head -n 1)
-	scratch=$(mktemp -d) # apt-get's own user must be able to write to it
-	chmod 755 "$scratch"
+	mkdir -p build/vm
+	scratch=$(mktemp -d build/vm/fetch-XXXXXX)
 	trap 'rm -rf "$scratch"' EXIT
 	(cd "$scratch" && apt download -o APT::Sandbox::User=root "$image") || return 1
 	dpkg-deb --fsys-tarfile "$scratch"/*.deb | tar -x -C "$scratch" --wildcards './boot/vmlinuz-*'
-	mkdir -p build/vm
 	mv "$scratch"/boot/vmlinuz-* build/vm/
 }
 [ -z "$kernel" ] || fetch_kernel || { apt update && fetch_kernel; }

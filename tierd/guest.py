@@ -29,14 +29,11 @@ from tierd.engine import Engine
 from tierd.serve import PAGE_BYTES, Served, Tuning, adopt, attach, key_of
 from tierd.store import StoreError
 from tierd.store.file import FileStore
-from tierd.view import GuestStatus
+from tierd.view import GuestStatus, Progress, RequestRefused, State
 
 RESTORE_STEP_PAGES = (16 << 20) // PAGE_BYTES
 BACK_OFF_S_MAX = 300.0
 CAPACITY_UNLIMITED_PAGES = 1 << 62
-
-Progress = Callable[[int, int], None]
-"""Called in the trio thread with (bytes done, bytes in all)."""
 
 
 @dataclass
@@ -56,8 +53,8 @@ class Ending(enum.Enum):
     KEPT = "kept: evicted pages stay in the store until a tierd adopts the guest"
 
 
-class GuestBusy(Exception):
-    """The order does not fit the guest's state; the text says why and what to do."""
+def no_progress(done_bytes: int, total_bytes: int) -> None:
+    """For whoever does not watch."""
 
 
 class Guest:
@@ -70,20 +67,20 @@ class Guest:
         self._host = host
         self._state_path = state_path
         self._log = structlog.get_logger().bind(guest=spec.name, pid=spec.pid)
-        self._state = "attaching"
+        self._state: State = "attaching"
         self._reason = ""
         self._paused = False
         self._trouble: str | None = None
         self._failures = 0
         self._not_before = -1e9
         self._cycles = 0
-        self._evicting = 0.0
         self._worker = trio.Lock()
         self._ending: Ending | None = None
         self._ended = trio.Event()
         self._scope = trio.CancelScope()
         self._wake = trio.Event()
         self._served: Served | None = None
+        self.begun = trio.Event()  # attached, or not and over
         self.phases = cycle.Phases()
 
     @property
@@ -94,12 +91,23 @@ class Guest:
     def pid(self) -> int:
         return self.spec.pid
 
+    @property
+    def served(self) -> bool:
+        """Attached, and its faults are ours to serve."""
+        return self._served is not None
+
     # --- the life ---------------------------------------------------------------------------------------------------------
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> Ending:
         """Refused, StoreError, StateError or OSError: the guest is not served, and nothing of us is in its VMM. Cancelled:
         like KEPT. Returns when the guest is gone or left."""
-        served = self._served = await trio.to_thread.run_sync(self._begin)
+        try:
+            served = self._served = await trio.to_thread.run_sync(self._begin)
+        except BaseException as error:
+            self.refuse(str(error))
+            raise
+        finally:
+            self.begun.set()
         self._state = "active"
         self._log.info("guest_adopted" if served.adoption else "guest_attached", engine=self._host.engine.name,
                        bytes=served.native.pages * PAGE_BYTES, zap=served.zap.name.lower(), **self._adoption_facts())
@@ -196,15 +204,13 @@ class Guest:
         recheck(self.spec, self.policy, self._host.holders)
 
     def _sample(self, served: Served) -> policies.Sample:
-        edges = policies.idle_edges(self.policy)
-        idle = served.native.idle_pages(edges)
         stored = served.space.used_bytes()
         served.native.set_limits(self.policy.readahead_pages, self._capacity_pages(stored))
         return policies.Sample(
             resident_bytes=served.resident_bytes(),
             stored_bytes=stored,
             store_free_bytes=self._host.store.free_bytes(),
-            idle=tuple((edge, pages * PAGE_BYTES) for edge, pages in zip(edges, idle, strict=True)),
+            idle=self._idle(served),
             elapsed_s=self.policy.interval_s,
         )
 
@@ -224,7 +230,7 @@ class Guest:
                 bytes_per_s=self.policy.evict_rate_max,
             )
 
-        evicted = await _in_worker(work)
+        evicted: int = await _in_worker(work)
         if evicted:
             self._log.debug("evicted", bytes=evicted, min_idle_s=min_idle_s)
         return evicted
@@ -247,13 +253,14 @@ class Guest:
         """A hazard appeared after the attach: no more evictions, and everything comes back."""
         self._state, self._reason = "refused", str(refused)
         self._log.error("guest_refused", reason=str(refused), action="bringing every page back; detach it when done")
-        await self._restore_all(served, lambda done, total: None)
+        await self._restore_all(served, no_progress)
 
     # --- orders -----------------------------------------------------------------------------------------------------------
 
     def _must_serve(self) -> Served:
         if self._served is None:
-            raise GuestBusy(f"guest {self.name} is {self._state}; try again when it is active")
+            raise RequestRefused(f"guest {self.name} is {self._state}: {self._reason or 'not served yet'}",
+                                 "see `tierd status`; try again when it is active")
         return self._served
 
     def set_policy(self, policy: Policy) -> None:
@@ -270,37 +277,54 @@ class Guest:
         self._wake.set()
         self._log.info("guest_resumed")
 
-    async def evict(self, max_bytes: int | None = None, min_idle_s: float | None = None) -> int:
+    async def evict(
+        self, max_bytes: int | None = None, min_idle_s: float | None = None, progress: Progress = no_progress
+    ) -> int:
         """Evict now what is idle at least `min_idle_s` (never less than the policy's floor). Returns bytes."""
         served = self._must_serve()
         if self._state == "refused" or self.policy.dry_run or not self.policy.enabled:
-            raise GuestBusy(f"guest {self.name} does not evict: {self._reason or 'its policy has dry_run or enabled: false'}")
+            raise RequestRefused(f"guest {self.name} does not evict: {self._reason or 'dry_run or enabled: false'}",
+                                 "change its policy and `tierd reload`, or see `tierd status` for why it is refused")
         floor = policies.clamp_min_idle(self.policy, min_idle_s)
         async with self._worker:
             await _in_worker(self._recheck)
             await _in_worker(cycle.scan_and_deactivate, served.native, self.phases, trio.from_thread.check_cancelled)
-            return await self._evict(served, floor, max_bytes if max_bytes is not None else 1 << 62)
+            wanted = sum(n for edge, n in self._idle(served) if edge >= floor)
+            total = min(wanted, max_bytes) if max_bytes is not None else wanted
+            evicted = await self._evict(served, floor, total)
+            progress(evicted, max(total, evicted))
+            return evicted
 
-    async def restore(self, progress: Progress | None = None) -> int:
+    def _idle(self, served: Served) -> tuple[tuple[float, int], ...]:
+        """(idle at least this many s and less than the next, bytes)."""
+        edges = policies.idle_edges(self.policy)
+        idle = served.native.idle_pages(edges)
+        return tuple((edge, pages * PAGE_BYTES) for edge, pages in zip(edges, idle, strict=True))
+
+    async def restore(self, progress: Progress = no_progress) -> int:
         """Bring every page back and stay paused. Returns bytes."""
         served = self._must_serve()
         await self.pause()
         async with self._worker:
-            return await self._restore_all(served, progress or (lambda done, total: None))
+            return await self._restore_all(served, progress)
 
-    async def detach(self, progress: Progress | None = None) -> None:
-        """Bring every page back, then leave the VMM as if we had never been there. GuestBusy: not enough memory."""
+    async def detach(self, progress: Progress = no_progress) -> None:
+        """Bring every page back, then leave the VMM as if we had never been there. RequestRefused: not enough memory."""
         served = self._must_serve()
         self._state = "detaching"
         async with self._worker:
             try:
-                await self._restore_all(served, progress or (lambda done, total: None))
+                await self._restore_all(served, progress)
             except BaseException:
                 self._state = "active"
                 raise
             self._ending = self._ending or Ending.DETACHED
             self._scope.cancel()
         await self._ended.wait()
+
+    def refuse(self, reason: str) -> None:
+        """Not served, for a reason that an operator can see in `tierd status`."""
+        self._state, self._reason = "refused", reason
 
     def keep(self) -> None:
         """End serving; what is stored stays stored for the next tierd."""
@@ -326,9 +350,10 @@ class Guest:
     def _must_fit(self, needed_bytes: int) -> None:
         available = _memory_available_bytes()
         if needed_bytes > available:
-            raise GuestBusy(
+            raise RequestRefused(
                 f"bringing back {needed_bytes >> 20} MiB of guest {self.name} does not fit into the {available >> 20} MiB of "
-                "memory that the host has left; free memory or stop with on_stop: keep"
+                "memory that the host has left",
+                "free memory on the host, or stop tierd with on_stop: keep and start it again",
             )
 
     # --- what others see --------------------------------------------------------------------------------------------------
@@ -340,8 +365,6 @@ class Guest:
             return GuestStatus(name=self.name, pid=self.pid, key=self.key, state=self._state, engine=self._host.engine.name,
                                reason=self._reason, policy=self.policy.model_dump(mode="json"))
         counters: dict[str, Any] = served.native.counters()
-        edges = policies.idle_edges(self.policy)
-        idle = served.native.idle_pages(edges)
         tiers = counters["tier_pages"]
         return GuestStatus(
             name=self.name,
@@ -354,7 +377,7 @@ class Guest:
             resident_bytes=served.resident_bytes(),
             stored_bytes={"zero": tiers[0] * PAGE_BYTES, "file": tiers[cycle.FILE_TIER] * PAGE_BYTES},
             hole_bytes=counters["untouched_pages"] * PAGE_BYTES,
-            idle=tuple((edge, pages * PAGE_BYTES) for edge, pages in zip(edges, idle, strict=True)),
+            idle=self._idle(served),
             counters=counters,
             policy=self.policy.model_dump(mode="json"),
             phase_s=dict(self.phases.seconds),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tierd.attach import GuestSpec, Region
 from tierd.attach.procfs import open_memfd, start_ticks
-from tierd.attach.ptrace import close_in_vmm, pick_thread, take_userfaultfd
+from tierd.attach.ptrace import close_in_vmm, pick_thread, pidfd_getfd, take_userfaultfd
 from tierd.engine import Engine
 from tierd.native import (
     Adoption,
@@ -31,10 +31,9 @@ from tierd.native import (
     table_lock,
     table_read,
 )
-from tierd.store.file import FileSpace, FileStore
+from tierd.store.file import FileSpace, FileStore, file_system_of
 
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
-TMPFS_MAGIC, RAMFS_MAGIC = 0x01021994, 0x858458F6
 SUFFIX = ".state"
 EPOCH_S_MAX, EPOCH_S_MIN = 8.0, 0.05
 FAULT_SPIN_US_MAX = 50
@@ -110,24 +109,12 @@ def prepare_runtime_dir(path: Path) -> Path:
     info = guests.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
         raise StateError(f"{guests} must be a directory of user {os.geteuid()} with mode 0700; fix or remove it")
-    if _filesystem_magic(guests) not in (TMPFS_MAGIC, RAMFS_MAGIC):
+    if file_system_of(guests) not in ("tmpfs", "ramfs"):
         raise StateError(
             f"{path} is not on tmpfs: the page tables must survive tierd but not a reboot, and must never wait for a disk; "
             "set runtime_dir to a directory on tmpfs, /dev/shm/tierd for example"
         )
     return guests
-
-
-def _filesystem_magic(path: Path) -> int:
-    """statfs(2) f_type, which Python's statvfs does not give: the mount that holds the path, from mountinfo."""
-    device = os.stat(path).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
-        if fields[2] == wanted:
-            kind = fields[fields.index("-") + 1]
-            return {"tmpfs": TMPFS_MAGIC, "ramfs": RAMFS_MAGIC}.get(kind, 0)
-    return 0
 
 
 def _table_regions(regions: tuple[Region, ...]) -> list[TableRegion]:
@@ -323,10 +310,3 @@ def _userfaultfd_again(pidfd: int, identity: Identity) -> int:
             "that tierd made there: its evicted pages cannot be served; do not stop tierd's store, restart the guest"
         )
     return pidfd_getfd(pidfd, identity.uffd_in_vmm)
-
-
-def pidfd_getfd(pidfd: int, fd: int) -> int:
-    """pidfd_getfd(2)."""
-    from tierd.attach.ptrace import pidfd_getfd as getfd
-
-    return getfd(pidfd, fd)

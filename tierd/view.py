@@ -31,7 +31,7 @@ class GuestStatus:
     resident_bytes: int = 0  # blocks that the guest's memory files occupy
     stored_bytes: Mapping[str, int] = field(default_factory=dict)  # by tier; tier "zero" needs no store
     hole_bytes: int = 0  # never used by the guest
-    idle_bytes: Sequence[tuple[float, int]] = ()  # (idle at least this many s and less than the next, bytes), ascending
+    idle: Sequence[tuple[float, int]] = ()  # (idle at least this many seconds and less than the next, bytes), ascending
     counters: Mapping[str, Any] = field(default_factory=dict)  # struct tierd_counters by field; empty until attached
     errors: Mapping[str, int] = field(default_factory=dict)  # by kind, beyond those in `counters`
     phase_s: Mapping[str, float] = field(default_factory=dict)  # seconds spent in each phase of the cycles so far
@@ -66,14 +66,14 @@ class DaemonStatus:
 class RequestRefused(Exception):
     """What was asked for cannot be done now. The texts are for the operator; nothing has changed."""
 
-    def __init__(self, error: str, remedy: str) -> None:
+    def __init__(self, error: str, remedy: str = "") -> None:
         super().__init__(error)
         self.remedy = remedy
 
 
 class GuestView(Protocol):
-    """A guest that tierd has to do with, refused ones included. Every method runs in the trio thread and may raise
-    RequestRefused (wrong state) or OSError. Cancellation leaves a guest that is served as before."""
+    """A guest that tierd serves or tries to. Every method runs in the trio thread and may raise RequestRefused (wrong
+    state) or OSError. Cancelled, it leaves a guest that is served as before."""
 
     @property
     def name(self) -> str: ...
@@ -87,13 +87,13 @@ class GuestView(Protocol):
         ...
 
     async def pause(self) -> None:
-        """No more cycles until `resume`; faults are served. Already paused: nothing happens."""
+        """No more evictions until `resume`; faults are served. Already paused: nothing happens."""
         ...
 
     async def resume(self) -> None: ...
 
-    async def evict(self, max_bytes: int | None, min_idle_s: float | None, progress: Progress) -> int:
-        """One round of eviction now, whatever the policy's target; its `min_idle_s` is a floor. Bytes evicted."""
+    async def evict(self, max_bytes: int | None, min_idle_s: float | None) -> int:
+        """Evict now, whatever the policy's target; its `min_idle_s` is a floor. Bytes evicted."""
         ...
 
     async def restore(self, progress: Progress) -> int:
@@ -112,7 +112,7 @@ class DaemonView(Protocol):
     def status(self) -> DaemonStatus: ...
 
     async def attach(self, pid: int, name: str | None) -> GuestView:
-        """Preflight and attach. Raises attach.Refused, or ProcessLookupError."""
+        """Preflight and attach; returns once the guest is served. Raises attach.Refused, or ProcessLookupError."""
         ...
 
     async def detach(self, key: str, progress: Progress) -> None:

@@ -77,7 +77,7 @@ def find_kernel(directory: Path) -> Path:
 
 
 def _cpio_member(name: str, mode: int, data: bytes) -> bytes:
-    """One file of an initramfs in the newc format (kernel: Documentation/driver-api/early-userspace/buffer-format.rst)."""
+    """One file of an initramfs in the newc format (the kernel's early-userspace/buffer-format.rst)."""
     path = name.encode() + b"\0"
     fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(path), 0)
     header = b"070701" + b"".join(b"%08x" % field for field in fields) + path
@@ -85,19 +85,17 @@ def _cpio_member(name: str, mode: int, data: bytes) -> bytes:
 
 
 def build(directory: Path, **settings: int) -> Boot:
-    """Compiles init.c into an initramfs in `directory` (which also caches the kernel). `settings` are init.c's: USED_PERCENT,
-    ZERO_PERCENT, HOT_PERCENT, VERIFY_S. Takes under a second; safe to run twice at once."""
+    """Compiles init.c into an initramfs in `directory`, where the kernel may lie as well. `settings` are init.c's:
+    USED_PERCENT, ZERO_PERCENT, HOT_PERCENT, VERIFY_S, LIFE_S. Takes under a second; safe to run twice at once."""
     directory.mkdir(parents=True, exist_ok=True)
     kernel = find_kernel(directory)
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         raise GuestError("no C compiler for the guest's init program: install gcc and libc6-dev")
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        init = Path(scratch, "init")
-        source = Path(__file__).with_name("init.c")
-        done = subprocess.run(
-            [compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-o", init, source], capture_output=True, text=True
-        )
+        init, source = Path(scratch, "init"), Path(__file__).with_name("init.c")
+        command = [compiler, "-O2", "-Wall", "-Wextra", "-static", "-o", str(init), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise GuestError(f"the guest's init program does not compile (is libc6-dev installed?):\n{done.stderr}")
         archive = Path(scratch, "initramfs")
@@ -146,8 +144,8 @@ class Console:
         return lines
 
     def expect(self, word: str, timeout_s: float) -> dict[str, int]:
-        """Waits for a line that begins with `word` and gives its NAME=NUMBER pairs; earlier lines, and later ones that came
-        with it, are dropped. GuestError after `timeout_s`."""
+        """Waits for a line that begins with `word` and gives its NAME=NUMBER pairs. Lines before it are dropped,
+        and so are later ones that came with it. GuestError after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
             for line in self.poll(left_s):
@@ -183,8 +181,8 @@ def memory_bytes(pid: int) -> int:
 class DemoGuest:
     """A running guest: `with DemoGuest(directory) as guest:`. Leaving the block ends QEMU, whatever happened.
 
-    QEMU also dies with the *thread* that entered the block (PR_SET_PDEATHSIG), so that a killed demo or test leaves nothing
-    behind: enter it in a thread that outlives the guest.
+    QEMU also dies with the *thread* that entered the block (PR_SET_PDEATHSIG), so that a killed demo or test leaves
+    nothing behind: enter it in a thread that outlives the guest.
 
     accel: "kvm", "tcg", or "auto", which tries KVM for a bounded time, because on nested hosts a guest may hang in it.
     user: runs QEMU as this ordinary user, as libvirt does.
@@ -265,19 +263,19 @@ class DemoGuest:
             command += ["--reuid", self._user, "--regid", "nogroup", "--clear-groups"]
         with contextlib.ExitStack() as stack:
             # An ordinary user may not be able to reach the files by their paths.
-            kernel, initramfs = (stack.enter_context(path.open("rb")) for path in (self._boot.kernel, self._boot.initramfs))
+            kernel = stack.enter_context(self._boot.kernel.open("rb")).fileno()
+            initramfs = stack.enter_context(self._boot.initramfs.open("rb")).fileno()
             ours, theirs = socket.socketpair()
             stack.enter_context(theirs)
-            command += [qemu, "-name", f"guest={self.name},debug-threads=on", "-nodefaults", "-no-user-config", "-no-reboot"]
-            command += ["-machine", f"{target.machine},memory-backend=ram", "-accel", accel, "-smp", "1"]
-            command += ["-cpu", os.environ.get("C","host") if accel == "kvm" else target.cpu, "-m", f"{self.memory_bytes}B"]
+            command += [qemu, "-name", f"guest={self.name},debug-threads=on", "-nodefaults", "-no-user-config"]
+            command += ["-machine", f"{target.machine},memory-backend=ram", "-accel", accel, "-smp", "1", "-no-reboot"]
+            command += ["-cpu", "host" if accel == "kvm" else target.cpu, "-m", f"{self.memory_bytes}B"]
             command += ["-object", f"memory-backend-memfd,id=ram,size={self.memory_bytes}B,share=on"]
-            command += ["-kernel", f"/proc/self/fd/{kernel.fileno()}", "-initrd", f"/proc/self/fd/{initramfs.fileno()}"]
+            command += ["-kernel", f"/proc/self/fd/{kernel}", "-initrd", f"/proc/self/fd/{initramfs}"]
             command += ["-append", self._boot.append, "-display", "none", "-serial", "stdio", *self._arguments]
             self._console = Console(self.name, ours)
-            self._qemu = subprocess.Popen(
-                command, stdin=theirs, stdout=theirs, stderr=theirs, pass_fds=(kernel.fileno(), initramfs.fileno())
-            )
+            line = theirs.fileno()
+            self._qemu = subprocess.Popen(command, stdin=line, stdout=line, stderr=line, pass_fds=(kernel, initramfs))
 
     def wait_ready(self, timeout_s: float = BOOT_S_MAX) -> dict[str, int]:
         """Waits until the guest has filled its memory: the bytes `used`, of which `zero`, `cold`, `hot`."""
@@ -293,7 +291,7 @@ class DemoGuest:
         return self.console.verify(timeout_s)
 
     def stop(self) -> None:
-        """Ends QEMU if it runs (SIGTERM; SIGKILL when that is not enough) and waits for its end. May be called again."""
+        """Ends QEMU if it runs (SIGTERM, then SIGKILL if it has to be) and waits for its end. May be called again."""
         if self._console is not None:
             self._console.socket.close()
             self._console = None

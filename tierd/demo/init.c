@@ -7,8 +7,10 @@
  *	TICK rounds=N wrong=BYTES				once a second: passes over the hot part, bytes found wrong so far
  *	VERIFIED bytes=BYTES wrong=BYTES ms=N			every byte was compared; `wrong` counts all since the start
  *
- * and obeys the lines `verify` and `quit`. The kernel hands its command line's NAME=VALUE words to us as the environment.
- * The guest's power goes off when this program ends, however it ends (panic=-1 and -no-reboot).
+ * and obeys the lines `verify` and `quit`. Settings are NAME=VALUE words of the kernel's command line, which it hands to us
+ * as the environment: USED_PERCENT of the free memory, ZERO_PERCENT and HOT_PERCENT of that, VERIFY_S between verifications
+ * and LIFE_S until it quits by itself (0: never). The guest's power goes off when this program ends, however it ends
+ * (panic=-1 and -no-reboot).
  */
 #include <poll.h>
 #include <stdint.h>
@@ -146,7 +148,7 @@ static int fill_memory(void)
 /* Waits up to ROUND_MS for a command; 0 when it was `quit`. */
 static int obey(void)
 {
-	struct pollfd console = { .fd = STDIN_FILENO, .events = POLLIN };
+	struct pollfd console = {.fd = STDIN_FILENO, .events = POLLIN};
 	char line[64];
 	ssize_t bytes;
 
@@ -173,7 +175,7 @@ static void echo_off(void)
 
 int main(void)
 {
-	uint64_t verify_ms = setting("VERIFY_S", 0) * 1000;
+	uint64_t verify_ms = setting("VERIFY_S", 0) * 1000, life_ms = setting("LIFE_S", 0) * 1000;
 	uint64_t tick_ms, verified_ms;
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
@@ -188,13 +190,14 @@ int main(void)
 		use_hot_part();
 		if (now_ms() - tick_ms >= 1000) {
 			tick_ms = now_ms();
-			printf("TICK rounds=%llu wrong=%llu\n", (unsigned long long)rounds, (unsigned long long)wrong_bytes);
+			printf("TICK rounds=%llu wrong=%llu\n", (unsigned long long)rounds,
+			       (unsigned long long)wrong_bytes);
 		}
 		if (verify_ms && now_ms() - verified_ms >= verify_ms) {
 			verify();
 			verified_ms = now_ms();
 		}
-	} while (obey());
+	} while (obey() && !(life_ms && now_ms() >= life_ms));
 	puts("BYE");
 	tcdrain(STDOUT_FILENO);
 	reboot(RB_POWER_OFF);

@@ -208,6 +208,7 @@ struct tierd_call {
 	uint64_t argument[6];
 	uint32_t in_scratch;  /* bit i: argument[i] is an offset into the scratch area */
 	uint32_t reserved;
+	uint64_t pointers;    /* bit i: the i-th 64-bit word of the scratch area is an offset into it, to be made a pointer */
 	int64_t result;	      /* out: what the call returned (-errno as the kernel gives it) */
 	uint64_t stopped_ns;  /* out: how long the thread was stopped */
 };

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small daemon without guests of flesh: what the API, the metrics and the CLI are tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import trio
+
+from tierd.view import DaemonStatus, GuestStatus, Progress, RequestRefused, State, StoreStatus
+
+GIB = 1 << 30
+PAGE_BYTES = 4096
+
+
+def counters(**given: int | tuple[int, ...]) -> dict[str, Any]:
+    """Every field of struct tierd_counters that the outside reads."""
+    names = (
+        "faults_fetch faults_zero faults_cancel faults_resolve faults_wait faults_failed pages_evicted pages_cancelled "
+        "pages_fetched pages_evicted_zero pages_lost inject_stops store_read_errors store_write_errors checksum_errors "
+        "kernel_errors latency_count latency_sum_ns"
+    )
+    return {**dict.fromkeys(names.split(), 0), "latency_buckets": (0,) * 40, **given}
+
+
+@dataclass
+class FakeGuest:
+    name: str
+    pid: int
+    key: str
+    state: State = "active"
+    stored_bytes: int = GIB // 4
+    counters: dict[str, Any] = field(default_factory=counters)
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    go_on: trio.Event = field(default_factory=trio.Event)  # a restore stops half-way until this is set
+    fails: Exception | None = None
+
+    def status(self) -> GuestStatus:
+        return GuestStatus(
+            name=self.name,
+            pid=self.pid,
+            key=self.key,
+            state=self.state,
+            engine="stock",
+            total_bytes=GIB,
+            resident_bytes=GIB // 2,
+            stored_bytes={"zero": 0, "file": self.stored_bytes},
+            hole_bytes=GIB // 4,
+            idle=((0.0, GIB // 4), (120.0, GIB // 4)),
+            counters=self.counters,
+            phase_s={"scan": 0.5, "write": 1.25},
+            cycles=7,
+            policy={"min_idle_s": 120.0},
+        )
+
+    async def pause(self) -> None:
+        self.state = "paused"
+
+    async def resume(self) -> None:
+        self.state = "active"
+
+    async def evict(self, max_bytes: int | None, min_idle_s: float | None) -> int:
+        if self.fails:
+            raise self.fails
+        self.calls.append(("evict", max_bytes, min_idle_s))
+        self.counters = {**self.counters, "pages_evicted": self.counters["pages_evicted"] + 256}
+        return 256 * PAGE_BYTES
+
+    async def restore(self, progress: Progress) -> int:
+        if self.fails:
+            raise self.fails
+        self.calls.append(("restore",))
+        progress(self.stored_bytes // 2, self.stored_bytes)
+        await self.go_on.wait()
+        progress(self.stored_bytes, self.stored_bytes)
+        done, self.stored_bytes = self.stored_bytes, 0
+        return done
+
+
+class FakeDaemon:
+    def __init__(self, *guests: FakeGuest) -> None:
+        self.guests: Mapping[str, FakeGuest] = {guest.key: guest for guest in guests}
+        self.refused: tuple[GuestStatus, ...] = ()
+        self.reload_fails: Exception | None = None
+        self.store = StoreStatus("file", "/var/lib/tierd", 10 * GIB, GIB)
+
+    def status(self) -> DaemonStatus:
+        guests = (*(guest.status() for guest in self.guests.values()), *self.refused)
+        return DaemonStatus("0.1.0", "stock", 1, 60.0, guests, (self.store,))
+
+    async def attach(self, pid: int, name: str | None) -> FakeGuest:
+        if pid == 404:
+            raise ProcessLookupError(3, "No such process")
+        if any(guest.pid == pid for guest in self.guests.values()):
+            raise RequestRefused(f"process {pid} is a guest already", "see `tierd status`")
+        guest = FakeGuest(name or f"guest-{pid}", pid, f"{pid}-1")
+        self.guests = {**self.guests, guest.key: guest}
+        return guest
+
+    async def detach(self, key: str, progress: Progress) -> None:
+        await self.guests[key].restore(progress)
+        self.guests = {k: guest for k, guest in self.guests.items() if k != key}
+
+    async def reload(self) -> Sequence[str]:
+        if self.reload_fails:
+            raise self.reload_fails
+        return ["defaults.interval_s: 10 -> 20"]
+
+    def refuse(self, reason: str) -> None:
+        template = FakeGuest("nested", 99, "99-1").status()
+        self.refused = (replace(template, state="refused", reason=reason, counters={}),)

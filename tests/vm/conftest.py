@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real guests to test on. Each boots once a module (3 to 6 s under TCG) and is gone at its end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.need import need
+from tests.vm.libvirtd import LibvirtGuest
+from tierd.demo.guest import MIB, DemoGuest, GuestError, find_kernel, this_platform
+
+GUEST_BYTES = 256 * MIB
+
+
+@pytest.fixture(scope="session")
+def vm_directory() -> Path:
+    """Where guests are built, and where tests/setup.sh puts their kernel."""
+    directory = Path(__file__).parents[2] / "build" / "vm"
+    try:
+        qemu = this_platform().qemu
+        find_kernel(directory)
+    except GuestError as error:
+        need("vm", False, str(error))
+    need("vm", shutil.which(qemu) is not None, f"{qemu} is not installed: run `tests/setup.sh vm`")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def guest(vm_directory: Path) -> Iterator[DemoGuest]:
+    """A guest whose QEMU runs as us, its memory filled."""
+    with DemoGuest(vm_directory, "test", memory_bytes=GUEST_BYTES) as guest:
+        guest.wait_ready()
+        yield guest
+
+
+@pytest.fixture(scope="module")
+def user_guest(vm_directory: Path) -> Iterator[DemoGuest]:
+    """A guest whose QEMU runs as an ordinary user, its memory filled."""
+    with DemoGuest(vm_directory, "test-user", memory_bytes=GUEST_BYTES, user="nobody") as guest:
+        guest.wait_ready()
+        yield guest
+
+
+@pytest.fixture(scope="module")
+def libvirt_guest(vm_directory: Path) -> Iterator[LibvirtGuest]:
+    """A guest that a real libvirtd started, as its ordinary user and in its usual sandbox, its memory filled."""
+    for program in ("libvirtd", "virsh", "unshare"):
+        need("libvirt", shutil.which(program) is not None, f"{program} is not installed: run `tests/setup.sh libvirt`")
+    with LibvirtGuest(vm_directory, "test-libvirt", GUEST_BYTES) as guest:
+        guest.wait_ready()
+        yield guest

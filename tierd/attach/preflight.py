@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is it safe to tier this guest? One named check a hazard; each refusal names the cause, the evidence and the remedy.
+
+The hazards are those of a stock kernel on which bytes would be lost, or a VMM killed, without a word. All checks run before
+the attach; those whose answer may change later run again before every cycle (`recheck`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tierd.attach import GuestSpec, Refused
+from tierd.attach.procfs import Mapping, maps_of, option_values, ram_regions, split_options, start_ticks
+from tierd.config import Policy
+
+HOLDER_SCAN_S = 1.0
+MEMCG_HEADROOM_BYTES = 64 << 20
+
+
+def _read(path: str | Path, default: str = "") -> str:
+    """A file of /proc or /sys; `default` where this kernel or process has none."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError, NotADirectoryError):
+        return default
+
+
+def status_field(pid: int, key: str) -> int:
+    """A number of /proc/PID/status; 0 where it is missing."""
+    match = re.search(rf"^{key}:\s+(\d+)", _read(f"/proc/{pid}/status"), re.M)
+    return int(match[1]) if match else 0
+
+
+# --- who else holds the memory ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Holder:
+    pid: int
+    comm: str
+    how: str  # "maps it" or "descriptor N"
+
+
+class HolderScan:
+    """Who holds which file: one pass over /proc for all guests, at most once a second. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._at = -1e9
+        self._wanted: set[tuple[int, int]] = set()
+        self._found: dict[tuple[int, int], list[Holder]] = {}
+
+    def holders(self, files: Iterable[tuple[int, int]], except_pids: set[int]) -> list[Holder]:
+        """Processes other than `except_pids` and ourselves that map or have open one of `files` (device, inode)."""
+        wanted = set(files)
+        with self._lock:
+            if not wanted <= self._wanted or time.monotonic() - self._at > HOLDER_SCAN_S:
+                self._wanted |= wanted
+                self._found = _scan_holders(self._wanted)
+                self._at = time.monotonic()
+            found = [holder for file in wanted for holder in self._found.get(file, [])]
+        return [holder for holder in found if holder.pid not in except_pids | {os.getpid()}]
+
+    def forget(self, files: Iterable[tuple[int, int]]) -> None:
+        """A guest is gone: its files need not be looked for any more."""
+        with self._lock:
+            self._wanted -= set(files)
+
+
+def _scan_holders(wanted: set[tuple[int, int]]) -> dict[tuple[int, int], list[Holder]]:
+    found: dict[tuple[int, int], list[Holder]] = {}
+    # the kernel prints device and inode of a mapping as text: look for the text, which is far quicker than parsing
+    texts = {f"{os.major(device):02x}:{os.minor(device):02x} {inode} ": (device, inode) for device, inode in wanted}
+    pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
+    for name in os.listdir("/proc"):
+        if not name.isdecimal():
+            continue
+        pid = int(name)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if pattern and (match := pattern.search(_read(f"/proc/{pid}/maps"))):
+                found.setdefault(texts[match[0]], []).append(Holder(pid, _comm(pid), "maps it"))
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(FileNotFoundError):
+                    info = os.stat(f"/proc/{pid}/fd/{fd}")
+                    if (info.st_dev, info.st_ino) in wanted:
+                        found.setdefault((info.st_dev, info.st_ino), []).append(Holder(pid, _comm(pid), f"descriptor {fd}"))
+                        break
+    return found
+
+
+def _comm(pid: int) -> str:
+    return _read(f"/proc/{pid}/comm").strip()
+
+
+# --- the checks -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Subject:
+    """What the checks look at, read once."""
+
+    spec: GuestSpec
+    policy: Policy
+    holders: HolderScan
+    maps: list[Mapping] = field(default_factory=list)
+    smaps: str = ""
+
+    @property
+    def files(self) -> set[tuple[int, int]]:
+        return {(region.device, region.inode) for region in self.spec.regions}
+
+
+Check = Callable[[Subject], None]
+
+
+def alive(s: Subject) -> None:
+    if start_ticks(s.spec.pid) != s.spec.start_ticks:
+        raise Refused("alive", "the VMM is gone", f"pid {s.spec.pid} does not run, or is another process now", "start the VM again")
+
+
+def tracer(s: Subject) -> None:
+    pid = status_field(s.spec.pid, "TracerPid")
+    if pid:
+        raise Refused("tracer", "the VMM is being traced", f"TracerPid {pid} ({_comm(pid)})", "end the debugger, then attach")
+
+
+def seccomp(s: Subject) -> None:
+    """A call made inside the VMM that a filter does not allow would kill it. QEMU's own sandbox is a deny-list that allows
+    what tierd calls; other filters are unknown."""
+    if status_field(s.spec.pid, "Seccomp") != 2:
+        return
+    if os.path.basename(s.spec.cmdline[0] if s.spec.cmdline else "").startswith("qemu") and option_values(s.spec.cmdline, "sandbox"):
+        return
+    raise Refused("seccomp", "the VMM runs under a seccomp filter that may kill it for a call of ours",
+                  f"pid {s.spec.pid}: Seccomp 2, not QEMU's -sandbox", "run the VMM without the filter")
+
+
+def second_mapping(s: Subject) -> None:
+    """Any other mapping of a guest's file, in the VMM too, would fill punched pages with zeros without a fault."""
+    ram = [(r.address, r.address + r.bytes) for r in s.spec.regions]
+    for m in s.maps:
+        if (m.device, m.inode) in s.files and not any(start <= m.start and m.end <= end for start, end in ram):
+            raise Refused("second-mapping", "the VMM maps the guest's memory twice",
+                          f"pid {s.spec.pid}: {m.start:#x}-{m.end:#x} {m.mode} {m.path}", "use a VM without devices that do that")
+    offsets = sorted((r.device, r.inode, r.offset, r.offset + r.bytes) for r in s.spec.regions)
+    for a, b in zip(offsets, offsets[1:], strict=False):
+        if a[:2] == b[:2] and b[2] < a[3]:
+            raise Refused("second-mapping", "two of the guest's regions are the same memory",
+                          f"inode {a[1]}: offsets {a[2]:#x} and {b[2]:#x} overlap", "use a VM without aliased RAM")
+
+
+def private_mapping(s: Subject) -> None:
+    for m in s.maps:
+        if (m.device, m.inode) in s.files and m.mode[3] == "p":
+            raise Refused("private-mapping", "the guest's file is mapped privately, its pages would be lost",
+                          f"pid {s.spec.pid}: {m.start:#x}-{m.end:#x} {m.mode}", "use share=on")
+
+
+def other_holders(s: Subject) -> None:
+    """Not only mappers: a holder can map later."""
+    others = s.holders.holders(s.files, {s.spec.pid})
+    if others:
+        told = ", ".join(f"pid {h.pid} ({h.comm}) {h.how}" for h in others[:5])
+        raise Refused("second-mapper", "another process holds the guest's memory; its touch of an evicted page would read and "
+                      "leave zeros", told, "stop that process (vhost-user back ends and virtiofsd cannot be tiered)")
+
+
+def vhost_user(s: Subject) -> None:
+    """Devices that hand the memory to another process, maybe later."""
+    for flag in ("netdev", "device", "chardev", "object"):
+        for value in option_values(s.spec.cmdline, flag):
+            if re.search(r"vhost-user|vhost-vdpa|x-vfio-user", value):
+                raise Refused("vhost-user", "a vhost-user device shares the guest's memory with another process",
+                              f"-{flag} {value}", "use the in-process device instead")
+
+
+def vfio(s: Subject) -> None:
+    for name in os.listdir(f"/proc/{s.spec.pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            target = os.readlink(f"/proc/{s.spec.pid}/fd/{name}")
+            if target.startswith("/dev/vfio/") or "anon_inode:[vfio" in target or "anon_inode:kvm-vfio" in target:
+                raise Refused("vfio", "a device is passed through: it reaches guest memory by DMA, which cannot fault",
+                              f"pid {s.spec.pid}: descriptor {name} is {target}", "remove the passed-through device")
+
+
+def pins(s: Subject) -> None:
+    pinned = status_field(s.spec.pid, "VmPin")
+    if pinned:
+        raise Refused("pinned", "memory of the VMM is pinned for DMA (VFIO, io_uring fixed buffers)",
+                      f"pid {s.spec.pid}: VmPin {pinned} kB", "use devices and I/O without registered buffers")
+
+
+def mlocked(s: Subject) -> None:
+    locked = status_field(s.spec.pid, "VmLck")
+    if locked and re.search(r"^VmFlags:.* lo\b", s.smaps, re.M):
+        raise Refused("mlock", "the guest's memory is locked, it cannot be deactivated",
+                      f"pid {s.spec.pid}: VmLck {locked} kB", "start the VM without -overcommit mem-lock=on and <locked/>")
+
+
+def large_folios(s: Subject) -> None:
+    """A punch inside a shmem large folio with another reference leaves zeros without a fault."""
+    base = Path("/sys/kernel/mm/transparent_hugepage")
+    for path in [base / "shmem_enabled", *sorted(base.glob("hugepages-*/shmem_enabled"))]:
+        chosen = re.search(r"\[(\w+)\]", _read(path))
+        if not chosen or chosen[1] in ("never", "deny"):
+            continue
+        inherits = chosen[1] == "inherit"
+        if inherits:
+            top = re.search(r"\[(\w+)\]", _read(base / "shmem_enabled"))
+            if not top or top[1] in ("never", "deny"):
+                continue
+        raise Refused("large-folios", "shared memory may get large folios, of which single pages cannot be given back safely",
+                      f"{path} is {chosen[1]}", f"echo never > {base}/shmem_enabled (and each hugepages-*/shmem_enabled), "
+                      "then restart the VM")
+    for key in ("ShmemPmdMapped", "FilePmdMapped"):
+        for match in re.finditer(rf"^{key}:\s+(\d+) kB", s.smaps, re.M):
+            if int(match[1]):
+                raise Refused("large-folios", "the guest's memory holds large folios, made before they were switched off",
+                              f"pid {s.spec.pid}: {key} {match[1]} kB", "restart the VM")
+    _tmpfs_huge(s)
+
+
+def _tmpfs_huge(s: Subject) -> None:
+    for line in _read("/proc/self/mountinfo").splitlines():
+        fields = line.split()
+        major, minor = fields[2].split(":")
+        if os.makedev(int(major), int(minor)) not in {device for device, _ in s.files}:
+            continue
+        huge = re.search(r"\bhuge=(\w+)", line)
+        if huge and huge[1] != "never":
+            raise Refused("large-folios", "the tmpfs that backs the guest makes large folios", f"{fields[4]} has huge={huge[1]}",
+                          "mount it with huge=never, then restart the VM")
+
+
+def backing(s: Subject) -> None:
+    """Files on a disk or of hugetlbfs are not shmem: a punch there means something else."""
+    kinds = {}
+    for line in _read("/proc/self/mountinfo").splitlines():
+        fields = line.split()
+        major, minor = fields[2].split(":")
+        kinds[os.makedev(int(major), int(minor))] = fields[fields.index("-") + 1]
+    for region in s.spec.regions:
+        kind = kinds.get(region.device, "shmem")  # memfds are on a mount of the kernel's own
+        page = re.search(r"^KernelPageSize:\s+(\d+) kB", _smaps_of(s.smaps, region.address), re.M)
+        if page and int(page[1]) * 1024 != os.sysconf("SC_PAGESIZE"):
+            kind = "hugetlbfs"
+        if kind not in ("shmem", "tmpfs", "devtmpfs"):
+            raise Refused("backing", f"the guest's memory is on {kind}", f"pid {s.spec.pid}: {region.address:#x}, inode {region.inode}",
+                          "use memory-backend-memfd,share=on without hugetlb, or a file on tmpfs")
+
+
+def _smaps_of(smaps: str, address: int) -> str:
+    match = re.search(rf"^{address:x}-[0-9a-f]+ .*?(?=^[0-9a-f]+-[0-9a-f]+ |\Z)", smaps, re.M | re.S)
+    return match[0] if match else ""
+
+
+def registered(s: Subject) -> None:
+    """MISSING ranges of somebody else: their holes are not ours to serve. Without a state file of ours, never as zeros."""
+    for region in s.spec.regions:
+        flags = re.search(r"^VmFlags:(.*)$", _smaps_of(s.smaps, region.address), re.M)
+        if flags and {"um", "uw", "ui"} & set(flags[1].split()):
+            raise Refused("registered", "the guest's memory is registered with a userfaultfd already (postcopy, a background "
+                          "snapshot, or a tierd whose state file is gone)", f"pid {s.spec.pid}: {region.address:#x} VmFlags{flags[1]}",
+                          "wait until that is over; if a state file was lost, restart the VM")
+
+
+def memory_cgroup(s: Subject) -> None:
+    """A fetch in a memory cgroup at its limit gets the VMM killed."""
+    for path, limit, used in _cgroup_limits(s.spec.pid):
+        size = sum(region.bytes for region in s.spec.regions)
+        if limit < size and limit - used < MEMCG_HEADROOM_BYTES:
+            raise Refused("memory-cgroup", "the VMM's memory cgroup is at its limit, a fetched page would get it killed",
+                          f"{path}: limit {limit >> 20} MiB, used {used >> 20} MiB, guest {size >> 20} MiB",
+                          "raise the limit to the guest's size and some overhead")
+
+
+def _cgroup_limits(pid: int) -> list[tuple[Path, int, int]]:
+    """(cgroup, limit, used) in bytes for every level that has a limit; version 1 and 2."""
+    found = []
+    for line in _read(f"/proc/{pid}/cgroup").splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            base, limit_file, used_file = _cgroup2_root(), "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base, limit_file, used_file = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        path = base / name.lstrip("/")
+        while path != base.parent:
+            limit = _read(path / limit_file).strip()
+            if limit.isdecimal() and int(limit) < 1 << 60:
+                found.append((path, int(limit), int(_read(path / used_file, "0"))))
+            path = path.parent
+    return found
+
+
+def _cgroup2_root() -> Path:
+    return Path("/sys/fs/cgroup/unified") if Path("/sys/fs/cgroup/unified").is_dir() else Path("/sys/fs/cgroup")
+
+
+def nested(s: Subject) -> None:
+    """KVM keeps pages of a nested guest referenced: they look idle and are not."""
+    if s.policy.allow_nested:
+        return
+    uses_kvm = any(_readlink(f"/proc/{s.spec.pid}/fd/{fd}").startswith("anon_inode:kvm-vm") for fd in _fds(s.spec.pid))
+    enabled = [name for name in ("kvm_intel", "kvm_amd") if _read(f"/sys/module/{name}/parameters/nested").strip() in ("Y", "1")]
+    cpus = option_values(s.spec.cmdline, "cpu")
+    exposed = [cpu for cpu in cpus if (split_options(cpu)[0] in ("host", "max") or re.search(r"\+(vmx|svm)|(vmx|svm)=on", cpu))
+               and not re.search(r"-(vmx|svm)\b|(vmx|svm)=off", cpu)]
+    if uses_kvm and enabled and exposed:
+        raise Refused("nested", "the guest may run guests of its own, whose pages KVM keeps referenced",
+                      f"{enabled[0]} nested=Y, -cpu {exposed[0]}", "start it with -cpu ...,vmx=off (svm=off), or set allow_nested: true")
+
+
+def _fds(pid: int) -> list[str]:
+    try:
+        return os.listdir(f"/proc/{pid}/fd")
+    except FileNotFoundError:
+        return []
+
+
+def _readlink(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:  # closed meanwhile
+        return ""
+
+
+def regions_unchanged(s: Subject) -> None:
+    """Regions are read again every cycle; the VMM may unmap or hot-add memory."""
+    now = ram_regions(s.maps, s.spec.cmdline)
+    covered = {(r.device, r.inode, r.address, r.bytes) for r in now}
+    for region in s.spec.regions:
+        if (region.device, region.inode, region.address, region.bytes) not in covered:
+            raise Refused("regions", "the VMM changed its guest's memory mappings", f"pid {s.spec.pid}: {region.address:#x}",
+                          "detach and attach the guest again")
+
+
+CHECKS: tuple[Check, ...] = (
+    alive, tracer, seccomp, backing, private_mapping, second_mapping, other_holders, vhost_user, vfio, pins, mlocked,
+    large_folios, registered, memory_cgroup, nested,
+)
+CHECKS_EVERY_CYCLE: tuple[Check, ...] = (alive, regions_unchanged, private_mapping, second_mapping, other_holders, pins)
+
+
+def _subject(spec: GuestSpec, policy: Policy, holders: HolderScan, smaps: bool) -> Subject:
+    if start_ticks(spec.pid) != spec.start_ticks:
+        return Subject(spec, policy, holders)
+    return Subject(spec, policy, holders, maps_of(spec.pid), _read(f"/proc/{spec.pid}/smaps") if smaps else "")
+
+
+def preflight(spec: GuestSpec, policy: Policy, holders: HolderScan) -> None:
+    """Refused by the first check that fails. Blocks for some milliseconds; changes nothing."""
+    subject = _subject(spec, policy, holders, smaps=True)
+    for check in CHECKS:
+        check(subject)
+
+
+def findings(spec: GuestSpec, policy: Policy, holders: HolderScan) -> list[tuple[str, Refused | None]]:
+    """Every check by name and what it found, for `tierd check PID`."""
+    subject = _subject(spec, policy, holders, smaps=True)
+    result: list[tuple[str, Refused | None]] = []
+    for check in CHECKS:
+        try:
+            check(subject)
+        except Refused as refused:
+            result.append((check.__name__, refused))
+        else:
+            result.append((check.__name__, None))
+    return result
+
+
+def recheck(spec: GuestSpec, policy: Policy, holders: HolderScan) -> None:
+    """What may have changed since: before every cycle. Refused, or ProcessLookupError when the VMM is gone."""
+    if start_ticks(spec.pid) != spec.start_ticks:
+        raise ProcessLookupError(3, f"process {spec.pid} is gone")
+    subject = _subject(spec, policy, holders, smaps=False)
+    for check in CHECKS_EVERY_CYCLE:
+        check(subject)
+
+
+def swap_can_receive(pid: int) -> bool:
+    """Whether a page of the VMM that is paged out could go to swap: then deactivation must not be MADV_PAGEOUT."""
+    total = re.search(r"^SwapTotal:\s+(\d+) kB", _read("/proc/meminfo"), re.M)
+    if not total or int(total[1]) == 0:
+        return False
+    for line in _read(f"/proc/{pid}/cgroup").splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            path = _cgroup2_root() / name.lstrip("/")
+            while path != _cgroup2_root().parent:
+                if _read(path / "memory.swap.max").strip() == "0":
+                    return False
+                path = path.parent
+    return True

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding VMMs and their guests' memory in /proc. Everything here blocks for as long as /proc takes, no longer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tierd.attach import GuestSpec, Refused, Region
+from tierd.attach.ptrace import pidfd_getfd
+
+# executables that are VMMs, by the name of their file; anything else is a guest only where an operator names its pid
+VMM = re.compile(r"qemu-system-.*|qemu-kvm|kvm|cloud-hypervisor|firecracker")
+# memfds that hold guest RAM, by the name that the VMM gave them
+RAM_MEMFD = re.compile(r"/memfd:(memory-backend-memfd|ch_ram|guest_mem|guest-ram|pc\.ram|ram)[^/]* \(deleted\)")
+RAM_BYTES_MIN = 1 << 20
+MEMFD_REMEDY = (
+    "give the VM shared memory: -object memory-backend-memfd,id=ram,size=<its size>,share=on -machine memory-backend=ram; "
+    "in libvirt <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
+)
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """One line of /proc/PID/maps."""
+
+    start: int
+    end: int
+    mode: str  # rwxs or rwxp
+    offset: int
+    device: int
+    inode: int
+    path: str
+
+    @property
+    def shared_ram(self) -> bool:
+        return self.mode.startswith("rw") and self.mode[3] == "s" and self.inode != 0
+
+
+def parse_maps(text: str) -> list[Mapping]:
+    """/proc/PID/maps (proc_pid_maps(5))."""
+    found = []
+    for line in text.splitlines():
+        fields = line.split(None, 5)
+        if len(fields) < 5:
+            continue
+        start, end = (int(part, 16) for part in fields[0].split("-"))
+        major, minor = (int(part, 16) for part in fields[3].split(":"))
+        found.append(Mapping(start, end, fields[1], int(fields[2], 16), os.makedev(major, minor), int(fields[4]),
+                             fields[5] if len(fields) > 5 else ""))
+    return found
+
+
+def maps_of(pid: int) -> list[Mapping]:
+    return parse_maps(Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape"))
+
+
+def start_ticks(pid: int) -> int | None:
+    """Field 22 of /proc/PID/stat; None: no such process, or one that is only a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def cmdline_of(pid: int) -> tuple[str, ...]:
+    raw = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="surrogateescape")
+    return tuple(raw.split("\0")[:-1]) if raw else ()
+
+
+# --- names ------------------------------------------------------------------------------------------------------------------
+
+
+def split_options(text: str) -> list[str]:
+    """QEMU's option lists: commas separate, two commas are one that does not."""
+    parts = [""]
+    i = 0
+    while i < len(text):
+        if text[i] == "," and text[i + 1 : i + 2] == ",":
+            parts[-1] += ","
+            i += 1
+        elif text[i] == ",":
+            parts.append("")
+        else:
+            parts[-1] += text[i]
+        i += 1
+    return parts
+
+
+def name_of(pid: int, cmdline: tuple[str, ...]) -> str:
+    """`-name NAME` or `-name guest=NAME,...` of QEMU, `--id`  of Firecracker; else pid-N."""
+    for flag, value in zip(cmdline, cmdline[1:], strict=False):
+        if flag in ("-name", "--name"):
+            for i, part in enumerate(split_options(value)):
+                key, equals, rest = part.partition("=")
+                if key == "guest" and equals:
+                    return rest
+                if i == 0 and not equals:
+                    return part
+        if flag == "--id":
+            return value
+    return f"pid-{pid}"
+
+
+def option_values(cmdline: tuple[str, ...], flag: str) -> list[str]:
+    """Every value given to `-flag` (or `--flag`)."""
+    return [value for name, value in zip(cmdline, cmdline[1:], strict=False) if name in (f"-{flag}", f"--{flag}")]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------------
+
+
+def _backend_files(cmdline: tuple[str, ...]) -> set[str]:
+    """Files that QEMU was told to use as RAM."""
+    files: set[str] = set()
+    for value in option_values(cmdline, "object"):
+        parts = split_options(value)
+        if parts[0] in ("memory-backend-file", "qom-type=memory-backend-file"):
+            files.update(part.partition("=")[2] for part in parts if part.startswith("mem-path="))
+    files.update(option_values(cmdline, "mem-path"))
+    return files
+
+
+def _is_ram(mapping: Mapping, files: set[str]) -> bool:
+    if not mapping.shared_ram:
+        return False
+    if RAM_MEMFD.fullmatch(mapping.path):
+        return True
+    path = mapping.path.removesuffix(" (deleted)")
+    return any(path == file or path.startswith(file.rstrip("/") + "/") for file in files)
+
+
+def ram_regions(maps: list[Mapping], cmdline: tuple[str, ...]) -> tuple[Region, ...]:
+    """Guest RAM among the mappings. Pieces that a registration has split are put together again."""
+    files = _backend_files(cmdline)
+    found: list[Region] = []
+    for m in maps:
+        if not _is_ram(m, files):
+            continue
+        last = found[-1] if found else None
+        if (
+            last is not None
+            and (last.device, last.inode) == (m.device, m.inode)
+            and last.address + last.bytes == m.start
+            and last.offset + last.bytes == m.offset
+        ):
+            found[-1] = Region(last.address, last.bytes + m.end - m.start, last.offset, m.device, m.inode)
+        else:
+            found.append(Region(m.start, m.end - m.start, m.offset, m.device, m.inode))
+    return tuple(region for region in found if region.bytes >= RAM_BYTES_MIN)
+
+
+def read_spec(pid: int, name: str | None = None) -> GuestSpec:
+    """What there is to know of VMM `pid`. Refused (anonymous-memory): no shared RAM. ProcessLookupError: gone."""
+    ticks = start_ticks(pid)
+    if ticks is None:
+        raise ProcessLookupError(3, f"there is no process {pid}")
+    cmdline = cmdline_of(pid)
+    maps = maps_of(pid)
+    regions = ram_regions(maps, cmdline)
+    if not regions:
+        largest = max((m for m in maps if m.mode.startswith("rw")), key=lambda m: m.end - m.start, default=None)
+        evidence = f"pid {pid}" + (f", largest writable mapping {(largest.end - largest.start) >> 20} MiB "
+                                   f"{largest.path or 'anonymous'} {largest.mode}" if largest else "")
+        raise Refused("anonymous-memory", "the guest's memory is not shared (memfd or tmpfs)", evidence, MEMFD_REMEDY)
+    if start_ticks(pid) != ticks:
+        raise ProcessLookupError(3, f"process {pid} ended")
+    return GuestSpec(name or name_of(pid, cmdline), pid, ticks, boot_id(), cmdline, regions)
+
+
+def open_memfd(pid: int, region: Region) -> int:
+    """Our descriptor of the file behind `region`: a duplicate of the VMM's if it still has one, else by its mapping.
+    The caller closes it. OSError: none can be had."""
+    wanted = (region.device, region.inode)
+    pidfd = os.pidfd_open(pid)
+    try:
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                info = os.stat(f"/proc/{pid}/fd/{name}")
+                if (info.st_dev, info.st_ino) == wanted:
+                    fd = pidfd_getfd(pidfd, int(name))
+                    ours = os.fstat(fd)
+                    if (ours.st_dev, ours.st_ino) == wanted:
+                        return fd
+                    os.close(fd)
+    finally:
+        os.close(pidfd)
+    mapping = next(m for m in maps_of(pid) if m.start <= region.address < m.end)
+    fd = os.open(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}", os.O_RDWR | os.O_CLOEXEC)
+    ours = os.fstat(fd)
+    if (ours.st_dev, ours.st_ino) != wanted:
+        os.close(fd)
+        raise OSError(116, f"the mapping at {region.address:#x} of process {pid} changed while it was opened")
+    return fd
+
+
+# --- discovery --------------------------------------------------------------------------------------------------------------
+
+
+class Discovery:
+    """VMMs that appear. A look costs one listing of /proc, and a read of each process that is new."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, int] = {}  # pid -> inode of /proc/PID, which is not the same for a later process
+
+    def new(self) -> Iterator[tuple[int, str, str]]:
+        """(pid, guest's name, command line in one string) of VMMs that were not there at the last look."""
+        now: dict[int, int] = {}
+        with os.scandir("/proc") as entries:
+            for entry in entries:
+                if entry.name.isdecimal():
+                    now[int(entry.name)] = entry.inode()
+        candidates = [pid for pid, inode in now.items() if self._seen.get(pid) != inode]
+        self._seen = now
+        for pid in candidates:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                cmdline = cmdline_of(pid)
+                if not cmdline or not VMM.fullmatch(os.path.basename(cmdline[0])):
+                    if _just_forked(pid):
+                        self._seen.pop(pid, None)  # look again: it may be about to exec a VMM
+                    continue
+                yield pid, name_of(pid, cmdline), " ".join(cmdline)
+
+
+def _just_forked(pid: int) -> bool:
+    """Whether the process may still be between fork and exec: it is younger than two seconds."""
+    ticks = start_ticks(pid)
+    if ticks is None:
+        return False
+    with open("/proc/uptime") as file:
+        uptime_s = float(file.read().split()[0])
+    return uptime_s - ticks / os.sysconf("SC_CLK_TCK") < 2.0

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Taking a userfaultfd out of a running, unmodified VMM.
+
+The descriptor must be made inside the VMM (its memory is fixed at creation), and the VMM keeps its own copy, so that the
+context outlives us. Everything here blocks for at most some milliseconds; each call made inside the VMM stops one of its
+threads for well under one.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import platform
+import socket
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from tierd.native.inject import At, inject
+
+# system call numbers: <asm/unistd.h>; those above 424 are the same everywhere
+_NUMBERS = {
+    "x86_64": {"userfaultfd": 323, "close": 3, "socketpair": 53, "recvmsg": 47, "ioctl": 16},
+    "aarch64": {"userfaultfd": 282, "close": 57, "socketpair": 199, "recvmsg": 212, "ioctl": 29},
+}
+NUMBER = _NUMBERS[platform.machine()]
+SYS_PIDFD_GETFD = 438
+
+UFFD_API = 0xAA
+UFFDIO_API = 0xC018AA3F
+USERFAULTFD_IOC_NEW = 0xAA00
+MSG_CMSG_CLOEXEC = 0x40000000
+FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
+FEATURE_MISSING_SHMEM = 1 << 5
+FEATURE_THREAD_ID = 1 << 8
+FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
+FEATURE_POISON = 1 << 14
+# no EVENT_* feature: on shared memory they would block the VMM's own madvise until somebody reads them
+FEATURES_NEEDED = FEATURE_PAGEFAULT_FLAG_WP | FEATURE_MISSING_SHMEM | FEATURE_THREAD_ID | FEATURE_WP_HUGETLBFS_SHMEM
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A userfaultfd of a VMM. The caller closes `uffd` and `pidfd`; `uffd_in_vmm` stays open in the VMM."""
+
+    uffd: int
+    uffd_in_vmm: int
+    features: int
+    pidfd: int
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """pidfd_getfd(2): a duplicate of descriptor `fd` of that process, close-on-exec."""
+    result = int(_libc.syscall(SYS_PIDFD_GETFD, pidfd, fd, 0))
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"pidfd_getfd of descriptor {fd}: {os.strerror(error)}")
+    return result
+
+
+def pick_thread(pid: int) -> int:
+    """The thread that makes our calls: not a vCPU if there is another (QEMU names them "CPU n/KVM")."""
+    tids = sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
+    for tid in [pid, *tids]:
+        with contextlib.suppress(OSError):  # a thread that ended meanwhile
+            comm = Path(f"/proc/{pid}/task/{tid}/comm").read_text().strip()
+            if not comm.startswith(("CPU ", "vcpu", "fc_vcpu")):
+                return tid
+    return pid
+
+
+def close_in_vmm(pid: int, fd: int) -> None:
+    """Close a descriptor of ours in the VMM."""
+    inject(pick_thread(pid), "close", NUMBER["close"], fd)
+
+
+def take_userfaultfd(pid: int) -> Taken:
+    """Make a userfaultfd in the VMM and duplicate it. On OSError no descriptor of ours stays in the VMM."""
+    tid = pick_thread(pid)
+    pidfd = os.pidfd_open(pid)
+    try:
+        in_vmm = _make(tid, pidfd)
+        try:
+            uffd = pidfd_getfd(pidfd, in_vmm)
+            try:
+                features = _handshake(uffd)
+            except BaseException:
+                os.close(uffd)
+                raise
+        except BaseException:
+            close_in_vmm(pid, in_vmm)
+            raise
+    except BaseException:
+        os.close(pidfd)
+        raise
+    return Taken(uffd, in_vmm, features, pidfd)
+
+
+def _make(tid: int, pidfd: int) -> int:
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        return inject(tid, "userfaultfd", NUMBER["userfaultfd"], flags).result
+    except OSError as error:
+        if error.errno != errno.EPERM:
+            raise
+    # an ordinary user may not trap kernel faults; but a /dev/userfaultfd that was opened by root may be used by anyone
+    return _make_from_device(tid, pidfd, flags)
+
+
+def _make_from_device(tid: int, pidfd: int, flags: int) -> int:
+    with contextlib.ExitStack() as in_vmm:
+
+        def close_later(fd: int) -> None:
+            in_vmm.callback(inject, tid, "close", NUMBER["close"], fd)
+
+        pair = inject(tid, "socketpair", NUMBER["socketpair"], socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC,
+                      0, At(0), scratch=bytes(8))
+        ours, theirs = struct.unpack("ii", pair.scratch)
+        close_later(ours)
+        close_later(theirs)
+        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            with socket.socket(fileno=pidfd_getfd(pidfd, ours)) as channel:
+                channel.sendmsg([b"u"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [device]))])
+        finally:
+            os.close(device)
+        received = _receive(tid, theirs)
+        close_later(received)
+        return inject(tid, "USERFAULTFD_IOC_NEW", NUMBER["ioctl"], received, USERFAULTFD_IOC_NEW, flags).result
+
+
+def _receive(tid: int, fd: int) -> int:
+    """recvmsg inside the VMM. struct msghdr at 0 (56 bytes), iovec at 64, one byte of data at 80, control at 96."""
+    header = struct.pack("PIxxxxPNPNi", 0, 0, 64, 1, 96, socket.CMSG_LEN(4), 0)
+    area = bytearray(96 + socket.CMSG_SPACE(4))
+    area[: len(header)] = header
+    area[64:80] = struct.pack("PN", 80, 1)
+    got = inject(tid, "recvmsg", NUMBER["recvmsg"], fd, At(0), MSG_CMSG_CLOEXEC, scratch=bytes(area), pointers=(16, 32, 64))
+    level, kind, received = struct.unpack_from("iii", got.scratch, 96 + 8)
+    if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+        raise OSError(errno.EPROTO, "recvmsg inside the VMM brought no descriptor")
+    return int(received)
+
+
+def _handshake(uffd: int) -> int:
+    """UFFDIO_API on the VMM's context. It works from any process: the context belongs to the one that made it."""
+    wanted = FEATURES_NEEDED | FEATURE_POISON
+    for features in (wanted, FEATURES_NEEDED):  # POISON is from 6.6 on
+        buffer = bytearray(struct.pack("QQQ", UFFD_API, features, 0))
+        try:
+            fcntl.ioctl(uffd, UFFDIO_API, buffer)
+        except OSError as error:
+            if error.errno != errno.EINVAL or features == FEATURES_NEEDED:
+                raise OSError(error.errno, "UFFDIO_API: the kernel lacks write-protection of shared memory "
+                              "(Linux 5.19 or newer is needed)") from error
+        else:
+            return features
+    raise AssertionError("unreachable")

@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The root nursery: guests, discovery, API, signals, watchdog, and the order in which all of it stops.
+
+One task a guest; a guest's failure never touches another. Start: adopt what a predecessor left, sweep what is dead, then
+look for new guests. Stop: the first SIGTERM or SIGINT restores (or keeps) every guest within `stop_timeout_s`, the second
+keeps at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import structlog
+import trio
+
+from tierd import __version__
+from tierd.attach import Refused
+from tierd.attach.preflight import HolderScan
+from tierd.attach.procfs import Discovery, boot_id, read_spec, start_ticks
+from tierd.config import Config, ConfigErrors, changes, load
+from tierd.engine import EngineUnavailable, choose
+from tierd.guest import Ending, Guest, Host
+from tierd.native import KernelError, table_read
+from tierd.serve import SUFFIX, Stale, StateError, key_of, prepare_runtime_dir
+from tierd.store import StoreError
+from tierd.store.file import FileStore
+from tierd.systemd import Notifier, watchdog_interval_s
+from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused, StoreStatus
+
+# A VMM that was just started has no memory yet: look again soon, then rarely
+RETRY_S = (0.2, 0.3, 0.5, 1, 2, 5, 10)
+RETRY_S_MAX = 60.0
+READOPT_S = 1.0
+STOP_GRACE_S = 5.0
+
+log = structlog.get_logger()
+
+
+class AlreadyRunning(Exception):
+    """Another tierd works on this runtime directory."""
+
+
+class Daemon:
+    """All state lives in the trio thread."""
+
+    def __init__(self, config: Config, config_path: Path, host: Host, notifier: Notifier) -> None:
+        self.config, self.config_path, self.host = config, config_path, host
+        self.notifier = notifier
+        self._guests: dict[str, Guest] = {}
+        self._waiting: dict[str, trio.Event] = {}  # refused or not ready: set to try again now
+        self._left: set[str] = set()  # detached by an operator: not picked up again
+        self._began = trio.current_time()
+        self._nursery: trio.Nursery
+        self._stopping = False
+
+    @property
+    def guests(self) -> Mapping[str, GuestView]:
+        return self._guests
+
+    # --- running ------------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until told to stop."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async with trio.open_nursery() as self._nursery:
+                await self._adopt_all()
+                await trio.to_thread.run_sync(self.host.store.sweep, set(self._guests))
+                from tierd.api import serve  # only now: faults come first
+
+                api = self.config.api
+                await self._nursery.start(partial(serve, self, socket_path=api.socket, mode=api.mode, group=api.group,
+                                                  metrics_listen=self.config.metrics.listen))
+                self._nursery.start_soon(self._discover)
+                self._nursery.start_soon(self._feed_watchdog)
+                self.notifier.ready(self._summary())
+                log.info("ready", engine=self.host.engine.name, guests=len(self._guests), version=__version__)
+                await self._obey(signals)
+                self._nursery.cancel_scope.cancel()
+
+    async def _obey(self, signals: Any) -> None:
+        """Handle signals until it is time to go."""
+        async for number in signals:
+            if number == signal.SIGHUP:
+                await self._reload_and_tell()
+                continue
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._second_signal, signals, nursery.cancel_scope)
+                await self._stop(signal.Signals(number).name)
+                nursery.cancel_scope.cancel()
+            return
+
+    async def _second_signal(self, signals: Any, scope: trio.CancelScope) -> None:
+        async for number in signals:
+            if number in (signal.SIGTERM, signal.SIGINT):
+                log.warning("second_signal", signal=signal.Signals(number).name, action="keep what is stored, stop now")
+                scope.cancel()
+                return
+
+    async def _stop(self, why: str) -> None:
+        self._stopping = True
+        on_stop, timeout_s = self.config.on_stop, self.config.stop_timeout_s
+        log.info("stopping", signal=why, on_stop=on_stop, stop_timeout_s=timeout_s)
+        self.notifier.stopping(f"on_stop: {on_stop}")
+        if on_stop != "restore":
+            return
+        self.notifier.extend_timeout(timeout_s + STOP_GRACE_S)
+        with trio.move_on_after(timeout_s) as limit:
+            async with trio.open_nursery() as nursery:
+                for guest in list(self._guests.values()):
+                    if guest.served:
+                        nursery.start_soon(self._restore_for_stop, guest)
+        if limit.cancelled_caught:
+            log.error("stop_timeout", stop_timeout_s=timeout_s, action="what is still stored is kept for the next tierd")
+
+    async def _restore_for_stop(self, guest: Guest) -> None:
+        told_at = 0.0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal told_at
+            if trio.current_time() - told_at > 1:
+                told_at = trio.current_time()
+                log.info("restoring", guest=guest.name, done_bytes=done, total_bytes=total)
+                self.notifier.status(f"restoring {guest.name}: {done >> 20} of {total >> 20} MiB")
+
+        try:
+            await guest.detach(progress)
+        except (OSError, RequestRefused, StoreError) as error:
+            log.error("restore_failed", guest=guest.name, pid=guest.pid, error=str(error),
+                      action="its stored pages are kept for the next tierd")
+
+    async def _feed_watchdog(self) -> None:
+        interval_s = watchdog_interval_s()
+        while True:
+            if interval_s:
+                self.notifier.watchdog()
+            self.notifier.status(self._summary())
+            await trio.sleep(interval_s or 10)
+
+    def _summary(self) -> str:
+        active = sum(1 for guest in self._guests.values() if guest.served)
+        return f"engine {self.host.engine.name}: {active} guests served, {len(self._guests) - active} not"
+
+    # --- guests -------------------------------------------------------------------------------------------------------------
+
+    async def _adopt_all(self) -> None:
+        """Every guest whose state file a predecessor left. Faults of all of them are served before anything else starts."""
+        async with trio.open_nursery() as nursery:
+            for path in sorted(self.host.guests_dir.glob(f"*{SUFFIX}")):
+                nursery.start_soon(self._adopt, path)
+        for unfinished in self.host.guests_dir.glob("*.new"):
+            unfinished.unlink()  # an attach that died before its first registration
+
+    async def _adopt(self, path: Path) -> None:
+        try:
+            guest = await trio.to_thread.run_sync(self._guest_of_state, path)
+        except Stale as stale:
+            log.info("state_swept", why=str(stale))
+            path.unlink()
+            return
+        except (StateError, OSError) as error:
+            log.error("state_refused", path=str(path), error=str(error))
+            return
+        self._guests[guest.key] = guest
+        try:
+            await self._nursery.start(self._run_guest, guest)
+        except RuntimeError:  # it ended before it began; _run_guest said why
+            return
+
+    def _guest_of_state(self, path: Path) -> Guest:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            identity, _ = table_read(fd)
+        except KernelError as error:
+            newer = error.errno == errno.EPROTONOSUPPORT
+            raise StateError(
+                f"{path} {'was written by a newer tierd: start that one' if newer else f'is broken ({error})'}; nothing was touched"
+            ) from error
+        finally:
+            os.close(fd)
+        if identity.boot_id != self.host.boot_id or start_ticks(identity.pid) != identity.start_ticks:
+            raise Stale(f"{path}: its VMM, process {identity.pid} ({identity.name}), is gone")
+        spec = read_spec(identity.pid, identity.name)
+        policy = self.config.match(identity.name, identity.pid, " ".join(spec.cmdline)) or self.config.defaults
+        return Guest(spec, policy, self.host, state_path=path)
+
+    async def _discover(self) -> None:
+        """Look for new VMMs. One pass over /proc reads only the processes that are new."""
+        discovery = Discovery()
+        while True:
+            for pid, name, cmdline in await trio.to_thread.run_sync(lambda: list(discovery.new())):
+                policy = self.config.match(name, pid, cmdline)
+                known = any(guest.pid == pid for guest in self._guests.values())
+                if policy is not None and policy.enabled and not known and not self._stopping:
+                    self._nursery.start_soon(self._pick_up, pid, name, policy)
+            await trio.sleep(self.config.discover_interval_s)
+
+    async def _pick_up(self, pid: int, name: str, policy: Any) -> None:
+        """Attach a guest that the configuration names; try again while its VMM lives and it is not left by an operator."""
+        told = ""
+        for delay_s in (*RETRY_S, *[RETRY_S_MAX] * 1_000_000):
+            ticks = start_ticks(pid)
+            if ticks is None or self._stopping or f"{pid}-{ticks}" in self._left:
+                break
+            reason = await self._try_attach(pid, name, policy)
+            if reason is None:
+                return
+            if reason != told and delay_s >= 1:
+                told = reason
+                log.warning("guest_refused", guest=name, pid=pid, reason=reason)
+            again = self._waiting.setdefault(f"{pid}", trio.Event())
+            with trio.move_on_after(delay_s):
+                await again.wait()
+            self._waiting.pop(f"{pid}", None)
+        self._forget_refused(pid)
+
+    def _forget_refused(self, pid: int) -> None:
+        for key in [key for key, guest in self._guests.items() if guest.pid == pid and not guest.served]:
+            del self._guests[key]
+
+    async def _try_attach(self, pid: int, name: str, policy: Any) -> str | None:
+        """None when the guest was served (and is over); else why not."""
+        try:
+            spec = await trio.to_thread.run_sync(read_spec, pid, name)
+        except (Refused, OSError) as error:
+            return str(error)
+        guest = Guest(spec, policy, self.host)
+        self._guests[guest.key] = guest
+        return await self._run_guest(guest)
+
+    async def _run_guest(self, guest: Guest, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> str | None:
+        """The one frame that survives a guest's failure. None: served and ended; else why it could not be served."""
+        while True:
+            try:
+                ending = await guest.run(task_status)
+            except (Refused, StateError, StoreError, OSError, Stale) as error:
+                guest.refuse(str(error))
+                return str(error)
+            except Exception:
+                # a bug of ours: the state file is still there, and adoption is what recovers from anything
+                log.exception("guest_task_failed", guest=guest.name, pid=guest.pid, action="adopting it again")
+                await trio.sleep(READOPT_S)
+                path = self.host.guests_dir / (guest.key + SUFFIX)
+                if not path.exists():
+                    guest.refuse("tierd failed before it served this guest; see its log")
+                    return "tierd failed before it served this guest; see its log"
+                guest = self._guests[guest.key] = Guest(guest.spec, guest.policy, self.host, state_path=path)
+                task_status = trio.TASK_STATUS_IGNORED
+                continue
+            if ending is Ending.DETACHED:
+                self._left.add(guest.key)
+            self._guests.pop(guest.key, None)
+            return None
+
+    # --- orders -------------------------------------------------------------------------------------------------------------
+
+    async def attach(self, pid: int, name: str | None) -> GuestView:
+        """Preflight and attach, whatever the rules say about names. Refused, OSError, RequestRefused."""
+        spec = await trio.to_thread.run_sync(read_spec, pid, name)
+        key = key_of(spec)
+        if key in self._guests and self._guests[key].served:
+            raise RequestRefused(f"guest {spec.name} (pid {pid}) is served already", "see `tierd status`")
+        policy = self.config.match(spec.name, pid, " ".join(spec.cmdline)) or self.config.defaults
+        guest = Guest(spec, policy, self.host)
+        self._left.discard(key)
+        self._guests[key] = guest
+        self._nursery.start_soon(self._run_guest, guest)
+        await guest.begun.wait()
+        if not guest.served:
+            raise RequestRefused(f"guest {spec.name} (pid {pid}) was refused: {guest.status().reason}", "remove the cause and attach again")
+        return guest
+
+    async def detach(self, key: str, progress: Progress) -> None:
+        guest = self._guests[key]
+        self._left.add(key)
+        if guest.served:
+            await guest.detach(progress)
+        else:
+            self._guests.pop(key, None)
+            self._try_again(guest.pid)
+
+    def _try_again(self, pid: int) -> None:
+        if event := self._waiting.get(f"{pid}"):
+            event.set()
+
+    async def reload(self) -> Sequence[str]:
+        """Read the configuration again: whole, or ConfigErrors and nothing."""
+        new = await trio.to_thread.run_sync(load, self.config_path)
+        told = changes(self.config, new)
+        self.config = new
+        for guest in self._guests.values():
+            policy = new.match(guest.name, guest.pid, " ".join(guest.spec.cmdline))
+            if policy is not None:
+                guest.set_policy(policy)
+            elif guest.served:
+                self._nursery.start_soon(self._detach_unmatched, guest)
+        for event in self._waiting.values():
+            event.set()
+        return told
+
+    async def _detach_unmatched(self, guest: Guest) -> None:
+        log.info("guest_unmatched", guest=guest.name, pid=guest.pid, action="bringing it back and leaving it")
+        await self._restore_for_stop(guest)
+        self._left.discard(guest.key)
+
+    async def _reload_and_tell(self) -> None:
+        self.notifier.reloading()
+        try:
+            told = await self.reload()
+        except ConfigErrors as errors:
+            for error in errors.errors:
+                log.error("config_error", error=str(error))
+            log.error("reload_failed", action="the old configuration stays in force")
+        else:
+            log.info("reloaded", changes=list(told))
+        self.notifier.ready(self._summary())
+
+    def status(self) -> DaemonStatus:
+        store = self.host.store
+        return DaemonStatus(
+            version=__version__,
+            engine=self.host.engine.name,
+            pid=os.getpid(),
+            uptime_s=trio.current_time() - self._began,
+            guests=[guest.status() for guest in self._guests.values()],
+            stores=[
+                StoreStatus(
+                    name="file",
+                    path=str(store.path),
+                    capacity_bytes=store.used_bytes() + store.free_bytes(),
+                    used_bytes=store.used_bytes(),
+                )
+            ],
+        )
+
+
+def lock_runtime_dir(path: Path) -> int:
+    """One daemon a runtime directory. Returns the locked descriptor; AlreadyRunning names the holder."""
+    fd = os.open(path / "tierd.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise AlreadyRunning(
+            f"another tierd (process {holder}) works on {path}; stop it, or give this one its own runtime_dir"
+        ) from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def configure_logging(level: str, format: str) -> None:
+    """structlog to stderr: for people on a terminal, JSON elsewhere (systemd, pipes)."""
+    for_people = format == "console" or (format == "auto" and sys.stderr.isatty())
+    numbers = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *([] if for_people else [structlog.processors.dict_tracebacks]),
+            structlog.dev.ConsoleRenderer() if for_people else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(numbers[level]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+async def _run(config: Config, config_path: Path) -> None:
+    guests_dir = prepare_runtime_dir(config.runtime_dir)
+    lock = lock_runtime_dir(config.runtime_dir)
+    try:
+        store = FileStore(config.store.path, config.store.capacity, config.store.direct)
+        host = Host(choose(config.engine), store, guests_dir, boot_id(), HolderScan())
+        await Daemon(config, config_path, host, Notifier.from_environment()).run()
+    finally:
+        os.close(lock)
+
+
+def main(config_path: Path) -> int:
+    """Run the daemon until it is told to stop; the exit status. One line on stderr says what keeps it from starting."""
+    config = load(config_path)  # ConfigErrors: the CLI prints them all
+    configure_logging(config.log.level, config.log.format)
+    try:
+        trio.run(_run, config, config_path)
+    except (StateError, StoreError, EngineUnavailable, AlreadyRunning, BaseExceptionGroup) as error:
+        cause: BaseException = error
+        while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
+            cause = cause.exceptions[0]
+        if not isinstance(cause, StateError | StoreError | EngineUnavailable | AlreadyRunning | OSError):
+            raise
+        print(f"tierd: {cause}", file=sys.stderr)
+        return 1
+    return 0

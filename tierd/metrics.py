@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prometheus metrics: one collector over one status snapshot a scrape. Names and meanings are in the README.
+
+A guest that is gone is gone from the next scrape: nothing is kept between scrapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Metric, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from tierd.view import STATES, DaemonStatus, GuestStatus
+
+LABELS = ("guest", "pid")
+# latency buckets of struct tierd_counters that are shown: below 1 us (2^10 ns) ... below 17 s (2^34 ns)
+LATENCY_FIRST, LATENCY_LAST = 10, 34
+
+# counter -> (kind, outcome)
+_FAULTS = {
+    "faults_fetch": ("fetch", "served"),
+    "faults_zero": ("zero", "served"),
+    "faults_cancel": ("cancel", "served"),
+    "faults_resolve": ("resolve", "served"),
+    "faults_wait": ("wait", "left"),
+    "faults_failed": ("any", "failed"),
+}
+_ERRORS = {
+    "store_read_errors": "store_read",
+    "store_write_errors": "store_write",
+    "checksum_errors": "checksum",
+    "kernel_errors": "kernel",
+}
+
+Samples = Iterable[tuple[Sequence[str], float]]  # (values of the labels beyond LABELS, value)
+
+
+def _nothing_more(value: float) -> Samples:
+    return (((), value),)
+
+
+def _counter(field: str) -> Callable[[GuestStatus], Samples]:
+    return lambda guest: _nothing_more(guest.counters[field]) if guest.counters else ()
+
+
+def _faults(guest: GuestStatus) -> Samples:
+    return ((names, guest.counters[field]) for field, names in _FAULTS.items()) if guest.counters else ()
+
+
+def _errors(guest: GuestStatus) -> Samples:
+    native = {kind: guest.counters[field] for field, kind in _ERRORS.items()} if guest.counters else {}
+    return (((kind,), count) for kind, count in {**native, **guest.errors}.items())
+
+
+def _idle(guest: GuestStatus) -> Samples:
+    return (((f"{age_s:g}",), size) for age_s, size in guest.idle)
+
+
+# name, help, labels beyond LABELS, samples of one guest
+_Family = tuple[str, str, tuple[str, ...], Callable[[GuestStatus], Samples]]
+_GAUGES: tuple[_Family, ...] = (
+    ("size_bytes", "Memory that the guest has.", (), lambda g: _nothing_more(g.total_bytes)),
+    (
+        "resident_bytes",
+        "Host memory that the guest's memory files occupy.",
+        (),
+        lambda g: _nothing_more(g.resident_bytes),
+    ),
+    (
+        "stored_bytes",
+        "Guest memory that is out of the host's memory, by tier (zero: all zeros, stored nowhere).",
+        ("tier",),
+        lambda g: (((tier,), size) for tier, size in g.stored_bytes.items()),
+    ),
+    ("hole_bytes", "Guest memory that the guest has never used.", (), lambda g: _nothing_more(g.hole_bytes)),
+    (
+        "idle_bytes",
+        "Resident guest memory untouched for at least age_s seconds, and less than the next larger age_s.",
+        ("age_s",),
+        _idle,
+    ),
+    (
+        "state",
+        "1 for the state that the guest is in, 0 for the others.",
+        ("state",),
+        lambda g: (((state,), float(state == g.state)) for state in STATES),
+    ),
+)
+_COUNTERS: tuple[_Family, ...] = (
+    (
+        "faults",
+        "Faults by what they took: fetch, zero, cancel (of an eviction), resolve (of a hold), wait; and by outcome.",
+        ("kind", "outcome"),
+        _faults,
+    ),
+    ("pages_evicted", "Pages moved out of the guest, all-zero ones included.", (), _counter("pages_evicted")),
+    ("pages_cancelled", "Pages whose eviction was called off: touched, or an error.", (), _counter("pages_cancelled")),
+    ("pages_fetched", "Pages brought back by faults, read-ahead included.", (), _counter("pages_fetched")),
+    ("pages_zero", "Evicted pages that were all zeros and need no store.", (), _counter("pages_evicted_zero")),
+    ("pages_lost", "Pages that could not be brought back and are poisoned.", (), _counter("pages_lost")),
+    ("inject_stops", "Times that a thread of the VMM was stopped to run a call in it.", (), _counter("inject_stops")),
+    ("cycles", "Cycles completed.", (), lambda g: _nothing_more(g.cycles)),
+    (
+        "cycle_seconds",
+        "Seconds spent in each phase of the cycles.",
+        ("phase",),
+        lambda g: (((phase,), seconds) for phase, seconds in g.phase_s.items()),
+    ),
+    ("errors", "Errors by kind.", ("kind",), _errors),
+)
+
+
+def _latency(guests: Sequence[GuestStatus]) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(
+        "tierd_guest_fault_latency_seconds", "From reading a fault to the page being in place.", labels=LABELS
+    )
+    for guest in guests:
+        if not guest.counters:
+            continue
+        counts = guest.counters["latency_buckets"]
+        # bucket i holds times below 2^i ns and the ones before it: cumulated, as Prometheus wants them
+        buckets = [(f"{2**i / 1e9!r}", float(sum(counts[: i + 1]))) for i in range(LATENCY_FIRST, LATENCY_LAST + 1)]
+        # the count is taken from the buckets: latency_count is read at another moment
+        buckets.append(("+Inf", float(sum(counts))))
+        family.add_metric(_labels(guest), buckets, guest.counters["latency_sum_ns"] / 1e9)
+    return family
+
+
+def _labels(guest: GuestStatus) -> list[str]:
+    # a process can call itself anything; the text format is UTF-8
+    return [guest.name.encode(errors="replace").decode(), str(guest.pid)]
+
+
+class TierdCollector(Collector):
+    """`status` is called once a scrape, in the scraping thread."""
+
+    def __init__(self, status: Callable[[], DaemonStatus]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterable[Metric]:
+        status = self._status()
+        build = GaugeMetricFamily("tierd_build_info", "1; the labels say what runs.", labels=("version", "engine"))
+        build.add_metric((status.version, status.engine), 1)
+        yield build
+        yield from _guests(status.guests)
+        yield from _stores(status)
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # so that registering does not take a snapshot
+
+
+def _guests(guests: Sequence[GuestStatus]) -> Iterable[Metric]:
+    kinds: tuple[tuple[Any, tuple[_Family, ...]], ...] = (
+        (GaugeMetricFamily, _GAUGES),
+        (CounterMetricFamily, _COUNTERS),
+    )
+    for kind, families in kinds:
+        for name, text, labels, samples in families:
+            family = kind(f"tierd_guest_{name}", text, labels=(*LABELS, *labels))
+            for guest in guests:
+                for values, value in samples(guest):
+                    family.add_metric((*_labels(guest), *values), value)
+            yield family
+    yield _latency(guests)
+
+
+def _stores(status: DaemonStatus) -> Iterable[Metric]:
+    capacity = GaugeMetricFamily("tierd_store_capacity_bytes", "What the store may use.", labels=("store",))
+    used = GaugeMetricFamily("tierd_store_used_bytes", "What the store uses.", labels=("store",))
+    healthy = GaugeMetricFamily("tierd_store_healthy", "1 if the store takes pages, else 0.", labels=("store",))
+    for store in status.stores:
+        capacity.add_metric((store.name,), store.capacity_bytes)
+        used.add_metric((store.name,), store.used_bytes)
+        healthy.add_metric((store.name,), store.healthy)
+    return capacity, used, healthy
+
+
+def create_registry(status: Callable[[], DaemonStatus]) -> CollectorRegistry:
+    """A registry of our own: tierd's metrics, and process_* about tierd itself."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(TierdCollector(status))
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def exposition(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    """The scrape's answer in the format that the `Accept` header asks for: (body, content type)."""
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type

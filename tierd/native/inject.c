@@ -1,0 +1,266 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * inject.c: one system call made by a thread of the VMM, which restores itself.
+ *
+ * A tracer that dies leaves its tracee running with whatever registers it was given. So a signal frame with the thread's own
+ * registers is laid below its red zone, and one SETREGSET points it at a `syscall; ret` whose return address is
+ * rt_sigreturn. Before that step nothing of the thread has changed (bytes below the red zone are nobody's); after it the
+ * thread needs nobody. The system-call stops are only looked at for the result; the thread is never trapped by an int3.
+ *
+ * ptrace(2), sigreturn(2), sigaltstack(2). All calls of one injection come from one of our threads.
+ */
+#define _GNU_SOURCE
+#include <elf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ptrace.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "inject.h"
+#include "sys.h"
+
+enum { POLL_US = 20, SIGNALS_MAX = 64, CODE_BYTES_MAX = 64 << 20 };
+
+#define SYSCALL_STOP (SIGTRAP | 0x80)
+
+/* --- finding code ------------------------------------------------------------------------------------------------------- */
+
+static uint64_t find_in(int mem, uint64_t start, uint64_t end, const uint8_t *pattern, size_t bytes)
+{
+	enum { PIECE = 1 << 20 };
+	uint8_t *buffer = malloc(PIECE);
+	uint64_t found = 0;
+
+	for (uint64_t at = start; buffer && !found && at + bytes <= end;) {
+		size_t want = end - at < PIECE ? end - at : PIECE;
+		ssize_t n = pread(mem, buffer, want, (off_t)at);
+		uint8_t *hit = n < (ssize_t)bytes ? NULL : memmem(buffer, (size_t)n, pattern, bytes);
+
+		if (n < (ssize_t)bytes)
+			break;
+		if (hit)
+			found = at + (uint64_t)(hit - buffer);
+		at += (uint64_t)n - bytes + 1;
+	}
+	free(buffer);
+	return found;
+}
+
+/* Looks through executable file mappings, libc first by nature: it has both. The vdso has neither. */
+static int find_code(pid_t tid, struct inject_code *code)
+{
+	char path[64], line[512];
+	int mem, error = 0;
+	FILE *maps;
+
+	snprintf(path, sizeof(path), "/proc/%d/mem", tid);
+	mem = open(path, O_RDONLY | O_CLOEXEC);
+	if (mem < 0)
+		return errno == ENOENT ? -ESRCH : -errno;
+	snprintf(path, sizeof(path), "/proc/%d/maps", tid);
+	maps = fopen(path, "re");
+	if (!maps)
+		error = -errno;
+	while (maps && (!code->call || !code->sigreturn) && fgets(line, sizeof(line), maps)) {
+		unsigned long start, end, inode;
+		char mode[5];
+
+		if (sscanf(line, "%lx-%lx %4s %*x %*s %lu", &start, &end, mode, &inode) != 4 || mode[2] != 'x' || !inode ||
+		    end - start > CODE_BYTES_MAX)
+			continue;
+		if (!code->call)
+			code->call = find_in(mem, start, end, inject_call_pattern, inject_call_bytes);
+		if (!code->sigreturn)
+			code->sigreturn = find_in(mem, start, end, inject_sigreturn_pattern, inject_sigreturn_bytes);
+	}
+	if (maps)
+		fclose(maps);
+	close(mem);
+	return error ? error : code->call && code->sigreturn ? 0 : -ENOTSUP;
+}
+
+/* --- stops -------------------------------------------------------------------------------------------------------------- */
+
+/* Waits for the next stop of tid. Bounded: a thread in uninterruptible sleep does not stop. */
+static int next_stop(pid_t tid, uint64_t deadline_ns, int *status)
+{
+	for (;;) {
+		pid_t got = waitpid(tid, status, __WALL | WNOHANG);
+
+		if (got == tid)
+			return WIFSTOPPED(*status) ? 0 : -ESRCH;
+		if (got < 0 && errno != EINTR)
+			return -errno;
+		if (sys_now_ns() >= deadline_ns)
+			return -ETIMEDOUT;
+		sys_pause_us(POLL_US);
+	}
+}
+
+static int event_of(int status)
+{
+	return status >> 16;
+}
+
+/* A group-stopped thread (SIGSTOP) must stay stopped when we let go of it: DETACH from PTRACE_EVENT_STOP keeps that. */
+static bool in_group_stop(int status)
+{
+	return event_of(status) == PTRACE_EVENT_STOP && WSTOPSIG(status) != SIGTRAP;
+}
+
+/* Interrupts tid and brings it to a stop of ours; signals that arrive first are handed on to it. */
+static int stop_thread(pid_t tid, uint64_t deadline_ns, int *status)
+{
+	if (ptrace(PTRACE_INTERRUPT, tid, NULL, NULL))
+		return -errno;
+	TIERD_INJECT_STEP(2);
+	for (int i = 0; i < SIGNALS_MAX; i++) {
+		int error = next_stop(tid, deadline_ns, status);
+
+		if (error)
+			return error;
+		if (event_of(*status) == PTRACE_EVENT_STOP)
+			return 0;
+		/* a signal on its way: deliver it, our interrupt is still pending */
+		if (ptrace(PTRACE_CONT, tid, NULL, (void *)(intptr_t)(WSTOPSIG(*status) & 0x7f)))
+			return -errno;
+	}
+	return -ETIMEDOUT;
+}
+
+/* Lets go of a thread that may be running: it must stop once more to be detached, unless it is gone. */
+static void let_go(pid_t tid, bool stopped, int signal)
+{
+	int status;
+
+	if (!stopped && (ptrace(PTRACE_INTERRUPT, tid, NULL, NULL) ||
+			 next_stop(tid, sys_now_ns() + 1000000000ull, &status)))
+		return; /* it never stopped: our exit or the end of its sleep detaches it */
+	ptrace(PTRACE_DETACH, tid, NULL, (void *)(intptr_t)signal);
+}
+
+/* After the commit: to the entry of the call, to its exit. Signals are kept pending by the kernel until the thread is back in
+ * user mode, so that the only stops here are the two of the call, or a group stop. */
+static int watch_call(pid_t tid, uint64_t deadline_ns, bool *stopped, int *signal)
+{
+	for (int stops = 0; stops < 2;) {
+		int status, error;
+
+		if (ptrace(PTRACE_SYSCALL, tid, NULL, (void *)(intptr_t)*signal))
+			return -errno;
+		*signal = 0;
+		*stopped = false;
+		TIERD_INJECT_STEP(6 + stops);
+		error = next_stop(tid, deadline_ns, &status);
+		if (error)
+			return error;
+		*stopped = true;
+		if (event_of(status) == PTRACE_EVENT_STOP) {
+			if (in_group_stop(status)) /* SIGSTOP arrived: it can wait until the thread is itself again */
+				continue;
+		} else if (WSTOPSIG(status) == SYSCALL_STOP) {
+			stops++;
+		} else {
+			*signal = WSTOPSIG(status);
+		}
+	}
+	return 0;
+}
+
+static int read_scratch(pid_t tid, const struct inject_frame *frame, void *scratch, size_t bytes)
+{
+	struct iovec to = {scratch, bytes}, from = {(void *)(uintptr_t)frame->scratch, bytes};
+
+	if (!bytes)
+		return 0;
+	return process_vm_readv(tid, &to, 1, &from, 1, 0) == (ssize_t)bytes ? 0 : -EFAULT;
+}
+
+static void make_pointers(struct inject_frame *frame, uint64_t pointers, size_t scratch_bytes)
+{
+	uint8_t *area = frame->data + (frame->scratch - frame->address);
+	uint64_t word;
+
+	for (size_t i = 0; i < 64 && (i + 1) * sizeof(word) <= scratch_bytes; i++) {
+		if (!(pointers >> i & 1))
+			continue;
+		memcpy(&word, area + i * sizeof(word), sizeof(word));
+		word += frame->scratch;
+		memcpy(area + i * sizeof(word), &word, sizeof(word));
+	}
+}
+
+static int write_frame(pid_t tid, const struct inject_frame *frame)
+{
+	struct iovec from = {(void *)frame->data, frame->bytes}, to = {(void *)(uintptr_t)frame->address, frame->bytes};
+	ssize_t n = process_vm_writev(tid, &from, 1, &to, 1, 0);
+
+	return n == (ssize_t)frame->bytes ? 0 : n < 0 ? -errno : -EFAULT;
+}
+
+static int run_stopped(pid_t tid, const struct inject_code *code, struct tierd_call *call, void *scratch, size_t bytes,
+		       struct inject_frame *frame, uint64_t deadline_ns, bool *stopped, int *signal)
+{
+	int error = inject_prepare(tid, code, call, scratch, bytes, frame);
+
+	if (!error) {
+		make_pointers(frame, call->pointers, bytes);
+		error = write_frame(tid, frame);
+	}
+	TIERD_INJECT_STEP(4);
+	if (!error)
+		error = inject_commit(tid, code, call, frame);
+	TIERD_INJECT_STEP(5);
+	if (!error)
+		error = watch_call(tid, deadline_ns, stopped, signal);
+	TIERD_INJECT_STEP(8);
+	if (!error)
+		error = inject_result(tid, &call->result);
+	if (!error)
+		error = read_scratch(tid, frame, scratch, bytes);
+	TIERD_INJECT_STEP(9);
+	return error;
+}
+
+int tierd_inject(int32_t tid, struct tierd_call *call, void *scratch, uint32_t scratch_bytes, uint32_t timeout_ms)
+{
+	struct inject_code code = {0};
+	uint64_t began_ns, deadline_ns = sys_now_ns() + timeout_ms * 1000000ull;
+	struct inject_frame *frame;
+	bool stopped = false;
+	int error, status, signal = 0;
+
+	if (scratch_bytes > INJECT_SCRATCH_MAX)
+		return -EINVAL;
+	error = find_code(tid, &code); /* before the stop: it takes milliseconds */
+	if (error)
+		return error;
+	frame = calloc(1, sizeof(*frame));
+	if (!frame)
+		return -ENOMEM;
+	if (ptrace(PTRACE_SEIZE, tid, NULL, (void *)(intptr_t)PTRACE_O_TRACESYSGOOD)) {
+		error = errno == EPERM ? -EBUSY : -errno; /* root is refused only where somebody else traces */
+		free(frame);
+		return error;
+	}
+	TIERD_INJECT_STEP(1);
+	began_ns = sys_now_ns();
+	error = stop_thread(tid, deadline_ns, &status);
+	TIERD_INJECT_STEP(3);
+	stopped = !error;
+	if (!error && in_group_stop(status))
+		error = -EAGAIN; /* stopped by a SIGSTOP: it would not run our call */
+	if (!error)
+		error = run_stopped(tid, &code, call, scratch, scratch_bytes, frame, deadline_ns, &stopped, &signal);
+	if (error != -ESRCH)
+		let_go(tid, stopped, signal);
+	call->stopped_ns = sys_now_ns() - began_ns;
+	free(frame);
+	return error;
+}

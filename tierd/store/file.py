@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file store: one sparse file a guest, mode 0600 in a 0700 directory of ours.
+
+A page's offset is its number times the page size, so neighbours stay neighbours and a run is one call. Reads and writes are
+made by the data plane (store.c). Everything here blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import re
+import stat
+import time
+from pathlib import Path
+from typing import Literal
+
+from tierd.store import StoreError
+
+PREFIX, SUFFIX = "guest-", ".pages"
+KEY = re.compile(r"\d+-\d+")
+RESERVE_BYTES = 256 << 20  # of the file system, for others; and so that a full disk is our decision, not an error
+USED_CACHE_S = 1.0
+MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
+
+
+class FileSpace:
+    """One guest's file. Implements store.Space."""
+
+    def __init__(self, fd: int, path: Path, direct: bool) -> None:
+        self.fd, self.path, self.direct = fd, path, direct
+        self.drop_cache = not direct
+
+    def used_bytes(self) -> int:
+        return os.fstat(self.fd).st_blocks * 512
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def delete(self) -> None:
+        """Remove the file, open or closed. It may be gone already."""
+        self.path.unlink(missing_ok=True)
+
+
+class FileStore:
+    """Implements store.Store in directory `path`. `capacity_bytes`: of all guests together, None: what the disk has."""
+
+    def __init__(self, path: Path, capacity_bytes: int | None, direct: Literal["auto", "on", "off"]) -> None:
+        """StoreError: the directory cannot hold guests' pages; the text says why and what to do."""
+        self.path = path
+        self._capacity_bytes = capacity_bytes
+        self._used_at, self._used = -1e9, 0
+        self._prepare()
+        self.direct = self._choose_direct(direct)
+
+    def _prepare(self) -> None:
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            info = self.path.lstat()
+        except OSError as error:
+            raise StoreError(f"the store's directory {self.path} cannot be made: {error.strerror}; create it, or set store.path") from error
+        if not stat.S_ISDIR(info.st_mode):
+            raise StoreError(f"the store's path {self.path} is not a directory; remove it, or set store.path")
+        if info.st_uid != os.geteuid():
+            raise StoreError(f"{self.path} belongs to user {info.st_uid}, tierd runs as {os.geteuid()}: guests' memory would "
+                             f"be theirs to read; chown it or set store.path")
+        if info.st_mode & 0o077:
+            raise StoreError(f"{self.path} has mode {stat.S_IMODE(info.st_mode):04o}: others could read guests' memory; "
+                             f"chmod 0700 {self.path}")
+        kind = file_system_of(self.path)
+        if kind in MEMORY_FILE_SYSTEMS:
+            raise StoreError(f"{self.path} is on {kind}: evicted pages would stay in memory and nothing would be given back; "
+                             "set store.path to a directory on a disk")
+
+    def _choose_direct(self, wanted: Literal["auto", "on", "off"]) -> bool:
+        if wanted == "off":
+            return False
+        problem = self._try_direct()
+        if problem and wanted == "on":
+            raise StoreError(f"{self.path} does not take O_DIRECT ({problem}); set store.direct to auto or off")
+        return problem is None
+
+    def _try_direct(self) -> str | None:
+        """None when one page written with O_DIRECT is read back; else why not."""
+        scratch = self.path / f".tierd-direct-{os.getpid()}"
+        try:
+            fd = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)  # some file systems create the file before they refuse the flag
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                return "open(2) refuses it"
+            raise StoreError(f"{self.path} cannot be written: {error.strerror}; make it writable or set store.path") from error
+        try:
+            with mmap.mmap(-1, 2 * mmap.PAGESIZE) as page:
+                view = memoryview(page)
+                written, read = view[: mmap.PAGESIZE], view[mmap.PAGESIZE :]
+                written[:] = b"\xa5" * mmap.PAGESIZE
+                ok = os.pwritev(fd, [written], mmap.PAGESIZE) == mmap.PAGESIZE
+                ok = ok and os.preadv(fd, [read], mmap.PAGESIZE) == mmap.PAGESIZE and read == written
+                written.release()
+                read.release()
+                view.release()
+            return None if ok else "a page came back different"
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                return "blocks larger than a page"
+            raise StoreError(f"{self.path} cannot be used: {error.strerror}; free space or set store.path") from error
+        finally:
+            os.close(fd)
+            scratch.unlink()
+
+    def open(self, key: str, pages: int, page_bytes: int, *, create: bool) -> FileSpace:
+        path = self.path / f"{PREFIX}{key}{SUFFIX}"
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_DIRECT if self.direct else 0)
+        try:
+            if create:  # a file of that name can only be a leftover: pids and start times do not come back
+                path.unlink(missing_ok=True)
+                flags |= os.O_CREAT | os.O_EXCL
+            fd = os.open(path, flags, 0o600)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be opened: {error.strerror}; see the directory's owner and mode") from error
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
+                raise StoreError(f"{path} is not a file of user {os.geteuid()}; nothing was touched, move it away")
+            if create:
+                os.ftruncate(fd, pages * page_bytes)
+            elif info.st_size != pages * page_bytes:
+                raise StoreError(f"{path} has {info.st_size} bytes, {pages * page_bytes} were expected; nothing was touched")
+        except OSError as error:
+            os.close(fd)
+            path.unlink(missing_ok=create)
+            raise StoreError(f"{path} cannot be sized: {error.strerror}; does the file system take sparse files?") from error
+        except StoreError:
+            os.close(fd)
+            raise
+        return FileSpace(fd, path, self.direct)
+
+    def sweep(self, live_keys: set[str]) -> list[str]:
+        swept = []
+        for path in sorted(self.path.glob(f"{PREFIX}*{SUFFIX}")):
+            key = path.name[len(PREFIX) : -len(SUFFIX)]
+            if KEY.fullmatch(key) and key not in live_keys and path.is_file() and not path.is_symlink():
+                path.unlink()
+                swept.append(key)
+        return swept
+
+    def used_bytes(self) -> int:
+        """Blocks of all guests' files; looked up at most once a second."""
+        if time.monotonic() - self._used_at > USED_CACHE_S:
+            used = 0
+            for path in self.path.glob(f"{PREFIX}*{SUFFIX}"):
+                with contextlib.suppress(FileNotFoundError):  # a guest that is being deleted
+                    used += path.lstat().st_blocks * 512
+            self._used, self._used_at = used, time.monotonic()
+        return self._used
+
+    def free_bytes(self) -> int:
+        disk = os.statvfs(self.path)
+        free = max(disk.f_bavail * disk.f_frsize - RESERVE_BYTES, 0)
+        if self._capacity_bytes is not None:
+            free = min(free, max(self._capacity_bytes - self.used_bytes(), 0))
+        return free
+
+
+def file_system_of(path: Path) -> str:
+    """Type of the file system that holds `path`, by the kernel's mount table ("" when it does not say)."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    kind = ""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[2] == wanted:
+            kind = fields[fields.index("-") + 1]
+    return kind
