@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `tierd check` finds out about this kernel, in words with remedies. Pure: the trials themselves are elsewhere."""
+"""What `tierd check` finds out about this kernel, this host and a guest, in words with remedies. Changes nothing."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tierd.attach import Refused
     from tierd.native import Probe
+
+# number of the capability: name, and what needs it (systemd/tierd.service says more)
+_CAPABILITIES = {
+    19: ("CAP_SYS_PTRACE", "enter a VMM"),
+    23: ("CAP_SYS_NICE", "deactivate from outside"),
+    2: ("CAP_DAC_READ_SEARCH", "read another user's pagemap"),
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,77 @@ def kernel_findings(found: Probe) -> list[Finding]:
         says = with_it if not error else f"{without_it} (the trial said: {os.strerror(error)})"
         findings.append(Finding(trial.replace("_", " "), not error, needed, says, remedy))
     return findings
+
+
+def host_findings(root: Path = Path("/")) -> list[Finding]:
+    """What the host is set to, from /proc and /sys below `root`."""
+    return [_capabilities(root), _ptrace_scope(root), _large_folios(root), _swap(root)]
+
+
+def _read(path: Path) -> str:
+    """ "" where this kernel has no such file."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def _capabilities(root: Path) -> Finding:
+    match = re.search(r"^CapEff:\s+([0-9a-f]+)", _read(root / "proc/self/status"), re.MULTILINE)
+    held = int(match[1], 16) if match else 0
+    missing = [f"{name} ({why})" for number, (name, why) in _CAPABILITIES.items() if not held >> number & 1]
+    says = f"missing: {', '.join(missing)}" if missing else "this process may do to a VMM what tierd does"
+    return Finding("privileges", not missing, True, says, "run this as root")
+
+
+def _ptrace_scope(root: Path) -> Finding:
+    scope = _read(root / "proc/sys/kernel/yama/ptrace_scope").strip()
+    says = (
+        "nobody may trace a process (kernel.yama.ptrace_scope is 3)"
+        if scope == "3"
+        else "a VMM can be entered by ptrace"
+    )
+    remedy = "set kernel.yama.ptrace_scope to 2 or less in /etc/sysctl.d; it takes a reboot"
+    return Finding("ptrace", scope != "3", True, says, remedy)
+
+
+def _large_folios(root: Path) -> Finding:
+    base = root / "sys/kernel/mm/transparent_hugepage"
+    top = _chosen(base / "shmem_enabled")
+    risky = []
+    for path in [base / "shmem_enabled", *sorted(base.glob("hugepages-*/shmem_enabled"))]:
+        chosen = _chosen(path)
+        if (top if chosen == "inherit" else chosen) not in ("", "never", "deny"):
+            risky.append(f"/{path.relative_to(root)} is {chosen}")
+    says = "shared memory is made of single pages" if not risky else f"guests are refused: {', '.join(risky)}"
+    remedy = "echo never into each of these files (see tmpfiles.d(5) to keep it so), then restart the VMs"
+    return Finding("large folios", not risky, True, says, remedy)
+
+
+def _chosen(path: Path) -> str:
+    match = re.search(r"\[(\w+)\]", _read(path))
+    return match[1] if match else ""
+
+
+def _swap(root: Path) -> Finding:
+    match = re.search(r"^SwapTotal:\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    on = bool(match and int(match[1]))
+    says = (
+        "swap is on: untouched pages are found by a call inside the VMM, at the price of short stops"
+        if on
+        else "swap is off: untouched pages are found from outside the VMM"
+    )
+    return Finding("swap", not on, False, says, "swapoff -a, or memory.swap.max=0 in the VMs' control groups")
+
+
+def guest_findings(checks: Iterable[tuple[str, Refused | None]]) -> list[Finding]:
+    """What preflight says about one guest."""
+    return [
+        Finding(name.replace("_", " "), True, True, "nothing found")
+        if refused is None
+        else Finding(name.replace("_", " "), False, True, f"{refused.cause} ({refused.evidence})", refused.remedy)
+        for name, refused in checks
+    ]
 
 
 def passed(findings: Iterable[Finding]) -> bool:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +37,7 @@ class Client:
     def __init__(self, socket_path: Path) -> None:
         import httpx
 
+        _try_to_connect(socket_path)
         self._path = socket_path
         self._http = httpx.Client(
             transport=httpx.HTTPTransport(uds=str(socket_path)),
@@ -103,13 +104,27 @@ class Client:
         raise Declined(answer.status_code, said.get("error", answer.reason_phrase), said.get("remedy", ""))
 
     def _unreachable(self, error: Exception) -> NoReturn:
-        if not self._path.exists():
-            why = "there is no such socket; is tierd.service running? (systemctl status tierd)"
-        elif not os.access(self._path, os.R_OK | os.W_OK):
-            why = f"permission denied; run this as root or as a member of the socket's group (ls -l {self._path})"
-        else:
-            why = f"{error or type(error).__name__}; is tierd.service running? (systemctl status tierd)"
-        raise Unreachable(f"cannot reach the daemon at {self._path}: {why}") from error
+        raise Unreachable(
+            f"{self._path}: {error or type(error).__name__}; `journalctl -u tierd` may say why"
+        ) from error
+
+
+def _try_to_connect(path: Path) -> None:
+    """Says precisely why a daemon cannot be reached; httpx does not."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(CONNECT_S)
+        try:
+            probe.connect(str(path))
+        except PermissionError as error:
+            raise Unreachable(
+                f"cannot reach the daemon at {path}: permission denied; run this as root or as a member of the "
+                f"socket's group (ls -l {path})"
+            ) from error
+        except OSError as error:
+            raise Unreachable(
+                f"cannot reach the daemon at {path}: {error.strerror or error}; is tierd.service running? "
+                "(systemctl status tierd)"
+            ) from error
 
 
 def guest_path(guest: str) -> str:

@@ -1,29 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration: YAML, parsed once into frozen types. Every error names file, line and key, and all come at once.
 
-Sizes are bytes or strings like `512MiB`; times are seconds or strings like `30s`, `2min`, `500ms`; rates like `100MiB/s`.
+Sizes are bytes or strings like `512MiB`; times are seconds or strings like `30s`, `2min`, `500ms`; rates `100MiB/s`.
 No clock and no log here; the only I/O is reading the files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
+import ipaddress
+import math
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 SAFE_MIN_IDLE_S = 120.0
+AGE_S_MAX = 5 * 86400.0  # a page's age is counted in 61,440 steps of 8 s: somewhat more than this
+SOCKET_PATH_BYTES_MAX = 107  # sun_path, unix(7)
 
-_SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-               "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_TIME_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_SIZE_UNITS = {
+    **{"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
+    **{"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40},
+}
+_TIME_UNITS_MS = {"ms": 1, "s": 1000, "min": 60_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_QUANTITY = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*")
+
+
+def _shown(value: object) -> str:
+    """What somebody wrote, for an error: bounded, on one line."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def parse_size(value: object) -> int:
@@ -33,40 +49,88 @@ def parse_size(value: object) -> int:
     if isinstance(value, str) and (match := _QUANTITY.fullmatch(value)):
         unit = _SIZE_UNITS.get(match[2].upper() or "B")
         if unit is not None:
-            return int(float(match[1]) * unit)
-    raise ValueError(f"{value!r} is not a size; write for example 512MiB, 10GiB or a number of bytes")
+            return int(Decimal(match[1]) * unit)
+    raise ValueError(f"{_shown(value)} is not a size; write for example 512MiB, 10GiB or a number of bytes")
 
 
 def parse_time(value: object) -> float:
     """Seconds of `30s`, `2min`, `500ms`, 1.5. ValueError says what is expected."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value) if abs(value) < 1 << 64 else math.copysign(math.inf, value)  # a bound refuses it
+    if isinstance(value, float) and not math.isnan(value):
+        return value
     if isinstance(value, str) and (match := _QUANTITY.fullmatch(value)):
-        unit = _TIME_UNITS.get(match[2] or "s")
+        unit = _TIME_UNITS_MS.get(match[2] or "s")
         if unit is not None:
-            return float(match[1]) * unit
-    raise ValueError(f"{value!r} is not a time; write for example 30s, 2min, 500ms or a number of seconds")
+            return float(Decimal(match[1]) * unit / 1000)
+    raise ValueError(f"{_shown(value)} is not a time; write for example 30s, 2min, 500ms or a number of seconds")
 
 
-def parse_rate(value: object) -> float:
-    """Bytes per second of `100MiB/s`."""
-    if isinstance(value, str) and value.strip().endswith("/s"):
-        return float(parse_size(value.strip()[:-2]))
+def parse_rate(value: object) -> int:
+    """Bytes per second of `100MiB/s`. ValueError says what is expected."""
     try:
-        return float(parse_size(value))
+        return parse_size(value.strip().removesuffix("/s") if isinstance(value, str) else value)
     except ValueError:
-        raise ValueError(f"{value!r} is not a rate; write for example 100MiB/s") from None
+        raise ValueError(f"{_shown(value)} is not a rate; write for example 100MiB/s") from None
 
 
 def _parse_switch(value: object) -> object:
     """YAML reads bare `on` and `off` as booleans."""
-    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
-Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
-Seconds = Annotated[float, BeforeValidator(parse_time), Field(ge=0, le=10 * 365 * 86400)]
-FilePath = Annotated[Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) else value)]
-Rate = Annotated[float, BeforeValidator(parse_rate), Field(gt=0)]
+def _parse_mode(value: object) -> int:
+    """`0660`: octal, as everybody means it. 660 and 432 could be either, so they are refused."""
+    if isinstance(value, str) and re.fullmatch(r"0o?[0-7]{3}", value):
+        return int(value.removeprefix("0o"), 8)
+    raise ValueError(f"{_shown(value)} is not a file mode; write four octal digits, 0660 for example")
+
+
+def _parse_path(value: object) -> Path:
+    with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate: YAML can write it, a file system cannot
+        if isinstance(value, str) and os.fsencode(value) and "\0" not in value:
+            return Path(value)
+    raise ValueError(f"{_shown(value)} is not a path")
+
+
+def _socket_fits(path: Path) -> Path:
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+        raise ValueError(f"the path of a socket has at most {SOCKET_PATH_BYTES_MAX} bytes; choose a shorter one")
+    return path
+
+
+def _parse_address(listen: object) -> object:
+    """`127.0.0.1:9464`, `[::1]:9464`, `localhost:9464`, `:9464` for all addresses."""
+    match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*):([0-9]{1,5})", str(listen))
+    try:
+        if not match or not 0 < int(match[2]) < 65536:
+            raise ValueError
+        if match[1] not in ("", "localhost"):
+            ipaddress.IPv6Address(match[1][1:-1]) if match[1][0] == "[" else ipaddress.IPv4Address(match[1])
+    except ValueError:
+        what = f"{_shown(listen)} is not a numeric address and a port"
+        raise ValueError(f"{what}; write 127.0.0.1:9464 for example") from None
+    return listen
+
+
+def _is_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{_shown(pattern)} is not a regular expression: {error}") from None
+    return pattern
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0, le=1 << 60)]
+Seconds = Annotated[float, BeforeValidator(parse_time), Field(ge=0, le=366 * 86400)]
+Interval = Annotated[float, BeforeValidator(parse_time), Field(ge=0.1, le=86400)]
+Rate = Annotated[int, BeforeValidator(parse_rate), Field(gt=0, le=1 << 60)]
+SomePath = Annotated[Path, BeforeValidator(_parse_path)]
+
+
+def _impossible(message: str, *keys: str) -> PydanticCustomError:
+    """Keys that are right one by one, but not together."""
+    return PydanticCustomError("impossible", "{message}", {"message": message, "keys": keys})
 
 
 class Frozen(BaseModel):
@@ -78,7 +142,7 @@ class Policy(Frozen):
 
     enabled: bool = True
     dry_run: bool = False  # track and report, move nothing
-    interval_s: Annotated[Seconds, Field(gt=0)] = 10.0
+    interval_s: Interval = 10.0
     idle_intervals: Annotated[int, Field(ge=1, le=100_000)] = 30  # untouched for so many intervals: cold
     min_idle_s: Seconds = SAFE_MIN_IDLE_S  # never evict anything younger: it must outlast any I/O in flight
     unsafe_min_idle: bool = False  # allows min_idle_s below 120 s; for tests
@@ -91,11 +155,22 @@ class Policy(Frozen):
     @model_validator(mode="after")
     def _possible(self) -> Policy:
         if self.resident_max is not None and self.resident_min > self.resident_max:
-            raise ValueError(f"resident_min ({self.resident_min}) is above resident_max ({self.resident_max})")
+            raise _impossible(
+                f"resident_min ({self.resident_min}) is above resident_max ({self.resident_max})",
+                "resident_min",
+                "resident_max",
+            )
         if self.min_idle_s < SAFE_MIN_IDLE_S and not self.unsafe_min_idle:
-            raise ValueError(
-                f"min_idle_s is {self.min_idle_s:g} s; below {SAFE_MIN_IDLE_S:g} s a disk or network transfer that is still "
-                "in flight into an idle page could be lost. For a test, say `unsafe_min_idle: true` beside it"
+            raise _impossible(
+                f"min_idle_s is {self.min_idle_s:g} s; below {SAFE_MIN_IDLE_S:g} s a transfer by direct I/O that is "
+                "still in flight into an idle page could be lost. For a test, say `unsafe_min_idle: true` beside it",
+                "min_idle_s",
+            )
+        if self.cold_s > AGE_S_MAX:
+            raise _impossible(
+                f"a page would be cold after {self.cold_s:g} s, but ages are only counted up to {AGE_S_MAX:g} s "
+                "(5 days): nothing would ever be evicted; lower it, or say `enabled: false`",
+                "min_idle_s" if self.min_idle_s > AGE_S_MAX else "idle_intervals",
             )
         return self
 
@@ -106,23 +181,17 @@ class Policy(Frozen):
 
 
 class Api(Frozen):
-    socket: FilePath = Path("/run/tierd/tierd.sock")
-    mode: Annotated[int, Field(ge=0, le=0o777)] = 0o660
-    group: str | None = None  # None: that of the process
+    socket: Annotated[SomePath, AfterValidator(_socket_fits)] = Path("/run/tierd/tierd.sock")
+    mode: Annotated[int, BeforeValidator(_parse_mode)] = 0o660
+    group: Annotated[str, Field(min_length=1)] | None = None  # None: that of the process
 
 
 class Metrics(Frozen):
-    listen: str | None = None  # "127.0.0.1:9464"; None: only on the API's socket
-
-    @model_validator(mode="after")
-    def _address(self) -> Metrics:
-        if self.listen is not None and not re.fullmatch(r"(\[[0-9A-Fa-f:]+\]|[^:\s]*):\d{1,5}", self.listen):
-            raise ValueError(f"listen is {self.listen!r}; write an address and a port, 127.0.0.1:9464 for example")
-        return self
+    listen: Annotated[str, BeforeValidator(_parse_address)] | None = None  # None: only on the API's socket
 
 
 class FileStoreConfig(Frozen):
-    path: FilePath = Path("/var/lib/tierd")
+    path: SomePath = Path("/var/lib/tierd")
     capacity: Size | None = None  # of all guests together; None: what the file system has
     direct: Annotated[Literal["auto", "on", "off"], BeforeValidator(_parse_switch)] = "auto"
 
@@ -135,21 +204,22 @@ class Log(Frozen):
 class Rule(Frozen):
     """Which guests a policy is for; all that is given must match."""
 
-    name: str | None = None  # a glob
+    name: Annotated[str, Field(min_length=1)] | None = None  # a glob
     pid: Annotated[int, Field(gt=0)] | None = None
-    cmdline: str | None = None  # a regular expression, searched in the command line
+    # a regular expression, searched in the command line
+    cmdline: Annotated[str, Field(min_length=1), AfterValidator(_is_pattern)] | None = None
     policy: Policy
 
     @model_validator(mode="after")
     def _says_whom(self) -> Rule:
         if self.name is None and self.pid is None and self.cmdline is None:
-            raise ValueError("a guest rule needs name, pid or cmdline; name: '*' means every guest")
-        if self.cmdline is not None:
-            try:
-                re.compile(self.cmdline)
-            except re.error as error:
-                raise ValueError(f"cmdline is not a regular expression: {error}") from None
+            raise _impossible("a guest rule needs name, pid or cmdline; name: '*' means every guest")
         return self
+
+    @property
+    def whom(self) -> str:
+        given = ((key, getattr(self, key)) for key in WHOM if getattr(self, key) is not None)
+        return ", ".join(f"{key}: {value}" for key, value in given)
 
     def matches(self, name: str, pid: int, cmdline: str) -> bool:
         return (
@@ -158,20 +228,32 @@ class Rule(Frozen):
             and (self.cmdline is None or re.search(self.cmdline, cmdline) is not None)
         )
 
+    def hides(self, later: Rule) -> bool:
+        """Every guest of `later` is one of ours already. Not all such pairs are seen, only those that people write."""
+        if self.whom == later.whom:
+            return True
+        if self.name is None or self.pid is not None or self.cmdline is not None:
+            return False
+        is_glob = later.name is None or any(c in later.name for c in "*?[")
+        return self.name == "*" or (not is_glob and fnmatch.fnmatchcase(later.name or "", self.name))
+
+
+WHOM = ("name", "pid", "cmdline")
+
 
 class Config(Frozen):
-    runtime_dir: FilePath = Path("/run/tierd")
+    runtime_dir: SomePath = Path("/run/tierd")
     api: Api = Api()
     metrics: Metrics = Metrics()
     store: FileStoreConfig = FileStoreConfig()
     log: Log = Log()
     engine: Literal["auto", "stock"] = "auto"
-    discover_interval_s: Annotated[Seconds, Field(gt=0)] = 1.0
+    discover_interval_s: Interval = 1.0
     on_stop: Literal["restore", "keep"] = "restore"
     stop_timeout_s: Seconds = 300.0
-    guests_dir: FilePath = Path("guests.d")  # relative to the main file
+    guests_dir: SomePath = Path("guests.d")  # relative to the main file
     defaults: Policy = Policy()
-    guests: tuple[Rule, ...] = ()
+    guests: tuple[Rule, ...] = ()  # those of guests_dir first: they override
 
     def match(self, name: str, pid: int, cmdline: str) -> Policy | None:
         """The policy of the first rule that matches; None: the guest is left alone."""
@@ -181,19 +263,54 @@ class Config(Frozen):
         return None
 
 
+_SECTIONS: dict[str, type[Frozen]] = {
+    "api": Api,
+    "metrics": Metrics,
+    "store": FileStoreConfig,
+    "log": Log,
+    "defaults": Policy,
+}
 NEED_RESTART = ("runtime_dir", "api", "metrics", "store", "engine", "log")
 
 
 def changes(old: Config, new: Config) -> list[str]:
-    """What a reload changes, one line each; some of it only after a restart."""
-    told = []
+    """What a reload changes, one line each, `store.path: /a -> /b`; and what of it waits for a restart."""
+    told: list[str] = []
     for key in Config.model_fields:
-        if getattr(old, key) != getattr(new, key):
-            told.append(f"{key} changed" + (" (takes effect after a restart)" if key in NEED_RESTART else ""))
+        before, after = getattr(old, key), getattr(new, key)
+        later = " (takes effect after a restart)" if key in NEED_RESTART else ""
+        if key == "guests":
+            told += _rule_changes(before, after)
+        elif isinstance(before, Frozen):
+            told += [line + later for line in _differences(f"{key}.", before, after)]
+        elif before != after:
+            told.append(f"{key}: {_told(before)} -> {_told(after)}{later}")
     return told
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------------
+def _differences(prefix: str, before: BaseModel, after: BaseModel) -> Iterator[str]:
+    for key in type(before).model_fields:
+        a, b = getattr(before, key), getattr(after, key)
+        if a != b:
+            yield f"{prefix}{key}: {_told(a)} -> {_told(b)}"
+
+
+def _told(value: object) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _rule_changes(before: Sequence[Rule], after: Sequence[Rule]) -> Iterator[str]:
+    old, new = ({rule.whom: rule for rule in rules} for rules in (before, after))
+    yield from (f"guests: rule for {whom} removed" for whom in old if whom not in new)
+    yield from (f"guests: rule for {whom} added" for whom in new if whom not in old)
+    both = [whom for whom in new if whom in old]
+    for whom in both:
+        yield from _differences(f"guests: rule for {whom}: ", old[whom].policy, new[whom].policy)
+    if both != [whom for whom in old if whom in new]:
+        yield "guests: the rules stand in another order"
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -220,7 +337,7 @@ class ConfigErrors(Exception):
         self.errors = tuple(errors)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 KeyPath = tuple[str | int, ...]
 
@@ -232,116 +349,182 @@ class _Document:
     file: Path
     value: Any
     lines: dict[KeyPath, int]
+    errors: list[ConfigError]  # of the whole configuration
 
-    def error(self, path: KeyPath, message: str, suggestion: str = "") -> ConfigError:
+    def wrong(self, path: KeyPath, message: str, suggestion: str = "") -> None:
         at = path
         while at and at not in self.lines:
             at = at[:-1]
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
-        return ConfigError(self.file, self.lines.get(at, 0), key, message, suggestion)
+        key = key if key.isprintable() else _shown(key)
+        self.errors.append(ConfigError(self.file, self.lines.get(at, 0), key, message, suggestion))
 
 
-def _plain(node: yaml.Node, path: KeyPath, document: _Document, errors: list[ConfigError]) -> Any:
+class _Loader(yaml.SafeLoader):
+    """YAML without the parts that nobody needs in a configuration, and that hide lines or blow up."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark: yaml.Mark = event.start_mark
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not supported", mark)
+        if getattr(event, "tag", None) is not None:
+            raise yaml.composer.ComposerError(None, None, "tags (!name) are not supported", mark)
+        return super().compose_node(parent, index)
+
+
+def _plain(node: yaml.Node, path: KeyPath, document: _Document) -> Any:
     """The Python value of a node; notes lines, and finds keys given twice."""
-    document.lines[path] = node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = str(key_node.value)
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "(a list or mapping)"
+            before = document.lines.get((*path, key))
             document.lines[(*path, key)] = key_node.start_mark.line + 1
-            if key in found:
-                errors.append(document.error((*path, key), "the key is given twice", "remove one"))
-            value = _plain(value_node, (*path, key), document, errors)
-            document.lines[(*path, key)] = key_node.start_mark.line + 1
-            found[key] = value
+            if before is not None:
+                document.wrong((*path, key), f"stands on line {before} already", "remove one of them")
+            found[key] = _plain(value_node, (*path, key), document)
         return found
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, (*path, i), document, errors) for i, item in enumerate(node.value)]
-    constructor = yaml.constructor.SafeConstructor()
-    return constructor.construct_object(node)
+        for i, item in enumerate(node.value):
+            document.lines[(*path, i)] = item.start_mark.line + 1
+        return [_plain(item, (*path, i), document) for i, item in enumerate(node.value)]
+    if node.tag == "tag:yaml.org,2002:int" and re.fullmatch(r"0[0-7]+", node.value):
+        return node.value  # only a file mode is octal; _parse_mode wants to see the 0
+    try:
+        return yaml.constructor.SafeConstructor().construct_object(node)
+    except (ValueError, IndexError, OverflowError):
+        document.wrong(path, f"{_shown(node.value)} looks like a number or a date, but is none", "put it in quotes")
+        return node.value
 
 
 def _read(file: Path, errors: list[ConfigError]) -> _Document | None:
+    """None: there is nothing to judge in it, `errors` says why."""
     try:
-        text = file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        text = file.read_bytes().decode()
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         errors.append(ConfigError(file, 0, "", f"cannot be read: {reason}", "check its path and mode"))
         return None
-    document = _Document(file, {}, {})
+    document = _Document(file, {}, {}, errors)
     try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        if node is not None:
-            document.value = _plain(node, (), document, errors)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error)
-        errors.append(ConfigError(file, mark.line + 1 if mark else 0, "", f"is not YAML: {problem}", "check the indentation"))
+        node = _Loader(text).get_single_node()
+        value = _plain(node, (), document) if node is not None else None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        errors.append(ConfigError(file, line, "", f"is not YAML: there is a character {_shown(chr(error.character))}"))
         return None
-    if document.value is None:
-        document.value = {}
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        errors.append(ConfigError(file, line, "", f"is not YAML: {error.problem}", "check the indentation"))
+        return None
+    except RecursionError:
+        errors.append(ConfigError(file, 0, "", "is nested too deeply"))
+        return None
+    document.value = {} if value is None else value
     if not isinstance(document.value, dict):
-        errors.append(document.error((), "must be a mapping of keys to values"))
+        document.wrong((), "must be a mapping of keys to values", "a list of guest rules stands under `guests:`")
         return None
     return document
 
 
-def _model_at(path: Iterable[str | int]) -> type[BaseModel] | None:
-    """The model whose keys may stand at `path` of the main file, for suggestions."""
-    at: Any = Config
-    for part in path:
-        if part == "guests":
-            at = Rule
-        elif isinstance(part, int):
-            continue
-        elif isinstance(at, type) and issubclass(at, BaseModel) and part in at.model_fields:
-            at = at.model_fields[part].annotation
-    return at if isinstance(at, type) and issubclass(at, BaseModel) else None
+# --- judging ----------------------------------------------------------------------------------------------------------
+
+_Model = TypeVar("_Model", bound=Frozen)
 
 
-def _suggest(model: type[BaseModel] | None, key: str) -> str:
-    if model is None:
-        return ""
-    known = set(model.model_fields)
-    if model is Rule:
-        known = (known - {"policy"}) | set(Policy.model_fields)
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(known))}"
+def _section(model: type[_Model], document: _Document, path: KeyPath, raw: object) -> _Model:
+    """The model of a mapping. What is wrong goes to the errors and is left out, so that the rest is judged as well."""
+    if not isinstance(raw, dict):
+        if raw is not None:  # a section whose keys are all commented out
+            document.wrong(path, "must be a mapping of keys to values", f"known keys: {_known(model)}")
+        return model()
+    good = dict(raw)
+    while True:
+        try:
+            return model.model_validate(good)
+        except ValidationError as error:
+            for item in error.errors(include_url=False):
+                for key in _tell(model, document, path, item):
+                    good.pop(key, None)
 
 
-def _explain(document: _Document, base: KeyPath, error: ValidationError) -> Iterator[ConfigError]:
-    for item in error.errors(include_url=False):
-        path: KeyPath = (*base, *(part for part in item["loc"] if part != "policy" or "policy" in document.value))
-        if item["type"] == "extra_forbidden":
-            parent = _model_at(path[:-1])
-            yield document.error(path, "is not a known key", _suggest(parent, str(path[-1])))
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            yield document.error(path, message[0].lower() + message[1:] if message[:5] == "Input" else message)
+def _tell(model: type[Frozen], document: _Document, path: KeyPath, item: ErrorDetails) -> Sequence[str]:
+    """Adds what pydantic found to the errors; returns the keys that it is about."""
+    if item["type"] == "impossible":
+        keys: Sequence[str] = item["ctx"]["keys"]
+        at = next((key for key in keys if (*path, key) in document.lines), None)
+        document.wrong((*path, at) if at else path, item["msg"])
+        return keys
+    key, message, value = str(item["loc"][0]), item["msg"], item["input"]
+    suggestion = ""
+    if item["type"] == "extra_forbidden":
+        message, suggestion = "is not a known key", _suggest(model, key)
+    elif message.startswith("Value error, "):
+        message = message.removeprefix("Value error, ")
+    else:
+        message = f"is {_shown(value)}; " + message.replace("Input should", "it must", 1)
+        suggestion = _suggest_value(item)
+    document.wrong((*path, key), message, suggestion)
+    return [key]
 
 
-def _rule(document: _Document, path: KeyPath, raw: object, defaults: Mapping[str, Any], errors: list[ConfigError]) -> Rule | None:
+def _known(model: type[Frozen]) -> str:
+    return ", ".join(sorted(_keys(model)))
+
+
+def _keys(model: type[Frozen]) -> set[str]:
+    return {*WHOM, *Policy.model_fields} if model is Rule else set(model.model_fields)
+
+
+def _suggest(model: type[Frozen], key: str) -> str:
+    if model is Config and key in Policy.model_fields:
+        return "it belongs under defaults: or into a guest rule"
+    if model is Config and (section := next((s for s, m in _SECTIONS.items() if key in m.model_fields), None)):
+        return f"it belongs under {section}:"
+    if model is Rule and key == "policy":
+        return "its keys stand directly in the rule"
+    if close := difflib.get_close_matches(key, _keys(model), n=1):
+        return f"did you mean {close[0]}?"
+    return f"known keys: {_known(model)}"
+
+
+def _suggest_value(item: ErrorDetails) -> str:
+    value = item["input"]
+    if value is None:
+        return "remove the key, or give it a value"
+    if item["type"] == "literal_error" and isinstance(value, bool):
+        return "YAML reads a bare on, off, yes or no as true or false"
+    if item["type"] == "literal_error":
+        close = difflib.get_close_matches(str(value), re.findall(r"'(\w+)'", item["ctx"]["expected"]), n=1)
+        return f"did you mean {close[0]}?" if close else ""
+    if item["type"] == "string_type" and not isinstance(value, dict | list):
+        return "put it in quotes"
+    return "write true or false" if item["type"] == "bool_type" else ""
+
+
+def _rule(document: _Document, path: KeyPath, raw: object, defaults: Mapping[str, Any]) -> Rule | None:
     """One guest rule: whom it is for, and the defaults with its own keys over them."""
     if not isinstance(raw, dict):
-        errors.append(document.error(path, "must be a mapping with name, pid or cmdline", "for example `- name: 'web-*'`"))
+        document.wrong(path, "must be a mapping with name, pid or cmdline", "for example `- name: 'web-*'`")
         return None
-    whom = {key: raw[key] for key in ("name", "pid", "cmdline") if key in raw}
-    own = {key: value for key, value in raw.items() if key not in whom}
-    unknown = [key for key in own if key not in Policy.model_fields]
-    for key in unknown:
-        errors.append(document.error((*path, key), "is not a known key", _suggest(Rule, key)))
-    if "min_idle_s" in own and "unsafe_min_idle" not in own and "unsafe_min_idle" in defaults:
-        own["unsafe_min_idle"] = defaults["unsafe_min_idle"]
+    own = {key: value for key, value in raw.items() if key in Policy.model_fields}
+    if "min_idle_s" in own:
+        own.setdefault("unsafe_min_idle", False)  # beside it means beside it
+    policy = _section(Policy, document, path, {**defaults, **own})
     try:
-        policy = Policy(**{**defaults, **{key: value for key, value in own.items() if key not in unknown}})
-        return Rule(**whom, policy=policy)
+        return Rule.model_validate({**{key: value for key, value in raw.items() if key not in own}, "policy": policy})
     except ValidationError as error:
-        errors.extend(_explain(document, path, error))
+        for item in error.errors(include_url=False):
+            _tell(Rule, document, path, item)
         return None
 
 
-_Found = tuple[_Document, KeyPath, Rule | None]
+@dataclass
+class _Found:
+    document: _Document
+    path: KeyPath
+    rule: Rule
 
 
 def load(path: Path) -> Config:
@@ -351,59 +534,65 @@ def load(path: Path) -> Config:
     if main is None:
         raise ConfigErrors(errors)
     raw = dict(main.value)
-    raw_guests = raw.pop("guests", None) or []
-    raw_defaults = raw.get("defaults") or {}
-    try:
-        config = Config(**{key: value for key, value in raw.items() if value is not None})
-    except ValidationError as error:
-        errors.extend(_explain(main, (), error))
-        config = Config()
-    if not isinstance(raw_guests, list):
-        errors.append(main.error(("guests",), "must be a list of rules", "begin each with `- name:`"))
-        raw_guests = []
-    defaults = raw_defaults if isinstance(raw_defaults, dict) else {}
-    defaults = {key: value for key, value in defaults.items() if key in Policy.model_fields}
-    try:
-        Policy(**defaults)
-    except ValidationError:  # reported above; the rules are judged without them
-        defaults = {}
-    rules: list[_Found] = [(main, ("guests", i), _rule(main, ("guests", i), item, defaults, errors)) for i, item in enumerate(raw_guests)]
-    rules += _rules_of_directory(path.parent / config.guests_dir, defaults, errors)
-    _find_doubles(rules, errors)
+    raw_guests = raw.pop("guests", None)
+    sections = {key: _section(model, main, (key,), raw.pop(key, None)) for key, model in _SECTIONS.items()}
+    config = _section(Config, main, (), raw)
+    defaults = sections["defaults"].model_dump(exclude_unset=True)
+    rules = _rules_of_directory(path.parent / config.guests_dir, "guests_dir" in raw, main, defaults)
+    rules += _rules(main, raw_guests, defaults)
+    _find_hidden(rules)
     if errors:
-        raise ConfigErrors(errors)
-    return config.model_copy(update={"guests": tuple(rule for _, _, rule in rules if rule is not None)})
+        raise ConfigErrors(sorted(errors, key=lambda error: (error.file != path, error.file, error.line)))
+    return config.model_copy(update={**sections, "guests": tuple(found.rule for found in rules)})
 
 
-def _rules_of_directory(directory: Path, defaults: Mapping[str, Any], errors: list[ConfigError]) -> list[_Found]:
-    """*.yaml in order of their names; each holds one rule, or a list of them under `guests:`."""
-    found: list[_Found] = []
-    for file in sorted(directory.glob("*.yaml")):
-        document = _read(file, errors)
-        if document is None or not document.value:
-            continue
-        if "guests" in document.value:
-            for key in document.value:
-                if key != "guests":
-                    errors.append(document.error((key,), "cannot stand beside guests:", "move it into a rule, or into the main file"))
-            items = document.value["guests"]
-            if not isinstance(items, list):
-                errors.append(document.error(("guests",), "must be a list of rules", "begin each with `- name:`"))
-                continue
-            for i, item in enumerate(items):
-                found.append((document, ("guests", i), _rule(document, ("guests", i), item, defaults, errors)))
-        else:
-            found.append((document, (), _rule(document, (), document.value, defaults, errors)))
+def _rules(document: _Document, raw: object, defaults: Mapping[str, Any]) -> list[_Found]:
+    """The list under `guests:`."""
+    if raw is not None and not isinstance(raw, list):
+        document.wrong(("guests",), "must be a list of rules", "begin each with `- name:`")
+        return []
+    found = []
+    for i, item in enumerate(raw or ()):
+        rule = _rule(document, ("guests", i), item, defaults)
+        found += [_Found(document, ("guests", i), rule)] if rule is not None else []
     return found
 
 
-def _find_doubles(rules: list[_Found], errors: list[ConfigError]) -> None:
-    seen: dict[tuple[object, ...], _Document] = {}
-    for document, path, rule in rules:
-        if rule is None:
+def _rules_of_directory(directory: Path, required: bool, main: _Document, defaults: Mapping[str, Any]) -> list[_Found]:
+    """*.yaml in order of their names; each holds one rule, or a list of them under `guests:`."""
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        if required or not isinstance(error, FileNotFoundError):
+            main.wrong(("guests_dir",), f"{directory} cannot be read: {error.strerror}", "create it, or remove the key")
+        return []
+    found: list[_Found] = []
+    for name in names:
+        if name.endswith(".yml"):
+            main.errors.append(ConfigError(directory / name, 0, "", "is not read", "rename it to end with .yaml"))
+        if not name.endswith(".yaml") or name.startswith("."):
             continue
-        whom = (rule.name, rule.pid, rule.cmdline)
-        if whom in seen:
-            errors.append(document.error(path, f"the same guests have a rule in {seen[whom].file} already: this one would "
-                                               "never be used", "remove one, or make the first narrower"))
-        seen.setdefault(whom, document)
+        document = _read(directory / name, main.errors)
+        if document is None or not document.value:
+            continue
+        if "guests" not in document.value:
+            rule = _rule(document, (), document.value, defaults)
+            found += [_Found(document, (), rule)] if rule is not None else []
+            continue
+        for key in document.value:
+            if key != "guests":
+                document.wrong((key,), "cannot stand beside guests:", "move it into a rule, or into the main file")
+        found += _rules(document, document.value["guests"], defaults)
+    return found
+
+
+def _find_hidden(rules: Sequence[_Found]) -> None:
+    for i, later in enumerate(rules):
+        first = next((found for found in rules[:i] if found.rule.hides(later.rule)), None)
+        if first is not None:
+            line = first.document.lines.get(first.path, 1)
+            later.document.wrong(
+                later.path,
+                f"the rule for {first.rule.whom} ({first.document.file}:{line}) has all of these guests already",
+                "remove one, or let the narrower one come first",
+            )

@@ -25,6 +25,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from tierd.attach import Refused
 from tierd.config import ConfigErrors
 from tierd.metrics import create_registry, exposition
 from tierd.view import DaemonView, GuestStatus, GuestView, Progress, RequestRefused
@@ -54,11 +55,13 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, ConfigErrors):
         lines = [str(each) for each in error.errors]
         return Problem(422, f"the configuration is wrong: {lines[0]}", "see `tierd config check`", errors=lines)
-    remedy = getattr(error, "remedy", None)  # attach.Refused
-    if isinstance(remedy, str):
-        return Problem(409, str(error), remedy)
+    if isinstance(error, Refused):
+        return Problem(409, f"{error.cause} ({error.evidence})", error.remedy, check=error.check)
     if isinstance(error, ProcessLookupError):
         return Problem(404, "there is no such process", "see `tierd status` for guests that tierd knows")
+    if isinstance(error, OSError):  # the world; what it is about is in the text
+        structlog.get_logger().warning("api_request_failed", error=str(error))
+        return Problem(500, str(error), "tierd's log has more")
     structlog.get_logger().error("api_request_failed", exc_info=error)
     return Problem(500, f"{type(error).__name__}: {error}", "tierd's log has the details")
 

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import queue
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +40,18 @@ class Live:
 @contextlib.contextmanager
 def live(daemon: FakeDaemon, socket_path: Path, *, limits: Limits | None = None, **options: Any) -> Iterator[Live]:
     """Raises what `serve` raises before it has started. Ends within 30 s or fails."""
+    with warnings.catch_warnings():
+        # hypercorn leaves its channels to the garbage collector: let it be here, not in the next test
+        warnings.filterwarnings("ignore", "Unclosed <Memory", ResourceWarning)
+        try:
+            with _live(daemon, socket_path, limits, options) as server:
+                yield server
+        finally:
+            gc.collect()
+
+
+@contextlib.contextmanager
+def _live(daemon: FakeDaemon, socket_path: Path, limits: Limits | None, options: dict[str, Any]) -> Iterator[Live]:
     begun: queue.SimpleQueue[Live | BaseException] = queue.SimpleQueue()
     call = partial(serve, daemon, socket_path=socket_path, limits=limits or Limits(), **options)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 import trio
 
 from tests.daemon.fake import GIB, PAGE_BYTES, FakeDaemon, FakeGuest
@@ -25,9 +26,6 @@ from tests.daemon.live import Live, live
 from tierd.api import Limits, SocketUnusable, bind_tcp, bind_unix
 from tierd.config import ConfigError, ConfigErrors
 from tierd.view import StoreStatus
-
-# hypercorn leaves its channels to the garbage collector
-pytestmark = pytest.mark.filterwarnings("ignore:.*MemoryReceiveChannel:ResourceWarning")
 
 QUICK = Limits(connections_max=4, header_s=0.5, body_s=0.5, send_s=0.5)
 
@@ -146,8 +144,12 @@ def test_progress_is_streamed_while_it_runs(server: Live, client: httpx.Client) 
 
 def test_a_failure_ends_the_stream_with_what_to_do(server: Live, client: httpx.Client) -> None:
     server.daemon.guests["10-1"].fails = OSError(5, "Input/output error")
-    with client.stream("POST", "/guests/web/evict?progress=1") as answer:
+    with (
+        structlog.testing.capture_logs() as logged,
+        client.stream("POST", "/guests/web/evict?progress=1") as answer,
+    ):
         last = json.loads(list(answer.iter_lines())[-1])
+    assert [event["event"] for event in logged] == ["api_request_failed"]
     assert last["status"] == 500
     assert "Input/output error" in last["error"]
     assert last["remedy"]
@@ -236,7 +238,9 @@ def test_a_wrong_configuration_is_told_with_file_and_line(server: Live, client: 
 
 def test_a_bug_is_a_500_and_the_next_request_is_answered(server: Live, client: httpx.Client) -> None:
     server.daemon.reload_fails = RuntimeError("our bug")
-    assert problem(client.post("/reload"))[0] == 500
+    with structlog.testing.capture_logs() as logged:
+        assert problem(client.post("/reload"))[0] == 500
+    assert [event["event"] for event in logged] == ["api_request_failed"]
     assert client.get("/status").status_code == 200
 
 

@@ -63,6 +63,25 @@ def test_exposure() -> None:
     assert ran.returncode == 0, ran.stdout
 
 
+def calls_of(name: str) -> set[str]:
+    """The system calls of a set, the sets in it included."""
+    lines = [line.strip() for line in analyze("syscall-filter", name).stdout.splitlines()[1:]]
+    found: set[str] = set()
+    for line in lines:
+        found |= calls_of(line) if line.startswith("@") else {line}
+    return found
+
+
+def test_the_system_call_filter_lets_the_data_plane_work() -> None:
+    words = " ".join(settings("SystemCallFilter")).split()
+    allowed = set().union(*(calls_of(word) if word.startswith("@") else {word} for word in words))
+    needed = (
+        "ptrace pidfd_open pidfd_getfd process_madvise process_vm_readv process_vm_writev userfaultfd ioctl fallocate "
+        "pread64 pwritev pwritev2 preadv2 mlock flock memfd_create sched_setaffinity poll sendmsg clone3"
+    )
+    assert set(needed.split()) <= allowed
+
+
 def test_nothing_newer_than_systemd_252_and_no_start_limit() -> None:
     assert settings("Type") == ["notify"]
     assert settings("FileDescriptorStorePreserve") == []

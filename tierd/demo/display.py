@@ -17,9 +17,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tierd.show import sparkline
+
 MIB = 1 << 20
 PLAIN_S = 2.0  # between two plain lines
-SPARK = "▁▂▃▄▅▆▇█"
 SPARK_SAMPLES = 40  # with the columns beside it, fits 80
 
 
@@ -113,8 +114,7 @@ class Terminal:
         table = Table.grid(padding=(0, 2))
         bar = ProgressBar(total=1.0, completed=min(1.0, share), width=SPARK_SAMPLES)
         table.add_row("guest memory on the host", bar, f"{sample.resident_bytes / MIB:.0f} MiB")
-        spark = "".join(SPARK[int(value * (len(SPARK) - 1))] for value in self._history)
-        table.add_row("", Text(spark, style="cyan"), f"of {sample.used_bytes / MIB:.0f} MiB")
+        table.add_row("", Text(sparkline(self._history, 1.0), style="cyan"), f"of {sample.used_bytes / MIB:.0f} MiB")
         given_back = f"{sample.given_back_bytes / MIB:.0f} MiB ({1 - min(1.0, share):.0%})"
         table.add_row("given back", Text(given_back, style="bold green"), "")
         table.add_row("stored", tiers_text(sample.tiers), "")

@@ -13,18 +13,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-import httpx
 import yaml
 
+from tierd.client import Client, Unreachable
 from tierd.demo.display import MIB, Display, Sample, choose, tiers_text
 from tierd.demo.guest import DemoGuest, numbers
+from tierd.show import latency_text, quantile_us
 
 NAME = "demo"
 DEMO_S_MAX = 115.0
@@ -38,7 +39,13 @@ GIVEN_BACK_RATIO_MIN = 0.4
 
 # Short times, so that there is something to see. A min_idle_s below 120 s is safe only where no direct I/O can be under
 # way in guest memory: this guest has no disk.
-POLICY = {"interval_s": 1, "idle_intervals": 3, "min_idle_s": 3, "unsafe_min_idle": True}
+POLICY = {
+    "interval_s": 1,
+    "idle_intervals": 3,
+    "min_idle_s": 3,
+    "unsafe_min_idle": True,
+    "evict_rate_max": "64MiB/s",  # it would be over in a second
+}
 
 
 class DemoError(Exception):
@@ -54,8 +61,8 @@ class Result:
     given_back_bytes: int
     given_back_ratio: float
     faults: int
-    fault_p50_us: float
-    fault_p99_us: float
+    fault_p50_us: float | None  # None: there were no faults
+    fault_p99_us: float | None
     verified_bytes: int
     wrong_bytes: int
     engine: str
@@ -66,17 +73,6 @@ class Result:
     @property
     def good(self) -> bool:
         return self.wrong_bytes == 0 and self.verified_bytes > 0 and self.given_back_ratio >= GIVEN_BACK_RATIO_MIN
-
-
-def quantile_us(buckets: Sequence[int], q: float) -> float:
-    """Of a log2 histogram whose bucket i counts times from 2^(i-1) up to 2^i ns; evenly spread within a bucket."""
-    rank: float = q * sum(buckets)
-    for i, count in enumerate(buckets):
-        if count and rank <= count:
-            low_ns, high_ns = (1 << i) >> 1, 1 << i
-            return (low_ns + (high_ns - low_ns) * rank / count) / 1000
-        rank -= count
-    return 0.0
 
 
 def filesystem(path: Path) -> str:
@@ -107,8 +103,7 @@ class Tierd:
         # by pid as well: another demo's guest has the same name
         (guests / "demo.yaml").write_text(yaml.safe_dump({"name": NAME, "pid": pid, **POLICY}))
         self._daemon: subprocess.Popen[bytes] | None = None
-        transport = httpx.HTTPTransport(uds=str(socket))
-        self._http = httpx.Client(transport=transport, base_url="http://tierd", timeout=5.0)
+        self._client = Client(socket)
 
     def __enter__(self) -> Self:
         # it ends with us, too, in its own orderly way
@@ -116,20 +111,20 @@ class Tierd:
         command = ["setpriv", "--pdeathsig", "TERM", *daemon]
         with self._log.open("wb") as log:
             self._daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self._client.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._http.close()
-        daemon = self._daemon
-        assert daemon is not None
-        daemon.terminate()
+        assert self._daemon is not None
+        self._client.__exit__(kind, error, traceback)
+        self._daemon.terminate()
         try:
-            status = daemon.wait(STOP_S_MAX)
+            status = self._daemon.wait(STOP_S_MAX)
         except subprocess.TimeoutExpired:
-            daemon.kill()
-            daemon.wait()
+            self._daemon.kill()
+            self._daemon.wait()
             raise DemoError(f"tierd did not stop within {STOP_S_MAX:.0f} s; its log ends:\n{self.log()}") from error
         if status and error is None:
             raise DemoError(f"tierd ended with status {status}; its log ends:\n{self.log()}")
@@ -140,8 +135,8 @@ class Tierd:
         if self._daemon.poll() is not None:
             raise DemoError(f"tierd ended with status {self._daemon.returncode}; its log ends:\n{self.log()}")
         try:
-            guests = self._http.get("/guests").raise_for_status().json()["guests"]
-        except httpx.TransportError:  # not listening yet, or busy
+            guests = self._client.get("/guests")["guests"]
+        except Unreachable:  # not yet listening
             return None
         return next((guest for guest in guests if guest["pid"] == self._pid), None)
 
@@ -191,12 +186,14 @@ class Demo:
         raise self._error("the guest did not finish its verification in time")
 
     def _look(self) -> None:
+        stored: dict[str, int] = {}
         if self.tierd is not None:
             self.status = self.tierd.guest() or self.status
+            stored = self.status.get("stored_bytes", {})
         sample = Sample(
             resident_bytes=self._guest.resident_bytes(),
             used_bytes=self.used_bytes,
-            tiers={name: size for name, size in self.status.get("stored_bytes", {}).items() if size},
+            tiers={name: size for name, size in stored.items() if size},
             faults=self.status.get("counters", {}).get("latency_count", 0),
         )
         if sample.resident_bytes < self.low.resident_bytes:
@@ -233,8 +230,8 @@ def _show(guest: DemoGuest, config: Path | None, directory: Path, display: Displ
         given_back_bytes=demo.low.given_back_bytes,
         given_back_ratio=round(demo.low.given_back_bytes / demo.used_bytes, 4),
         faults=counters["latency_count"],
-        fault_p50_us=round(quantile_us(counters["latency_buckets"], 0.50), 1),
-        fault_p99_us=round(quantile_us(counters["latency_buckets"], 0.99), 1),
+        fault_p50_us=quantile_us(counters["latency_buckets"], 0.50),
+        fault_p99_us=quantile_us(counters["latency_buckets"], 0.99),
         verified_bytes=verified_bytes,
         wrong_bytes=guest.console.wrong_bytes,
         engine=demo.status["engine"],
@@ -278,7 +275,8 @@ def summary(result: Result) -> str:
             f"guest            {result.guest_used_bytes / MIB:.0f} MiB of host memory in use ({result.accel})",
             f"given back       {result.given_back_bytes / MIB:.0f} MiB at the low point, {result.given_back_ratio:.0%}",
             f"stored there     {tiers_text(result.tiers)}",
-            f"faults           {result.faults}, p50 {result.fault_p50_us:.0f} us, p99 {result.fault_p99_us:.0f} us",
+            f"faults           {result.faults}, p50 {latency_text(result.fault_p50_us)}, "
+            f"p99 {latency_text(result.fault_p99_us)}",
             f"verified         {result.verified_bytes / MIB:.0f} MiB: {verdict}",
             f"engine           {result.engine}",
             f"took             {result.seconds:.0f} s",

@@ -76,6 +76,34 @@ static void wake(struct tierd_guest *g, uint64_t page, uint64_t count)
 		count_error(g, &g->count.kernel_errors, error);
 }
 
+/*
+ * A fault on a page that somebody owns is left to the owner, who wakes its waiters. COPY and WRITEPROTECT wake them before
+ * the owner has moved the page on; whoever faults in between (the VMM may punch the page again at any time) would wait for
+ * ever. So: who leaves a fault counts it and then looks at the page again; who owns a page moves it on and then looks at the
+ * count. One of the two sees the other.
+ */
+static uint64_t waits_now(struct tierd_guest *g)
+{
+	return atomic_load(&g->waits);
+}
+
+static void wake_waiters(struct tierd_guest *g, uint64_t page, uint64_t count, uint64_t waits_before)
+{
+	atomic_thread_fence(memory_order_seq_cst);
+	if (waits_now(g) != waits_before)
+		wake(g, page, count);
+}
+
+static int leave_to_owner(struct tierd_guest *g, uint64_t page, page_word seen)
+{
+	atomic_fetch_add(&g->waits, 1);
+	atomic_thread_fence(memory_order_seq_cst);
+	if (page_load(g, page) != seen)
+		return -EALREADY;
+	count_add(&g->count.faults_wait, 1);
+	return 0;
+}
+
 static bool transient(int error)
 {
 	return error == -EAGAIN || error == -ENOMEM || error == -EINTR;
@@ -170,6 +198,7 @@ static uint32_t stream_window(struct tierd_worker *w, uint64_t page, struct stre
 static int resolve_missing(struct tierd_worker *w, uint64_t page, page_word owned)
 {
 	struct tierd_guest *g = w->g;
+	uint64_t waits = waits_now(g);
 	struct stream *s;
 	uint32_t n, placed;
 	int error;
@@ -184,6 +213,7 @@ static int resolve_missing(struct tierd_worker *w, uint64_t page, page_word owne
 		else if (!page_move(g, page + i, w->claimed[i], word_with_state(w->claimed[i], RESIDENT)))
 			abort();
 	}
+	wake_waiters(g, page, placed, waits);
 	if (placed < n)
 		wake(g, page + placed, n - placed);
 	count_add(&g->count.faults_zero, placed != 0);
@@ -195,6 +225,7 @@ static int resolve(struct tierd_worker *w, uint64_t page, page_word word, uint64
 {
 	struct tierd_guest *g = w->g;
 	page_word owned = word_with_state(word, RESOLVING);
+	uint64_t waits = waits_now(g);
 	int error;
 
 	if (!(flags & UFFD_PAGEFAULT_FLAG_WP)) {
@@ -202,6 +233,7 @@ static int resolve(struct tierd_worker *w, uint64_t page, page_word word, uint64
 	} else {
 		error = sys_uffd_unprotect(g->uffd, address_of(g, page), g->page_bytes);
 		settle(g, page, owned);
+		wake_waiters(g, page, 1, waits);
 		count_add(&g->count.faults_resolve, !error);
 	}
 	count_add(&g->count.faults_cancel, word_state(word) == LEAVING);
@@ -298,6 +330,7 @@ static void lose(struct tierd_guest *g, uint64_t page, page_word owned)
 int64_t fetch_run(struct tierd_worker *w, uint64_t page, uint32_t count, uint32_t *claimed)
 {
 	struct tierd_guest *g = w->g;
+	uint64_t waits = waits_now(g);
 	uint32_t n = claim_stored(w, page, count < g->readahead_max ? count : g->readahead_max), placed;
 	const void *from = NULL;
 	int error;
@@ -316,6 +349,7 @@ int64_t fetch_run(struct tierd_worker *w, uint64_t page, uint32_t count, uint32_
 	placed = place(g, page, n, from, &error);
 	for (uint32_t i = 0; i < placed; i++)
 		settle(g, page + i, w->claimed[i]);
+	wake_waiters(g, page, placed, waits);
 	give_back(w, page, placed, n);
 	return placed ? (int64_t)placed : error;
 }
@@ -359,8 +393,7 @@ static int serve_page(struct tierd_worker *w, uint64_t page, uint64_t flags)
 	case LOST:
 		return sys_uffd_poison(g->uffd, address_of(g, page), g->page_bytes) == -EEXIST ? -EAGAIN : 0;
 	default: /* RESOLVING, DROPPING, ARRIVING: whoever owns the page wakes its waiters */
-		count_add(&g->count.faults_wait, 1);
-		return 0;
+		return leave_to_owner(g, page, word);
 	}
 }
 

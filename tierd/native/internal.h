@@ -153,6 +153,7 @@ struct tierd_guest {
 	uint64_t *present;	    /* bitmap of one chunk; the worker's own */
 	struct tierd_worker *restorer;
 
+	_Atomic uint64_t waits; /* faults that were left to the owner of their page: fault.c, wake_waiters */
 	struct counters count;
 	struct tierd_thread *threads; /* newest first */
 	_Atomic uint32_t thread_count;

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the data plane together with the model kernel and the seeded driver."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NATIVE = ROOT / "tierd" / "native"
+HERE = ROOT / "tests" / "native"
+DATA_PLANE = ("table.c", "guest.c", "fault.c", "scan.c", "evict.c", "store.c")
+# swapcontext is a longjmp in gcc's eyes
+FLAGS = ("-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-clobbered", "-DTIERD_MODEL")
+
+
+def build_driver(output: Path, flags: Sequence[str], native: Path = NATIVE, driver: str = "driver.c") -> Path:
+    """The driver, with the data plane's sources taken from `native`."""
+    sources = [native / name for name in DATA_PLANE] + [HERE / "model.c", HERE / driver]
+    command = ["gcc", *FLAGS, *flags, f"-I{native}", f"-I{HERE}", *map(str, sources), "-o", str(output), "-pthread"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def run_driver(binary: Path, *arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([binary, *arguments], capture_output=True, text=True, timeout=timeout_s,
+                          env={"ASAN_OPTIONS": "detect_stack_use_after_return=0", "PATH": "/usr/bin:/bin"})

@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * model.h: a kernel small enough to be believed, behind the seam of tierd/native/sys.h.
+ *
+ * One VMM address space, its memory files, one userfaultfd and one store, at page granularity. What each call does is what
+ * userfaultfd(2), ioctl_userfaultfd(2), PAGEMAP_SCAN and experiments on Linux 6.18 say. Every call yields to the scheduler
+ * before, after and between pages; a daemon that is killed inside a call goes on in the kernel until the call ends.
+ */
+#ifndef TIERD_MODEL_H
+#define TIERD_MODEL_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+enum { MODEL_PAGE_BYTES = 64, MODEL_PAGES_MAX = 64, MODEL_REGIONS_MAX = 3, MODEL_THREADS_MAX = 8 };
+enum { FD_UFFD = 1000, FD_PIDFD, FD_PAGEMAP, FD_STORE, FD_MEM /* + region */ };
+
+struct model_faults { /* how often what goes wrong, in 1/1000 of the calls */
+	uint32_t copy_nomem, copy_again, protect_fails, store_eio, store_short, sync_loses, punch_stays;
+};
+
+struct model_region {
+	uint64_t address, offset;
+	uint32_t first_page, pages;
+};
+
+struct model {
+	uint32_t pages, regions;
+	struct model_region region[MODEL_REGIONS_MAX];
+	struct model_faults faults;
+	bool direct; /* the store is opened with O_DIRECT */
+	uint64_t now_ns;
+	/* page cache */
+	bool cached[MODEL_PAGES_MAX], large[MODEL_PAGES_MAX];
+	uint64_t bytes[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
+	/* page table of the VMM */
+	bool present[MODEL_PAGES_MAX], protected[MODEL_PAGES_MAX], marker[MODEL_PAGES_MAX], poisoned[MODEL_PAGES_MAX];
+	bool wp[MODEL_PAGES_MAX], missing[MODEL_PAGES_MAX]; /* registered modes */
+	/* the store: what reads give, what is on the device, what of the former is not yet on the latter */
+	uint64_t store[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8], device[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
+	bool dirty[MODEL_PAGES_MAX], sync_error;
+	/* one message a waiting guest thread at most */
+	struct {
+		bool waiting, unread;
+		uint32_t page;
+		uint64_t flags;
+	} waiter[MODEL_THREADS_MAX];
+};
+
+extern struct model M;
+
+/* the scheduler's side (driver.c) */
+void model_pause(void);		      /* another coroutine may run */
+void model_enter(void);		      /* a system call begins ... */
+void model_exit(void);		      /* ... and ends: a killed daemon's coroutine ends here */
+bool model_chance(uint32_t thousandths); /* seeded */
+void *model_alloc(size_t bytes);
+void model_free(void *memory, size_t bytes);
+_Noreturn void model_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* the guest's side: one try of an access. True when it was made: *value read or written, the whole page at once.
+ * False: a fault was raised, the thread waits for its waiter slot to be cleared. */
+bool model_access(uint32_t thread, uint32_t page, bool write, uint64_t *value);
+bool model_unread(void);
+void model_write_back(void); /* the host's kernel writes a dirty page of the store, or fails to */
+
+#endif

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every rule of byte safety, broken on purpose: the driver must notice. What it would not notice, it does not test."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.native.build import HERE, NATIVE, build_driver, run_driver
+
+SEEDS_MAX = 4000
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old` occurs exactly once in `file` and becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTATIONS = [
+    Mutation(
+        "leaving_after_the_hold_is_not_leaving",  # rule 1: a fault between scan and LEAVING must cancel
+        "evict.c",
+        "		if (!page_move(b->g, b->pages[i], b->words[i], to))\n			continue;\n		b->words[i] = to;",
+        "		if (!page_move(b->g, b->pages[i], b->words[i], to))\n"
+        "			atomic_store(&b->g->words[b->pages[i]], to);\n		b->words[i] = to;",
+    ),
+    Mutation(
+        "resolver_does_not_own_its_page",  # rule 2
+        "fault.c",
+        "		if (!page_move(g, page, word, word_with_state(word, RESOLVING)))\n			return -EALREADY;",
+        "		if (word_state(word) == RESIDENT && flags & UFFD_PAGEFAULT_FLAG_WP)\n"
+        "			return sys_uffd_unprotect(g->uffd, address_of(g, page), g->page_bytes);\n"
+        "		if (!page_move(g, page, word, word_with_state(word, RESOLVING)))\n			return -EALREADY;",
+    ),
+    Mutation(
+        "tier_forgotten_in_arriving",  # rule 4
+        "fault.c",
+        "		if (!page_move(g, page + n, word, word_with_state(word, ARRIVING)))\n			break;\n"
+        "		w->claimed[n++] = word_with_state(word, ARRIVING);",
+        "		if (!page_move(g, page + n, word, word_with_tier(word_with_state(word, ARRIVING), 0)))\n			break;\n"
+        "		w->claimed[n++] = word_with_state(word, ARRIVING);\n"
+        "		if (n == 1 && word_tier(word) == 0) continue;\n"
+        "		if (!page_move(g, page + n - 1, word_with_tier(word_with_state(word, ARRIVING), 0), w->claimed[n - 1]))\n"
+        "			break;",
+    ),
+    Mutation(
+        "written_is_taken_for_stored",  # rule 5: no sync before DROPPING
+        "store.c",
+        "		error = sys_store_sync(t->fd);",
+        "		error = 0;",
+    ),
+    Mutation(
+        "checksum_not_verified_and_no_sync",  # rule 5: only the checksum turns stale into an error
+        "fault.c",
+        "!= g->checksums[page + i]) {",
+        "!= g->checksums[page + i] && page > 1000000) {",
+    ),
+    Mutation(
+        "punch_rounded_to_pieces",  # rule 7
+        "evict.c",
+        "	int error = sys_mem_punch(r->memfd, offset, end - offset), failed;",
+        "	uint64_t piece = 4 * b->page_bytes, low = r->offset + (offset - r->offset) / piece * piece;\n"
+        "	uint64_t high = r->offset + ((end - r->offset) + piece - 1) / piece * piece;\n"
+        "	int error = sys_mem_punch(r->memfd, low, (high < r->offset + r->bytes ? high : r->offset + r->bytes) - low), failed;",
+    ),
+    Mutation(
+        "second_scan_skipped",  # an access between the scan and the hold
+        "evict.c",
+        "		if (bit_get(b->marked, i) && !bit_get(b->present, i))",
+        "		if (bit_get(b->marked, i) || bit_get(b->present, i))",
+    ),
+    Mutation(
+        "missing_not_registered_before_the_punch",
+        "evict.c",
+        "		error = missing_register(g, page);",
+        "		error = 0;",
+    ),
+    Mutation(
+        "nobody_woken_after_the_punch",
+        "evict.c",
+        "			error = sys_uffd_unprotect(g->uffd, address_of(g, b->held[i].page),\n"
+        "						   (uint64_t)b->held[i].count * g->page_bytes);",
+        "			error = 0;",
+    ),
+    Mutation(
+        "dropping_served_early",  # a page fetched into a range that is being punched
+        "fault.c",
+        "	default: /* RESOLVING, DROPPING, ARRIVING: whoever owns the page wakes its waiters */",
+        "	case DROPPING:\n		atomic_store(&g->words[page], word_with_state(word, STORED));\n		return fetch(w, page);\n"
+        "	default: /* RESOLVING, DROPPING, ARRIVING: whoever owns the page wakes its waiters */",
+    ),
+    Mutation(
+        "zero_page_by_its_first_word",
+        "evict.c",
+        "	return !first && !memcmp(page, page + sizeof(first), bytes - sizeof(first));",
+        "	return !(first & 0xf) && bytes;",
+    ),
+    Mutation(
+        "late_discard",  # rule 11: the store space of a page that has left again
+        "evict.c",
+        "	return word_state(w) == RESIDENT && word_copy(w);",
+        "	return (word_state(w) == RESIDENT || word_state(w) == STORED) && word_copy(w);",
+    ),
+    Mutation(
+        "hold_error_ignored",  # rule 14: a prefix may be held, the rest is not
+        "evict.c",
+        "	b->held[b->held_runs++] = (struct held_run){page, count};",
+        "	b->held_runs += 0 * b->held_runs;",
+    ),
+    Mutation(
+        "short_write_ignored",
+        "store.c",
+        "		done += (size_t)n;\n	}\n	return 0;\n}\n\n/* A write that returned",
+        "		done = bytes;\n	}\n	return 0;\n}\n\n/* A write that returned",
+    ),
+    Mutation(
+        "copy_that_said_enomem_is_resident",  # rule 12
+        "fault.c",
+        "		*error = err;\n		break;",
+        "		*error = err;\n		placed = n;\n		break;",
+    ),
+    Mutation(
+        "adoption_takes_dropping_for_resident",
+        "guest.c",
+        "	case LEAVING:	/* not in the cache, the VMM gave it back itself */",
+        "	case LEAVING:	/* not in the cache, the VMM gave it back itself */\n	case DROPPING:",
+    ),
+    Mutation(
+        "adoption_does_not_believe_the_kernel",
+        "guest.c",
+        "		return word_with_state(w, cached ? RESIDENT : STORED);",
+        "		return word_with_state(w, word_state(w) == DROPPING ? STORED : cached ? RESIDENT : STORED);",
+    ),
+    Mutation(
+        "adoption_does_not_clear_holds",
+        "guest.c",
+        "		error = sys_uffd_unprotect(g->uffd, g->regions[i].address, g->regions[i].bytes);",
+        "		error = 0;",
+    ),
+    Mutation(
+        "adoption_wakes_nobody",
+        "guest.c",
+        "		error = sys_uffd_wake(g->uffd, g->regions[i].address, g->regions[i].bytes);",
+        "		error = 0;",
+    ),
+    Mutation(
+        "owner_does_not_look_for_waiters",
+        "fault.c",
+        "	if (waits_now(g) != waits_before)\n		wake(g, page, count);",
+        "	if (waits_now(g) == ~waits_before)\n		wake(g, page, count);",
+    ),
+    Mutation(
+        "claimed_neighbours_not_woken",
+        "fault.c",
+        "	wake(w->g, page + from, to - from);",
+        "	(void)to;",
+    ),
+]
+# Breaks that stand outside of the data plane, in the driver's own steps.
+DRIVER_MUTATIONS = [
+    Mutation(
+        "adoption_by_pid_instead_of_by_lock",  # rule 9
+        "driver.c",
+        "		if (dying)\n			schedule();",
+        "		dying = false;",
+    ),
+    Mutation(
+        "fault_workers_before_adoption",
+        "driver.c",
+        "	spawn(DAEMON, run_worker, adopted);",
+        "	spawn(DAEMON, run_fault_worker, 7);\n	spawn(DAEMON, run_worker, adopted);",
+    ),
+]
+
+
+def _mutant(mutation: Mutation, source: Path, tmp_path: Path) -> None:
+    text = source.read_text()
+    assert text.count(mutation.old) == 1, f"{mutation.name}: the code has changed, write the mutation anew"
+    (tmp_path / source.name).write_text(text.replace(mutation.old, mutation.new))
+
+
+def _caught(binary: Path) -> str:
+    """What the driver said; empty when it noticed nothing."""
+    done = run_driver(binary, "--seeds", str(SEEDS_MAX))
+    return "" if done.returncode == 0 else done.stdout or f"aborted ({done.returncode})"
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_the_driver_catches(mutation: Mutation, tmp_path: Path) -> None:
+    for source in NATIVE.glob("*.[ch]"):
+        shutil.copy(source, tmp_path)
+    _mutant(mutation, NATIVE / mutation.file, tmp_path)
+    if mutation.name.endswith("_and_no_sync"):
+        _mutant(MUTATIONS[3], NATIVE / MUTATIONS[3].file, tmp_path)
+    assert _caught(build_driver(tmp_path / "driver", ["-O1", "-Wno-error"], native=tmp_path))
+
+
+@pytest.mark.parametrize("mutation", DRIVER_MUTATIONS, ids=lambda m: m.name)
+def test_the_driver_catches_a_wrong_order_outside(mutation: Mutation, tmp_path: Path) -> None:
+    _mutant(mutation, HERE / mutation.file, tmp_path)
+    shutil.copy(HERE / "model.h", tmp_path)
+    assert _caught(build_driver(tmp_path / "driver", ["-O1", "-Wno-error"], driver=str(tmp_path / "driver.c")))

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tierd check` as a function of what was found."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tierd.attach import Refused
+from tierd.check import Finding, guest_findings, host_findings, kernel_findings, passed
+
+
+@dataclass
+class Probe:
+    features: int = 0
+    page_bytes: int = 4096
+    userfaultfd: int = 0
+    write_protect: int = 0
+    missing: int = 0
+    pageout: int = 0
+    pagemap_scan: int = 0
+    poison: int = 0
+    self_zap: int = 0
+
+
+def failing(**trials: int) -> list[Finding]:
+    return [finding for finding in kernel_findings(Probe(**trials)) if not finding.ok]  # type: ignore[arg-type]
+
+
+def test_a_kernel_that_can_do_everything() -> None:
+    assert failing() == []
+    assert len(kernel_findings(Probe())) == 7  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("trial", ["userfaultfd", "write_protect", "missing"])
+def test_what_tierd_cannot_do_without(trial: str) -> None:
+    (finding,) = failing(**{trial: errno.EPERM})
+    assert finding.needed
+    assert "Operation not permitted" in finding.says
+    assert finding.remedy
+    assert not passed([finding])
+
+
+@pytest.mark.parametrize("trial", ["pageout", "pagemap_scan", "poison", "self_zap"])
+def test_what_is_only_nicer_to_have(trial: str) -> None:
+    (finding,) = failing(**{trial: errno.ENOSYS})
+    assert not finding.needed
+    assert passed([finding])
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    """A host that has everything."""
+    files = {
+        "proc/self/status": "Name:\tx\nCapEff:\t000001ffffffffff\n",
+        "proc/sys/kernel/yama/ptrace_scope": "1\n",
+        "proc/meminfo": "MemTotal: 100 kB\nSwapTotal:       0 kB\n",
+        "sys/kernel/mm/transparent_hugepage/shmem_enabled": "always within_size advise [never] deny force\n",
+        "sys/kernel/mm/transparent_hugepage/hugepages-64kB/shmem_enabled": "always [inherit] advise never\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def bad(host: Path) -> list[Finding]:
+    return [finding for finding in host_findings(host) if not finding.ok]
+
+
+def test_a_good_host(host: Path) -> None:
+    assert bad(host) == []
+
+
+def test_a_kernel_without_these_files_is_fine(host: Path, tmp_path: Path) -> None:
+    (host / "proc/sys/kernel/yama/ptrace_scope").unlink()
+    (host / "sys/kernel/mm/transparent_hugepage/shmem_enabled").unlink()
+    assert bad(host) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "needed", "words"),
+    [
+        ("proc/self/status", "CapEff:\t0000000000000000\n", True, "CAP_SYS_NICE"),
+        ("proc/self/status", "CapEff:\t0000000000080000\n", True, "CAP_DAC_READ_SEARCH"),
+        ("proc/sys/kernel/yama/ptrace_scope", "3\n", True, "ptrace_scope is 3"),
+        ("proc/meminfo", "SwapTotal:  8 kB\n", False, "swap is on"),
+        (
+            "sys/kernel/mm/transparent_hugepage/shmem_enabled",
+            "[always] within_size advise never deny force\n",
+            True,
+            "hugepages-64kB/shmem_enabled is inherit",
+        ),
+        (
+            "sys/kernel/mm/transparent_hugepage/hugepages-64kB/shmem_enabled",
+            "always inherit within_size [advise] never\n",
+            True,
+            "shmem_enabled is advise",
+        ),
+    ],
+)
+def test_a_host_that_lacks_something(host: Path, file: str, text: str, needed: bool, words: str) -> None:
+    (host / file).write_text(text)
+    (finding,) = bad(host)
+    assert finding.needed == needed
+    assert words in finding.says
+    assert finding.remedy
+
+
+def test_a_guest_in_words() -> None:
+    refused = Refused("vfio", "a device", "pid 5: VmPin 8 kB", "remove it")
+    fine, not_fine = guest_findings([("large_folios", None), ("vfio", refused)])
+    assert (fine.name, fine.ok) == ("large folios", True)
+    assert (not_fine.ok, not_fine.says, not_fine.remedy) == (False, "a device (pid 5: VmPin 8 kB)", "remove it")

@@ -1,0 +1,551 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line. Every command imports what it needs when it runs: `tierd run` must serve faults soon and stay
+small, `tierd status` must answer at once.
+
+An error is one line on standard error that says what to do, and an exit status (see --help).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json as json_module
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from tierd import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tierd.check import Finding
+    from tierd.client import Client
+
+DEFAULT_CONFIG = Path("/etc/tierd/tierd.yaml")
+DEFAULT_SOCKET = Path("/run/tierd/tierd.sock")
+
+FAILED, USAGE, UNREACHABLE, NO_GUEST, CONFIG_WRONG, INTERRUPTED = 1, 2, 3, 4, 78, 130
+EPILOG = """\b
+Exit status:
+   0  done; for check: tierd can work here
+   1  failed or refused; for check: it cannot
+   2  wrong usage
+   3  the daemon cannot be reached
+   4  there is no such guest, or the name means several
+  78  the configuration is wrong
+ 130  interrupted"""
+
+
+class Failure(Exception):
+    """Ends the command: one line for the operator, and the exit status."""
+
+    def __init__(self, text: str, status: int = FAILED) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass
+class Options:
+    """What stands before the command."""
+
+    config: Path
+    socket: Path | None
+    debug: bool = False
+
+    def socket_path(self) -> Path:
+        """--socket, or that of the configuration, which is not validated here."""
+        if self.socket is not None:
+            return self.socket
+        if not self.config.exists():
+            return DEFAULT_SOCKET
+        import yaml
+
+        try:
+            raw = yaml.safe_load(self.config.read_text())
+            api = raw.get("api") if isinstance(raw, dict) else None
+            return Path(api.get("socket", DEFAULT_SOCKET)) if isinstance(api, dict) else DEFAULT_SOCKET
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            raise Failure(
+                f"cannot read {self.config} for the socket's path ({_one_line(error)}); give --socket, or see "
+                f"`tierd --config {self.config} config check`",
+                CONFIG_WRONG,
+            ) from error
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _daemon(options: Options) -> Iterator[Client]:
+    from tierd.client import Client, Declined, Unreachable
+
+    try:
+        with Client(options.socket_path()) as client:
+            yield client
+    except Unreachable as error:
+        raise Failure(str(error), UNREACHABLE) from error
+    except Declined as error:
+        ambiguous = error.status == 409 and "may be any of" in str(error)
+        raise Failure(str(error), NO_GUEST if error.status == 404 or ambiguous else FAILED) from error
+
+
+def _console() -> Console:
+    """Standard output: as wide as the terminal, or wide enough that a pipe gets whole lines."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=240)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json_module.dumps(value, indent=2))
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_CONFIG,
+    show_default=True,
+    help="The configuration file.",
+)
+@click.option(
+    "--socket", type=click.Path(path_type=Path), help="The daemon's socket. Default: api.socket of the configuration."
+)
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.version_option(__version__, message="tierd %(version)s")
+@click.pass_context
+def cli(context: click.Context, config: Path, socket: Path | None, debug: bool) -> None:
+    """Memory tiering for virtual machines: moves what a guest does not touch to a cheaper place, and back again."""
+    context.obj = Options(config, socket, debug)
+
+
+# --- the daemon -------------------------------------------------------------------------------------------------------
+
+
+def _own_config(options: Options, config: Path | None) -> Path:
+    return config if config is not None else options.config
+
+
+config_option = click.option("--config", type=click.Path(path_type=Path), help="As before the command.")
+
+
+@cli.command()
+@config_option
+@click.pass_obj
+def run(options: Options, config: Path | None) -> NoReturn:
+    """Run the daemon in the foreground.
+
+    SIGTERM and SIGINT bring every page back first (on_stop: restore), a second one stops at once; SIGHUP reloads.
+    """
+    _import_structlog()
+    from tierd.daemon import main as run_daemon
+
+    with _config_errors():
+        sys.exit(run_daemon(_own_config(options, config)))
+
+
+def _import_structlog() -> None:
+    """Without rich, which structlog imports if it can, for coloured tracebacks: 6 MiB that a daemon would keep."""
+    if "rich" in sys.modules:
+        return
+    blocked: dict[str, Any] = sys.modules
+    blocked["rich"] = None  # makes an import fail
+    try:
+        importlib.import_module("structlog")
+    finally:
+        del blocked["rich"]
+
+
+@contextlib.contextmanager
+def _config_errors() -> Iterator[None]:
+    """All that is wrong with a configuration, one line each."""
+    from tierd.config import ConfigErrors
+
+    try:
+        yield
+    except ConfigErrors as errors:
+        for error in errors.errors[:-1]:
+            click.echo(f"tierd: {error}", err=True)
+        raise Failure(str(errors.errors[-1]), CONFIG_WRONG) from errors
+
+
+@cli.group()
+def config() -> None:
+    """The configuration."""
+
+
+@config.command("check")
+@config_option
+@json_option
+@click.pass_obj
+def config_check(options: Options, config: Path | None, as_json: bool) -> None:
+    """Say everything that is wrong with the configuration, or that nothing is."""
+    from tierd.config import ConfigErrors, load
+
+    path = _own_config(options, config)
+    if as_json:
+        try:
+            load(path)
+            wrong = []
+        except ConfigErrors as errors:
+            wrong = [{**vars(error), "file": str(error.file)} for error in errors.errors]
+        _print_json({"config": str(path), "errors": wrong})
+        if wrong:
+            sys.exit(CONFIG_WRONG)
+        return
+    with _config_errors():
+        rules = len(load(path).guests)
+    click.echo(f"{path}: all right, {rules} guest rule{'' if rules == 1 else 's'}")
+
+
+@cli.command()
+@click.argument("pid", type=click.IntRange(1), required=False)
+@json_option
+@click.pass_obj
+def check(options: Options, pid: int | None, as_json: bool) -> None:
+    """Say what this kernel and host can do; with PID, whether that VMM's guest can be tiered."""
+    findings = _check_guest(options, pid) if pid is not None else _check_host()
+    show_findings(findings, as_json)
+
+
+def _check_host() -> list[Finding]:
+    from tierd.check import host_findings, kernel_findings
+    from tierd.native import probe
+
+    try:
+        return kernel_findings(probe()) + host_findings()
+    except OSError as error:
+        raise Failure(f"the trial pages could not be made ({_one_line(error)}); run this as root") from error
+
+
+def _check_guest(options: Options, pid: int) -> list[Finding]:
+    from tierd.attach import Refused
+    from tierd.attach.preflight import HolderScan, findings
+    from tierd.attach.procfs import read_spec
+    from tierd.check import guest_findings
+    from tierd.config import Policy, load
+
+    try:
+        spec = read_spec(pid)
+        policy: Policy | None = None
+        if options.config.exists():
+            with _config_errors():
+                policy = load(options.config).match(spec.name, pid, " ".join(spec.cmdline))
+        return guest_findings(findings(spec, policy or Policy(), HolderScan()))
+    except Refused as refused:
+        return guest_findings([(refused.check, refused)])
+    except ProcessLookupError as error:
+        raise Failure(f"there is no process {pid}; `pgrep -a qemu` lists VMMs", NO_GUEST) from error
+    except OSError as error:
+        raise Failure(f"process {pid} cannot be looked at ({_one_line(error)}); run this as root") from error
+
+
+def show_findings(findings: Sequence[Finding], as_json: bool) -> None:
+    """Print them; exit status 1 if one that is needed fails."""
+    from tierd.check import passed
+    from tierd.show import check_table
+
+    good = passed(findings)
+    if as_json:
+        _print_json({"passed": good, "findings": [vars(finding) for finding in findings]})
+    else:
+        _console().print(check_table(findings))
+    if not good:
+        sys.exit(FAILED)
+
+
+@cli.command()
+@json_option
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("build"),
+    show_default=True,
+    help="For the guest's files and the store; not on a tmpfs.",
+)
+@click.option(
+    "--accel", type=click.Choice(["auto", "kvm", "tcg"]), default="auto", show_default=True, help="QEMU's accelerator."
+)
+@click.pass_obj
+def demo(options: Options, as_json: bool, directory: Path, accel: str) -> NoReturn:
+    """Boot a virtual machine, tier it, and let it verify every byte: two minutes at most, as root.
+
+    Exit status 0 if every byte was right and at least 40 % of the memory was given back. With --json the last line of
+    the output is the result.
+    """
+    from tierd.demo import DemoError, GuestError, run_demo
+
+    config = options.config if options.config.exists() else None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        sys.exit(run_demo(as_json, directory, config, accel))
+    except (DemoError, GuestError) as error:
+        raise Failure(str(error)) from error
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@json_option
+@click.pass_obj
+def status(options: Options, as_json: bool) -> None:
+    """A table of all guests."""
+    with _daemon(options) as client:
+        answer = client.get("/status")
+    if as_json:
+        _print_json(answer)
+        return
+    from tierd.show import status_table, summary_text
+
+    console = _console()
+    if answer["guests"]:
+        console.print(status_table(answer))
+    console.print(summary_text(answer), markup=False)
+
+
+@cli.command()
+@click.option("--once", is_flag=True, help="Print one table, over one interval, and end.")
+@click.option(
+    "--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, help="Seconds between two samples."
+)
+@json_option
+@click.pass_obj
+def top(options: Options, once: bool, interval: float, as_json: bool) -> None:
+    """All guests, live: resident and stored memory, faults, latency. With --json, one line of JSON a sample."""
+    from tierd.show import Row, Top, row_json, top_table
+
+    with _daemon(options) as client:
+        state = Top()
+
+        def sample() -> list[Row]:
+            return state.rows(time.monotonic(), client.get("/guests")["guests"])
+
+        rows = sample()
+        if once or as_json:
+            while True:
+                time.sleep(interval)
+                rows = sample()
+                if as_json:
+                    click.echo(json_module.dumps({"guests": [row_json(row) for row in rows]}))
+                else:
+                    _console().print(top_table(rows))
+                if once:
+                    return
+        from rich.live import Live
+
+        live = Live(top_table(rows), console=_console(), screen=True, auto_refresh=False)
+        with contextlib.suppress(KeyboardInterrupt), live:
+            while True:
+                time.sleep(interval)
+                live.update(top_table(sample()), refresh=True)
+
+
+# --- orders -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, where that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done_bytes, total_bytes: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(escape(what), total=None)
+        yield lambda done_bytes, total_bytes: bars.update(task, completed=done_bytes, total=total_bytes or None)
+
+
+def _order(options: Options, method: str, path: str, body: Any, what: str, as_json: bool) -> Any:
+    """Give an order that takes time, and follow it."""
+    with _daemon(options) as client, _progress(what, as_json) as progress:
+        try:
+            result = client.run(method, path, body, progress)
+        except KeyboardInterrupt:
+            raise Failure(f"{what} goes on in the daemon; `tierd status` shows how far it is", INTERRUPTED) from None
+    if as_json:
+        _print_json(result)
+    return result
+
+
+guest_argument = click.argument("guest")
+
+
+def _guest_path(guest: str, verb: str = "") -> str:
+    from tierd.client import guest_path
+
+    return guest_path(guest) + (f"/{verb}" if verb else "")
+
+
+def _shown(guest: str) -> str:
+    from tierd.show import safe_text
+
+    return safe_text(guest)
+
+
+@cli.command()
+@click.argument("pid", type=click.IntRange(1))
+@click.option("--name", help="What to call the guest. Default: QEMU's -name.")
+@json_option
+@click.pass_obj
+def attach(options: Options, pid: int, name: str | None, as_json: bool) -> None:
+    """Tier the guest of the VMM with process id PID, whatever the rules say about its name."""
+    body = {"pid": pid} if name is None else {"pid": pid, "name": name}
+    guest = _order(options, "POST", "/guests", body, f"attach of process {pid}", as_json)
+    if not as_json:
+        click.echo(f"attached {_shown(guest['name'])} ({guest['key']})")
+
+
+@cli.command()
+@guest_argument
+@json_option
+@click.pass_obj
+def detach(options: Options, guest: str, as_json: bool) -> None:
+    """Bring every page of GUEST (its name, pid or key) back and leave its VMM as if tierd had never been there."""
+    _order(options, "DELETE", _guest_path(guest), None, f"detach of {guest}", as_json)
+    if not as_json:
+        click.echo(f"detached {_shown(guest)}; `tierd attach` takes it up again")
+
+
+@cli.command()
+@guest_argument
+@json_option
+@click.pass_obj
+def restore(options: Options, guest: str, as_json: bool) -> None:
+    """Bring every page of GUEST back, and pause it."""
+    from tierd.show import size_text
+
+    result = _order(options, "POST", _guest_path(guest, "restore"), None, f"restore of {guest}", as_json)
+    if not as_json:
+        click.echo(f"restored {size_text(result['restored_bytes'])} of {_shown(guest)}; it is paused (`tierd resume`)")
+
+
+def _size(context: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    from tierd.config import parse_size
+
+    try:
+        return None if value is None else parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from error
+
+
+def _time(context: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    from tierd.config import parse_time
+
+    try:
+        return None if value is None else parse_time(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from error
+
+
+@cli.command()
+@guest_argument
+@click.option(
+    "--max",
+    "max_bytes",
+    callback=_size,
+    metavar="SIZE",
+    help="At most so much, 512MiB for example. Default: all that is idle.",
+)
+@click.option(
+    "--min-idle",
+    "min_idle_s",
+    callback=_time,
+    metavar="TIME",
+    help="Only what is idle for so long, 5min for example. Never less than the policy's min_idle_s, the default.",
+)
+@json_option
+@click.pass_obj
+def evict(options: Options, guest: str, max_bytes: int | None, min_idle_s: float | None, as_json: bool) -> None:
+    """Move idle memory of GUEST out now."""
+    from tierd.show import size_text
+
+    body = {key: value for key, value in (("max_bytes", max_bytes), ("min_idle_s", min_idle_s)) if value is not None}
+    result = _order(options, "POST", _guest_path(guest, "evict"), body, f"eviction of {guest}", as_json)
+    if not as_json:
+        click.echo(f"evicted {size_text(result['evicted_bytes'])} of {_shown(guest)}")
+
+
+def _switch(options: Options, guest: str, verb: str, as_json: bool) -> None:
+    with _daemon(options) as client:
+        now = client.post(_guest_path(guest, verb))
+    if as_json:
+        _print_json(now)
+    else:
+        click.echo(f"{_shown(now['name'])} is {now['state']}")
+
+
+@cli.command()
+@guest_argument
+@json_option
+@click.pass_obj
+def pause(options: Options, guest: str, as_json: bool) -> None:
+    """Evict nothing more of GUEST; its faults are served."""
+    _switch(options, guest, "pause", as_json)
+
+
+@cli.command()
+@guest_argument
+@json_option
+@click.pass_obj
+def resume(options: Options, guest: str, as_json: bool) -> None:
+    """Go on with GUEST after pause or restore."""
+    _switch(options, guest, "resume", as_json)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The program. Ends the process."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        cli.main(list(arguments), prog_name="tierd", standalone_mode=False)
+        sys.exit(0)
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        text, status = _last_words(error)
+        click.echo(f"tierd: {_shown(text)}", err=True)
+        sys.exit(status)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _last_words(error: Exception) -> tuple[str, int]:
+    if isinstance(error, Failure):
+        return str(error), error.status
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+        return "which command?", USAGE
+    if isinstance(error, click.UsageError):
+        path = error.ctx.command_path if error.ctx else "tierd"
+        return f"{_one_line(error.format_message())} See `{path} --help`.", USAGE
+    if isinstance(error, click.Abort):
+        return "interrupted", INTERRUPTED
+    if isinstance(error, click.ClickException):
+        return _one_line(error.format_message()), FAILED
+    if isinstance(error, BrokenPipeError):
+        return "standard output was closed", FAILED
+    return f"{type(error).__name__}: {_one_line(error)}; this is a bug, `tierd --debug ...` shows where", FAILED
