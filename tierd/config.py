@@ -482,8 +482,6 @@ def _suggest(model: type[Frozen], key: str) -> str:
         return "it belongs under defaults: or into a guest rule"
     if model is Config and (section := next((s for s, m in _SECTIONS.items() if key in m.model_fields), None)):
         return f"it belongs under {section}:"
-    if model is Rule and key == "policy":
-        return "its keys stand directly in the rule"
     if close := difflib.get_close_matches(key, _keys(model), n=1):
         return f"did you mean {close[0]}?"
     return f"known keys: {_known(model)}"
@@ -512,8 +510,11 @@ def _rule(document: _Document, path: KeyPath, raw: object, defaults: Mapping[str
     if "min_idle_s" in own:
         own.setdefault("unsafe_min_idle", False)  # beside it means beside it
     policy = _section(Policy, document, path, {**defaults, **own})
+    whom = {key: value for key, value in raw.items() if key not in own}
+    if "policy" in whom:
+        document.wrong((*path, "policy"), "is not a known key", "its keys stand directly in the rule")
     try:
-        return Rule.model_validate({**{key: value for key, value in raw.items() if key not in own}, "policy": policy})
+        return Rule.model_validate({**whom, "policy": policy})
     except ValidationError as error:
         for item in error.errors(include_url=False):
             _tell(Rule, document, path, item)

@@ -240,6 +240,7 @@ int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, 
 		M.cached[p] = M.present[p] = true;
 		M.protected[p] = M.marker[p] = M.poisoned[p] = false;
 		memcpy(M.bytes[p], (const char *)from + n * MODEL_PAGE_BYTES, MODEL_PAGE_BYTES);
+		M.arrived[p] = M.bytes[p][0];
 		model_pause();
 	}
 	*done = (uint64_t)n * MODEL_PAGE_BYTES;

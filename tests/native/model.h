@@ -34,6 +34,7 @@ struct model {
 	bool cached[MODEL_PAGES_MAX], large[MODEL_PAGES_MAX];
 	uint64_t bytes[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
 	/* page table of the VMM */
+	uint64_t arrived[MODEL_PAGES_MAX]; /* what the last COPY brought */
 	bool present[MODEL_PAGES_MAX], protected[MODEL_PAGES_MAX], marker[MODEL_PAGES_MAX], poisoned[MODEL_PAGES_MAX];
 	bool wp[MODEL_PAGES_MAX], missing[MODEL_PAGES_MAX]; /* registered modes */
 	/* the store: what reads give, what is on the device, what of the former is not yet on the latter */

@@ -70,7 +70,7 @@ uint64_t tierd_worker_busy_since(struct tierd_worker *w)
 
 static void wake(struct tierd_guest *g, uint64_t page, uint64_t count)
 {
-	int error = sys_uffd_wake(g->uffd, address_of(g, page), count * g->page_bytes);
+	int error = count ? sys_uffd_wake(g->uffd, address_of(g, page), count * g->page_bytes) : 0;
 
 	if (error && error != -ESRCH)
 		count_error(g, &g->count.kernel_errors, error);
@@ -216,7 +216,6 @@ static int resolve_missing(struct tierd_worker *w, uint64_t page, page_word owne
 	wake_waiters(g, page, placed, waits);
 	if (placed < n)
 		wake(g, page + placed, n - placed);
-	count_add(&g->count.faults_zero, placed != 0);
 	return placed ? 0 : error;
 }
 
@@ -234,9 +233,12 @@ static int resolve(struct tierd_worker *w, uint64_t page, page_word word, uint64
 		error = sys_uffd_unprotect(g->uffd, address_of(g, page), g->page_bytes);
 		settle(g, page, owned);
 		wake_waiters(g, page, 1, waits);
-		count_add(&g->count.faults_resolve, !error);
 	}
-	count_add(&g->count.faults_cancel, word_state(word) == LEAVING);
+	if (!error) /* each fault is of one kind */
+		count_add(word_state(word) == LEAVING	   ? &g->count.faults_cancel
+			  : flags & UFFD_PAGEFAULT_FLAG_WP ? &g->count.faults_resolve
+							   : &g->count.faults_zero,
+			  1);
 	return error;
 }
 

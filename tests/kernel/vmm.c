@@ -1,0 +1,395 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * vmm.c: a child that plays the VMM. Guest RAM as QEMU makes it (a memfd per region), threads that read and write random
+ * pages, and a private shadow that says what every word must be.
+ *
+ *   vmm [bytes=N] [regions=N] [threads=N] [kind=memfd|private|anonymous|huge|file:PATH] [name=MEMFD] [close] [ARGUMENT...]
+ *
+ * `bytes` is the size of each region; pages are numbered through all regions. A page is either zeros (sequence 0) or words
+ * that follow from its number and its sequence, which each write raises by one. Thread i owns the pages p with
+ * p % threads == i, so that every read can be checked without a lock. Arguments without a meaning here are left alone: a test
+ * gives the command line of a QEMU.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "child.h"
+#include "vmm.h"
+
+enum { THREADS_MAX = 16, STOP_MS_MAX = 20000, ALIGN_BYTES = 2 << 20 };
+
+#ifndef MFD_HUGETLB
+#define MFD_HUGETLB 4U
+#endif
+
+uint64_t page_bytes, pages;
+uint32_t *sequence;
+int memfd[REGIONS_MAX];
+
+static uint64_t region_bytes = 64 << 20, region_count = 1, thread_count = 2;
+static const char *kind = "memfd", *memfd_name = "memory-backend-memfd";
+static bool close_memfd;
+static uint8_t *region[REGIONS_MAX];
+
+/* what the threads do; changed only while they rest */
+static uint64_t hot_first, hot_count, writes_percent, pause_between_ns;
+static _Atomic bool running;
+static _Atomic uint64_t resting, operations, max_ns;
+
+/* --- pages -------------------------------------------------------------------------------------------------------------- */
+
+uint64_t *page_at(uint64_t page)
+{
+	uint64_t each = region_bytes / page_bytes;
+
+	return (uint64_t *)(region[page / each] + page % each * page_bytes);
+}
+
+static uint64_t key_of(uint64_t page)
+{
+	return sequence[page] ? mix(page << 32 | sequence[page]) : 0;
+}
+
+static uint64_t word_of(uint64_t key, uint64_t i)
+{
+	return key ? key + i * 0x9e3779b97f4a7c15u : 0;
+}
+
+static void check_word(uint64_t page, uint64_t key, uint64_t i, uint64_t got)
+{
+	if (got != word_of(key, i))
+		wrong(page, i, got, word_of(key, i));
+}
+
+/* Stops at the first wrong word of a page: the others are wrong, too. */
+static void check_page(uint64_t page, const uint64_t *words)
+{
+	uint64_t key = key_of(page), before = atomic_load(&wrong_values);
+
+	for (uint64_t i = 0; i < page_bytes / 8 && atomic_load(&wrong_values) == before; i++)
+		check_word(page, key, i, words[i]);
+}
+
+static void write_page(uint64_t page, uint64_t *to)
+{
+	uint64_t key;
+
+	sequence[page]++;
+	key = key_of(page);
+	for (uint64_t i = 0; i < page_bytes / 8; i++)
+		to[i] = word_of(key, i);
+}
+
+/* --- threads ------------------------------------------------------------------------------------------------------------ */
+
+struct worker {
+	uint64_t number, random;
+	int pipe[2];
+	uint64_t *buffer;
+};
+
+static uint64_t roll(struct worker *w)
+{
+	return mix(w->random++);
+}
+
+/* As a device would: the kernel copies from and to the guest's page, and takes the fault itself. */
+static void through_kernel(struct worker *w, uint64_t page, bool write_it)
+{
+	if (write_it) {
+		write_page(page, w->buffer);
+		if (write(w->pipe[1], w->buffer, page_bytes) != (ssize_t)page_bytes ||
+		    read(w->pipe[0], page_at(page), page_bytes) != (ssize_t)page_bytes)
+			die("pipe");
+		return;
+	}
+	if (write(w->pipe[1], page_at(page), page_bytes) != (ssize_t)page_bytes ||
+	    read(w->pipe[0], w->buffer, page_bytes) != (ssize_t)page_bytes)
+		die("pipe");
+	check_page(page, w->buffer);
+}
+
+static void operate(struct worker *w)
+{
+	uint64_t page = hot_first + roll(w) % hot_count, choice = roll(w);
+	bool write_it = choice % 100 < writes_percent;
+
+	page -= (page % thread_count + thread_count - w->number) % thread_count; /* one of ours */
+	if (page < hot_first || page >= pages)
+		return;
+	if ((choice >> 32) % 8 == 0)
+		through_kernel(w, page, write_it);
+	else if (write_it)
+		write_page(page, page_at(page));
+	else if ((choice >> 35) % 4 == 0)
+		check_page(page, page_at(page));
+	else
+		check_word(page, key_of(page), choice >> 40 & 63,
+			   ((volatile uint64_t *)page_at(page))[choice >> 40 & 63]);
+}
+
+static void *work(void *argument)
+{
+	struct worker *w = argument;
+
+	for (;;) {
+		uint64_t began, took, longest;
+
+		if (!atomic_load(&running)) {
+			atomic_fetch_add(&resting, 1);
+			while (!atomic_load(&running))
+				pause_ns(200000);
+			atomic_fetch_sub(&resting, 1);
+		}
+		began = now_ns();
+		operate(w);
+		took = now_ns() - began;
+		longest = atomic_load(&max_ns);
+		while (took > longest && !atomic_compare_exchange_weak(&max_ns, &longest, took))
+			;
+		atomic_fetch_add(&operations, 1);
+		if (pause_between_ns)
+			pause_ns(pause_between_ns);
+	}
+	return NULL;
+}
+
+static void start_threads(void)
+{
+	for (uint64_t i = 0; i < thread_count; i++) {
+		struct worker *w = calloc(1, sizeof(*w));
+		pthread_t thread;
+
+		if (!w || pipe(w->pipe) || !(w->buffer = malloc(page_bytes)))
+			die("memory for a thread");
+		w->number = i;
+		w->random = i << 48;
+		if (pthread_create(&thread, NULL, work, w))
+			die("thread");
+	}
+}
+
+/* --- commands: work ----------------------------------------------------------------------------------------------------- */
+
+uint64_t end_of(const uint64_t *a)
+{
+	return a[1] && a[0] + a[1] < pages ? a[0] + a[1] : pages;
+}
+
+/* The threads check what they read; what a command checks or changes at the same time would be wrong. */
+static bool busy(void)
+{
+	if (atomic_load(&running) || atomic_load(&resting) < thread_count)
+		say("error the threads run; stop first");
+	return atomic_load(&running) || atomic_load(&resting) < thread_count;
+}
+
+static void fill(const uint64_t *a, int count)
+{
+	(void)count;
+	if (busy())
+		return;
+	for (uint64_t page = a[0]; page < end_of(a); page++)
+		write_page(page, page_at(page));
+	say("ok %lu", end_of(a) - a[0]);
+}
+
+static void zero(const uint64_t *a, int count)
+{
+	(void)count;
+	if (busy())
+		return;
+	for (uint64_t page = a[0]; page < end_of(a); page++) {
+		sequence[page] = 0;
+		memset(page_at(page), 0, page_bytes);
+	}
+	say("ok %lu", end_of(a) - a[0]);
+}
+
+static void verify(const uint64_t *a, int count)
+{
+	uint64_t before = atomic_load(&wrong_values);
+
+	(void)count;
+	if (busy())
+		return;
+	for (uint64_t page = a[0]; page < end_of(a); page++)
+		check_page(page, page_at(page));
+	say("ok %lu %lu", end_of(a) - a[0], atomic_load(&wrong_values) - before);
+}
+
+/* Reads one word of each page. */
+static void touch(const uint64_t *a, int count)
+{
+	uint64_t began = now_ns();
+
+	(void)count;
+	if (busy())
+		return;
+	for (uint64_t page = a[0]; page < end_of(a); page++)
+		check_word(page, key_of(page), 0, *(volatile uint64_t *)page_at(page));
+	say("ok %lu", now_ns() - began);
+}
+
+/* FIRST COUNT: what the threads work on. */
+static void hot(const uint64_t *a, int count)
+{
+	(void)count;
+	if (busy())
+		return;
+	hot_first = a[0];
+	hot_count = end_of(a) - a[0];
+	say("ok %lu", hot_count);
+}
+
+/* OPERATIONS-PER-SECOND-OF-A-THREAD (0: as fast as they can) PERCENT-OF-WRITES */
+static void run(const uint64_t *a, int count)
+{
+	pause_between_ns = a[0] ? 1000000000u / a[0] : 0;
+	writes_percent = count > 1 ? a[1] : 50;
+	atomic_store(&running, true);
+	say("ok");
+}
+
+static void stop(const uint64_t *a, int count)
+{
+	uint64_t began = now_ns();
+
+	(void)a, (void)count;
+	atomic_store(&running, false);
+	while (atomic_load(&resting) < thread_count) {
+		if (now_ns() - began > STOP_MS_MAX * 1000000u) {
+			say("error %lu of %lu threads do not come back from a page",
+			    thread_count - atomic_load(&resting), thread_count);
+			return;
+		}
+		pause_ns(100000);
+	}
+	say("ok %lu %lu", atomic_load(&operations), atomic_load(&wrong_values));
+}
+
+static void stats(const uint64_t *a, int count)
+{
+	(void)a, (void)count;
+	say("ok operations=%lu wrong=%lu max_ns=%lu running=%d", atomic_load(&operations), atomic_load(&wrong_values),
+	    atomic_exchange(&max_ns, 0), atomic_load(&running));
+}
+
+static void quit(const uint64_t *a, int count)
+{
+	(void)a, (void)count;
+	say("ok");
+	exit(atomic_load(&wrong_values) ? 2 : 0);
+}
+
+static const struct command commands[] = {
+	{"fill", fill},
+	{"zero", zero},
+	{"verify", verify},
+	{"touch", touch},
+	{"hot", hot},
+	{"run", run},
+	{"stop", stop},
+	{"stats", stats},
+	{"quit", quit},
+	{"map-second", map_second},
+	{"unmap-second", unmap_second},
+	{"lock", lock},
+	{"unlock", unlock},
+	{"pin", pin},
+	{"unpin", unpin},
+	{"splice", splice_page},
+	{"unsplice", unsplice},
+	{"fork", fork_child},
+	{"end-child", end_child},
+	{"register", register_own},
+	{"unregister", unregister_own},
+	{"filter", filter},
+	{"collapse", collapse},
+	{"give-back", give_back},
+	{"replace", replace_mapping},
+	{NULL, NULL},
+};
+
+/* --- start -------------------------------------------------------------------------------------------------------------- */
+
+static void parse(int argc, char **argv)
+{
+	for (int i = 1; i < argc; i++) {
+		unsigned long n;
+
+		if (sscanf(argv[i], "bytes=%lu", &n) == 1)
+			region_bytes = n;
+		else if (sscanf(argv[i], "regions=%lu", &n) == 1 && n <= REGIONS_MAX)
+			region_count = n;
+		else if (sscanf(argv[i], "threads=%lu", &n) == 1 && n <= THREADS_MAX)
+			thread_count = n;
+		else if (!strncmp(argv[i], "kind=", 5))
+			kind = argv[i] + 5;
+		else if (!strncmp(argv[i], "name=", 5))
+			memfd_name = argv[i] + 5;
+		else if (!strcmp(argv[i], "close"))
+			close_memfd = true;
+	}
+}
+
+static void make_region(uint64_t i)
+{
+	int flags = MAP_SHARED;
+	void *reserved;
+
+	memfd[i] = -1;
+	if (!strcmp(kind, "anonymous")) {
+		flags = MAP_PRIVATE | MAP_ANONYMOUS;
+	} else if (!strncmp(kind, "file:", 5)) {
+		memfd[i] = open(kind + 5, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	} else {
+		if (!strcmp(kind, "private"))
+			flags = MAP_PRIVATE;
+		memfd[i] = memfd_create(memfd_name, MFD_CLOEXEC | (strcmp(kind, "huge") ? 0 : MFD_HUGETLB));
+	}
+	if (!(flags & MAP_ANONYMOUS) && (memfd[i] < 0 || ftruncate(memfd[i], (off_t)region_bytes)))
+		die("memory file");
+	/* aligned as QEMU's RAM is, so that large folios could be mapped */
+	reserved =
+		mmap(NULL, region_bytes + ALIGN_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (reserved == MAP_FAILED)
+		die("address space");
+	region[i] = mmap((void *)(((uint64_t)reserved + ALIGN_BYTES - 1) & ~(uint64_t)(ALIGN_BYTES - 1)), region_bytes,
+			 PROT_READ | PROT_WRITE, flags | MAP_FIXED, memfd[i], 0);
+	if (region[i] == MAP_FAILED)
+		die("guest memory");
+	if (close_memfd)
+		close(memfd[i]);
+}
+
+int main(int argc, char **argv)
+{
+	char addresses[REGIONS_MAX * 20] = "";
+
+	parse(argc, argv);
+	page_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
+	pages = region_bytes / page_bytes * region_count;
+	start_protocol();
+	for (uint64_t i = 0; i < region_count; i++) {
+		make_region(i);
+		snprintf(addresses + strlen(addresses), 20, " %#lx", (uint64_t)region[i]);
+	}
+	sequence = calloc(pages, sizeof(*sequence));
+	if (!sequence)
+		die("shadow");
+	hot_count = pages;
+	start_threads();
+	while (atomic_load(&resting) < thread_count)
+		pause_ns(100000);
+	say("ok %lu %lu%s", pages, page_bytes, addresses);
+	obey(commands);
+	return 0;
+}

@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* vmm.h: the guest's memory (vmm.c), and the commands that spoil it (vmm_hazards.c). Commands: see struct command. */
+#ifndef VMM_H
+#define VMM_H
+
+#include <stdint.h>
+
+enum { REGIONS_MAX = 8 };
+
+extern uint64_t page_bytes, pages;
+extern uint32_t *sequence; /* by page; 0: zeros */
+extern int memfd[REGIONS_MAX];
+
+uint64_t *page_at(uint64_t page);
+/* of FIRST COUNT; COUNT 0 or missing: up to the end */
+uint64_t end_of(const uint64_t *a);
+
+void map_second(const uint64_t *a, int count);
+void unmap_second(const uint64_t *a, int count);
+void lock(const uint64_t *a, int count);
+void unlock(const uint64_t *a, int count);
+void pin(const uint64_t *a, int count);
+void unpin(const uint64_t *a, int count);
+void splice_page(const uint64_t *a, int count);
+void unsplice(const uint64_t *a, int count);
+void fork_child(const uint64_t *a, int count);
+void end_child(const uint64_t *a, int count);
+void register_own(const uint64_t *a, int count);
+void unregister_own(const uint64_t *a, int count);
+void filter(const uint64_t *a, int count);
+void collapse(const uint64_t *a, int count);
+void give_back(const uint64_t *a, int count);
+void replace_mapping(const uint64_t *a, int count);
+
+#endif

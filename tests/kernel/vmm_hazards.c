@@ -1,0 +1,175 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * vmm_hazards.c: what a VMM may do that makes its guest impossible to tier, one command each, and how it is undone.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/io_uring.h>
+#include <linux/seccomp.h>
+#include <linux/userfaultfd.h>
+#include <signal.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "child.h"
+#include "vmm.h"
+
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+
+static int pipe_of_splice[2] = {-1, -1}, ring = -1, own_uffd = -1;
+static void *second = MAP_FAILED;
+static pid_t child;
+
+void map_second(const uint64_t *a, int count)
+{
+	(void)count;
+	second = mmap(NULL, page_bytes, PROT_READ | PROT_WRITE, a[0] ? MAP_PRIVATE : MAP_SHARED, memfd[0], 0);
+	answer(second == MAP_FAILED ? -1 : 0);
+}
+
+void unmap_second(const uint64_t *a, int count)
+{
+	(void)a, (void)count;
+	answer(munmap(second, page_bytes));
+}
+
+void lock(const uint64_t *a, int count)
+{
+	(void)count;
+	answer(mlock(page_at(a[0]), (end_of(a) - a[0]) * page_bytes));
+}
+
+void unlock(const uint64_t *a, int count)
+{
+	(void)count;
+	answer(munlock(page_at(a[0]), (end_of(a) - a[0]) * page_bytes));
+}
+
+/* A long-term pin, as of a registered buffer. */
+void pin(const uint64_t *a, int count)
+{
+	struct io_uring_params parameters = {0};
+	struct iovec buffer = {page_at(a[0]), (end_of(a) - a[0]) * page_bytes};
+
+	(void)count;
+	ring = (int)syscall(SYS_io_uring_setup, 4, &parameters);
+	if (ring < 0)
+		answer(-1);
+	else
+		answer(syscall(SYS_io_uring_register, ring, IORING_REGISTER_BUFFERS, &buffer, 1));
+}
+
+void unpin(const uint64_t *a, int count)
+{
+	long result = syscall(SYS_io_uring_register, ring, IORING_UNREGISTER_BUFFERS, NULL, 0);
+
+	(void)a, (void)count;
+	close(ring);
+	answer(result);
+}
+
+/* An extra reference to one page, which no counter shows. */
+void splice_page(const uint64_t *a, int count)
+{
+	struct iovec page = {page_at(a[0]), page_bytes};
+
+	(void)count;
+	answer(pipe(pipe_of_splice) ? -1 : vmsplice(pipe_of_splice[1], &page, 1, 0));
+}
+
+void unsplice(const uint64_t *a, int count)
+{
+	(void)a, (void)count;
+	close(pipe_of_splice[0]);
+	answer(close(pipe_of_splice[1]));
+}
+
+/* Another process that has the memory: a child, as a VMM's helper would be. */
+void fork_child(const uint64_t *a, int count)
+{
+	(void)a, (void)count;
+	child = fork();
+	if (!child) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		for (;;)
+			pause();
+	}
+	answer(child);
+}
+
+void end_child(const uint64_t *a, int count)
+{
+	(void)a, (void)count;
+	kill(child, SIGKILL);
+	answer(waitpid(child, NULL, 0));
+}
+
+/* As QEMU's background snapshot does, from FIRST on. */
+void register_own(const uint64_t *a, int count)
+{
+	struct uffdio_api api = {.api = UFFD_API};
+	struct uffdio_register range = {
+		.range = {(uint64_t)page_at(a[0]), (end_of(a) - a[0]) * page_bytes},
+		.mode = UFFDIO_REGISTER_MODE_MISSING,
+	};
+
+	(void)count;
+	own_uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	if (own_uffd < 0 || ioctl(own_uffd, UFFDIO_API, &api))
+		answer(-1);
+	else
+		answer(ioctl(own_uffd, UFFDIO_REGISTER, &range));
+}
+
+void unregister_own(const uint64_t *a, int count)
+{
+	(void)a, (void)count;
+	answer(close(own_uffd));
+}
+
+/* A filter that allows everything: what it allows cannot be seen from outside. */
+void filter(const uint64_t *a, int count)
+{
+	struct sock_filter allow = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+	struct sock_fprog program = {1, &allow};
+
+	(void)a, (void)count;
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+		answer(-1);
+	else
+		answer(syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program));
+}
+
+/* Makes large folios, whatever the host allows for new memory. */
+void collapse(const uint64_t *a, int count)
+{
+	(void)count;
+	answer(madvise(page_at(a[0]), (end_of(a) - a[0]) * page_bytes, MADV_COLLAPSE));
+}
+
+/* Gives pages back, as a balloon does. */
+void give_back(const uint64_t *a, int count)
+{
+	(void)count;
+	for (uint64_t page = a[0]; page < end_of(a); page++)
+		sequence[page] = 0;
+	answer(madvise(page_at(a[0]), (end_of(a) - a[0]) * page_bytes, MADV_REMOVE));
+}
+
+/* The mapping of one page is another one from now on. */
+void replace_mapping(const uint64_t *a, int count)
+{
+	(void)count;
+	answer(mmap(page_at(a[0]), page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
+		    0) == MAP_FAILED
+		       ? -1
+		       : 0);
+}
