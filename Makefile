@@ -13,7 +13,7 @@ build: $(STAMP)
 $(STAMP): pyproject.toml setup.py $(C_SOURCES)
 	@tests/setup.sh build
 	@test -x $(PY) || python3 -m venv $(VENV)
-	@$(VENV)/bin/pip install --quiet --upgrade pip "setuptools>=69" wheel
+	@$(VENV)/bin/pip install --quiet --upgrade pip "setuptools>=77" wheel
 	@$(VENV)/bin/pip install --quiet --editable '.[dev]'
 	@touch $@
 
@@ -22,9 +22,10 @@ setup: build
 
 # The main job on a real guest; JSON=1 ends with one JSON object on the last line.
 demo: setup
-	@$(VENV)/bin/tierd demo $(if $(JSON),--json)
+	@$(VENV)/bin/tierd --config config/tierd.yaml demo --directory build/vm $(if $(JSON),--json)
 
 test: setup lint
+	@tests/setup.sh libvirt metrics
 	$(PY) -m pytest -q $(ARGS)
 
 lint: build

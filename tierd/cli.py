@@ -270,7 +270,7 @@ def show_findings(findings: Sequence[Finding], as_json: bool) -> None:
 @click.option(
     "--directory",
     type=click.Path(path_type=Path, file_okay=False),
-    default=Path("build"),
+    default=Path("build/vm"),
     show_default=True,
     help="For the guest's files and the store; not on a tmpfs.",
 )

@@ -56,7 +56,7 @@ def parse_size(value: object) -> int:
 def parse_time(value: object) -> float:
     """Seconds of `30s`, `2min`, `500ms`, 1.5. ValueError says what is expected."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return float(value) if abs(value) < 1 << 64 else math.copysign(math.inf, value)  # a bound refuses it
+        return float(value) if abs(value) < 1 << 64 else math.inf if value > 0 else -math.inf  # a bound refuses it
     if isinstance(value, float) and not math.isnan(value):
         return value
     if isinstance(value, str) and (match := _QUANTITY.fullmatch(value)):

@@ -76,8 +76,16 @@ class Daemon:
                 from tierd.api import serve  # only now: faults come first
 
                 api = self.config.api
-                await self._nursery.start(partial(serve, self, socket_path=api.socket, mode=api.mode, group=api.group,
-                                                  metrics_listen=self.config.metrics.listen))
+                await self._nursery.start(
+                    partial(
+                        serve,
+                        self,
+                        socket_path=api.socket,
+                        mode=api.mode,
+                        group=api.group,
+                        metrics_listen=self.config.metrics.listen,
+                    )
+                )
                 self._nursery.start_soon(self._discover)
                 self._nursery.start_soon(self._feed_watchdog)
                 self.notifier.ready(self._summary())
@@ -118,7 +126,9 @@ class Daemon:
                     if guest.served:
                         nursery.start_soon(self._restore_for_stop, guest)
         if limit.cancelled_caught:
-            log.error("stop_timeout", stop_timeout_s=timeout_s, action="what is still stored is kept for the next tierd")
+            log.error(
+                "stop_timeout", stop_timeout_s=timeout_s, action="what is still stored is kept for the next tierd"
+            )
 
     async def _restore_for_stop(self, guest: Guest) -> None:
         told_at = 0.0
@@ -133,8 +143,13 @@ class Daemon:
         try:
             await guest.detach(progress)
         except (OSError, RequestRefused, StoreError) as error:
-            log.error("restore_failed", guest=guest.name, pid=guest.pid, error=str(error),
-                      action="its stored pages are kept for the next tierd")
+            log.error(
+                "restore_failed",
+                guest=guest.name,
+                pid=guest.pid,
+                error=str(error),
+                action="its stored pages are kept for the next tierd",
+            )
 
     async def _feed_watchdog(self) -> None:
         interval_s = watchdog_interval_s()
@@ -180,9 +195,8 @@ class Daemon:
             identity, _ = table_read(fd)
         except KernelError as error:
             newer = error.errno == errno.EPROTONOSUPPORT
-            raise StateError(
-                f"{path} {'was written by a newer tierd: start that one' if newer else f'is broken ({error})'}; nothing was touched"
-            ) from error
+            why = "was written by a newer tierd: start that one" if newer else f"is broken ({error})"
+            raise StateError(f"{path} {why}; nothing was touched") from error
         finally:
             os.close(fd)
         if identity.boot_id != self.host.boot_id or start_ticks(identity.pid) != identity.start_ticks:
@@ -235,7 +249,9 @@ class Daemon:
         self._guests[guest.key] = guest
         return await self._run_guest(guest)
 
-    async def _run_guest(self, guest: Guest, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> str | None:
+    async def _run_guest(
+        self, guest: Guest, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> str | None:
         """The one frame that survives a guest's failure. None: served and ended; else why it could not be served."""
         while True:
             try:
@@ -274,7 +290,10 @@ class Daemon:
         self._nursery.start_soon(self._run_guest, guest)
         await guest.begun.wait()
         if not guest.served:
-            raise RequestRefused(f"guest {spec.name} (pid {pid}) was refused: {guest.status().reason}", "remove the cause and attach again")
+            raise RequestRefused(
+                f"guest {spec.name} (pid {pid}) was refused: {guest.status().reason}",
+                "remove the cause and attach again",
+            )
         return guest
 
     async def detach(self, key: str, progress: Progress) -> None:

@@ -21,7 +21,8 @@ from typing import Any
 import structlog
 import trio
 
-from tierd import cycle, policy as policies
+from tierd import cycle
+from tierd import policy as policies
 from tierd.attach import GuestSpec, Refused
 from tierd.attach.preflight import HolderScan, preflight, recheck, swap_can_receive
 from tierd.config import Policy
@@ -109,8 +110,13 @@ class Guest:
         finally:
             self.begun.set()
         self._state = "active"
-        self._log.info("guest_adopted" if served.adoption else "guest_attached", engine=self._host.engine.name,
-                       bytes=served.native.pages * PAGE_BYTES, zap=served.zap.name.lower(), **self._adoption_facts())
+        self._log.info(
+            "guest_adopted" if served.adoption else "guest_attached",
+            engine=self._host.engine.name,
+            bytes=served.native.pages * PAGE_BYTES,
+            zap=served.zap.name.lower(),
+            **self._adoption_facts(),
+        )
         task_status.started()
         try:
             await self._live(served)
@@ -130,19 +136,38 @@ class Guest:
         tuning = Tuning(policy.min_idle_s, policy.readahead_pages)
         swappable = swap_can_receive(self.spec.pid)
         if self._state_path is not None:
-            return adopt(self._state_path, engine=host.engine, store=host.store, tuning=tuning, swap_can_receive=swappable,
-                         capacity_pages=self._capacity_pages(0), boot_id=host.boot_id, pause=time.sleep)
+            return adopt(
+                self._state_path,
+                engine=host.engine,
+                store=host.store,
+                tuning=tuning,
+                swap_can_receive=swappable,
+                capacity_pages=self._capacity_pages(0),
+                boot_id=host.boot_id,
+                pause=time.sleep,
+            )
         preflight(self.spec, policy, host.holders)
-        return attach(self.spec, engine=host.engine, store=host.store, guests_dir=host.guests_dir, tuning=tuning,
-                      swap_can_receive=swappable, capacity_pages=self._capacity_pages(0))
+        return attach(
+            self.spec,
+            engine=host.engine,
+            store=host.store,
+            guests_dir=host.guests_dir,
+            tuning=tuning,
+            swap_can_receive=swappable,
+            capacity_pages=self._capacity_pages(0),
+        )
 
     def _adoption_facts(self) -> dict[str, int]:
         assert self._served is not None
         adoption = self._served.adoption
         if adoption is None:
             return {}
-        return {"stored_pages": adoption.stored_pages, "corrected_pages": adoption.corrected_pages,
-                "lost_pages": adoption.lost_pages, "adoption_us": adoption.ns // 1000}
+        return {
+            "stored_pages": adoption.stored_pages,
+            "corrected_pages": adoption.corrected_pages,
+            "lost_pages": adoption.lost_pages,
+            "adoption_us": adoption.ns // 1000,
+        }
 
     async def _live(self, served: Served) -> None:
         """Cycle until `_scope` is cancelled by the VMM's exit or an order. A cancellation from outside is a KEPT."""
@@ -259,8 +284,10 @@ class Guest:
 
     def _must_serve(self) -> Served:
         if self._served is None:
-            raise RequestRefused(f"guest {self.name} is {self._state}: {self._reason or 'not served yet'}",
-                                 "see `tierd status`; try again when it is active")
+            raise RequestRefused(
+                f"guest {self.name} is {self._state}: {self._reason or 'not served yet'}",
+                "see `tierd status`; try again when it is active",
+            )
         return self._served
 
     def set_policy(self, policy: Policy) -> None:
@@ -283,8 +310,10 @@ class Guest:
         """Evict now what is idle at least `min_idle_s` (never less than the policy's floor). Returns bytes."""
         served = self._must_serve()
         if self._state == "refused" or self.policy.dry_run or not self.policy.enabled:
-            raise RequestRefused(f"guest {self.name} does not evict: {self._reason or 'dry_run or enabled: false'}",
-                                 "change its policy and `tierd reload`, or see `tierd status` for why it is refused")
+            raise RequestRefused(
+                f"guest {self.name} does not evict: {self._reason or 'dry_run or enabled: false'}",
+                "change its policy and `tierd reload`, or see `tierd status` for why it is refused",
+            )
         floor = policies.clamp_min_idle(self.policy, min_idle_s)
         async with self._worker:
             await _in_worker(self._recheck)
@@ -344,7 +373,10 @@ class Guest:
                 progress(min(done, total), total)
             before, stored_pages = stored_pages, served.native.counters()["state_pages"][4]
             if stored_pages >= before:
-                raise OSError(errno.EIO, f"{stored_pages} pages of guest {self.name} cannot be read from the store; see tierd's log")
+                raise OSError(
+                    errno.EIO,
+                    f"{stored_pages} pages of guest {self.name} cannot be read from the store; see tierd's log",
+                )
         return done
 
     def _must_fit(self, needed_bytes: int) -> None:
@@ -362,8 +394,15 @@ class Guest:
         """A snapshot; reads the page table (0.1 ms per GiB)."""
         served = self._served
         if served is None:
-            return GuestStatus(name=self.name, pid=self.pid, key=self.key, state=self._state, engine=self._host.engine.name,
-                               reason=self._reason, policy=self.policy.model_dump(mode="json"))
+            return GuestStatus(
+                name=self.name,
+                pid=self.pid,
+                key=self.key,
+                state=self._state,
+                engine=self._host.engine.name,
+                reason=self._reason,
+                policy=self.policy.model_dump(mode="json"),
+            )
         counters: dict[str, Any] = served.native.counters()
         tiers = counters["tier_pages"]
         return GuestStatus(

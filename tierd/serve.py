@@ -187,7 +187,9 @@ def attach(
         served.uffd, served.uffd_in_vmm = served._own(taken.uffd), taken.uffd_in_vmm
         os.close(taken.pidfd)
         on_error.callback(_close_in_vmm_quietly, spec.pid, taken.uffd_in_vmm)
-        served.space = store.open(key_of(spec), sum(r.bytes for r in spec.regions) // PAGE_BYTES, PAGE_BYTES, create=True)
+        served.space = store.open(
+            key_of(spec), sum(r.bytes for r in spec.regions) // PAGE_BYTES, PAGE_BYTES, create=True
+        )
         served._undo.callback(served.space.close)
         on_error.callback(served.space.delete)
         served.table_fd = _create_state(served, tuning)
@@ -240,7 +242,9 @@ def wait_for_lock(fd: int, path: Path, pause: Callable[[float], None], wait_s_ma
     waited = 0.0
     while not table_lock(fd):
         if waited >= wait_s_max:
-            raise StateError(f"{path} is still locked by {_lock_holder(path)}; is another tierd running on this directory?")
+            raise StateError(
+                f"{path} is still locked by {_lock_holder(path)}; is another tierd running on this directory?"
+            )
         pause(0.01)
         waited += 0.01
 
@@ -275,7 +279,9 @@ def adopt(
     except KernelError as error:
         os.close(fd)
         if error.errno == errno.EPROTONOSUPPORT:
-            raise StateError(f"{state_path} was written by a newer tierd; start that one, this one touches nothing") from error
+            raise StateError(
+                f"{state_path} was written by a newer tierd; start that one, this one touches nothing"
+            ) from error
         raise StateError(f"{state_path} is broken ({error}); nothing was touched") from error
     except BaseException:
         os.close(fd)

@@ -25,5 +25,10 @@ def build_driver(output: Path, flags: Sequence[str], native: Path = NATIVE, driv
 
 
 def run_driver(binary: Path, *arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([binary, *arguments], capture_output=True, text=True, timeout=timeout_s,
-                          env={"ASAN_OPTIONS": "detect_stack_use_after_return=0", "PATH": "/usr/bin:/bin"})
+    return subprocess.run(
+        [binary, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env={"ASAN_OPTIONS": "detect_stack_use_after_return=0", "PATH": "/usr/bin:/bin"},
+    )

@@ -22,7 +22,13 @@
 #include "internal.h"
 #include "model.h"
 
-enum { STACK_BYTES = 128 << 10, COROUTINES_MAX = 16, ALLOCATIONS_MAX = 4096, QUIESCE_STEPS = 200000, GUEST_THREADS_MAX = 6 };
+enum {
+	STACK_BYTES = 128 << 10,
+	COROUTINES_MAX = 16,
+	ALLOCATIONS_MAX = 4096,
+	QUIESCE_STEPS = 200000,
+	GUEST_THREADS_MAX = 6
+};
 
 enum kind { GUEST, DAEMON };
 
@@ -33,7 +39,7 @@ struct coroutine {
 	uint32_t argument;
 	enum kind kind;
 	bool used, over, idle; /* idle: in poll(), runnable when there is a message */
-	int in_call;	       /* depth of system calls */
+	int in_call;           /* depth of system calls */
 	bool dying;
 	uint32_t asleep; /* steps for which the scheduler leaves it alone */
 };
@@ -368,8 +374,9 @@ static void evict_batch(struct tierd_batch *b, uint64_t *page)
 	*page = r.next_page;
 	if (!r.selected_pages || cancelled_at_will(b, &r))
 		return;
-	if (tierd_batch_hold(b, &r) || cancelled_at_will(b, &r) || tierd_batch_copy(b, &r) || cancelled_at_will(b, &r) ||
-	    tierd_batch_write(b, 1, &r) || cancelled_at_will(b, &r) || tierd_batch_drop(b, &r)) {
+	if (tierd_batch_hold(b, &r) || cancelled_at_will(b, &r) || tierd_batch_copy(b, &r) ||
+	    cancelled_at_will(b, &r) || tierd_batch_write(b, 1, &r) || cancelled_at_will(b, &r) ||
+	    tierd_batch_drop(b, &r)) {
 		tierd_batch_cancel(b, &r);
 		return;
 	}
@@ -478,8 +485,7 @@ static void daemon_kill(void)
 
 	kills++;
 	for (uint64_t page = 0; page < guest->pages; page++)
-		maybe_arrived[page] = maybe_zero[page] &&
-				      word_state(atomic_load(&guest->words[page])) == ARRIVING;
+		maybe_arrived[page] = maybe_zero[page] && word_state(atomic_load(&guest->words[page])) == ARRIVING;
 	for (int i = 0; i < COROUTINES_MAX; i++) {
 		struct coroutine *c = &coroutines[i];
 
@@ -620,7 +626,7 @@ int main(int count, char **arguments)
 			printf("seed %lu\n", seed);
 		run_seed(steps);
 	}
-	printf("%lu seeds from %lu: %lu accesses, %lu faults, %lu pages evicted, %lu kills; every byte right\n", seeds, from,
-	       accesses, faults, evictions, kills);
+	printf("%lu seeds from %lu: %lu accesses, %lu faults, %lu pages evicted, %lu kills; every byte right\n", seeds,
+	       from, accesses, faults, evictions, kills);
 	return 0;
 }

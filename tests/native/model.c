@@ -488,7 +488,8 @@ static void clean(uint64_t page, bool lose)
 		return;
 	M.dirty[page] = false;
 	if (lose) {
-		memcpy(M.store[page], M.device[page], MODEL_PAGE_BYTES); /* the page is dropped; a read gives what was there */
+		memcpy(M.store[page], M.device[page],
+		       MODEL_PAGE_BYTES); /* the page is dropped; a read gives what was there */
 		M.sync_error = true;
 	} else {
 		memcpy(M.device[page], M.store[page], MODEL_PAGE_BYTES);

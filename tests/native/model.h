@@ -51,9 +51,9 @@ struct model {
 extern struct model M;
 
 /* the scheduler's side (driver.c) */
-void model_pause(void);		      /* another coroutine may run */
-void model_enter(void);		      /* a system call begins ... */
-void model_exit(void);		      /* ... and ends: a killed daemon's coroutine ends here */
+void model_pause(void);                  /* another coroutine may run */
+void model_enter(void);                  /* a system call begins ... */
+void model_exit(void);                   /* ... and ends: a killed daemon's coroutine ends here */
 bool model_chance(uint32_t thousandths); /* seeded */
 void *model_alloc(size_t bytes);
 void model_free(void *memory, size_t bytes);

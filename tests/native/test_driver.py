@@ -25,7 +25,9 @@ def test_seeds(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_seeds_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
-    done = run_driver(build_driver(tmp_path / "driver", flags), "--seeds", str(max(SEEDS // 20, 100)), "--from", "1000000")
+    done = run_driver(
+        build_driver(tmp_path / "driver", flags), "--seeds", str(max(SEEDS // 20, 100)), "--from", "1000000"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -124,8 +124,8 @@ MUTATIONS = [
     Mutation(
         "adoption_takes_dropping_for_resident",
         "guest.c",
-        "	case LEAVING:	/* not in the cache, the VMM gave it back itself */",
-        "	case LEAVING:	/* not in the cache, the VMM gave it back itself */\n	case DROPPING:",
+        "	case LEAVING:   /* not in the cache, the VMM gave it back itself */",
+        "	case LEAVING:   /* not in the cache, the VMM gave it back itself */\n	case DROPPING:",
     ),
     Mutation(
         "adoption_does_not_believe_the_kernel",
@@ -160,7 +160,9 @@ ALSO = {
         "		if (bit_get(b->marked, i) && !bit_get(b->present, i))",
         "		if (first + i < UINT32_MAX)",
     ),
-    "checksum_not_verified_and_no_sync": Mutation("no_sync", "store.c", "		error = sys_store_sync(t->fd);", "		error = 0;"),
+    "checksum_not_verified_and_no_sync": Mutation(
+        "no_sync", "store.c", "		error = sys_store_sync(t->fd);", "		error = 0;"
+    ),
     "adoption_wakes_nobody": Mutation(
         "adoption_does_not_clear_holds",
         "guest.c",

@@ -232,7 +232,9 @@ def test_the_first_rule_that_matches(loaded: Load) -> None:
           - {name: "[ab]?", pid: 71, cmdline: q35, interval_s: 5}
         """
     )
-    by_name = intervals(config, ("web-1", 1, ""), ("web-2", 1, ""), ("web-1", 70, ""), ("Web-2", 1, ""), ("a/b\n", 1, ""))
+    by_name = intervals(
+        config, ("web-1", 1, ""), ("web-2", 1, ""), ("web-1", 70, ""), ("Web-2", 1, ""), ("a/b\n", 1, "")
+    )
     assert by_name == [1, 2, 1, None, None]
     assert intervals(config, ("x", 70, "-m 8G"), ("x", 1, "qemu -m  8G"), ("x", 1, "-m 9G")) == [3, 4, None]
     assert intervals(config, ("a1", 71, "type=q35,x"), ("a1", 71, "pc"), ("a1", 72, "q35"), ("c1", 71, "q35")) == [

@@ -11,8 +11,29 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "tierd"
 
 # What each module may import of the package at module level, besides what stands left of it in the order.
-ORDER = ["native", "config", "systemd", "view", "attach", "store", "policy", "engine", "cycle", "serve", "guest",
-         "metrics", "api", "daemon", "demo", "cli", "__main__"]
+ORDER = [
+    "native",
+    "config",
+    "systemd",
+    "view",
+    "attach",
+    "client",
+    "show",
+    "check",
+    "store",
+    "policy",
+    "engine",
+    "cycle",
+    "serve",
+    "guest",
+    "metrics",
+    "routes",
+    "api",
+    "daemon",
+    "demo",
+    "cli",
+    "__main__",
+]
 
 
 def _layer(path: Path) -> str:

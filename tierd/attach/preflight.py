@@ -8,6 +8,7 @@ the attach; those whose answer may change later run again before every cycle (`r
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import threading
@@ -90,7 +91,9 @@ def _scan_holders(wanted: set[tuple[int, int]]) -> dict[tuple[int, int], list[Ho
                 with contextlib.suppress(FileNotFoundError):
                     info = os.stat(f"/proc/{pid}/fd/{fd}")
                     if (info.st_dev, info.st_ino) in wanted:
-                        found.setdefault((info.st_dev, info.st_ino), []).append(Holder(pid, _comm(pid), f"descriptor {fd}"))
+                        found.setdefault((info.st_dev, info.st_ino), []).append(
+                            Holder(pid, _comm(pid), f"descriptor {fd}")
+                        )
                         break
     return found
 
@@ -122,13 +125,20 @@ Check = Callable[[Subject], None]
 
 def alive(s: Subject) -> None:
     if start_ticks(s.spec.pid) != s.spec.start_ticks:
-        raise Refused("alive", "the VMM is gone", f"pid {s.spec.pid} does not run, or is another process now", "start the VM again")
+        raise Refused(
+            "alive",
+            "the VMM is gone",
+            f"pid {s.spec.pid} does not run, or is another process now",
+            "start the VM again",
+        )
 
 
 def tracer(s: Subject) -> None:
     pid = status_field(s.spec.pid, "TracerPid")
     if pid:
-        raise Refused("tracer", "the VMM is being traced", f"TracerPid {pid} ({_comm(pid)})", "end the debugger, then attach")
+        raise Refused(
+            "tracer", "the VMM is being traced", f"TracerPid {pid} ({_comm(pid)})", "end the debugger, then attach"
+        )
 
 
 def seccomp(s: Subject) -> None:
@@ -136,10 +146,16 @@ def seccomp(s: Subject) -> None:
     what tierd calls; other filters are unknown."""
     if status_field(s.spec.pid, "Seccomp") != 2:
         return
-    if os.path.basename(s.spec.cmdline[0] if s.spec.cmdline else "").startswith("qemu") and option_values(s.spec.cmdline, "sandbox"):
+    if os.path.basename(s.spec.cmdline[0] if s.spec.cmdline else "").startswith("qemu") and option_values(
+        s.spec.cmdline, "sandbox"
+    ):
         return
-    raise Refused("seccomp", "the VMM runs under a seccomp filter that may kill it for a call of ours",
-                  f"pid {s.spec.pid}: Seccomp 2, not QEMU's -sandbox", "run the VMM without the filter")
+    raise Refused(
+        "seccomp",
+        "the VMM runs under a seccomp filter that may kill it for a call of ours",
+        f"pid {s.spec.pid}: Seccomp 2, not QEMU's -sandbox",
+        "run the VMM without the filter",
+    )
 
 
 def second_mapping(s: Subject) -> None:
@@ -147,20 +163,32 @@ def second_mapping(s: Subject) -> None:
     ram = [(r.address, r.address + r.bytes) for r in s.spec.regions]
     for m in s.maps:
         if (m.device, m.inode) in s.files and not any(start <= m.start and m.end <= end for start, end in ram):
-            raise Refused("second-mapping", "the VMM maps the guest's memory twice",
-                          f"pid {s.spec.pid}: {m.start:#x}-{m.end:#x} {m.mode} {m.path}", "use a VM without devices that do that")
+            raise Refused(
+                "second-mapping",
+                "the VMM maps the guest's memory twice",
+                f"pid {s.spec.pid}: {m.start:#x}-{m.end:#x} {m.mode} {m.path}",
+                "use a VM without devices that do that",
+            )
     offsets = sorted((r.device, r.inode, r.offset, r.offset + r.bytes) for r in s.spec.regions)
-    for a, b in zip(offsets, offsets[1:], strict=False):
+    for a, b in itertools.pairwise(offsets):
         if a[:2] == b[:2] and b[2] < a[3]:
-            raise Refused("second-mapping", "two of the guest's regions are the same memory",
-                          f"inode {a[1]}: offsets {a[2]:#x} and {b[2]:#x} overlap", "use a VM without aliased RAM")
+            raise Refused(
+                "second-mapping",
+                "two of the guest's regions are the same memory",
+                f"inode {a[1]}: offsets {a[2]:#x} and {b[2]:#x} overlap",
+                "use a VM without aliased RAM",
+            )
 
 
 def private_mapping(s: Subject) -> None:
     for m in s.maps:
         if (m.device, m.inode) in s.files and m.mode[3] == "p":
-            raise Refused("private-mapping", "the guest's file is mapped privately, its pages would be lost",
-                          f"pid {s.spec.pid}: {m.start:#x}-{m.end:#x} {m.mode}", "use share=on")
+            raise Refused(
+                "private-mapping",
+                "the guest's file is mapped privately, its pages would be lost",
+                f"pid {s.spec.pid}: {m.start:#x}-{m.end:#x} {m.mode}",
+                "use share=on",
+            )
 
 
 def other_holders(s: Subject) -> None:
@@ -168,8 +196,12 @@ def other_holders(s: Subject) -> None:
     others = s.holders.holders(s.files, {s.spec.pid})
     if others:
         told = ", ".join(f"pid {h.pid} ({h.comm}) {h.how}" for h in others[:5])
-        raise Refused("second-mapper", "another process holds the guest's memory; its touch of an evicted page would read and "
-                      "leave zeros", told, "stop that process (vhost-user back ends and virtiofsd cannot be tiered)")
+        raise Refused(
+            "second-mapper",
+            "another process holds the guest's memory; its touch of an evicted page would read and leave zeros",
+            told,
+            "stop that process (vhost-user back ends and virtiofsd cannot be tiered)",
+        )
 
 
 def vhost_user(s: Subject) -> None:
@@ -177,8 +209,12 @@ def vhost_user(s: Subject) -> None:
     for flag in ("netdev", "device", "chardev", "object"):
         for value in option_values(s.spec.cmdline, flag):
             if re.search(r"vhost-user|vhost-vdpa|x-vfio-user", value):
-                raise Refused("vhost-user", "a vhost-user device shares the guest's memory with another process",
-                              f"-{flag} {value}", "use the in-process device instead")
+                raise Refused(
+                    "vhost-user",
+                    "a vhost-user device shares the guest's memory with another process",
+                    f"-{flag} {value}",
+                    "use the in-process device instead",
+                )
 
 
 def vfio(s: Subject) -> None:
@@ -186,22 +222,34 @@ def vfio(s: Subject) -> None:
         with contextlib.suppress(FileNotFoundError):
             target = os.readlink(f"/proc/{s.spec.pid}/fd/{name}")
             if target.startswith("/dev/vfio/") or "anon_inode:[vfio" in target or "anon_inode:kvm-vfio" in target:
-                raise Refused("vfio", "a device is passed through: it reaches guest memory by DMA, which cannot fault",
-                              f"pid {s.spec.pid}: descriptor {name} is {target}", "remove the passed-through device")
+                raise Refused(
+                    "vfio",
+                    "a device is passed through: it reaches guest memory by DMA, which cannot fault",
+                    f"pid {s.spec.pid}: descriptor {name} is {target}",
+                    "remove the passed-through device",
+                )
 
 
 def pins(s: Subject) -> None:
     pinned = status_field(s.spec.pid, "VmPin")
     if pinned:
-        raise Refused("pinned", "memory of the VMM is pinned for DMA (VFIO, io_uring fixed buffers)",
-                      f"pid {s.spec.pid}: VmPin {pinned} kB", "use devices and I/O without registered buffers")
+        raise Refused(
+            "pinned",
+            "memory of the VMM is pinned for DMA (VFIO, io_uring fixed buffers)",
+            f"pid {s.spec.pid}: VmPin {pinned} kB",
+            "use devices and I/O without registered buffers",
+        )
 
 
 def mlocked(s: Subject) -> None:
     locked = status_field(s.spec.pid, "VmLck")
     if locked and re.search(r"^VmFlags:.* lo\b", s.smaps, re.M):
-        raise Refused("mlock", "the guest's memory is locked, it cannot be deactivated",
-                      f"pid {s.spec.pid}: VmLck {locked} kB", "start the VM without -overcommit mem-lock=on and <locked/>")
+        raise Refused(
+            "mlock",
+            "the guest's memory is locked, it cannot be deactivated",
+            f"pid {s.spec.pid}: VmLck {locked} kB",
+            "start the VM without -overcommit mem-lock=on and <locked/>",
+        )
 
 
 def large_folios(s: Subject) -> None:
@@ -216,14 +264,21 @@ def large_folios(s: Subject) -> None:
             top = re.search(r"\[(\w+)\]", _read(base / "shmem_enabled"))
             if not top or top[1] in ("never", "deny"):
                 continue
-        raise Refused("large-folios", "shared memory may get large folios, of which single pages cannot be given back safely",
-                      f"{path} is {chosen[1]}", f"echo never > {base}/shmem_enabled (and each hugepages-*/shmem_enabled), "
-                      "then restart the VM")
+        raise Refused(
+            "large-folios",
+            "shared memory may get large folios, of which single pages cannot be given back safely",
+            f"{path} is {chosen[1]}",
+            f"echo never > {base}/shmem_enabled (and each hugepages-*/shmem_enabled), then restart the VM",
+        )
     for key in ("ShmemPmdMapped", "FilePmdMapped"):
         for match in re.finditer(rf"^{key}:\s+(\d+) kB", s.smaps, re.M):
             if int(match[1]):
-                raise Refused("large-folios", "the guest's memory holds large folios, made before they were switched off",
-                              f"pid {s.spec.pid}: {key} {match[1]} kB", "restart the VM")
+                raise Refused(
+                    "large-folios",
+                    "the guest's memory holds large folios, made before they were switched off",
+                    f"pid {s.spec.pid}: {key} {match[1]} kB",
+                    "restart the VM",
+                )
     _tmpfs_huge(s)
 
 
@@ -235,8 +290,12 @@ def _tmpfs_huge(s: Subject) -> None:
             continue
         huge = re.search(r"\bhuge=(\w+)", line)
         if huge and huge[1] != "never":
-            raise Refused("large-folios", "the tmpfs that backs the guest makes large folios", f"{fields[4]} has huge={huge[1]}",
-                          "mount it with huge=never, then restart the VM")
+            raise Refused(
+                "large-folios",
+                "the tmpfs that backs the guest makes large folios",
+                f"{fields[4]} has huge={huge[1]}",
+                "mount it with huge=never, then restart the VM",
+            )
 
 
 def backing(s: Subject) -> None:
@@ -252,8 +311,12 @@ def backing(s: Subject) -> None:
         if page and int(page[1]) * 1024 != os.sysconf("SC_PAGESIZE"):
             kind = "hugetlbfs"
         if kind not in ("shmem", "tmpfs", "devtmpfs"):
-            raise Refused("backing", f"the guest's memory is on {kind}", f"pid {s.spec.pid}: {region.address:#x}, inode {region.inode}",
-                          "use memory-backend-memfd,share=on without hugetlb, or a file on tmpfs")
+            raise Refused(
+                "backing",
+                f"the guest's memory is on {kind}",
+                f"pid {s.spec.pid}: {region.address:#x}, inode {region.inode}",
+                "use memory-backend-memfd,share=on without hugetlb, or a file on tmpfs",
+            )
 
 
 def _smaps_of(smaps: str, address: int) -> str:
@@ -266,9 +329,13 @@ def registered(s: Subject) -> None:
     for region in s.spec.regions:
         flags = re.search(r"^VmFlags:(.*)$", _smaps_of(s.smaps, region.address), re.M)
         if flags and {"um", "uw", "ui"} & set(flags[1].split()):
-            raise Refused("registered", "the guest's memory is registered with a userfaultfd already (postcopy, a background "
-                          "snapshot, or a tierd whose state file is gone)", f"pid {s.spec.pid}: {region.address:#x} VmFlags{flags[1]}",
-                          "wait until that is over; if a state file was lost, restart the VM")
+            raise Refused(
+                "registered",
+                "the guest's memory is registered with a userfaultfd already (postcopy, a background "
+                "snapshot, or a tierd whose state file is gone)",
+                f"pid {s.spec.pid}: {region.address:#x} VmFlags{flags[1]}",
+                "wait until that is over; if a state file was lost, restart the VM",
+            )
 
 
 def memory_cgroup(s: Subject) -> None:
@@ -276,9 +343,12 @@ def memory_cgroup(s: Subject) -> None:
     for path, limit, used in _cgroup_limits(s.spec.pid):
         size = sum(region.bytes for region in s.spec.regions)
         if limit < size and limit - used < MEMCG_HEADROOM_BYTES:
-            raise Refused("memory-cgroup", "the VMM's memory cgroup is at its limit, a fetched page would get it killed",
-                          f"{path}: limit {limit >> 20} MiB, used {used >> 20} MiB, guest {size >> 20} MiB",
-                          "raise the limit to the guest's size and some overhead")
+            raise Refused(
+                "memory-cgroup",
+                "the VMM's memory cgroup is at its limit, a fetched page would get it killed",
+                f"{path}: limit {limit >> 20} MiB, used {used >> 20} MiB, guest {size >> 20} MiB",
+                "raise the limit to the guest's size and some overhead",
+            )
 
 
 def _cgroup_limits(pid: int) -> list[tuple[Path, int, int]]:
@@ -289,7 +359,11 @@ def _cgroup_limits(pid: int) -> list[tuple[Path, int, int]]:
         if controllers == "":
             base, limit_file, used_file = _cgroup2_root(), "memory.max", "memory.current"
         elif "memory" in controllers.split(","):
-            base, limit_file, used_file = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"
+            base, limit_file, used_file = (
+                Path("/sys/fs/cgroup/memory"),
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+            )
         else:
             continue
         path = base / name.lstrip("/")
@@ -310,13 +384,25 @@ def nested(s: Subject) -> None:
     if s.policy.allow_nested:
         return
     uses_kvm = any(_readlink(f"/proc/{s.spec.pid}/fd/{fd}").startswith("anon_inode:kvm-vm") for fd in _fds(s.spec.pid))
-    enabled = [name for name in ("kvm_intel", "kvm_amd") if _read(f"/sys/module/{name}/parameters/nested").strip() in ("Y", "1")]
+    enabled = [
+        name
+        for name in ("kvm_intel", "kvm_amd")
+        if _read(f"/sys/module/{name}/parameters/nested").strip() in ("Y", "1")
+    ]
     cpus = option_values(s.spec.cmdline, "cpu")
-    exposed = [cpu for cpu in cpus if (split_options(cpu)[0] in ("host", "max") or re.search(r"\+(vmx|svm)|(vmx|svm)=on", cpu))
-               and not re.search(r"-(vmx|svm)\b|(vmx|svm)=off", cpu)]
+    exposed = [
+        cpu
+        for cpu in cpus
+        if (split_options(cpu)[0] in ("host", "max") or re.search(r"\+(vmx|svm)|(vmx|svm)=on", cpu))
+        and not re.search(r"-(vmx|svm)\b|(vmx|svm)=off", cpu)
+    ]
     if uses_kvm and enabled and exposed:
-        raise Refused("nested", "the guest may run guests of its own, whose pages KVM keeps referenced",
-                      f"{enabled[0]} nested=Y, -cpu {exposed[0]}", "start it with -cpu ...,vmx=off (svm=off), or set allow_nested: true")
+        raise Refused(
+            "nested",
+            "the guest may run guests of its own, whose pages KVM keeps referenced",
+            f"{enabled[0]} nested=Y, -cpu {exposed[0]}",
+            "start it with -cpu ...,vmx=off (svm=off), or set allow_nested: true",
+        )
 
 
 def _fds(pid: int) -> list[str]:
@@ -339,13 +425,30 @@ def regions_unchanged(s: Subject) -> None:
     covered = {(r.device, r.inode, r.address, r.bytes) for r in now}
     for region in s.spec.regions:
         if (region.device, region.inode, region.address, region.bytes) not in covered:
-            raise Refused("regions", "the VMM changed its guest's memory mappings", f"pid {s.spec.pid}: {region.address:#x}",
-                          "detach and attach the guest again")
+            raise Refused(
+                "regions",
+                "the VMM changed its guest's memory mappings",
+                f"pid {s.spec.pid}: {region.address:#x}",
+                "detach and attach the guest again",
+            )
 
 
 CHECKS: tuple[Check, ...] = (
-    alive, tracer, seccomp, backing, private_mapping, second_mapping, other_holders, vhost_user, vfio, pins, mlocked,
-    large_folios, registered, memory_cgroup, nested,
+    alive,
+    tracer,
+    seccomp,
+    backing,
+    private_mapping,
+    second_mapping,
+    other_holders,
+    vhost_user,
+    vfio,
+    pins,
+    mlocked,
+    large_folios,
+    registered,
+    memory_cgroup,
+    nested,
 )
 CHECKS_EVERY_CYCLE: tuple[Check, ...] = (alive, regions_unchanged, private_mapping, second_mapping, other_holders, pins)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -50,8 +51,17 @@ def parse_maps(text: str) -> list[Mapping]:
             continue
         start, end = (int(part, 16) for part in fields[0].split("-"))
         major, minor = (int(part, 16) for part in fields[3].split(":"))
-        found.append(Mapping(start, end, fields[1], int(fields[2], 16), os.makedev(major, minor), int(fields[4]),
-                             fields[5] if len(fields) > 5 else ""))
+        found.append(
+            Mapping(
+                start,
+                end,
+                fields[1],
+                int(fields[2], 16),
+                os.makedev(major, minor),
+                int(fields[4]),
+                fields[5] if len(fields) > 5 else "",
+            )
+        )
     return found
 
 
@@ -99,7 +109,7 @@ def split_options(text: str) -> list[str]:
 
 def name_of(pid: int, cmdline: tuple[str, ...]) -> str:
     """`-name NAME` or `-name guest=NAME,...` of QEMU, `--id`  of Firecracker; else pid-N."""
-    for flag, value in zip(cmdline, cmdline[1:], strict=False):
+    for flag, value in itertools.pairwise(cmdline):
         if flag in ("-name", "--name"):
             for i, part in enumerate(split_options(value)):
                 key, equals, rest = part.partition("=")
@@ -114,7 +124,7 @@ def name_of(pid: int, cmdline: tuple[str, ...]) -> str:
 
 def option_values(cmdline: tuple[str, ...], flag: str) -> list[str]:
     """Every value given to `-flag` (or `--flag`)."""
-    return [value for name, value in zip(cmdline, cmdline[1:], strict=False) if name in (f"-{flag}", f"--{flag}")]
+    return [value for name, value in itertools.pairwise(cmdline) if name in (f"-{flag}", f"--{flag}")]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------------
@@ -170,8 +180,12 @@ def read_spec(pid: int, name: str | None = None) -> GuestSpec:
     regions = ram_regions(maps, cmdline)
     if not regions:
         largest = max((m for m in maps if m.mode.startswith("rw")), key=lambda m: m.end - m.start, default=None)
-        evidence = f"pid {pid}" + (f", largest writable mapping {(largest.end - largest.start) >> 20} MiB "
-                                   f"{largest.path or 'anonymous'} {largest.mode}" if largest else "")
+        evidence = f"pid {pid}" + (
+            f", largest writable mapping {(largest.end - largest.start) >> 20} MiB "
+            f"{largest.path or 'anonymous'} {largest.mode}"
+            if largest
+            else ""
+        )
         raise Refused("anonymous-memory", "the guest's memory is not shared (memfd or tmpfs)", evidence, MEMFD_REMEDY)
     if start_ticks(pid) != ticks:
         raise ProcessLookupError(3, f"process {pid} ended")

@@ -119,8 +119,16 @@ def _make_from_device(tid: int, pidfd: int, flags: int) -> int:
         def close_later(fd: int) -> None:
             in_vmm.callback(inject, tid, "close", NUMBER["close"], fd)
 
-        pair = inject(tid, "socketpair", NUMBER["socketpair"], socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC,
-                      0, At(0), scratch=bytes(8))
+        pair = inject(
+            tid,
+            "socketpair",
+            NUMBER["socketpair"],
+            socket.AF_UNIX,
+            socket.SOCK_DGRAM | socket.SOCK_CLOEXEC,
+            0,
+            At(0),
+            scratch=bytes(8),
+        )
         ours, theirs = struct.unpack("ii", pair.scratch)
         close_later(ours)
         close_later(theirs)
@@ -141,7 +149,9 @@ def _receive(tid: int, fd: int) -> int:
     area = bytearray(96 + socket.CMSG_SPACE(4))
     area[: len(header)] = header
     area[64:80] = struct.pack("PN", 80, 1)
-    got = inject(tid, "recvmsg", NUMBER["recvmsg"], fd, At(0), MSG_CMSG_CLOEXEC, scratch=bytes(area), pointers=(16, 32, 64))
+    got = inject(
+        tid, "recvmsg", NUMBER["recvmsg"], fd, At(0), MSG_CMSG_CLOEXEC, scratch=bytes(area), pointers=(16, 32, 64)
+    )
     level, kind, received = struct.unpack_from("iii", got.scratch, 96 + 8)
     if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
         raise OSError(errno.EPROTO, "recvmsg inside the VMM brought no descriptor")
@@ -157,8 +167,10 @@ def _handshake(uffd: int) -> int:
             fcntl.ioctl(uffd, UFFDIO_API, buffer)
         except OSError as error:
             if error.errno != errno.EINVAL or features == FEATURES_NEEDED:
-                raise OSError(error.errno, "UFFDIO_API: the kernel lacks write-protection of shared memory "
-                              "(Linux 5.19 or newer is needed)") from error
+                raise OSError(
+                    error.errno,
+                    "UFFDIO_API: the kernel lacks write-protection of shared memory (Linux 5.19 or newer is needed)",
+                ) from error
         else:
             return features
     raise AssertionError("unreachable")

@@ -19,6 +19,14 @@ ffi.set_source(
     sources=SOURCES,
     include_dirs=["tierd/native"],
     depends=["tierd/native/tierd.h", "tierd/native/internal.h", "tierd/native/sys.h"],
-    extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-fvisibility=hidden"],
+    extra_compile_args=[
+        "-std=gnu11",
+        "-O2",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-Wno-missing-field-initializers",
+        "-fvisibility=hidden",
+    ],
     libraries=["pthread"],
 )

@@ -24,10 +24,10 @@ struct tierd_batch {
 	enum batch_step step;
 	uint32_t max_pages, count, held_runs;
 	unsigned int tier;
-	uint64_t *pages;   /* ascending; all LEAVING (or, in drop, DROPPING) unless a fault took them */
-	page_word *words;  /* what we expect the page's word to be */
-	uint8_t *zero;	   /* all zeros: needs no store */
-	uint8_t *bytes;	   /* the copy: slot i belongs to pages[i] */
+	uint64_t *pages;  /* ascending; all LEAVING (or, in drop, DROPPING) unless a fault took them */
+	page_word *words; /* what we expect the page's word to be */
+	uint8_t *zero;    /* all zeros: needs no store */
+	uint8_t *bytes;   /* the copy: slot i belongs to pages[i] */
 	struct held_run *held;
 	uint64_t *present, *marked; /* bitmaps of a run */
 	size_t page_bytes;
@@ -121,7 +121,8 @@ static void select_pages(struct tierd_batch *b, uint64_t page, uint32_t min_age,
 			page = (page / g->chunk_pages + 1) * g->chunk_pages - 1;
 			continue;
 		}
-		leaving = word_with_tier(word_with_state(word_next_generation(w), LEAVING), word_copy(w) ? word_tier(w) : 1);
+		leaving = word_with_tier(word_with_state(word_next_generation(w), LEAVING),
+					 word_copy(w) ? word_tier(w) : 1);
 		if (!page_move(g, page, w, leaving))
 			continue;
 		b->pages[b->count] = page;
@@ -144,7 +145,8 @@ int tierd_batch_select(struct tierd_batch *b, uint64_t first_page, double min_id
 	age = min_age < 0xf000 ? (uint32_t)min_age : 0xf000;
 	age += age < min_age;
 	b->count = b->held_runs = 0;
-	select_pages(b, first_page, age, max_pages < b->max_pages ? (uint32_t)max_pages : b->max_pages, &ret->next_page);
+	select_pages(b, first_page, age, max_pages < b->max_pages ? (uint32_t)max_pages : b->max_pages,
+		     &ret->next_page);
 	b->step = b->count ? SELECTED : EMPTY;
 	ret->selected_pages = b->count;
 	ret->select_ns = sys_now_ns() - began_ns;
@@ -406,7 +408,8 @@ static int settle_dropped(struct tierd_batch *b, uint32_t i, bool cached, struct
 					  mem_offset_of(r, b->pages[i]));
 
 		if (n != (ssize_t)b->page_bytes)
-			return n < 0 ? (int)n : -EIO; /* stays DROPPING: adoption or the next try decides, nobody reads it */
+			return n < 0 ? (int)n
+				     : -EIO; /* stays DROPPING: adoption or the next try decides, nobody reads it */
 		to = word_with_epoch(to, epoch_next(g));
 		count_add(&g->count.pages_repaired, 1);
 	} else {

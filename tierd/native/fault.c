@@ -12,8 +12,8 @@
 
 enum {
 	MESSAGES = 16,
-	STREAMS = 4,		 /* sequential walks followed at once */
-	READ_TRIES = 3,		 /* before a stored page that cannot be read is given up */
+	STREAMS = 4,    /* sequential walks followed at once */
+	READ_TRIES = 3, /* before a stored page that cannot be read is given up */
 	NO_MEMORY_PAUSE_US = 1000,
 	ZERO_BYTES = 65536,
 };
@@ -235,7 +235,7 @@ static int resolve(struct tierd_worker *w, uint64_t page, page_word word, uint64
 		wake_waiters(g, page, 1, waits);
 	}
 	if (!error) /* each fault is of one kind */
-		count_add(word_state(word) == LEAVING	   ? &g->count.faults_cancel
+		count_add(word_state(word) == LEAVING      ? &g->count.faults_cancel
 			  : flags & UFFD_PAGEFAULT_FLAG_WP ? &g->count.faults_resolve
 							   : &g->count.faults_zero,
 			  1);
@@ -474,7 +474,8 @@ int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max
 		int64_t n = 0;
 
 		if (word_state(page_load(g, *next_page)) == STORED)
-			n = fetch_run(g->restorer, *next_page, left < UINT32_MAX ? (uint32_t)left : UINT32_MAX, &claimed);
+			n = fetch_run(g->restorer, *next_page, left < UINT32_MAX ? (uint32_t)left : UINT32_MAX,
+				      &claimed);
 		if (n < 0 && n != -EIO) {
 			error = (int)n;
 			break;

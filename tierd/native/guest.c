@@ -298,7 +298,7 @@ static page_word adopted_word(page_word w, bool cached)
 	case LOST:
 		return w;
 	case RESOLVING: /* it was being given zeros or un-held: not in the cache, it is a hole, as before */
-	case LEAVING:	/* not in the cache, the VMM gave it back itself */
+	case LEAVING:   /* not in the cache, the VMM gave it back itself */
 		return word_with_state(w, RESIDENT);
 	default: /* DROPPING, STORED, MOVING, ARRIVING: each carries its tier */
 		return word_with_state(w, cached ? RESIDENT : STORED);

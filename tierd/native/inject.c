@@ -71,8 +71,8 @@ static int find_code(pid_t tid, struct inject_code *code)
 		unsigned long start, end, inode;
 		char mode[5];
 
-		if (sscanf(line, "%lx-%lx %4s %*x %*s %lu", &start, &end, mode, &inode) != 4 || mode[2] != 'x' || !inode ||
-		    end - start > CODE_BYTES_MAX)
+		if (sscanf(line, "%lx-%lx %4s %*x %*s %lu", &start, &end, mode, &inode) != 4 || mode[2] != 'x' ||
+		    !inode || end - start > CODE_BYTES_MAX)
 			continue;
 		if (!code->call)
 			code->call = find_in(mem, start, end, inject_call_pattern, inject_call_bytes);
@@ -139,8 +139,8 @@ static void let_go(pid_t tid, bool stopped, int signal)
 {
 	int status;
 
-	if (!stopped && (ptrace(PTRACE_INTERRUPT, tid, NULL, NULL) ||
-			 next_stop(tid, sys_now_ns() + 1000000000ull, &status)))
+	if (!stopped &&
+	    (ptrace(PTRACE_INTERRUPT, tid, NULL, NULL) || next_stop(tid, sys_now_ns() + 1000000000ull, &status)))
 		return; /* it never stopped: our exit or the end of its sleep detaches it */
 	ptrace(PTRACE_DETACH, tid, NULL, (void *)(intptr_t)signal);
 }

@@ -56,5 +56,3 @@ def inject(
     if error:
         raise OSError(-error, f"{noun} inside the VMM (thread {tid}): {os.strerror(-error)}")
     return Called(call.result, bytes(ffi.buffer(area, len(scratch))), call.stopped_ns)
-
-

@@ -35,7 +35,7 @@ enum {
 	FEATURE_SHADOW_STACK = 11, /* CET_U */
 	FEATURE_TILE_CONFIG = 17,
 	FEATURE_TILE_DATA = 18,
-	UC_FLAGS = 7, /* FP_XSTATE, SIGCONTEXT_SS, STRICT_RESTORE_SS */
+	UC_FLAGS = 7,           /* FP_XSTATE, SIGCONTEXT_SS, STRICT_RESTORE_SS */
 	STACK_UNTOUCHED = 0x7f, /* an invalid ss_flags: rt_sigreturn then leaves the alternate stack alone */
 };
 

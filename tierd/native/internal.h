@@ -146,11 +146,11 @@ struct tierd_guest {
 	uint64_t epoch_ns, epoch_zero_ns;
 
 	_Atomic bool worker_busy;
-	uint64_t copy_pages;	    /* words with the copy bit; the worker's own */
-	uint8_t *missing;	    /* one a chunk: MISSING is registered; the worker's own */
+	uint64_t copy_pages; /* words with the copy bit; the worker's own */
+	uint8_t *missing;    /* one a chunk: MISSING is registered; the worker's own */
 	uint64_t chunks;
 	_Atomic uint64_t missing_chunks;
-	uint64_t *present;	    /* bitmap of one chunk; the worker's own */
+	uint64_t *present; /* bitmap of one chunk; the worker's own */
 	struct tierd_worker *restorer;
 
 	_Atomic uint64_t waits; /* faults that were left to the owner of their page: fault.c, wake_waiters */
@@ -173,7 +173,7 @@ static inline page_word page_load(struct tierd_guest *g, uint64_t page)
 bool page_move(struct tierd_guest *g, uint64_t page, page_word from, page_word to);
 uint16_t epoch_now(const struct tierd_guest *g);
 uint16_t epoch_next(const struct tierd_guest *g); /* the first epoch that lies wholly in the future */
-uint32_t page_age(uint16_t now, page_word w);	  /* in epochs, never too large */
+uint32_t page_age(uint16_t now, page_word w);     /* in epochs, never too large */
 int table_map(struct tierd_guest *g);
 void table_unmap(struct tierd_guest *g);
 uint64_t table_bytes(uint64_t pages);

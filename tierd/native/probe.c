@@ -98,7 +98,7 @@ static int try_pagemap_scan(struct trial *t)
 
 static void *touch(void *byte)
 {
-	return (void *)(uintptr_t) * (volatile uint8_t *)byte;
+	return (void *)(uintptr_t)*(volatile uint8_t *)byte;
 }
 
 /* A punched page faults as MISSING, and COPY answers it. The touching thread is let go whatever happens. */
@@ -181,8 +181,8 @@ int tierd_probe(struct tierd_probe *ret)
 	if (t.uffd >= 0)
 		ret->userfaultfd = 0;
 	if (!error && t.uffd >= 0) {
-		ret->write_protect = sys_uffd_register(t.uffd, (uintptr_t)t.memory, PAGES * t.page_bytes,
-						       UFFDIO_REGISTER_MODE_WP);
+		ret->write_protect =
+			sys_uffd_register(t.uffd, (uintptr_t)t.memory, PAGES * t.page_bytes, UFFDIO_REGISTER_MODE_WP);
 		ret->pageout = try_pageout(&t);
 		if (!ret->write_protect)
 			ret->write_protect = try_write_protect(&t);

@@ -77,8 +77,8 @@ int scan_range(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint6
 	memset(present, 0, bitmap_bytes(pages));
 	if (marked)
 		memset(marked, 0, bitmap_bytes(pages));
-	return g->use_pagemap ? scan_by_reading(g, start, end, present, marked) :
-				scan_by_ioctl(g, start, end, present, marked);
+	return g->use_pagemap ? scan_by_reading(g, start, end, present, marked)
+			      : scan_by_ioctl(g, start, end, present, marked);
 }
 
 /* Stamps present pages as touched and keeps the ages of the others from wrapping. */

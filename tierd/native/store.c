@@ -9,7 +9,8 @@ int store_read(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_t
 	if (g->tiers[tier].fd < 0)
 		return -ENODEV;
 	while (done < bytes) {
-		ssize_t n = sys_store_read(g->tiers[tier].fd, (char *)to + done, bytes - done, page * g->page_bytes + done);
+		ssize_t n =
+			sys_store_read(g->tiers[tier].fd, (char *)to + done, bytes - done, page * g->page_bytes + done);
 
 		if (n == -EINTR)
 			continue;
@@ -50,7 +51,8 @@ int store_settle(struct tierd_guest *g, unsigned int tier, uint64_t first_page, 
 	if (!(t->flags & TIERD_SPACE_DIRECT))
 		error = sys_store_sync(t->fd);
 	if (!error && (t->flags & TIERD_SPACE_DROP_CACHE))
-		error = sys_store_drop_cache(t->fd, first_page * g->page_bytes, (end_page - first_page) * g->page_bytes);
+		error = sys_store_drop_cache(t->fd, first_page * g->page_bytes,
+					     (end_page - first_page) * g->page_bytes);
 	return error;
 }
 

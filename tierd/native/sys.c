@@ -111,8 +111,7 @@ int sys_uffd_unregister(int uffd, uint64_t address, uint64_t bytes)
 
 int sys_uffd_protect(int uffd, uint64_t address, uint64_t bytes)
 {
-	struct uffdio_writeprotect w = {.range = {.start = address, .len = bytes},
-					.mode = UFFDIO_WRITEPROTECT_MODE_WP};
+	struct uffdio_writeprotect w = {.range = {.start = address, .len = bytes}, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
 
 	return uffd_ioctl(uffd, UFFDIO_WRITEPROTECT, &w);
 }

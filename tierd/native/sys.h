@@ -19,7 +19,8 @@ struct sys_page_region { /* struct page_region of PAGEMAP_SCAN */
 };
 enum { SYS_PAGE_PRESENT = 1 << 3, SYS_PAGE_SWAPPED = 1 << 4 };
 
-uint64_t sys_now_ns(void); /* CLOCK_MONOTONIC: the same for every process of a boot, so it dates pages across a restart */
+uint64_t
+sys_now_ns(void); /* CLOCK_MONOTONIC: the same for every process of a boot, so it dates pages across a restart */
 size_t sys_page_bytes(void);
 void sys_pause_us(uint32_t us);
 

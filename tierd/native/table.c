@@ -78,7 +78,8 @@ static uint32_t header_checksum(const struct table_header *h)
 	return sum;
 }
 
-int tierd_table_create(int fd, const struct tierd_identity *identity, const struct tierd_region *regions, uint32_t count)
+int tierd_table_create(int fd, const struct tierd_identity *identity, const struct tierd_region *regions,
+		       uint32_t count)
 {
 	struct table_header *h;
 	page_word fresh = word_with_tier(RESIDENT, TIER_UNTOUCHED);
@@ -207,10 +208,10 @@ void table_unmap(struct tierd_guest *g)
  * throughput of one), folded by one more round. The value never leaves the host's memory, so no format depends on it.
  */
 #if defined(__x86_64__)
-#define CRC_TARGET __attribute__((target("sse4.2")))
+#define CRC_TARGET           __attribute__((target("sse4.2")))
 #define CRC_STEP(crc, value) __builtin_ia32_crc32di(crc, value)
 #elif defined(__aarch64__)
-#define CRC_TARGET __attribute__((target("+crc")))
+#define CRC_TARGET           __attribute__((target("+crc")))
 #define CRC_STEP(crc, value) __crc32cd((uint32_t)(crc), value)
 #else
 #error "tierd runs on x86-64 and arm64"

@@ -25,10 +25,10 @@ struct tierd_thread {
 	struct tierd_thread *next;
 	pthread_t id;
 	void *stack;
-	int cpu;		/* the one we follow, or -1 */
-	int credit;		/* > 0: spinning has paid */
+	int cpu;    /* the one we follow, or -1 */
+	int credit; /* > 0: spinning has paid */
 	uint32_t since_follow;
-	cpu_set_t allowed;	/* where we may run when we follow nobody */
+	cpu_set_t allowed; /* where we may run when we follow nobody */
 };
 
 static void cpu_relax(void)

@@ -10,7 +10,8 @@
 enum {
 	TIERD_TABLE_VERSION = 1,
 	TIERD_REGIONS_MAX = 32,
-	TIERD_TIERS = 16,	    /* tier 0 is "all zeros", needs no store; 15 marks a RESIDENT page that was never seen touched */
+	TIERD_TIERS =
+		16, /* tier 0 is "all zeros", needs no store; 15 marks a RESIDENT page that was never seen touched */
 	TIERD_LATENCY_BUCKETS = 40, /* bucket i counts service times below 2^i ns (and not below 2^(i-1)) */
 	TIERD_NAME_BYTES = 256,
 	TIERD_BOOT_ID_BYTES = 40,
@@ -26,23 +27,23 @@ enum { TIERD_SPACE_DIRECT = 1, TIERD_SPACE_DROP_CACHE = 2 };
 /* What the state file says about the VMM: adoption compares all of it before it touches anything. */
 struct tierd_identity {
 	int32_t pid;
-	int32_t uffd_in_vmm;	 /* the number of the userfaultfd in the VMM */
-	uint64_t start_ticks;	 /* field 22 of /proc/PID/stat */
-	uint64_t page_bytes;	 /* filled by tierd_table_create */
-	uint64_t epoch_ns;	 /* step of the last-access epochs */
-	uint64_t created_ns;	 /* CLOCK_MONOTONIC at epoch 0; filled by tierd_table_create */
-	char boot_id[40];	 /* /proc/sys/kernel/random/boot_id, NUL-terminated */
-	char name[256];		 /* the guest's name, NUL-terminated, for people */
-	char store_path[1024];	 /* the file that holds the guest's stored pages, NUL-terminated */
+	int32_t uffd_in_vmm;   /* the number of the userfaultfd in the VMM */
+	uint64_t start_ticks;  /* field 22 of /proc/PID/stat */
+	uint64_t page_bytes;   /* filled by tierd_table_create */
+	uint64_t epoch_ns;     /* step of the last-access epochs */
+	uint64_t created_ns;   /* CLOCK_MONOTONIC at epoch 0; filled by tierd_table_create */
+	char boot_id[40];      /* /proc/sys/kernel/random/boot_id, NUL-terminated */
+	char name[256];        /* the guest's name, NUL-terminated, for people */
+	char store_path[1024]; /* the file that holds the guest's stored pages, NUL-terminated */
 };
 
 struct tierd_region {
 	uint64_t address; /* in the VMM, page aligned */
-	uint64_t bytes;	  /* whole pages */
+	uint64_t bytes;   /* whole pages */
 	uint64_t offset;  /* of `address` in the file */
 	uint64_t device;  /* st_dev and st_ino of the file: its identity across a restart */
 	uint64_t inode;
-	int32_t memfd;	  /* our descriptor; -1 in what tierd_table_read gives back */
+	int32_t memfd; /* our descriptor; -1 in what tierd_table_read gives back */
 	int32_t reserved;
 };
 
@@ -57,73 +58,74 @@ struct tierd_guest_args {
 	int32_t uffd;
 	int32_t pidfd;
 	int32_t pagemap_fd;
-	int32_t zap;	       /* TIERD_ZAP_* */
-	int32_t inject_tid;    /* thread of the VMM that runs TIERD_ZAP_INJECT */
-	int32_t use_pagemap;   /* 1: read /proc/PID/pagemap even where PAGEMAP_SCAN exists (kernels before 6.7 have only that) */
-	uint32_t chunk_bytes;  /* MISSING is registered in pieces of this size; 0: 64 MiB */
+	int32_t zap;        /* TIERD_ZAP_* */
+	int32_t inject_tid; /* thread of the VMM that runs TIERD_ZAP_INJECT */
+	int32_t use_pagemap; /* 1: read /proc/PID/pagemap even where PAGEMAP_SCAN exists (kernels before 6.7 have only that) */
+	uint32_t chunk_bytes; /* MISSING is registered in pieces of this size; 0: 64 MiB */
 	uint32_t region_count;
 	uint32_t readahead_pages;
-	uint32_t spin_us_max;  /* a fault thread spins at most this long after a fault before it sleeps; 0: always sleep */
-	uint32_t follow;       /* 1: a sleeping fault thread moves to the CPU of a pinned faulting thread */
+	uint32_t
+		spin_us_max; /* a fault thread spins at most this long after a fault before it sleeps; 0: always sleep */
+	uint32_t follow;     /* 1: a sleeping fault thread moves to the CPU of a pinned faulting thread */
 	struct tierd_region regions[32];
 	struct tierd_tier tiers[16];
 };
 
 /* Counters since tierd_guest_create. One snapshot; each number is exact, the set is not taken at one instant. */
 struct tierd_counters {
-	uint64_t pages;			     /* size of the guest */
-	uint64_t state_pages[8];	     /* by enum page_state, from the table */
-	uint64_t tier_pages[16];	     /* STORED by tier */
-	uint64_t untouched_pages;	     /* RESIDENT and never seen touched */
-	uint64_t stale_pages;		     /* RESIDENT, store space not yet given back */
-	uint64_t faults_fetch;		     /* STORED: brought back from a tier */
-	uint64_t faults_zero;		     /* hole, or tier 0 */
-	uint64_t faults_cancel;		     /* took a page away from an eviction */
-	uint64_t faults_resolve;	     /* lifted a hold from a page that stays */
-	uint64_t faults_wait;		     /* left to the owner of the page */
-	uint64_t faults_failed;		     /* could not be served (now LOST or to be retried) */
-	uint64_t pages_fetched;		     /* by faults, read-ahead included */
-	uint64_t pages_readahead;	     /* of these, not asked for by the guest itself */
-	uint64_t pages_restored;	     /* by tierd_guest_restore */
+	uint64_t pages;           /* size of the guest */
+	uint64_t state_pages[8];  /* by enum page_state, from the table */
+	uint64_t tier_pages[16];  /* STORED by tier */
+	uint64_t untouched_pages; /* RESIDENT and never seen touched */
+	uint64_t stale_pages;     /* RESIDENT, store space not yet given back */
+	uint64_t faults_fetch;    /* STORED: brought back from a tier */
+	uint64_t faults_zero;     /* hole, or tier 0 */
+	uint64_t faults_cancel;   /* took a page away from an eviction */
+	uint64_t faults_resolve;  /* lifted a hold from a page that stays */
+	uint64_t faults_wait;     /* left to the owner of the page */
+	uint64_t faults_failed;   /* could not be served (now LOST or to be retried) */
+	uint64_t pages_fetched;   /* by faults, read-ahead included */
+	uint64_t pages_readahead; /* of these, not asked for by the guest itself */
+	uint64_t pages_restored;  /* by tierd_guest_restore */
 	uint64_t pages_evicted;
-	uint64_t pages_evicted_zero;	     /* of these, all zeros: no store needed */
-	uint64_t pages_cancelled;	     /* LEAVING and back: touched meanwhile, or an error */
+	uint64_t pages_evicted_zero; /* of these, all zeros: no store needed */
+	uint64_t pages_cancelled;    /* LEAVING and back: touched meanwhile, or an error */
 	uint64_t pages_lost;
-	uint64_t pages_repaired;	     /* a punch did not punch: the bytes were written back */
+	uint64_t pages_repaired; /* a punch did not punch: the bytes were written back */
 	uint64_t store_read_errors;
 	uint64_t store_write_errors;
 	uint64_t checksum_errors;
-	uint64_t kernel_errors;		     /* unexpected errno of a userfaultfd, pagemap or memfd call */
-	uint64_t last_errno;		     /* of the most recent of the four above */
-	uint64_t missing_chunks;	     /* chunks registered MISSING */
-	uint64_t inject_stops;		     /* ptrace stops of the VMM */
+	uint64_t kernel_errors;  /* unexpected errno of a userfaultfd, pagemap or memfd call */
+	uint64_t last_errno;     /* of the most recent of the four above */
+	uint64_t missing_chunks; /* chunks registered MISSING */
+	uint64_t inject_stops;   /* ptrace stops of the VMM */
 	uint64_t inject_stopped_ns;
 	uint64_t fault_threads;
-	uint64_t fault_busy_since_ns;	     /* 0: no fault is being served; else when the oldest one being served began */
+	uint64_t fault_busy_since_ns; /* 0: no fault is being served; else when the oldest one being served began */
 	uint64_t latency_count;
 	uint64_t latency_sum_ns;
-	uint64_t latency_buckets[40];	     /* from reading the message to the page being in place */
+	uint64_t latency_buckets[40]; /* from reading the message to the page being in place */
 };
 
 /* What one pass over a stretch of pages saw and did. */
 struct tierd_pass {
-	uint64_t pages;		 /* looked at */
-	uint64_t present_pages;	 /* touched since the last pass */
-	uint64_t zapped_pages;	 /* deactivated now */
+	uint64_t pages;         /* looked at */
+	uint64_t present_pages; /* touched since the last pass */
+	uint64_t zapped_pages;  /* deactivated now */
 	uint64_t scan_ns;
 	uint64_t zap_ns;
 	uint64_t zap_calls;
-	uint64_t next_page;	 /* where to go on; == pages of the guest when the pass is complete */
+	uint64_t next_page; /* where to go on; == pages of the guest when the pass is complete */
 };
 
 struct tierd_batch_result {
-	uint64_t selected_pages;  /* RESIDENT -> LEAVING */
-	uint64_t held_pages;	  /* still cold after the hold */
+	uint64_t selected_pages; /* RESIDENT -> LEAVING */
+	uint64_t held_pages;     /* still cold after the hold */
 	uint64_t written_pages;
 	uint64_t zero_pages;
 	uint64_t evicted_pages;
 	uint64_t cancelled_pages;
-	uint64_t next_page;	  /* select: where to look next; == pages of the guest at the end */
+	uint64_t next_page; /* select: where to look next; == pages of the guest at the end */
 	uint64_t select_ns, hold_ns, copy_ns, write_ns, drop_ns, release_ns;
 };
 
@@ -140,7 +142,8 @@ struct tierd_batch;
 
 /* Lays out a new state file in an empty file on tmpfs: space reserved, header written, every page RESIDENT and untouched.
  * Blocks (fallocate). -ENOSPC, -EINVAL. On failure the file is to be unlinked by the caller. */
-int tierd_table_create(int fd, const struct tierd_identity *identity, const struct tierd_region *regions, uint32_t count);
+int tierd_table_create(int fd, const struct tierd_identity *identity, const struct tierd_region *regions,
+		       uint32_t count);
 /* Reads a header back. -EBADMSG: broken or not ours; -EPROTONOSUPPORT: written by a newer tierd. Changes nothing. */
 int tierd_table_read(int fd, struct tierd_identity *identity, struct tierd_region *regions, uint32_t *count);
 /* flock(LOCK_EX|LOCK_NB) on fd: free only when the last thread of a predecessor is gone. -EWOULDBLOCK while it is held. */
@@ -204,13 +207,14 @@ int tierd_batch_cancel(struct tierd_batch *b, struct tierd_batch_result *ret);
 /* --- calls made inside the VMM ------------------------------------------------------------------------------------ */
 
 struct tierd_call {
-	int64_t number;	      /* of the system call */
+	int64_t number; /* of the system call */
 	uint64_t argument[6];
-	uint32_t in_scratch;  /* bit i: argument[i] is an offset into the scratch area */
+	uint32_t in_scratch; /* bit i: argument[i] is an offset into the scratch area */
 	uint32_t reserved;
-	uint64_t pointers;    /* bit i: the i-th 64-bit word of the scratch area is an offset into it, to be made a pointer */
-	int64_t result;	      /* out: what the call returned (-errno as the kernel gives it) */
-	uint64_t stopped_ns;  /* out: how long the thread was stopped */
+	uint64_t
+		pointers; /* bit i: the i-th 64-bit word of the scratch area is an offset into it, to be made a pointer */
+	int64_t result;   /* out: what the call returned (-errno as the kernel gives it) */
+	uint64_t stopped_ns; /* out: how long the thread was stopped */
 };
 
 /*
@@ -224,15 +228,15 @@ int tierd_inject(int32_t tid, struct tierd_call *call, void *scratch, uint32_t s
 /* --- what this kernel can do ---------------------------------------------------------------------------------------- */
 
 struct tierd_probe {
-	uint64_t features;	/* uffdio_api.features as offered */
+	uint64_t features; /* uffdio_api.features as offered */
 	uint64_t page_bytes;
-	int32_t userfaultfd;	/* each: 0, or the -errno of the trial on scratch pages in our own process */
-	int32_t write_protect;	/* hold on a zapped shmem page leaves a marker, a write to it waits */
-	int32_t missing;	/* a punched page faults as MISSING and COPY answers it */
-	int32_t pageout;	/* process_madvise(MADV_PAGEOUT) zaps a shmem page and keeps its bytes */
+	int32_t userfaultfd;   /* each: 0, or the -errno of the trial on scratch pages in our own process */
+	int32_t write_protect; /* hold on a zapped shmem page leaves a marker, a write to it waits */
+	int32_t missing;       /* a punched page faults as MISSING and COPY answers it */
+	int32_t pageout;       /* process_madvise(MADV_PAGEOUT) zaps a shmem page and keeps its bytes */
 	int32_t pagemap_scan;
 	int32_t poison;
-	int32_t self_zap;	/* process_madvise(self, MADV_DONTNEED): several ranges in one injected call */
+	int32_t self_zap; /* process_madvise(self, MADV_DONTNEED): several ranges in one injected call */
 	int32_t reserved;
 };
 

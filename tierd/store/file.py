@@ -60,19 +60,27 @@ class FileStore:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             info = self.path.lstat()
         except OSError as error:
-            raise StoreError(f"the store's directory {self.path} cannot be made: {error.strerror}; create it, or set store.path") from error
+            raise StoreError(
+                f"the store's directory {self.path} cannot be made: {error.strerror}; create it, or set store.path"
+            ) from error
         if not stat.S_ISDIR(info.st_mode):
             raise StoreError(f"the store's path {self.path} is not a directory; remove it, or set store.path")
         if info.st_uid != os.geteuid():
-            raise StoreError(f"{self.path} belongs to user {info.st_uid}, tierd runs as {os.geteuid()}: guests' memory would "
-                             f"be theirs to read; chown it or set store.path")
+            raise StoreError(
+                f"{self.path} belongs to user {info.st_uid}, tierd runs as {os.geteuid()}: guests' memory would "
+                f"be theirs to read; chown it or set store.path"
+            )
         if info.st_mode & 0o077:
-            raise StoreError(f"{self.path} has mode {stat.S_IMODE(info.st_mode):04o}: others could read guests' memory; "
-                             f"chmod 0700 {self.path}")
+            raise StoreError(
+                f"{self.path} has mode {stat.S_IMODE(info.st_mode):04o}: others could read guests' memory; "
+                f"chmod 0700 {self.path}"
+            )
         kind = file_system_of(self.path)
         if kind in MEMORY_FILE_SYSTEMS:
-            raise StoreError(f"{self.path} is on {kind}: evicted pages would stay in memory and nothing would be given back; "
-                             "set store.path to a directory on a disk")
+            raise StoreError(
+                f"{self.path} is on {kind}: evicted pages would stay in memory and nothing would be given back; "
+                "set store.path to a directory on a disk"
+            )
 
     def _choose_direct(self, wanted: Literal["auto", "on", "off"]) -> bool:
         if wanted == "off":
@@ -91,7 +99,9 @@ class FileStore:
             scratch.unlink(missing_ok=True)  # some file systems create the file before they refuse the flag
             if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
                 return "open(2) refuses it"
-            raise StoreError(f"{self.path} cannot be written: {error.strerror}; make it writable or set store.path") from error
+            raise StoreError(
+                f"{self.path} cannot be written: {error.strerror}; make it writable or set store.path"
+            ) from error
         try:
             with mmap.mmap(-1, 2 * mmap.PAGESIZE) as page:
                 view = memoryview(page)
@@ -120,7 +130,9 @@ class FileStore:
                 flags |= os.O_CREAT | os.O_EXCL
             fd = os.open(path, flags, 0o600)
         except OSError as error:
-            raise StoreError(f"{path} cannot be opened: {error.strerror}; see the directory's owner and mode") from error
+            raise StoreError(
+                f"{path} cannot be opened: {error.strerror}; see the directory's owner and mode"
+            ) from error
         try:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
@@ -128,11 +140,15 @@ class FileStore:
             if create:
                 os.ftruncate(fd, pages * page_bytes)
             elif info.st_size != pages * page_bytes:
-                raise StoreError(f"{path} has {info.st_size} bytes, {pages * page_bytes} were expected; nothing was touched")
+                raise StoreError(
+                    f"{path} has {info.st_size} bytes, {pages * page_bytes} were expected; nothing was touched"
+                )
         except OSError as error:
             os.close(fd)
             path.unlink(missing_ok=create)
-            raise StoreError(f"{path} cannot be sized: {error.strerror}; does the file system take sparse files?") from error
+            raise StoreError(
+                f"{path} cannot be sized: {error.strerror}; does the file system take sparse files?"
+            ) from error
         except StoreError:
             os.close(fd)
             raise
