@@ -24,6 +24,28 @@ def build_driver(output: Path, flags: Sequence[str], native: Path = NATIVE, driv
     return output
 
 
+def build_threads(output: Path, native: Path = NATIVE) -> Path:
+    """The data plane with real threads under the thread sanitizer. The model kernel is not instrumented: its lock would
+    order what a real kernel does not."""
+    model = output.with_suffix(".model.o")
+    includes = [f"-I{native}", f"-I{HERE}"]
+    unseen = ["-Dmemcpy=model_copy", "-Dmemset=model_set"]
+    sources = [str(native / name) for name in DATA_PLANE] + [str(HERE / "threads.c")]
+    sanitized = [
+        *FLAGS,
+        "-O1",
+        "-fsanitize=thread",
+        "-Wno-tsan",
+    ]  # -Wno-tsan: fences are not modelled, words are atomic
+    for command in (
+        ["gcc", *FLAGS, "-O1", *unseen, *includes, "-c", str(HERE / "model.c"), "-o", str(model)],
+        ["gcc", *sanitized, *includes, *sources, str(model), "-o", str(output), "-pthread"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return output
+
+
 def run_driver(binary: Path, *arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [binary, *arguments],

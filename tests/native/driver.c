@@ -48,11 +48,13 @@ static struct coroutine coroutines[COROUTINES_MAX], *current;
 static ucontext_t scheduler;
 static uint64_t random_state, seed, step;
 static uint32_t stall_chance, guest_threads;
-static bool verbose, guests_stop, stopping, daemon_done;
+static void (*staller)(uint32_t); /* who stalls; NULL: anybody */
+static bool verbose, guests_stop, stopping, daemon_done, adopting;
 
-/* What the guest last wrote; pages that the VMM gave back may read as zeros, too. One corner is known and allowed: a page
- * that the VMM gave back between the COPY of a fetch and the fetch's last move, in a daemon that is killed in between. Its
- * successor cannot tell whether the COPY was made, and serves what was stored: what the page held when it last left. */
+/* What the guest last wrote; pages that the VMM gave back may read as zeros, too. One corner is known and allowed: a
+ * daemon that is killed between the COPY of a fetch and the fetch's last move, and a page that the VMM gives back before the
+ * successor has looked at it. The successor cannot tell whether the COPY was made, and serves what was stored: what the page
+ * held when it last left. */
 static uint64_t last[MODEL_PAGES_MAX];
 static bool maybe_zero[MODEL_PAGES_MAX], maybe_arrived[MODEL_PAGES_MAX];
 static int giving_back[MODEL_PAGES_MAX];
@@ -197,8 +199,8 @@ static bool schedule(void)
 	if (!n)
 		return false;
 	current = ready[below(awake ? awake : n)];
-	if (model_chance(stall_chance))
-		current->asleep = below(below(8) ? 200 : 4000);
+	if ((!staller || current->run == staller) && model_chance(stall_chance))
+		current->asleep = staller ? below(1200) : below(below(8) ? 200 : 4000);
 	step++;
 	M.now_ns += 1000;
 	switch_to(&scheduler, &current->context);
@@ -275,7 +277,8 @@ static void read_page(uint32_t thread, uint32_t page)
 		model_fail("page %u reads %lu, the guest last wrote %lu", page, value, last[page]);
 	last[page] = value;
 	if (!giving_back[page])
-		maybe_zero[page] = maybe_arrived[page] = false;
+		maybe_zero[page] = false;
+	maybe_arrived[page] &= adopting || maybe_zero[page];
 }
 
 static void write_page(uint32_t thread, uint32_t page, uint64_t value)
@@ -285,7 +288,7 @@ static void write_page(uint32_t thread, uint32_t page, uint64_t value)
 	accesses++;
 	last[page] = value;
 	maybe_zero[page] = giving_back[page] != 0;
-	maybe_arrived[page] = false;
+	maybe_arrived[page] &= adopting;
 }
 
 /* The VMM itself punches a page (a balloon): from here on it reads as zeros, or as what was stored. */
@@ -426,6 +429,9 @@ static void run_worker(uint32_t adopted)
 
 	if (adopted ? tierd_guest_adopt(guest, &adoption) : tierd_guest_arm(guest))
 		model_fail("%s failed", adopted ? "adoption" : "arm");
+	adopting = false;
+	for (page = 0; page < guest->pages; page++)
+		maybe_arrived[page] &= word_state(atomic_load(&guest->words[page])) != RESIDENT;
 	for (uint32_t i = 0; i < 1 + (seed % 3 != 0); i++) /* only now: adoption moves pages without asking */
 		spawn(DAEMON, run_fault_worker, i);
 	while (!stopping) {
@@ -485,7 +491,8 @@ static void daemon_kill(void)
 
 	kills++;
 	for (uint64_t page = 0; page < guest->pages; page++)
-		maybe_arrived[page] = maybe_zero[page] && word_state(atomic_load(&guest->words[page])) == ARRIVING;
+		maybe_arrived[page] |= word_state(atomic_load(&guest->words[page])) == ARRIVING;
+	adopting = true;
 	for (int i = 0; i < COROUTINES_MAX; i++) {
 		struct coroutine *c = &coroutines[i];
 
@@ -512,6 +519,7 @@ static void daemon_kill(void)
 static void set_up(void)
 {
 	uint32_t faulty = below(3);
+	bool crowded = !below(3); /* few pages and long stalls: batches of the same pages follow each other closely */
 
 	memset(&M, 0, sizeof(M));
 	memset(coroutines, 0, sizeof(coroutines));
@@ -519,13 +527,13 @@ static void set_up(void)
 	memset(maybe_zero, 0, sizeof(maybe_zero));
 	memset(maybe_arrived, 0, sizeof(maybe_arrived));
 	memset(giving_back, 0, sizeof(giving_back));
-	guests_stop = stopping = daemon_done = false;
+	guests_stop = stopping = daemon_done = adopting = false;
 	M.now_ns = 1000000000;
-	M.regions = 1 + below(MODEL_REGIONS_MAX);
+	M.regions = crowded ? 1 : 1 + below(MODEL_REGIONS_MAX);
 	for (uint32_t i = 0; i < M.regions; i++) {
 		struct model_region *r = &M.region[i];
 
-		r->pages = 4 + below(9);
+		r->pages = crowded ? 2 + below(3) : 4 + below(9);
 		r->first_page = M.pages;
 		r->address = 0x100000 * (i + 1);
 		r->offset = below(3) * MODEL_PAGE_BYTES;
@@ -541,6 +549,10 @@ static void set_up(void)
 						 .sync_loses = below(300),
 						 .punch_stays = 0};
 	stall_chance = below(3) ? below(30) : 0;
+	staller = crowded ? run_fault_worker : NULL;
+	if (crowded)
+		stall_chance = 20 + below(60);
+	M.store_pauses = crowded ? below(100) : 0;
 	guest_threads = 1 + below(GUEST_THREADS_MAX);
 }
 

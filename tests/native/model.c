@@ -115,7 +115,9 @@ size_t sys_page_bytes(void)
 void sys_pause_us(uint32_t us)
 {
 	M.now_ns += us * 1000ull;
+	model_enter();
 	model_pause();
+	model_exit();
 }
 
 int sys_dup(int fd)
@@ -463,6 +465,8 @@ ssize_t sys_store_write(int fd, const struct iovec *from, int count, uint64_t of
 	(void)fd;
 	(void)count;
 	model_enter();
+	for (uint32_t i = 0; i < M.store_pauses; i++)
+		model_pause();
 	if (model_chance(M.faults.store_eio)) {
 		n = model_chance(500) ? -EIO : -ENOSPC;
 	} else {

@@ -28,8 +28,9 @@ struct model {
 	uint32_t pages, regions;
 	struct model_region region[MODEL_REGIONS_MAX];
 	struct model_faults faults;
-	bool direct; /* the store is opened with O_DIRECT */
-	uint64_t now_ns;
+	uint32_t store_pauses; /* how long a write takes */
+	bool direct;           /* the store is opened with O_DIRECT */
+	_Atomic uint64_t now_ns;
 	/* page cache */
 	bool cached[MODEL_PAGES_MAX], large[MODEL_PAGES_MAX];
 	uint64_t bytes[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];

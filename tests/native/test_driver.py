@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.native.build import build_driver, run_driver
+from tests.native.build import NATIVE, build_driver, build_threads, run_driver
 
-SEEDS = int(os.environ.get("TIERD_SEEDS", "20000"))
+SEEDS = int(os.environ.get("TIERD_SEEDS", "8000"))
 
 
 @pytest.mark.timeout(1800)
@@ -36,3 +39,29 @@ def test_a_seed_reproduces_a_run(tmp_path: Path) -> None:
     first, second = (run_driver(driver, "--seeds", "20", "--from", "77") for _ in range(2))
     assert first.returncode == 0
     assert first.stdout == second.stdout
+
+
+def _run_threads(binary: Path, rounds: int, seed: int) -> subprocess.CompletedProcess[str]:
+    # without address randomization, which some kernels do more of than the sanitizer can take
+    command = ["setarch", "-R", str(binary), "--rounds", str(rounds), "--seed", str(seed)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_threads_under_the_thread_sanitizer(tmp_path: Path) -> None:
+    """Guest threads, fault workers, the evictor and a reader of counters really at once; daemons that succeed each other."""
+    binary = build_threads(tmp_path / "threads")
+    for seed in range(1, 4):
+        done = _run_threads(binary, max(SEEDS // 1000, 6), seed)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_thread_sanitizer_sees_a_word_that_orders_nothing(tmp_path: Path) -> None:
+    """The page's word is what hands a page from one thread to another: with relaxed moves that must show."""
+    for source in NATIVE.glob("*.[ch]"):
+        shutil.copy(source, tmp_path)
+    for name in ("table.c", "internal.h"):
+        text, count = re.subn("memory_order_(acq_rel|acquire|release)", "memory_order_relaxed", (tmp_path / name).read_text())
+        assert count, "the code has changed, write the mutation anew"
+        (tmp_path / name).write_text(text)
+    binary = build_threads(tmp_path / "threads", native=tmp_path)
+    assert any(_run_threads(binary, 10, seed).returncode != 0 for seed in range(1, 6))

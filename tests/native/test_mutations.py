@@ -11,7 +11,7 @@ import pytest
 
 from tests.native.build import HERE, NATIVE, build_driver, run_driver
 
-SEEDS_MAX = 4000
+SEEDS_MAX = 8000
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,375 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * threads.c: the data plane against the model kernel with real threads, for the thread sanitizer.
+ *
+ *   threads [--rounds N] [--cycles N] [--seed S]
+ *
+ * driver.c decides who runs, so it cannot show what a compiler or a CPU may reorder. Here guest threads, fault workers, the
+ * evictor and a reader of the counters really run at once; the model kernel has one lock, which it lets go between pages. Each
+ * round ends as a `keep` stop does: the daemon's threads end, another one adopts what they left. Every guest thread owns the
+ * pages whose number it leaves as a remainder, and checks what it reads there.
+ */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <sched.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "internal.h"
+#include "model.h"
+
+enum { GUEST_THREADS = 3, WORKERS = 2, BATCH_PAGES = 16 };
+
+/*
+ * The lock of the model kernel orders nothing that the data plane may rely on, so the sanitizer must not see it: it is taken in
+ * functions that are not instrumented, and model.c, which it guards, is compiled without.
+ */
+#define UNSEEN __attribute__((no_sanitize("thread"), noinline))
+
+static char kernel;
+
+UNSEEN static void kernel_lock(void)
+{
+	while (__atomic_test_and_set(&kernel, __ATOMIC_ACQUIRE))
+		sched_yield();
+}
+
+UNSEEN static void kernel_unlock(void)
+{
+	__atomic_clear(&kernel, __ATOMIC_RELEASE);
+}
+
+/* model.c calls these instead of memcpy and memset, which the sanitizer would see */
+void *model_copy(void *to, const void *from, size_t bytes);
+void *model_set(void *to, int value, size_t bytes);
+
+UNSEEN void *model_copy(void *to, const void *from, size_t bytes)
+{
+	for (size_t i = 0; i < bytes; i++)
+		((volatile char *)to)[i] = ((const volatile char *)from)[i];
+	return to;
+}
+
+UNSEEN void *model_set(void *to, int value, size_t bytes)
+{
+	for (size_t i = 0; i < bytes; i++)
+		((volatile char *)to)[i] = (char)value;
+	return to;
+}
+
+static _Thread_local uint64_t random_state;
+static uint64_t seed = 1, rounds = 8, cycles_per_round = 100;
+static struct tierd_guest *guest;
+static int table_fd = -1;
+static _Atomic bool guests_stop, daemon_stop;
+static _Atomic uint64_t accesses, evicted, served;
+
+static uint32_t below(uint32_t n)
+{
+	random_state ^= random_state << 13;
+	random_state ^= random_state >> 7;
+	random_state ^= random_state << 17;
+	return (uint32_t)((random_state * 0x2545f4914f6cdd1dull >> 16) % n);
+}
+
+static void seed_thread(uint64_t number)
+{
+	random_state = (seed * 64 + number + 1) * 0x9e3779b97f4a7c15ull;
+}
+
+/* --- what the model asks of its scheduler ------------------------------------------------------------------------------- */
+
+bool model_chance(uint32_t thousandths)
+{
+	return thousandths && below(1000) < thousandths;
+}
+
+_Noreturn void model_fail(const char *format, ...)
+{
+	va_list arguments;
+
+	va_start(arguments, format);
+	printf("seed %lu: ", seed);
+	vprintf(format, arguments);
+	printf("\n");
+	va_end(arguments);
+	fflush(stdout);
+	_exit(1);
+}
+
+void model_enter(void)
+{
+	kernel_lock();
+}
+
+void model_exit(void)
+{
+	kernel_unlock();
+}
+
+void model_pause(
+	void) /* only ever within a call, or in a pause of the caller's own, which then gains a lock for a moment */
+{
+	if (below(4))
+		return;
+	kernel_unlock();
+	sched_yield();
+	kernel_lock();
+}
+
+void tierd_model_yield(void)
+{
+	if (!below(8))
+		sched_yield();
+}
+
+void *model_alloc(size_t bytes)
+{
+	void *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+
+	memset(memory, 0, bytes);
+	return memory;
+}
+
+void model_free(void *memory, size_t bytes)
+{
+	(void)bytes;
+	free(memory);
+}
+
+/* thread.c is not linked: this file has its own */
+int threads_stop(struct tierd_guest *g)
+{
+	(void)g;
+	return 0;
+}
+
+uint64_t threads_busy_since(struct tierd_guest *g)
+{
+	(void)g;
+	return 0;
+}
+
+/* --- the guest ---------------------------------------------------------------------------------------------------------- */
+
+UNSEEN static uint64_t access_page(uint32_t thread, uint32_t page, bool write, uint64_t value)
+{
+	kernel_lock();
+	while (!model_access(thread, page, write, &value)) {
+		while (M.waiter[thread].waiting) {
+			kernel_unlock();
+			sched_yield();
+			kernel_lock();
+		}
+	}
+	kernel_unlock();
+	atomic_fetch_add(&accesses, 1);
+	return value;
+}
+
+static void *guest_thread(void *argument)
+{
+	uint32_t thread = (uint32_t)(uintptr_t)argument;
+	uint64_t last[MODEL_PAGES_MAX] = {0}, next = thread;
+	uint32_t hot = 0;
+
+	seed_thread(thread);
+	while (!atomic_load(&guests_stop)) {
+		uint32_t page = ((hot + below(3)) % (M.pages / GUEST_THREADS)) * GUEST_THREADS + thread;
+
+		if (!below(20)) {
+			hot = below(M.pages);
+			usleep(below(300)); /* so that something is idle, now and then */
+		}
+		if (below(2)) {
+			last[page] = below(12) ? next += GUEST_THREADS : 0;
+			access_page(thread, page, true, last[page]);
+		} else {
+			uint64_t value = access_page(thread, page, false, 0);
+
+			if (value != last[page])
+				model_fail("page %u reads %lu, the guest last wrote %lu", page, value, last[page]);
+		}
+	}
+	for (uint32_t page = thread; page < M.pages; page += GUEST_THREADS)
+		if (access_page(thread, page, false, 0) != last[page])
+			model_fail("page %u is wrong at the end", page);
+	return NULL;
+}
+
+/* --- the daemon --------------------------------------------------------------------------------------------------------- */
+
+static void *fault_thread(void *argument)
+{
+	struct tierd_worker *w;
+	uint32_t tid;
+
+	seed_thread(10 + (uint64_t)(uintptr_t)argument);
+	if (tierd_worker_create(guest, &w))
+		model_fail("no fault worker");
+	while (!atomic_load(&daemon_stop)) {
+		int n = tierd_worker_serve(w, &tid);
+
+		if (n > 0)
+			atomic_fetch_add(&served, (uint64_t)n);
+		else
+			sched_yield();
+	}
+	tierd_worker_destroy(w);
+	return NULL;
+}
+
+/* What metrics and orders do from other threads. */
+static void *watching_thread(void *unused)
+{
+	struct tierd_counters c;
+	uint64_t idle[2];
+
+	(void)unused;
+	seed_thread(20);
+	while (!atomic_load(&daemon_stop)) {
+		tierd_guest_counters(guest, &c);
+		if (c.pages_lost)
+			model_fail("%lu pages lost", c.pages_lost);
+		tierd_guest_idle(guest, (double[]){0, 1}, 2, idle);
+		tierd_guest_set_limits(guest, 1 + below(8), M.pages - below(4));
+		sched_yield();
+	}
+	return NULL;
+}
+
+static void evict_batch(struct tierd_batch *b, uint64_t *page)
+{
+	struct tierd_batch_result r;
+
+	if (tierd_batch_select(b, *page, 0, BATCH_PAGES, &r))
+		model_fail("select failed");
+	*page = r.next_page;
+	if (!r.selected_pages)
+		return;
+	if (tierd_batch_hold(b, &r) || tierd_batch_copy(b, &r) || tierd_batch_write(b, 1, &r) ||
+	    tierd_batch_drop(b, &r)) {
+		tierd_batch_cancel(b, &r);
+		return;
+	}
+	atomic_fetch_add(&evicted, r.evicted_pages);
+	tierd_batch_release(b, &r);
+}
+
+static void cycle(void)
+{
+	struct tierd_batch *b;
+	struct tierd_pass pass;
+	uint64_t n;
+
+	for (uint64_t page = 0; page < guest->pages; page = pass.next_page)
+		if (tierd_guest_pass(guest, page, &pass))
+			model_fail("pass failed");
+	if (tierd_batch_create(guest, BATCH_PAGES, &b))
+		model_fail("no batch");
+	for (uint64_t page = 0; page < guest->pages;)
+		evict_batch(b, &page);
+	tierd_batch_destroy(b);
+	tierd_guest_discard(guest, MODEL_PAGES_MAX, &n);
+}
+
+static void daemon_create(bool adopted)
+{
+	struct tierd_guest_args args = {
+		.table_fd = table_fd,
+		.uffd = FD_UFFD,
+		.pidfd = FD_PIDFD,
+		.pagemap_fd = FD_PAGEMAP,
+		.zap = TIERD_ZAP_PAGEOUT,
+		.chunk_bytes = 8 * MODEL_PAGE_BYTES,
+		.region_count = 1,
+		.readahead_pages = 8,
+	};
+	struct tierd_adoption adoption;
+
+	args.regions[0] = (struct tierd_region){
+		.address = M.region[0].address, .bytes = M.pages * MODEL_PAGE_BYTES, .memfd = FD_MEM};
+	for (int i = 0; i < TIERD_TIERS; i++)
+		args.tiers[i].fd = -1;
+	args.tiers[1] = (struct tierd_tier){.fd = FD_STORE, .capacity_pages = M.pages};
+	if (!adopted) {
+		struct tierd_identity identity = {.pid = 1, .epoch_ns = 1000000};
+
+		table_fd = args.table_fd = memfd_create("table", 0);
+		if (tierd_table_create(table_fd, &identity, args.regions, 1))
+			model_fail("no table");
+	}
+	if (tierd_guest_create(&args, &guest) ||
+	    (adopted ? tierd_guest_adopt(guest, &adoption) : tierd_guest_arm(guest)))
+		model_fail("no guest");
+}
+
+static void start(pthread_t *thread, void *(*run)(void *), uint64_t number)
+{
+	if (pthread_create(thread, NULL, run, (void *)(uintptr_t)number))
+		abort();
+}
+
+/* One daemon's life, while the guest runs. The last one sees the guest out and brings everything back. */
+static void daemon_life(bool adopted, pthread_t *guests)
+{
+	pthread_t workers[WORKERS], watcher;
+	uint64_t page = 0, n;
+
+	atomic_store(&daemon_stop, false);
+	daemon_create(adopted);
+	for (uint64_t i = 0; i < WORKERS; i++)
+		start(&workers[i], fault_thread, i);
+	start(&watcher, watching_thread, 0);
+	for (uint64_t i = 0; i < cycles_per_round; i++)
+		cycle();
+	if (guests) {
+		atomic_store(&guests_stop, true);
+		for (int i = 0; i < GUEST_THREADS; i++)
+			pthread_join(guests[i], NULL);
+		while (page < guest->pages)
+			if (tierd_guest_restore(guest, &page, UINT64_MAX, &n) == -EBUSY)
+				model_fail("two workers");
+		if (tierd_guest_disarm(guest))
+			model_fail("a page is not resident after the restore");
+	}
+	atomic_store(&daemon_stop, true);
+	for (int i = 0; i < WORKERS; i++)
+		pthread_join(workers[i], NULL);
+	pthread_join(watcher, NULL);
+	tierd_guest_destroy(guest);
+}
+
+int main(int count, char **arguments)
+{
+	pthread_t guests[GUEST_THREADS];
+
+	for (int i = 1; i + 1 < count; i += 2) {
+		uint64_t n = strtoull(arguments[i + 1], NULL, 10);
+
+		if (!strcmp(arguments[i], "--rounds"))
+			rounds = n;
+		else if (!strcmp(arguments[i], "--cycles"))
+			cycles_per_round = n;
+		else if (!strcmp(arguments[i], "--seed"))
+			seed = n;
+	}
+	seed_thread(30);
+	M.regions = 1;
+	M.pages = M.region[0].pages = 48;
+	M.region[0].address = 0x100000;
+	M.now_ns = 1000000000;
+	M.faults = (struct model_faults){.copy_again = 20, .copy_nomem = 5, .store_short = 50, .store_eio = 20};
+	for (uint64_t i = 0; i < GUEST_THREADS; i++)
+		start(&guests[i], guest_thread, i);
+	for (uint64_t i = 0; i < rounds; i++)
+		daemon_life(i != 0, i == rounds - 1 ? guests : NULL);
+	close(table_fd);
+	printf("%lu rounds: %lu accesses, %lu faults, %lu pages evicted; every byte right\n", rounds, accesses, served,
+	       evicted);
+	return 0;
+}
