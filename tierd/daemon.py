@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+import structlog.tracebacks
 import trio
 
 from tierd import __version__
@@ -38,7 +39,7 @@ from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused, StoreS
 # A VMM that was just started has no memory yet: look again soon, then rarely
 RETRY_S = (0.2, 0.3, 0.5, 1, 2, 5, 10)
 RETRY_S_MAX = 60.0
-READOPT_S = 1.0
+READOPT_S, READOPT_S_MAX = 0.5, 10.0
 STOP_GRACE_S = 5.0
 
 log = structlog.get_logger()
@@ -72,7 +73,9 @@ class Daemon:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async with trio.open_nursery() as self._nursery:
                 await self._adopt_all()
-                await trio.to_thread.run_sync(self.host.store.sweep, set(self._guests))
+                swept = await trio.to_thread.run_sync(self.host.store.sweep, self._may_be_needed)
+                if swept:
+                    log.info("store_swept", guests=swept)
                 from tierd.api import serve  # only now: faults come first
 
                 api = self.config.api
@@ -163,6 +166,12 @@ class Daemon:
         active = sum(1 for guest in self._guests.values() if guest.served)
         return f"engine {self.host.engine.name}: {active} guests served, {len(self._guests) - active} not"
 
+    def _may_be_needed(self, key: str) -> bool:
+        """Whether the stored pages of guest `key` may be the only copy of something: its VMM lives, served by us or not (a
+        state file that was refused, another tierd on the same store), or its state file is there."""
+        pid, _, ticks = key.partition("-")
+        return start_ticks(int(pid)) == int(ticks) or (self.host.guests_dir / (key + SUFFIX)).exists()
+
     # --- guests -------------------------------------------------------------------------------------------------------------
 
     async def _adopt_all(self) -> None:
@@ -184,10 +193,8 @@ class Daemon:
             log.error("state_refused", path=str(path), error=str(error))
             return
         self._guests[guest.key] = guest
-        try:
-            await self._nursery.start(self._run_guest, guest)
-        except RuntimeError:  # it ended before it began; _run_guest said why
-            return
+        self._nursery.start_soon(self._run_guest, guest)
+        await guest.begun.wait()
 
     def _guest_of_state(self, path: Path) -> Guest:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -249,31 +256,53 @@ class Daemon:
         self._guests[guest.key] = guest
         return await self._run_guest(guest)
 
-    async def _run_guest(
-        self, guest: Guest, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> str | None:
-        """The one frame that survives a guest's failure. None: served and ended; else why it could not be served."""
+    async def _run_guest(self, guest: Guest) -> str | None:
+        """The one frame that survives a guest's failure. None: served and ended; else why it could not be served.
+
+        While there is a state file, pages may have left the guest, and adoption is what recovers from anything: a bug of
+        ours, a store that is not mounted yet, a lock that is held too long. It is tried for as long as the VMM lives.
+        """
+        path, told, tries = self.host.guests_dir / (guest.key + SUFFIX), "", 0
         while True:
             try:
-                ending = await guest.run(task_status)
-            except (Refused, StateError, StoreError, OSError, Stale) as error:
-                guest.refuse(str(error))
-                return str(error)
-            except Exception:
-                # a bug of ours: the state file is still there, and adoption is what recovers from anything
-                log.exception("guest_task_failed", guest=guest.name, pid=guest.pid, action="adopting it again")
-                await trio.sleep(READOPT_S)
-                path = self.host.guests_dir / (guest.key + SUFFIX)
+                ending = await guest.run()
+            except Exception as error:
+                guest.refuse(str(error) or type(error).__name__)
+                expected = isinstance(error, Refused | StateError | StoreError | OSError | Stale)
                 if not path.exists():
-                    guest.refuse("tierd failed before it served this guest; see its log")
-                    return "tierd failed before it served this guest; see its log"
+                    if not expected:
+                        log.exception(
+                            "attach_failed", guest=guest.name, pid=guest.pid, action="nothing of it was changed"
+                        )
+                    return guest.status().reason
+                if start_ticks(guest.pid) != guest.spec.start_ticks:
+                    await self._bury(guest, path)
+                    return guest.status().reason
+                delay_s = min(READOPT_S * 2**tries, READOPT_S_MAX)
+                if told != str(error):
+                    tell = log.error if expected else log.exception
+                    tell(
+                        "guest_not_served",
+                        guest=guest.name,
+                        pid=guest.pid,
+                        error=str(error),
+                        action=f"its evicted pages wait; adopting it again, every {READOPT_S_MAX:g} s at the latest",
+                    )
+                told, tries = str(error), tries + 1
+                await trio.sleep(delay_s)
                 guest = self._guests[guest.key] = Guest(guest.spec, guest.policy, self.host, state_path=path)
-                task_status = trio.TASK_STATUS_IGNORED
                 continue
             if ending is Ending.DETACHED:
                 self._left.add(guest.key)
             self._guests.pop(guest.key, None)
             return None
+
+    async def _bury(self, guest: Guest, path: Path) -> None:
+        """The VMM ended while its guest was not served: remove what was stored of it."""
+        path.unlink(missing_ok=True)
+        await trio.to_thread.run_sync(self.host.store.sweep, self._may_be_needed)
+        self._guests.pop(guest.key, None)
+        log.info("guest_ended", guest=guest.name, pid=guest.pid, how="the VMM ended while it was not served")
 
     # --- orders -------------------------------------------------------------------------------------------------------------
 
@@ -376,6 +405,10 @@ def lock_runtime_dir(path: Path) -> int:
     return fd
 
 
+# without the values of local variables: they may hold guests' bytes
+_TRACEBACKS = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+
+
 def configure_logging(level: str, format: str) -> None:
     """structlog to stderr: for people on a terminal, JSON elsewhere (systemd, pipes)."""
     for_people = format == "console" or (format == "auto" and sys.stderr.isatty())
@@ -385,7 +418,7 @@ def configure_logging(level: str, format: str) -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *([] if for_people else [structlog.processors.dict_tracebacks]),
+            *([] if for_people else [structlog.processors.ExceptionRenderer(_TRACEBACKS)]),
             structlog.dev.ConsoleRenderer() if for_people else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(numbers[level]),
@@ -414,7 +447,9 @@ def main(config_path: Path) -> int:
         cause: BaseException = error
         while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
             cause = cause.exceptions[0]
-        if not isinstance(cause, StateError | StoreError | EngineUnavailable | AlreadyRunning | OSError):
+        from tierd.api import SocketUnusable  # only now: faults come first
+
+        if not isinstance(cause, StateError | StoreError | EngineUnavailable | AlreadyRunning | SocketUnusable | OSError):
             raise
         print(f"tierd: {cause}", file=sys.stderr)
         return 1

@@ -27,6 +27,7 @@ from tierd.attach import GuestSpec, Refused
 from tierd.attach.preflight import HolderScan, preflight, recheck, swap_can_receive
 from tierd.config import Policy
 from tierd.engine import Engine
+from tierd.native import STATES
 from tierd.serve import PAGE_BYTES, Served, Tuning, adopt, attach, key_of
 from tierd.store import StoreError
 from tierd.store.file import FileStore
@@ -34,6 +35,7 @@ from tierd.view import GuestStatus, Progress, RequestRefused, State
 
 RESTORE_STEP_PAGES = (16 << 20) // PAGE_BYTES
 BACK_OFF_S_MAX = 300.0
+STORED = STATES.index("stored")
 CAPACITY_UNLIMITED_PAGES = 1 << 62
 
 
@@ -99,7 +101,7 @@ class Guest:
 
     # --- the life ---------------------------------------------------------------------------------------------------------
 
-    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> Ending:
+    async def run(self) -> Ending:
         """Refused, StoreError, StateError or OSError: the guest is not served, and nothing of us is in its VMM. Cancelled:
         like KEPT. Returns when the guest is gone or left."""
         try:
@@ -117,7 +119,6 @@ class Guest:
             zap=served.zap.name.lower(),
             **self._adoption_facts(),
         )
-        task_status.started()
         try:
             await self._live(served)
         finally:
@@ -206,7 +207,10 @@ class Guest:
 
     async def _cycle(self, served: Served) -> None:
         """One cycle. The only frame that survives an error of the world: it is logged once, and eviction backs off."""
-        if not self.policy.enabled or self._state == "refused":
+        if self._state == "refused":
+            await self._bring_back(served)
+            return
+        if not self.policy.enabled:
             return
         try:
             await _in_worker(self._recheck)
@@ -260,7 +264,7 @@ class Guest:
             self._log.debug("evicted", bytes=evicted, min_idle_s=min_idle_s)
         return evicted
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: OSError | StoreError | RequestRefused) -> None:
         if isinstance(error, OSError) and error.errno == errno.ESRCH:
             return  # the VMM is exiting; _watch_exit ends the guest
         self._failures += 1
@@ -278,7 +282,16 @@ class Guest:
         """A hazard appeared after the attach: no more evictions, and everything comes back."""
         self._state, self._reason = "refused", str(refused)
         self._log.error("guest_refused", reason=str(refused), action="bringing every page back; detach it when done")
-        await self._restore_all(served, no_progress)
+        await self._bring_back(served)
+
+    async def _bring_back(self, served: Served) -> None:
+        """Of a refused guest: everything that can be had now; the rest is tried again in the next cycle."""
+        if not served.native.counters()["state_pages"][STORED]:
+            return
+        try:
+            await self._restore_all(served, no_progress)
+        except (RequestRefused, OSError) as error:
+            self._failed(error)
 
     # --- orders -----------------------------------------------------------------------------------------------------------
 
@@ -362,7 +375,7 @@ class Guest:
 
     async def _restore_all(self, served: Served, progress: Progress) -> int:
         """All stored pages, in steps, until none is left (a fault thread may give one back meanwhile)."""
-        stored_pages = served.native.counters()["state_pages"][4]
+        stored_pages = served.native.counters()["state_pages"][STORED]
         total, done = stored_pages * PAGE_BYTES, 0
         self._must_fit(total)
         while stored_pages:
@@ -371,7 +384,7 @@ class Guest:
                 page, restored = await _in_worker(served.native.restore, page, RESTORE_STEP_PAGES)
                 done += restored * PAGE_BYTES
                 progress(min(done, total), total)
-            before, stored_pages = stored_pages, served.native.counters()["state_pages"][4]
+            before, stored_pages = stored_pages, served.native.counters()["state_pages"][STORED]
             if stored_pages >= before:
                 raise OSError(
                     errno.EIO,

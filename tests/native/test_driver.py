@@ -60,7 +60,9 @@ def test_the_thread_sanitizer_sees_a_word_that_orders_nothing(tmp_path: Path) ->
     for source in NATIVE.glob("*.[ch]"):
         shutil.copy(source, tmp_path)
     for name in ("table.c", "internal.h"):
-        text, count = re.subn("memory_order_(acq_rel|acquire|release)", "memory_order_relaxed", (tmp_path / name).read_text())
+        text, count = re.subn(
+            "memory_order_(acq_rel|acquire|release)", "memory_order_relaxed", (tmp_path / name).read_text()
+        )
         assert count, "the code has changed, write the mutation anew"
         (tmp_path / name).write_text(text)
     binary = build_threads(tmp_path / "threads", native=tmp_path)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -45,8 +46,8 @@ class Store(Protocol):
         """The space of guest `key` (PID-STARTTICKS). StoreError. Blocks."""
         ...
 
-    def sweep(self, live_keys: set[str]) -> list[str]:
-        """Remove the spaces of guests that are gone; their keys. Blocks."""
+    def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
+        """Remove the spaces of guests that are gone, which `may_be_needed` says by key; the keys removed. Blocks."""
         ...
 
     def used_bytes(self) -> int: ...

@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -154,11 +155,11 @@ class FileStore:
             raise
         return FileSpace(fd, path, self.direct)
 
-    def sweep(self, live_keys: set[str]) -> list[str]:
+    def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
         swept = []
         for path in sorted(self.path.glob(f"{PREFIX}*{SUFFIX}")):
             key = path.name[len(PREFIX) : -len(SUFFIX)]
-            if KEY.fullmatch(key) and key not in live_keys and path.is_file() and not path.is_symlink():
+            if KEY.fullmatch(key) and path.is_file() and not path.is_symlink() and not may_be_needed(key):
                 path.unlink()
                 swept.append(key)
         return swept

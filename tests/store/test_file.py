@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file store: what it refuses, what it leaves behind, what it sweeps."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tierd.store import StoreError
+from tierd.store.file import FileStore, file_system_of
+
+PAGE = os.sysconf("SC_PAGESIZE")
+KEY = "4711-123456"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    if file_system_of(tmp_path) == "tmpfs":
+        pytest.skip("the temporary directory is on tmpfs; set TMPDIR to a directory on a disk")
+    return tmp_path
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="tierd-test-") as path:
+        yield Path(path)
+
+
+@pytest.mark.parametrize("direct", ["auto", "on", "off"])
+def test_a_page_is_at_its_number(disk: Path, direct: str) -> None:
+    store = FileStore(disk / "store", None, direct)  # type: ignore[arg-type]
+    assert store.direct == (direct != "off"), "this file system should take O_DIRECT"
+    space = store.open(KEY, 64, PAGE, create=True)
+    try:
+        info = os.fstat(space.fd)
+        assert (info.st_size, info.st_blocks) == (64 * PAGE, 0), "sparse"
+        assert stat.S_IMODE(info.st_mode) == 0o600
+        assert stat.S_IMODE((disk / "store").stat().st_mode) == 0o700
+        assert space.drop_cache == (not space.direct)
+    finally:
+        space.close()
+    again = store.open(KEY, 64, PAGE, create=False)
+    assert os.fstat(again.fd).st_ino == info.st_ino
+    again.close()
+    again.delete()
+    again.delete()  # gone already: fine
+    assert not list((disk / "store").iterdir())
+
+
+def test_a_store_in_memory_is_refused(shm: Path) -> None:
+    with pytest.raises(StoreError, match=r"on tmpfs: .*nothing would be given back.*store.path"):
+        FileStore(shm, None, "auto")
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o710, 0o707])
+def test_a_directory_that_others_can_read_is_refused(disk: Path, mode: int) -> None:
+    (disk / "open").mkdir()
+    (disk / "open").chmod(mode)
+    with pytest.raises(StoreError, match="others could read guests' memory; chmod 0700"):
+        FileStore(disk / "open", None, "auto")
+
+
+def test_a_directory_of_somebody_else_is_refused(disk: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give a directory away")
+    (disk / "theirs").mkdir(mode=0o700)
+    os.chown(disk / "theirs", 65534, 65534)
+    with pytest.raises(StoreError, match="belongs to user 65534"):
+        FileStore(disk / "theirs", None, "auto")
+
+
+def test_what_is_not_a_directory_is_refused(disk: Path) -> None:
+    (disk / "file").touch()
+    with pytest.raises(StoreError, match=r"store\.path"):
+        FileStore(disk / "file", None, "auto")
+    (disk / "real").mkdir(mode=0o700)
+    (disk / "link").symlink_to(disk / "real")
+    with pytest.raises(StoreError, match="is not a directory"):
+        FileStore(disk / "link", None, "auto")
+
+
+def test_adoption_takes_only_a_file_of_the_right_size(disk: Path) -> None:
+    store = FileStore(disk / "store", None, "off")
+    with pytest.raises(StoreError, match="cannot be opened"):
+        store.open(KEY, 64, PAGE, create=False)
+    store.open(KEY, 64, PAGE, create=True).close()
+    with pytest.raises(StoreError, match="nothing was touched"):
+        store.open(KEY, 65, PAGE, create=False)
+    assert os.stat(disk / "store" / f"guest-{KEY}.pages").st_size == 64 * PAGE
+
+
+def test_a_link_in_place_of_the_file_is_not_followed(disk: Path) -> None:
+    store = FileStore(disk / "store", None, "off")
+    victim = disk / "victim"
+    victim.write_bytes(b"x" * 64 * PAGE)
+    (disk / "store" / f"guest-{KEY}.pages").symlink_to(victim)
+    with pytest.raises(StoreError):
+        store.open(KEY, 64, PAGE, create=False)
+    space = store.open(KEY, 64, PAGE, create=True)  # a leftover is replaced, not written through
+    space.close()
+    assert victim.read_bytes() == b"x" * 64 * PAGE
+
+
+def test_sweep_asks_before_it_removes(disk: Path) -> None:
+    """The store's file of a VMM that lives is the only copy of its evicted pages, whoever serves it or nobody."""
+    store = FileStore(disk / "store", None, "off")
+    for key in ("1-1", "2-2", "3-3"):
+        store.open(key, 4, PAGE, create=True).close()
+    (disk / "store" / "guest-notes.pages").touch()
+    (disk / "store" / "something else").touch()
+    (disk / "store" / "guest-9-9.pages").symlink_to(disk / "nowhere")
+    asked: list[str] = []
+
+    def may_be_needed(key: str) -> bool:
+        asked.append(key)
+        return key == "2-2"
+
+    assert store.sweep(may_be_needed) == ["1-1", "3-3"]
+    assert sorted(asked) == ["1-1", "2-2", "3-3"]
+    left = {path.name for path in (disk / "store").iterdir()}
+    assert left == {"guest-2-2.pages", "guest-notes.pages", "something else", "guest-9-9.pages"}
+
+
+def test_capacity_counts_all_guests(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tierd.store.file.USED_CACHE_S", 0.0)
+    store = FileStore(disk / "store", 64 * PAGE, "off")
+    a, b = (store.open(key, 64, PAGE, create=True) for key in ("1-1", "2-2"))
+    try:
+        assert (store.used_bytes(), store.free_bytes()) == (0, 64 * PAGE)
+        os.pwrite(a.fd, b"a" * 16 * PAGE, 8 * PAGE)
+        os.pwrite(b.fd, b"b" * 40 * PAGE, 0)
+        os.fsync(a.fd)
+        os.fsync(b.fd)
+        assert a.used_bytes() >= 16 * PAGE
+        assert store.used_bytes() >= 56 * PAGE
+        assert store.free_bytes() <= 8 * PAGE
+        os.pwrite(b.fd, b"b" * 24 * PAGE, 40 * PAGE)
+        os.fsync(b.fd)
+        assert store.free_bytes() == 0, "never negative"
+    finally:
+        a.close()
+        b.close()
