@@ -170,7 +170,7 @@ class Policy(Frozen):
             raise _impossible(
                 f"a page would be cold after {self.cold_s:g} s, but ages are only counted up to {AGE_S_MAX:g} s "
                 "(5 days): nothing would ever be evicted; lower it, or say `enabled: false`",
-                "min_idle_s" if self.min_idle_s > AGE_S_MAX else "idle_intervals",
+                *(["min_idle_s"] if self.min_idle_s > AGE_S_MAX else ["idle_intervals", "interval_s"]),
             )
         return self
 
@@ -370,6 +370,8 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not supported", mark)
         if getattr(event, "tag", None) is not None:
             raise yaml.composer.ComposerError(None, None, "tags (!name) are not supported", mark)
+        if isinstance(event, yaml.ScalarEvent) and re.search("[\ud800-\udfff]", event.value):
+            raise yaml.composer.ComposerError(None, None, "a \\u escape names half a character", mark)
         return super().compose_node(parent, index)
 
 
@@ -403,7 +405,7 @@ def _read(file: Path, errors: list[ConfigError]) -> _Document | None:
     try:
         text = file.read_bytes().decode()
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         errors.append(ConfigError(file, 0, "", f"cannot be read: {reason}", "check its path and mode"))
         return None
     document = _Document(file, {}, {}, errors)
@@ -444,9 +446,12 @@ def _section(model: type[_Model], document: _Document, path: KeyPath, raw: objec
         try:
             return model.model_validate(good)
         except ValidationError as error:
+            before = len(good)
             for item in error.errors(include_url=False):
                 for key in _tell(model, document, path, item):
                     good.pop(key, None)
+            if len(good) == before:  # what is wrong was inherited, and is told already: judge the rest without it
+                return model()
 
 
 def _tell(model: type[Frozen], document: _Document, path: KeyPath, item: ErrorDetails) -> Sequence[str]:

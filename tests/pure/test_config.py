@@ -319,7 +319,7 @@ def test_guests_dir(tmp_path: Path) -> None:
         ("store: {capacity: 2000000TiB}", "store.capacity", "less than or equal to"),
         ("store: {path: ''}", "store.path", "'' is not a path"),
         ('store: {path: "/a\\0b"}', "store.path", "is not a path"),
-        ('store: {path: "/a\\ud800"}', "store.path", "is not a path"),
+        ('store: {path: "/a\\ud800"}', "", "names half a character"),
         ("api: {socket: /" + "x" * 107 + "}", "api.socket", "at most 107 bytes"),
         ("api: {mode: 660}", "api.mode", "660 is not a file mode; write four octal digits, 0660"),
         ("api: {mode: 432}", "api.mode", "is not a file mode"),
@@ -363,6 +363,7 @@ def test_guests_dir(tmp_path: Path) -> None:
         ("on_stop: !!int ''", "", "tags (!name) are not supported"),
         ("[" * 5000, "", "is nested too deeply"),
         ("stop_timeout_s: 0b_", "stop_timeout_s", "looks like a number"),
+        ("defaults: {interval_s: 86400}", "defaults.interval_s", "nothing would ever be evicted"),  # once hung
     ],
 )
 def test_one_thing_wrong(loaded: Load, text: str, key: str, says: str) -> None:
@@ -402,14 +403,14 @@ stor:
         ("tierd.yaml", 5, "defaults.idle_intervals"),
         ("tierd.yaml", 7, "defaults.resident_min"),
         ("tierd.yaml", 9, "defaults.min_idle_s"),
-        ("tierd.yaml", 13, "guests[2].intervall_s"),
+        ("tierd.yaml", 13, "guests[1].intervall_s"),
         ("tierd.yaml", 14, "guests[2].nam"),
         ("tierd.yaml", 15, "stor"),
         ("a.yaml", 3, "enabled"),
         ("a.yaml", 4, "pid"),
         ("b.yaml", 3, "guests[0].resident_max"),
         ("b.yaml", 4, "nme"),
-        ("c.yaml", 2, ""),
+        ("c.yaml", 1, ""),
     ]
 
 
@@ -422,7 +423,7 @@ def test_an_error_is_one_line_that_an_editor_can_jump_to(loaded: Load, tmp_path:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"on_stop: \xe4")
-    for name, says in (("missing", "No such file"), (".", "Is a directory"), ("latin", "not UTF-8"), ("a\0b", "")):
+    for name, says in (("missing", "No such file"), (".", "Is a directory"), ("latin", "not UTF-8"), ("a\0b", "cannot be read")):
         with pytest.raises(ConfigErrors, match=says):
             load(tmp_path / name)
 
@@ -489,7 +490,7 @@ def _fields_of(annotation: object) -> list[str]:
 SCALARS = st.one_of(
     *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.dates()),
     st.sampled_from(["512MiB", "10%", "2min", "on", "off", "keep", "web-*", "[", "auto", "0660", "*", "~"]),
-    st.just(10**5000),
+    st.just(10**4000),
 )
 KEYS = st.one_of(st.sampled_from([*keys_of(Config), "name", "pid", "cmdline"]), st.text(max_size=8))
 VALUES = st.recursive(
@@ -633,12 +634,22 @@ def test_the_example_takes_no_guest_of_anybody_and_weakens_nothing() -> None:
     assert config.match("web", 1, "") is None
 
 
-def test_the_comments_of_the_shipped_configuration_name_real_choices() -> None:
+@pytest.mark.parametrize(
+    ("key", "section", "choices"),
+    [
+        ("level", "log", ["debug", "info", "warning", "error"]),
+        ("format", "log", ["console", "json", "auto"]),
+        ("engine", None, ["auto", "stock"]),
+        ("direct", "store", ["auto", "on", "off"]),
+        ("on_stop", None, ["restore", "keep"]),
+    ],
+)
+def test_the_comments_of_the_shipped_configuration_name_real_choices(
+    key: str, section: str | None, choices: list[str]
+) -> None:
     text = (ROOT / "config" / "tierd.yaml").read_text()
-    for line in ("level", "format", "engine", "direct", "on_stop"):
-        (choices,) = re.findall(rf"^ *{line}: \w+ +# (.*)$", text, flags=re.MULTILINE)
-        for word in re.findall(r"\b(debug|info|warning|error|console|json|auto|stock|on|off|restore|keep)\b", choices):
-            section = {"level": "log", "format": "log", "direct": "store"}.get(line)
-            doc = f"{line}: '{word}'"
-            load_text = f"{section}: {{{doc}}}" if section else doc
-            assert load_bytes(load_text.encode()) is not None, load_text
+    (comment,) = re.findall(rf"^ *{key}: \w+ +# (.*)$", text, flags=re.MULTILINE)
+    for choice in choices:
+        assert re.search(rf"\b{choice}\b", comment), f"{key}: {choice} is not explained"
+        line = f"{key}: '{choice}'"
+        assert load_bytes((f"{section}: {{{line}}}" if section else line).encode()) is not None
