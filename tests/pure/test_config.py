@@ -423,7 +423,12 @@ def test_an_error_is_one_line_that_an_editor_can_jump_to(loaded: Load, tmp_path:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"on_stop: \xe4")
-    for name, says in (("missing", "No such file"), (".", "Is a directory"), ("latin", "not UTF-8"), ("a\0b", "cannot be read")):
+    for name, says in (
+        ("missing", "No such file"),
+        (".", "Is a directory"),
+        ("latin", "not UTF-8"),
+        ("a\0b", "cannot be read"),
+    ):
         with pytest.raises(ConfigErrors, match=says):
             load(tmp_path / name)
 

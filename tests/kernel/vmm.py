@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A child process that plays the VMM, and tierd attached to it as the daemon would: the real userfaultfd, the real store."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tierd import cycle
+from tierd.attach import GuestSpec
+from tierd.attach.preflight import HolderScan, preflight, swap_can_receive
+from tierd.attach.procfs import boot_id, read_spec
+from tierd.config import Policy
+from tierd.engine import choose
+from tierd.native import NativeGuest, Zap
+from tierd.serve import Served, Tuning, adopt, attach, prepare_runtime_dir
+from tierd.store.file import FileStore
+
+HERE = Path(__file__).parent
+PAGE = os.sysconf("SC_PAGESIZE")
+MIB = 1 << 20
+ANSWER_S_MAX = 60.0
+SAFE = Policy(min_idle_s=0.1, unsafe_min_idle=True, interval_s=0.1)
+
+
+def compile_child(output: Path, *sources: str) -> Path:
+    command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", *(str(HERE / name) for name in sources)]
+    done = subprocess.run([*command, "-o", str(output), "-pthread"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
+    """What `condition` says once it is true; fails after `seconds`."""
+    until = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < until, f"not within {seconds:g} s: {what}"
+        time.sleep(0.01)
+    return result
+
+
+class Vmm:
+    """A running child (vmm.c or kvm_vcpu.c). `with` ends it and fails if it ever read a wrong value."""
+
+    def __init__(self, binary: Path, *arguments: str, arg0: str | None = None, **options: Any) -> None:
+        self.process = subprocess.Popen(
+            [arg0 or str(binary), *arguments],
+            executable=binary,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            **options,
+        )
+        self._unread = b""
+        self.wrong: list[str] = []
+        first = self._answer()
+        self.pages, self.page_bytes = int(first[1]), int(first[2])
+        self.addresses = [int(address, 16) for address in first[3:]]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        while b"\n" not in self._unread:
+            ready, _, _ = select.select([self.process.stdout], [], [], ANSWER_S_MAX)
+            assert ready, f"the VMM said nothing for {ANSWER_S_MAX:g} s"
+            more = os.read(self.process.stdout.fileno(), 65536)
+            assert more, "the VMM ended"
+            self._unread += more
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line.decode()
+
+    def _answer(self) -> list[str]:
+        while (line := self._line()).startswith("WRONG"):
+            self.wrong.append(line)
+        fields = line.split()
+        assert fields[0] == "ok", line
+        return fields
+
+    def ask(self, command: str, *arguments: int) -> list[int]:
+        """Numbers that the child answers with. Fails on an error of its."""
+        self.send(command, *arguments)
+        return [int(word, 0) for word in self._answer()[1:] if "=" not in word]
+
+    def send(self, command: str, *arguments: int) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(" ".join([command, *map(str, arguments)]).encode() + b"\n")
+
+    def stats(self) -> dict[str, int]:
+        self.send("stats")
+        return {key: int(value) for key, _, value in (word.partition("=") for word in self._answer()[1:])}
+
+    def verify(self) -> None:
+        """Every byte of the guest is what it must be."""
+        checked, wrong = self.ask("verify")
+        assert checked
+        assert not wrong, self.wrong[:3]
+
+    def spec(self) -> GuestSpec:
+        return read_spec(self.pid, "test")
+
+    def __enter__(self) -> Vmm:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        rest = self._unread + (self.process.stdout.read() if self.process.stdout else b"")
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        self.wrong += [line for line in rest.decode().splitlines() if line.startswith("WRONG")]
+        if kind is None:
+            assert not self.wrong
+
+
+@dataclass
+class Options:
+    """What a test may force."""
+
+    use_pagemap: bool = False
+    zap: Zap | None = None
+    direct: Literal["auto", "on", "off"] = "auto"
+    capacity_pages: int = 1 << 40
+    readahead_pages: int = 16
+    phases: cycle.Phases = field(default_factory=cycle.Phases)
+
+
+class ForcedEngine:
+    """The stock engine of this kernel, with the choices that a test forces."""
+
+    def __init__(self, options: Options) -> None:
+        self._engine, self._options = choose(), options
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    @property
+    def use_pagemap(self) -> bool:
+        return self._options.use_pagemap or self._engine.use_pagemap
+
+    def zap(self, swap_can_receive: bool) -> Zap:
+        return self._options.zap or self._engine.zap(swap_can_receive)
+
+
+@dataclass
+class Tiered:
+    """A served guest and the steps of its cycle, as tierd/guest.py takes them."""
+
+    vmm: Vmm
+    served: Served
+    options: Options
+
+    @property
+    def native(self) -> NativeGuest:
+        return self.served.native
+
+    def counters(self) -> dict[str, Any]:
+        return self.native.counters()
+
+    @property
+    def stored_pages(self) -> int:
+        return int(self.counters()["state_pages"][4])
+
+    def scan(self) -> cycle.Touched:
+        return cycle.scan_and_deactivate(self.native, self.options.phases, lambda: None)
+
+    def evict(self, min_idle_s: float = 0.0, max_bytes: int = 1 << 50) -> int:
+        """Pages evicted of those that are idle so long."""
+        return (
+            cycle.evict(
+                self.native,
+                min_idle_s=min_idle_s,
+                max_bytes=max_bytes,
+                page_bytes=PAGE,
+                phases=self.options.phases,
+                check=lambda: None,
+            )
+            // PAGE
+        )
+
+    def evict_all(self, but_pages: int = 0) -> None:
+        """Everything that was ever touched, but at most so many pages; the guest must be at rest."""
+
+        def done() -> bool:
+            self.scan()  # each time: a page that the kernel could not unmap at once counts as touched
+            self.evict()
+            c = self.counters()
+            return bool(c["state_pages"][0] <= c["untouched_pages"] + but_pages)
+
+        wait_for(done, "every touched page evicted")
+
+    def discard(self) -> int:
+        return cycle.discard_fetched(self.native, self.options.phases, lambda: None)
+
+    def restore_all(self) -> None:
+        while self.stored_pages:
+            self.native.restore(0, 1 << 40)
+
+    def leave(self) -> None:
+        self.restore_all()
+        self.served.leave()
+
+
+@dataclass
+class Host:
+    """What the daemon has: a directory for state files and a store."""
+
+    tmpfs_dir: Path
+    disk_dir: Path
+
+    def store(self, options: Options) -> FileStore:
+        return FileStore(self.disk_dir / "store", None, options.direct)
+
+    @contextlib.contextmanager
+    def attached(self, vmm: Vmm, policy: Policy = SAFE, **changes: Any) -> Iterator[Tiered]:
+        options = Options(**changes)
+        spec = vmm.spec()
+        preflight(spec, policy, HolderScan())
+        served = attach(
+            spec,
+            engine=ForcedEngine(options),
+            store=self.store(options),
+            guests_dir=prepare_runtime_dir(self.tmpfs_dir),
+            tuning=Tuning(policy.min_idle_s, options.readahead_pages),
+            swap_can_receive=swap_can_receive(vmm.pid),
+            capacity_pages=options.capacity_pages,
+        )
+        with served:
+            yield Tiered(vmm, served, options)
+
+    @contextlib.contextmanager
+    def adopted(self, vmm: Vmm, **changes: Any) -> Iterator[Tiered]:
+        options = Options(**changes)
+        (path,) = (self.tmpfs_dir / "guests").glob("*.state")
+        served = adopt(
+            path,
+            engine=ForcedEngine(options),
+            store=self.store(options),
+            tuning=Tuning(SAFE.min_idle_s, options.readahead_pages),
+            swap_can_receive=swap_can_receive(vmm.pid),
+            capacity_pages=options.capacity_pages,
+            boot_id=boot_id(),
+            pause=time.sleep,
+        )
+        with served:
+            yield Tiered(vmm, served, options)
+
+
+def vm_flags(pid: int, address: int) -> set[str]:
+    """VmFlags of the mapping at `address`."""
+    found = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        head = line.split(" ", 1)[0]
+        if "-" in head and not head.endswith(":"):
+            start, _, end = head.partition("-")
+            found = int(start, 16) <= address < int(end, 16)
+        elif found and line.startswith("VmFlags:"):
+            return set(line.split()[1:])
+    raise AssertionError(f"no mapping at {address:#x}")
+
+
+def userfaultfds(pid: int) -> Sequence[str]:
+    """Descriptors of the process that are userfaultfds."""
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if "userfaultfd" in os.readlink(entry):
+                found.append(entry.name)
+    return found
