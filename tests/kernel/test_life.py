@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.kernel.vmm import MIB, PAGE, Host, Tiered, Vmm, userfaultfds, vm_flags, wait_for
+from tests.kernel.vmm import MIB, PAGE, Host, Vmm, userfaultfds, vm_flags, wait_for
+from tierd import cycle
+from tierd.attach import Refused
 from tierd.native import KernelError, Zap
 
 Start = Callable[..., Vmm]
@@ -170,8 +171,6 @@ def test_a_vmm_that_is_killed_in_mid_eviction(start_vmm: Start, host: Host) -> N
                 vmm.process.kill()
                 vmm.process.wait()
 
-        from tierd import cycle
-
         with pytest.raises(OSError) as caught:
             for _ in range(1000):
                 cycle.evict(
@@ -241,8 +240,6 @@ def test_an_orderly_keep_and_an_adoption(start_vmm: Start, host: Host) -> None:
 
 
 def test_two_daemons_cannot_serve_one_guest(start_vmm: Start, host: Host, tmp_path: Path) -> None:
-    from tierd.attach import Refused
-
     vmm = start_vmm(f"bytes={4 * MIB}")
     vmm.ask("fill")
     with host.attached(vmm), pytest.raises(Refused) as caught, host.attached(vmm):

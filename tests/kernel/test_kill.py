@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tierd dies at any moment: a slice of the torture run, and the moments that it might not meet."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.torture import torture
+from tests.kernel.vmm import MIB, PAGE, SAFE, ForcedEngine, Host, Options, Vmm, wait_for
+from tierd.attach.procfs import boot_id
+from tierd.native import KernelError
+from tierd.serve import StateError, Tuning, adopt, wait_for_lock
+
+Start = Callable[..., Vmm]
+KILLS = int(os.environ.get("TIERD_KILLS", "60"))
+
+
+@pytest.mark.timeout(1200)
+def test_torture(vmm_binary: Path) -> None:
+    result = torture(vmm_binary, kills=KILLS, seed=int(os.environ.get("TIERD_SEED", "3")), guests=2)
+    assert result["kills"] >= KILLS
+    assert result["wrong_bytes"] == 0
+    assert result["poisoned_pages"] == 0
+    assert result["faults"] > 0
+    assert result["evicted_pages"] > 0
+
+
+def test_a_page_that_does_not_verify_is_a_memory_error(start_vmm: Start, host: Host) -> None:
+    """One bit of the store is wrong: the guest gets SIGBUS at that page, never the wrong bytes, never zeros."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm, direct="off", readahead_pages=16) as tiered:
+        tiered.evict_all()
+        page = 517
+        with open(tiered.served.space.path, "r+b") as store:
+            store.seek(page * PAGE + 99)
+            byte = store.read(1)[0]
+            store.seek(page * PAGE + 99)
+            store.write(bytes([byte ^ 4]))
+        vmm.ask("verify", 0, page)  # its neighbours are not hurt, read-ahead or not
+        vmm.ask("verify", page + 1)
+        vmm.send("verify", page, 1)
+        assert vmm.process.wait(timeout=20) == -signal.SIGBUS
+        c = tiered.counters()
+        assert c["pages_lost"] == c["state_pages"][7] == 1
+        assert c["checksum_errors"] >= 1
+        assert c["last_errno"] == 74, "EBADMSG"
+
+
+def test_a_store_that_cannot_be_read_is_a_memory_error(start_vmm: Start, host: Host) -> None:
+    """The file was cut: there is nothing to bring back, and zeros would be a lie."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.evict_all()
+        os.truncate(tiered.served.space.path, 512 * PAGE)
+        vmm.ask("verify", 0, 512)
+        vmm.send("verify", 700, 1)
+        assert vmm.process.wait(timeout=20) == -signal.SIGBUS
+        assert tiered.counters()["store_read_errors"] >= 1
+
+
+def test_a_state_file_of_a_newer_tierd_is_not_touched(start_vmm: Start, host: Host) -> None:
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.evict_all()
+        path = tiered.served.state_path
+    good = path.read_bytes()
+    for offset, value, says in ((8, b"\x63\0\0\0", "newer"), (0, b"garbage!", "broken")):
+        path.write_bytes(good[:offset] + value + good[offset + len(value) :])
+        before = path.read_bytes()
+        with pytest.raises(StateError, match=f"{says}.*nothing|{says}.*touches nothing"), host.adopted(vmm):
+            pass
+        assert path.read_bytes() == before
+    path.write_bytes(good)
+    with host.adopted(vmm):
+        vmm.verify()
+
+
+def test_a_successor_waits_for_the_last_thread_of_its_predecessor(start_vmm: Start, host: Host) -> None:
+    """Rule 9: the lock, not the pid. The lock is held here by a process that is not tierd, so it must be named."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.evict_all()
+        path = tiered.served.state_path
+    script = "import fcntl, sys, time; f = open(sys.argv[1], 'r+b'); fcntl.flock(f, 2); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            waited: list[float] = []
+
+            def pause(seconds: float) -> None:
+                waited.append(seconds)
+                if len(waited) > 20:
+                    holder.kill()
+                    holder.wait()
+
+            fd = os.open(path, os.O_RDWR)
+            with pytest.raises(StateError, match=f"process {holder.pid}"):
+                wait_for_lock(fd, path, lambda _: None, wait_s_max=0.1)
+            os.close(fd)
+            options = Options()
+            served = adopt(
+                path,
+                engine=ForcedEngine(options),
+                store=host.store(options),
+                tuning=Tuning(SAFE.min_idle_s, 16),
+                swap_can_receive=False,
+                capacity_pages=1 << 40,
+                boot_id=boot_id(),
+                pause=pause,
+            )
+        finally:
+            holder.kill()
+    with served:
+        assert len(waited) > 20
+        vmm.verify()
+
+
+def test_faults_wait_for_the_successor(start_vmm: Start, host: Host) -> None:
+    """While nobody serves, the guest's thread waits; it is never given zeros."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.evict_all()
+    vmm.send("verify")
+
+    def blocked() -> bool:
+        return any(
+            "handle_userfault" in Path(f"/proc/{vmm.pid}/task/{tid}/wchan").read_text()
+            for tid in os.listdir(f"/proc/{vmm.pid}/task")
+        )
+
+    wait_for(blocked, "the guest's thread waits in the kernel")
+    began = time.monotonic()
+    with host.adopted(vmm):
+        assert vmm._answer()[1:] == [str(vmm.pages), "0"]
+    assert time.monotonic() - began < 60
+
+
+def test_disarm_is_refused_while_a_page_is_stored(start_vmm: Start, host: Host) -> None:
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.evict_all()
+        with pytest.raises(KernelError) as caught:
+            tiered.served.leave()
+        assert caught.value.errno == 16
+        vmm.verify()
