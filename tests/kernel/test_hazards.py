@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every row of the hazards table, provoked: the guest is refused with the cause, the evidence and a remedy, and is taken once
+the hazard is gone. What this machine cannot really have (VFIO, nested KVM, a vhost-user device) is told by its traces."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.vmm import MIB, PAGE, SAFE, Host, Vmm, wait_for
+from tests.need import need
+from tierd.attach import GuestSpec, Refused
+from tierd.attach import preflight as checks
+from tierd.attach.preflight import CHECKS, HolderScan, findings, preflight, recheck, swap_can_receive
+from tierd.attach.procfs import read_spec
+from tierd.native import Zap
+
+Start = Callable[..., Vmm]
+
+
+def refused(spec: GuestSpec) -> Refused:
+    with pytest.raises(Refused) as caught:
+        preflight(spec, SAFE, HolderScan())
+    assert caught.value.cause
+    assert caught.value.remedy
+    assert caught.value.check in str(caught.value)
+    return caught.value
+
+
+def accepted(spec: GuestSpec) -> None:
+    preflight(spec, SAFE, HolderScan())
+    assert [name for name, problem in findings(spec, SAFE, HolderScan()) if problem] == []
+
+
+@dataclass(frozen=True)
+class Hazard:
+    """`do` in the VMM makes it, `undo` ends it; `check` refuses, with `evidence` in the text."""
+
+    check: str
+    do: str
+    undo: str | None
+    evidence: str
+    arguments: tuple[int, ...] = (0, 1)
+    every_cycle: bool = False
+
+
+HAZARDS = [
+    Hazard("second-mapping", "map-second", "unmap-second", "rw-s", arguments=(0,), every_cycle=True),
+    Hazard("private-mapping", "map-second", "unmap-second", "rw-p", arguments=(1,), every_cycle=True),
+    Hazard("second-mapper", "fork", "end-child", "maps it", arguments=(), every_cycle=True),
+    Hazard("mlock", "lock", "unlock", "VmLck"),
+    Hazard("pinned", "pin", "unpin", "VmPin", every_cycle=True),
+    Hazard("registered", "register", "unregister", "VmFlags"),
+    Hazard("seccomp", "filter", None, "Seccomp 2", arguments=()),
+    Hazard("large-folios", "collapse", None, "PmdMapped", arguments=(0, 512)),
+]
+
+
+@pytest.mark.parametrize("hazard", HAZARDS, ids=lambda h: h.check)
+def test_made_by_the_vmm(start_vmm: Start, hazard: Hazard) -> None:
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    spec = vmm.spec()
+    accepted(spec)
+    vmm.ask(hazard.do, *hazard.arguments)
+    found = refused(spec)
+    assert found.check == hazard.check
+    assert hazard.evidence in found.evidence
+    assert str(vmm.pid) in found.evidence or hazard.check == "second-mapper"
+    if hazard.every_cycle:
+        with pytest.raises(Refused) as caught:
+            recheck(spec, SAFE, HolderScan())
+        assert caught.value.check == hazard.check
+    if hazard.undo:
+        vmm.ask(hazard.undo, *hazard.arguments)
+        accepted(spec)
+        recheck(spec, SAFE, HolderScan())
+
+
+def test_a_holder_that_does_not_map_yet(start_vmm: Start) -> None:
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    link = next(e for e in Path(f"/proc/{vmm.pid}/fd").iterdir() if "memory-backend" in os.readlink(e))
+    with link.open("rb") as ours:
+        holder = subprocess.Popen(["sleep", "60"], pass_fds=[ours.fileno()])
+    try:
+        found = refused(vmm.spec())
+        assert found.check == "second-mapper"
+        assert f"pid {holder.pid} (sleep) descriptor" in found.evidence
+    finally:
+        holder.kill()
+        holder.wait()
+    accepted(vmm.spec())
+
+
+def test_a_mapping_that_is_replaced(start_vmm: Start) -> None:
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    spec = vmm.spec()
+    vmm.ask("replace", 16)
+    with pytest.raises(Refused) as caught:
+        recheck(spec, SAFE, HolderScan())
+    assert caught.value.check == "regions"
+
+
+@pytest.mark.parametrize(
+    ("kind", "check", "evidence"),
+    [("anonymous", "anonymous-memory", "anonymous"), ("private", "anonymous-memory", "rw-p"), ("huge", "backing", "inode")],
+)
+def test_memory_of_another_kind(start_vmm: Start, kind: str, check: str, evidence: str) -> None:
+    if kind == "huge":
+        pool = Path("/proc/sys/vm/nr_hugepages")
+        before = pool.read_text()
+        pool.write_text("4")
+    try:
+        vmm = start_vmm(f"bytes={4 * MIB}", f"kind={kind}")
+        with pytest.raises(Refused) as caught:
+            preflight(vmm.spec(), SAFE, HolderScan())
+        assert caught.value.check == check
+        assert evidence in caught.value.evidence
+        assert "share" in caught.value.remedy
+        vmm.process.kill()
+        vmm.process.wait()
+    finally:
+        if kind == "huge":
+            pool.write_text(before)
+
+
+def test_memory_in_a_file_on_a_disk(start_vmm: Start, disk_dir: Path) -> None:
+    path = disk_dir / "ram"
+    vmm = start_vmm(f"bytes={4 * MIB}", f"kind=file:{path}", "-object", f"memory-backend-file,id=r,mem-path={path},share=on")
+    assert refused(vmm.spec()).check == "backing"
+
+
+def test_a_tmpfs_with_large_folios(start_vmm: Start, tmp_path: Path) -> None:
+    mount = tmp_path / "huge"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "huge=always,size=64m", "tmpfs", str(mount)], check=True)
+    try:
+        path = mount / "ram"
+        vmm = start_vmm(
+            f"bytes={4 * MIB}", f"kind=file:{path}", "-object", f"memory-backend-file,id=r,mem-path={path},share=on"
+        )
+        found = refused(vmm.spec())
+        assert found.check == "large-folios"
+        assert "huge=always" in found.evidence
+        vmm.process.kill()
+        vmm.process.wait()
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+@contextlib.contextmanager
+def large_shmem(value: str) -> Iterator[None]:
+    path = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    before = path.read_text().partition("[")[2].partition("]")[0]
+    path.write_text(value)
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
+@pytest.mark.parametrize("value", ["advise", "always", "within_size"])
+def test_a_host_that_makes_large_folios(start_vmm: Start, value: str) -> None:
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    with large_shmem(value):
+        found = refused(vmm.spec())
+        assert found.check == "large-folios"
+        assert f"shmem_enabled is {value}" in found.evidence
+        assert "echo never" in found.remedy
+    accepted(vmm.spec())
+
+
+def test_a_traced_vmm(start_vmm: Start) -> None:
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    script = (
+        "import ctypes, sys, time; libc = ctypes.CDLL(None, use_errno=True); "
+        "assert not libc.ptrace(0x4206, int(sys.argv[1]), 0, 0); print('traced', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(vmm.pid)], stdout=subprocess.PIPE) as tracer:
+        try:
+            assert tracer.stdout is not None
+            assert tracer.stdout.readline() == b"traced\n"
+            found = refused(vmm.spec())
+            assert found.check == "tracer"
+            assert f"TracerPid {tracer.pid}" in found.evidence
+        finally:
+            tracer.kill()
+    accepted(vmm.spec())
+
+
+def test_another_process_of_the_same_pid(start_vmm: Start) -> None:
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    assert refused(replace(vmm.spec(), start_ticks=vmm.spec().start_ticks - 1)).check == "alive"
+
+
+def test_no_such_process() -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    with pytest.raises(ProcessLookupError, match=f"no process {process.pid}"):
+        read_spec(process.pid)
+
+
+def test_a_memory_cgroup_at_its_limit(start_vmm: Start) -> None:
+    root = Path("/sys/fs/cgroup/memory")
+    need("kernel", (root / "memory.limit_in_bytes").exists(), "no memory cgroup (version 1) here")
+    group = root / f"tierd-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        vmm = start_vmm(f"bytes={256 * MIB}")
+        (group / "memory.limit_in_bytes").write_text(str(128 * MIB))
+        (group / "cgroup.procs").write_text(str(vmm.pid))
+        vmm.ask("fill", 0, 80 * MIB // PAGE)
+        found = refused(vmm.spec())
+        assert found.check == "memory-cgroup"
+        assert "limit 128 MiB" in found.evidence
+        (group / "memory.limit_in_bytes").write_text(str(512 * MIB))
+        accepted(vmm.spec())
+        vmm.process.kill()
+        vmm.process.wait()
+    finally:
+        wait_for(lambda: not (group / "cgroup.procs").read_text(), "the cgroup is empty")
+        group.rmdir()
+
+
+def test_by_their_traces(start_vmm: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = start_vmm(f"bytes={4 * MIB}").spec()
+    found = refused(replace(spec, cmdline=("qemu", "-device", "vhost-user-fs-pci,chardev=c,tag=t")))
+    assert (found.check, "vhost-user-fs-pci" in found.evidence) == ("vhost-user", True)
+    real = os.readlink
+
+    def with_vfio(path: str, **kwargs: int) -> str:
+        return "/dev/vfio/12" if str(path).startswith(f"/proc/{spec.pid}/fd/") else real(path, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checks.os, "readlink", with_vfio)
+        assert refused(spec).check == "vfio"
+    text = checks._read
+
+    def nested_on(path: str | Path, default: str = "") -> str:
+        return "Y" if str(path) == "/sys/module/kvm_intel/parameters/nested" else text(path, default)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "_read", nested_on)
+        patch.setattr(checks, "_readlink", lambda path: "anon_inode:kvm-vm")
+        nested = replace(spec, cmdline=("qemu-system-x86_64", "-cpu", "host"))
+        assert refused(nested).check == "nested"
+        accepted(replace(spec, cmdline=("qemu-system-x86_64", "-cpu", "host,-vmx")))
+        preflight(nested, SAFE.model_copy(update={"allow_nested": True}), HolderScan())
+
+
+def test_every_check_is_provoked_here() -> None:
+    """A new check needs a new test."""
+    tested = {
+        *("alive", "tracer", "seccomp", "backing", "private_mapping", "second_mapping", "other_holders", "vhost_user"),
+        *("vfio", "pins", "mlocked", "large_folios", "registered", "memory_cgroup", "nested"),
+    }
+    assert {check.__name__ for check in CHECKS} == tested
+
+
+# --- swap -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def swap(disk_dir: Path) -> Iterator[None]:
+    """A scratch swap file of 64 MiB."""
+    file = disk_dir / "swap"
+    with file.open("wb") as out:
+        os.posix_fallocate(out.fileno(), 0, 64 * MIB)
+    file.chmod(0o600)
+    subprocess.run(["mkswap", str(file)], check=True, capture_output=True)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.swapon(str(file).encode(), 0):
+        pytest.skip(f"no swap can be made here: swapon says {os.strerror(ctypes.get_errno())}")
+    yield
+    assert not libc.swapoff(str(file).encode())
+
+
+def swapped_bytes(pid: int) -> int:
+    rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(row.split()[1]) for row in rows if row.startswith("Swap:"))
+
+
+def test_with_swap_nothing_is_swapped_out(start_vmm: Start, host: Host, swap: None) -> None:
+    """MADV_PAGEOUT from outside would write the guest's memory to swap: the call is made inside the VMM instead."""
+    vmm = start_vmm(f"bytes={16 * MIB}")
+    vmm.ask("fill")
+    assert swap_can_receive(vmm.pid)
+    with host.attached(vmm) as tiered:
+        assert tiered.served.zap is Zap.INJECT
+        tiered.evict_all()
+        assert swapped_bytes(vmm.pid) == 0
+        vmm.verify()
+        tiered.leave()
+
+
+# --- hazards that come after the attach -------------------------------------------------------------------------------------
+
+
+def test_a_page_with_an_extra_reference_is_not_lost(start_vmm: Start, host: Host) -> None:
+    """A pipe holds a page (vmsplice): no counter shows it. Its bytes come back all the same."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        vmm.ask("splice", 77)
+        tiered.scan()
+        tiered.evict()
+        vmm.verify()
+        vmm.ask("unsplice")
+        tiered.leave()
+
+
+def test_a_stopped_vmm_stays_stopped(start_vmm: Start, host: Host) -> None:
+    """SIGSTOP is not ours to end; an attach says so and leaves nothing."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    os.kill(vmm.pid, signal.SIGSTOP)
+    state = lambda: Path(f"/proc/{vmm.pid}/stat").read_text().rpartition(")")[2].split()[0]  # noqa: E731
+    wait_for(lambda: state() == "T", "stopped")
+    with pytest.raises(OSError) as caught, host.attached(vmm):
+        pass
+    assert caught.value.errno == 11
+    assert state() == "T"
+    os.kill(vmm.pid, signal.SIGCONT)
+    with host.attached(vmm) as tiered:
+        vmm.verify()
+        tiered.leave()
