@@ -112,7 +112,11 @@ def test_a_mapping_that_is_replaced(start_vmm: Start) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "check", "evidence"),
-    [("anonymous", "anonymous-memory", "anonymous"), ("private", "anonymous-memory", "rw-p"), ("huge", "backing", "inode")],
+    [
+        ("anonymous", "anonymous-memory", "anonymous"),
+        ("private", "anonymous-memory", "rw-p"),
+        ("huge", "backing", "inode"),
+    ],
 )
 def test_memory_of_another_kind(start_vmm: Start, kind: str, check: str, evidence: str) -> None:
     if kind == "huge":
@@ -135,7 +139,9 @@ def test_memory_of_another_kind(start_vmm: Start, kind: str, check: str, evidenc
 
 def test_memory_in_a_file_on_a_disk(start_vmm: Start, disk_dir: Path) -> None:
     path = disk_dir / "ram"
-    vmm = start_vmm(f"bytes={4 * MIB}", f"kind=file:{path}", "-object", f"memory-backend-file,id=r,mem-path={path},share=on")
+    vmm = start_vmm(
+        f"bytes={4 * MIB}", f"kind=file:{path}", "-object", f"memory-backend-file,id=r,mem-path={path},share=on"
+    )
     assert refused(vmm.spec()).check == "backing"
 
 

@@ -1,0 +1,249 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * inject_victim.c: a process whose threads would notice if a call made in them left a trace.
+ *
+ * Each thread is in a state that an excursion could spoil: general and vector registers full of values, blocked in calls that
+ * the kernel restarts or that it does not, handling signals on an alternate stack. Each checks itself all the time and counts
+ * its rounds. One line on stdin, one line with all counters on stdout; a thread that finds something wrong says so and aborts.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <linux/futex.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { THREADS = 7, RED_WORDS = 15, ALTERNATE_BYTES = 65536 };
+
+static const char *const names[THREADS] = {"compute", "read", "sleep", "futex", "epoll", "signals", "poll"};
+static _Atomic uint64_t rounds[THREADS];
+static int pipes[THREADS][2];
+static uint32_t futex_word;
+
+_Noreturn static void wrong(const char *what)
+{
+	fprintf(stderr, "WRONG %s: %s\n", what, strerror(errno));
+	abort();
+}
+
+/* --- registers ---------------------------------------------------------------------------------------------------------- */
+
+typedef double lanes __attribute__((vector_size(32)));
+
+static uint64_t work_out(lanes *out)
+{
+	uint64_t a = 1, b = 2, c = 3, d = 4, e = 5, f = 6, g = 7, h = 8;
+	lanes w = {1, 2, 3, 4}, x = {5, 6, 7, 8}, y = {9, 10, 11, 12}, z = {13, 14, 15, 16};
+
+	for (int i = 0; i < 20000; i++) {
+		a = a * 6364136223846793005u + b;
+		b ^= c >> 7;
+		c += d * 3;
+		d = d << 5 | d >> 59;
+		e ^= a + f;
+		f -= g;
+		g = g * 31 + h;
+		h ^= a >> 3;
+		w = w * 0.999 + x;
+		x = x * 0.5 + y;
+		y = y * 0.25 + z;
+		z = z * 0.125 + (lanes){1, 1, 1, 1};
+	}
+	*out = w + x + y + z;
+	return a ^ b ^ c ^ d ^ e ^ f ^ g ^ h;
+}
+
+/* A leaf function may keep values below its stack pointer: the red zone. */
+static void check_red_zone(void)
+{
+#ifdef __x86_64__
+	uint64_t ok;
+
+	__asm__ volatile("mov $0x5a5a5a5a5a5a5a5a, %%rax\n"
+			 "mov %%rax, -8(%%rsp)\n mov %%rax, -64(%%rsp)\n mov %%rax, -128(%%rsp)\n"
+			 "mov $20000, %%ecx\n"
+			 "1: dec %%ecx\n jnz 1b\n"
+			 "mov -8(%%rsp), %%rcx\n and -64(%%rsp), %%rcx\n and -128(%%rsp), %%rcx\n"
+			 "xor %%rax, %%rcx\n mov %%rcx, %0\n"
+			 : "=r"(ok)
+			 :
+			 : "rax", "rcx", "memory", "cc");
+	if (ok)
+		wrong("red zone");
+#endif
+}
+
+static void *compute(void *unused)
+{
+	lanes vector, first_vector;
+	uint64_t first = work_out(&first_vector);
+
+	(void)unused;
+	prctl(PR_SET_NAME, names[0]);
+	for (;; rounds[0]++) {
+		if (work_out(&vector) != first || memcmp(&vector, &first_vector, sizeof(vector)))
+			wrong("registers");
+		check_red_zone();
+	}
+	return NULL;
+}
+
+/* --- blocked ------------------------------------------------------------------------------------------------------------ */
+
+static void *read_pipe(void *unused)
+{
+	uint64_t expected = 0, got;
+
+	(void)unused;
+	prctl(PR_SET_NAME, names[1]);
+	for (;; expected++, atomic_fetch_add(&rounds[1], 1))
+		if (read(pipes[1][0], &got, sizeof(got)) != sizeof(got) || got != expected)
+			wrong("read");
+	return NULL;
+}
+
+/* EINTR is what an interrupted sleep says; nothing else is right. */
+static void *sleep_a_while(void *unused)
+{
+	(void)unused;
+	prctl(PR_SET_NAME, names[2]);
+	for (;; rounds[2]++) {
+		struct timespec t = {0, 3000000};
+
+		if (nanosleep(&t, NULL) && errno != EINTR)
+			wrong("nanosleep");
+	}
+	return NULL;
+}
+
+static void *wait_futex(void *unused)
+{
+	(void)unused;
+	prctl(PR_SET_NAME, names[3]);
+	for (;; rounds[3]++) {
+		uint32_t seen = __atomic_load_n(&futex_word, __ATOMIC_SEQ_CST);
+
+		if (syscall(SYS_futex, &futex_word, FUTEX_WAIT, seen, NULL, NULL, 0) && errno != EAGAIN &&
+		    errno != EINTR)
+			wrong("futex");
+	}
+	return NULL;
+}
+
+static void *wait_epoll(void *unused)
+{
+	int epoll = epoll_create1(0);
+	struct epoll_event event = {.events = EPOLLIN, .data.u64 = 42};
+	uint64_t got;
+
+	(void)unused;
+	prctl(PR_SET_NAME, names[4]);
+	if (epoll < 0 || epoll_ctl(epoll, EPOLL_CTL_ADD, pipes[4][0], &event))
+		wrong("epoll");
+	for (;; rounds[4]++) {
+		int n = epoll_wait(epoll, &event, 1, -1);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n != 1 || event.data.u64 != 42 || read(pipes[4][0], &got, sizeof(got)) != sizeof(got))
+			wrong("epoll_wait");
+	}
+	return NULL;
+}
+
+static void *wait_poll(void *unused)
+{
+	struct pollfd fd = {.fd = pipes[6][0], .events = POLLIN};
+
+	(void)unused;
+	prctl(PR_SET_NAME, names[6]);
+	for (;; rounds[6]++)
+		if (poll(&fd, 1, 3) && errno != EINTR)
+			wrong("poll");
+	return NULL;
+}
+
+/* --- signals on an alternate stack -------------------------------------------------------------------------------------- */
+
+static _Thread_local volatile uint64_t handled;
+
+static void on_alarm(int number)
+{
+	(void)number;
+	handled++;
+}
+
+static void *take_signals(void *alternate)
+{
+	stack_t stack = {.ss_sp = alternate, .ss_size = ALTERNATE_BYTES}, now;
+	sigset_t mask, blocked;
+	struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGALRM};
+	struct itimerspec every = {{0, 500000}, {0, 500000}};
+	timer_t timer;
+
+	prctl(PR_SET_NAME, names[5]);
+	event._sigev_un._tid = (pid_t)syscall(SYS_gettid);
+	sigemptyset(&mask);
+	sigaddset(&mask, SIGUSR2);
+	if (sigaltstack(&stack, NULL) || pthread_sigmask(SIG_BLOCK, &mask, NULL) ||
+	    timer_create(CLOCK_MONOTONIC, &event, &timer) || timer_settime(timer, 0, &every, NULL))
+		wrong("signals");
+	for (;; rounds[5]++) {
+		uint64_t before = handled;
+
+		while (handled == before)
+			;
+		if (sigaltstack(NULL, &now) || now.ss_sp != alternate || now.ss_flags ||
+		    pthread_sigmask(SIG_SETMASK, NULL, &blocked) || !sigismember(&blocked, SIGUSR2) ||
+		    sigismember(&blocked, SIGUSR1))
+			wrong("signal state");
+	}
+	return NULL;
+}
+
+/* --- the main thread keeps the others going ----------------------------------------------------------------------------- */
+
+int main(void)
+{
+	void *(*const run[THREADS])(void *) = {compute,    read_pipe,    sleep_a_while, wait_futex,
+					       wait_epoll, take_signals, wait_poll};
+	struct sigaction action = {.sa_handler = on_alarm, .sa_flags = SA_ONSTACK | SA_RESTART};
+	struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
+	pthread_t thread;
+	uint64_t number = 0;
+
+	if (sigaction(SIGALRM, &action, NULL))
+		return 1;
+	for (int i = 0; i < THREADS; i++)
+		if (pipe(pipes[i]) || pthread_create(&thread, NULL, run[i], malloc(ALTERNATE_BYTES)))
+			return 1;
+	for (;; number++) {
+		int n = poll(&input, 1, 2);
+
+		if (n > 0) {
+			char line[64];
+
+			if (read(STDIN_FILENO, line, sizeof(line)) <= 0)
+				return 0;
+			for (int i = 0; i < THREADS; i++)
+				printf("%s=%lu ", names[i], (unsigned long)rounds[i]);
+			printf("\n");
+			fflush(stdout);
+		}
+		if (write(pipes[1][1], &number, sizeof(number)) != sizeof(number) ||
+		    write(pipes[4][1], &number, sizeof(number)) != sizeof(number))
+			wrong("write");
+		__atomic_add_fetch(&futex_word, 1, __ATOMIC_SEQ_CST);
+		syscall(SYS_futex, &futex_word, FUTEX_WAKE, 1, NULL, NULL, 0);
+	}
+}
