@@ -192,13 +192,21 @@ class Tiered:
     def evict_all(self, but_pages: int = 0) -> None:
         """Everything that was ever touched, but at most so many pages; the guest must be at rest."""
 
+        cpus = os.sched_getaffinity(0)
+
         def done() -> bool:
-            self.scan()  # each time: a page that the kernel could not unmap at once counts as touched
+            # a new page waits in a batch of the CPU that made it, and MADV_PAGEOUT passes over it unless called there
+            for cpu in cpus:
+                os.sched_setaffinity(0, {cpu})
+                self.scan()  # each time: a page that the kernel could not unmap at once counts as touched
             self.evict()
             c = self.counters()
             return bool(c["state_pages"][0] <= c["untouched_pages"] + but_pages)
 
-        wait_for(done, "every touched page evicted")
+        try:
+            wait_for(done, "every touched page evicted")
+        finally:
+            os.sched_setaffinity(0, cpus)
 
     def discard(self) -> int:
         return cycle.discard_fetched(self.native, self.options.phases, lambda: None)

@@ -103,7 +103,7 @@ class Tierd:
         # by pid as well: another demo's guest has the same name
         (guests / "demo.yaml").write_text(yaml.safe_dump({"name": NAME, "pid": pid, **POLICY}))
         self._daemon: subprocess.Popen[bytes] | None = None
-        self._client = Client(socket)
+        self._socket = socket
 
     def __enter__(self) -> Self:
         # it ends with us, too, in its own orderly way
@@ -111,14 +111,12 @@ class Tierd:
         command = ["setpriv", "--pdeathsig", "TERM", *daemon]
         with self._log.open("wb") as log:
             self._daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        self._client.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._daemon is not None
-        self._client.__exit__(kind, error, traceback)
         self._daemon.terminate()
         try:
             status = self._daemon.wait(STOP_S_MAX)
@@ -135,7 +133,8 @@ class Tierd:
         if self._daemon.poll() is not None:
             raise DemoError(f"tierd ended with status {self._daemon.returncode}; its log ends:\n{self.log()}")
         try:
-            guests = self._client.get("/guests")["guests"]
+            with Client(self._socket) as client:
+                guests = client.get("/guests")["guests"]
         except Unreachable:  # not yet listening
             return None
         return next((guest for guest in guests if guest["pid"] == self._pid), None)
