@@ -13,7 +13,7 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused, StoreS
 # A VMM that was just started has no memory yet: look again soon, then rarely
 RETRY_S = (0.2, 0.3, 0.5, 1, 2, 5, 10)
 RETRY_S_MAX = 60.0
+READY_TRIES = 50
 READOPT_S, READOPT_S_MAX = 0.5, 10.0
 STOP_GRACE_S = 5.0
 
@@ -60,7 +61,7 @@ class Daemon:
         self._left: set[str] = set()  # detached by an operator: not picked up again
         self._began = trio.current_time()
         self._nursery: trio.Nursery
-        self._stopping = False
+        self._stopping = self._manager_deaf = False
 
     @property
     def guests(self) -> Mapping[str, GuestView]:
@@ -91,7 +92,7 @@ class Daemon:
                 )
                 self._nursery.start_soon(self._discover)
                 self._nursery.start_soon(self._feed_watchdog)
-                self.notifier.ready(self._summary())
+                await self._tell_ready()
                 log.info("ready", engine=self.host.engine.name, guests=len(self._guests), version=__version__)
                 await self._obey(signals)
                 self._nursery.cancel_scope.cancel()
@@ -119,10 +120,10 @@ class Daemon:
         self._stopping = True
         on_stop, timeout_s = self.config.on_stop, self.config.stop_timeout_s
         log.info("stopping", signal=why, on_stop=on_stop, stop_timeout_s=timeout_s)
-        self.notifier.stopping(f"on_stop: {on_stop}")
+        self._tell(self.notifier.stopping, f"on_stop: {on_stop}")
         if on_stop != "restore":
             return
-        self.notifier.extend_timeout(timeout_s + STOP_GRACE_S)
+        self._tell(self.notifier.extend_timeout, timeout_s + STOP_GRACE_S)
         with trio.move_on_after(timeout_s) as limit:
             async with trio.open_nursery() as nursery:
                 for guest in list(self._guests.values()):
@@ -141,7 +142,7 @@ class Daemon:
             if trio.current_time() - told_at > 1:
                 told_at = trio.current_time()
                 log.info("restoring", guest=guest.name, done_bytes=done, total_bytes=total)
-                self.notifier.status(f"restoring {guest.name}: {done >> 20} of {total >> 20} MiB")
+                self._tell(self.notifier.status, f"restoring {guest.name}: {done >> 20} of {total >> 20} MiB")
 
         try:
             await guest.detach(progress)
@@ -158,9 +159,28 @@ class Daemon:
         interval_s = watchdog_interval_s()
         while True:
             if interval_s:
-                self.notifier.watchdog()
-            self.notifier.status(self._summary())
+                self._tell(self.notifier.watchdog)
+            self._tell(self.notifier.status, self._summary())
             await trio.sleep(interval_s or 10)
+
+    def _tell(self, send: Callable[..., bool], *args: Any) -> bool:
+        """A message to the service manager. That its socket is full or gone never stops a daemon that serves guests."""
+        try:
+            send(*args)
+        except OSError as error:
+            if not self._manager_deaf:
+                log.warning("notify_failed", error=str(error), action="trying again with the next message")
+            self._manager_deaf = True
+            return False
+        self._manager_deaf = False
+        return True
+
+    async def _tell_ready(self) -> None:
+        """The manager waits for this one: tried again for as long as it is busy."""
+        for _ in range(READY_TRIES):
+            if self._tell(self.notifier.ready, self._summary()):
+                return
+            await trio.sleep(0.1)
 
     def _summary(self) -> str:
         active = sum(1 for guest in self._guests.values() if guest.served)
@@ -359,7 +379,7 @@ class Daemon:
         self._left.discard(guest.key)
 
     async def _reload_and_tell(self) -> None:
-        self.notifier.reloading()
+        self._tell(self.notifier.reloading)
         try:
             told = await self.reload()
         except ConfigErrors as errors:
@@ -368,7 +388,7 @@ class Daemon:
             log.error("reload_failed", action="the old configuration stays in force")
         else:
             log.info("reloaded", changes=list(told))
-        self.notifier.ready(self._summary())
+        await self._tell_ready()
 
     def status(self) -> DaemonStatus:
         store = self.host.store
@@ -449,7 +469,9 @@ def main(config_path: Path) -> int:
             cause = cause.exceptions[0]
         from tierd.api import SocketUnusable  # only now: faults come first
 
-        if not isinstance(cause, StateError | StoreError | EngineUnavailable | AlreadyRunning | SocketUnusable | OSError):
+        if not isinstance(
+            cause, StateError | StoreError | EngineUnavailable | AlreadyRunning | SocketUnusable | OSError
+        ):
             raise
         print(f"tierd: {cause}", file=sys.stderr)
         return 1

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real `tierd run`, as systemd would start it: a process, a configuration, a notify socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.kernel.vmm import wait_for
+from tierd.client import Client, Unreachable
+
+OURS = f".{os.getpid()}"  # ends the names of guests of this run: another run on this host has its own
+POLICY = {"min_idle_s": 0.2, "unsafe_min_idle": True, "interval_s": 0.1, "idle_intervals": 2}
+
+
+class Daemon:
+    """`with` ends it (by its pid), however the test went."""
+
+    def __init__(self, tmpfs_dir: Path, disk_dir: Path, **settings: Any) -> None:
+        self.runtime_dir, self.store_dir = tmpfs_dir / "run", disk_dir / "store"
+        self.config = disk_dir / "tierd.yaml"
+        self.socket = tmpfs_dir / "tierd.sock"
+        self.log_path = disk_dir / "log"
+        self.write(**settings)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.notify_path = tmpfs_dir / "notify"
+        self.notify.bind(str(self.notify_path))
+        self.notify.settimeout(20)
+        self.told: list[str] = []
+
+    def write(self, **settings: Any) -> None:
+        usual: dict[str, Any] = {
+            "runtime_dir": str(self.runtime_dir),
+            "api": {"socket": str(self.socket)},
+            "store": {"path": str(self.store_dir)},
+            "on_stop": "restore",
+            "discover_interval_s": 0.2,
+            "log": {"level": "debug", "format": "json"},
+            "guests": [{"name": f"*{OURS}", **POLICY}],
+        }
+        self.config.write_text(yaml.safe_dump(usual | settings))
+
+    def start(self, ready: bool = True) -> None:
+        environment = {**os.environ, "NOTIFY_SOCKET": str(self.notify_path), "WATCHDOG_USEC": "400000"}
+        command = [sys.executable, "-m", "tierd", "run", "--config", str(self.config)]
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        if ready:
+            self.wait_told("READY=1")
+
+    def wait_told(self, wanted: str) -> str:
+        """The next notification with `wanted` in it."""
+        while True:
+            text = self.notify.recv(4096).decode()
+            self.told.append(text)
+            if wanted in text:
+                return text
+
+    def log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log_path.read_text().splitlines() if line.startswith("{")]
+
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        return [entry for entry in self.log() if entry["event"] == event]
+
+    def guests(self) -> dict[str, dict[str, Any]]:
+        """By name, without what ends all of them."""
+        with Client(self.socket) as client:
+            return {guest["name"].removesuffix(OURS): guest for guest in client.get("/guests")["guests"]}
+
+    def stored_bytes(self, name: str) -> int:
+        try:
+            guest = self.guests().get(name)
+        except Unreachable:
+            return 0
+        return sum(guest["stored_bytes"].values()) if guest else 0
+
+    def wait_active(self, name: str) -> None:
+        wait_for(lambda: self.guests().get(name, {}).get("state") == "active", f"guest {name} is served")
+
+    def tierd(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "tierd",
+            "--socket",
+            str(self.socket),
+            "--config",
+            str(self.config),
+            *arguments,
+        ]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        assert self.process is not None
+        return self.process.wait(timeout=60)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self) -> Daemon:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.notify.close()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        if self.log_path.exists():
+            print(self.log_path.read_text()[-4000:])  # seen where the test failed
