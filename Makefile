@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := build/.installed
 C_SOURCES := $(wildcard tierd/native/*.c tierd/native/*.h tierd/native/build.py)
 
-.PHONY: demo test bench soak build lint setup install clean
+.PHONY: demo test bench torture soak build lint setup install clean
 
 build: $(STAMP)
 
@@ -36,9 +36,15 @@ lint: build
 bench: setup
 	$(PY) -m tests.bench.bench $(ARGS)
 
+# tierd is killed KILLS times at random moments under guests that check every byte; writes build/torture.json.
+KILLS ?= 1000
+SEED ?= 1
+torture: build
+	$(PY) -m tests.kernel.torture --kills $(KILLS) --seed $(SEED)
+
 # The long runs: more seeds, more kills.
 soak: setup
-	TIERD_SEEDS=200000 $(PY) -m pytest -q tests/native $(ARGS)
+	TIERD_SEEDS=200000 TIERD_KILLS=1000 TIERD_INJECT_KILLS=10000 $(PY) -m pytest -q tests/native tests/kernel $(ARGS)
 
 # A venv under /opt/tierd, units, an example configuration, the udev rule. Changes nothing in /etc/tierd that is there.
 install:
