@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.daemon.process import Daemon
 from tests.need import need
 from tests.vm.libvirtd import LibvirtGuest
 from tierd.demo.guest import MIB, DemoGuest, GuestError, find_kernel, this_platform
+from tierd.native import probe
 
-GUEST_BYTES = 256 * MIB
+GUEST_BYTES = 192 * MIB
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +57,17 @@ def libvirt_guest(vm_directory: Path) -> Iterator[LibvirtGuest]:
     with LibvirtGuest(vm_directory, "test-libvirt", GUEST_BYTES) as guest:
         guest.wait_ready()
         yield guest
+
+
+@pytest.fixture
+def daemon(tmpfs_dir: Path, disk_dir: Path) -> Iterator[Daemon]:
+    """A tierd that is not started yet. However the test went, it brings its guests back: they are tested further."""
+    need("root", os.geteuid() == 0, "attaching to another process needs root")
+    found = probe()
+    lacking = found.userfaultfd or found.write_protect or found.missing
+    need("kernel", not lacking, f"this kernel cannot tier ({os.strerror(lacking)}); see `tierd check`")
+    with Daemon(tmpfs_dir, disk_dir) as daemon:
+        yield daemon
+        if daemon.running:
+            daemon.signal(signal.SIGTERM)
+            daemon.wait()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest by itself: it boots, it would see a wrong byte, and it leaves nothing running. No tierd here."""
+"""The guest by itself: it boots, it would see a wrong byte, and it leaves nothing running. Then under tierd, with QEMU as
+root and as an ordinary user."""
 
 from __future__ import annotations
 
@@ -12,6 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.daemon.process import Daemon
+from tests.vm import tiered
 from tests.vm.conftest import GUEST_BYTES
 from tierd.demo.guest import DemoGuest, numbers
 
@@ -50,6 +55,20 @@ def test_runs_as_an_ordinary_user(user_guest: DemoGuest) -> None:
     uids = next(line.split()[1:] for line in status.splitlines() if line.startswith("Uid:"))
     assert set(uids) == {str(pwd.getpwnam("nobody").pw_uid)}
     assert user_guest.verify() == (user_guest.used_bytes, 0)
+
+
+@pytest.fixture(params=["root", "user"])
+def either_guest(request: pytest.FixtureRequest) -> DemoGuest:
+    guest: DemoGuest = request.getfixturevalue("guest" if request.param == "root" else "user_guest")
+    return guest
+
+
+def test_survives_kills_of_the_daemon(daemon: Daemon, either_guest: DemoGuest) -> None:
+    tiered.survives_kills_of_the_daemon(daemon, either_guest)
+
+
+def test_detached_it_is_as_before(daemon: Daemon, either_guest: DemoGuest) -> None:
+    tiered.detached_it_is_as_before(daemon, either_guest)
 
 
 def test_sees_wrong_bytes_and_quits(vm_directory: Path) -> None:
