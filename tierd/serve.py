@@ -36,7 +36,6 @@ from tierd.store.file import FileSpace, FileStore, file_system_of
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 SUFFIX = ".state"
 EPOCH_S_MAX, EPOCH_S_MIN = 8.0, 0.05
-FAULT_SPIN_US_MAX = 50
 
 
 class StateError(Exception):
@@ -49,6 +48,8 @@ class Tuning:
 
     min_idle_s: float
     readahead_pages_max: int
+    fault_spin_us_max: int = 50  # adaptive: only where faults come quickly enough for it to pay
+    follow: bool = True  # a fault thread goes where a pinned vCPU is
 
     @property
     def epoch_ns(self) -> int:
@@ -139,7 +140,8 @@ def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive
             inject_tid=pick_thread(spec.pid) if served.zap is Zap.INJECT else 0,
             use_pagemap=engine.use_pagemap,
             readahead_pages=tuning.readahead_pages_max,
-            spin_us_max=FAULT_SPIN_US_MAX,
+            spin_us_max=tuning.fault_spin_us_max,
+            follow=tuning.follow,
         )
     finally:
         os.close(pagemap)

@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tierd against the limit: a bare C program that makes only the system calls, in the same run, as a ratio.
+
+python -m tests.bench.bench [--rows a,b] [--quick] [--json]       (`make bench`; writes build/bench.json)
+
+Machines are noisy: pairs of (tierd, bare) are interleaved, figures are medians of the pairs. Exit status 0 whatever the
+figures are; a bound that is missed is told, in the table and as "ok": false.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from tests.kernel.vmm import MIB, PAGE, wait_for
+from tierd import cycle
+from tierd.attach.procfs import read_spec
+from tierd.engine import choose
+from tierd.native import KernelError
+from tierd.serve import PAGE_BYTES, Served, Tuning, attach, prepare_runtime_dir
+from tierd.store.file import FileStore
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+LOAD_CPU, OTHER_CPU = 0, 1
+Style = Literal["spin", "sleep", "follow"]
+# how the fault thread of tierd waits, and where the bare handler is put: (spin_us_max, follow, CPU of the bare handler)
+STYLES: dict[Style, tuple[int, bool, int]] = {
+    "spin": (1_000_000, False, OTHER_CPU),
+    "sleep": (0, False, OTHER_CPU),
+    "follow": (0, True, LOAD_CPU),
+}
+
+
+@dataclass
+class Row:
+    row: str
+    unit: str
+    measured: float
+    limit: float
+    ratio: float
+    bound: str
+    ok: bool
+
+
+class Load:
+    """A running load.c."""
+
+    def __init__(self, binary: Path, size: int, cpu: int = LOAD_CPU) -> None:
+        self.size = size
+        self.process = subprocess.Popen(
+            [binary, str(size), str(cpu)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.address = self._answer()[0]
+
+    def _answer(self) -> list[int]:
+        assert self.process.stdout is not None
+        words = self.process.stdout.readline().split()
+        if words[:1] != ["ok"]:
+            raise RuntimeError(f"the load said {' '.join(words)!r}")
+        return [int(word) for word in words[1:]]
+
+    def ask(self, *words: object) -> list[int]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(" ".join(map(str, words)) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+class Bench:
+    """Programs, directories, and what was measured so far."""
+
+    def __init__(self, directory: Path, shm: Path, disk: Path, quick: bool, tell: Callable[[str], None]) -> None:
+        self.shm, self.disk, self.quick, self.tell = shm, disk, quick, tell
+        self.rows: list[Row] = []
+        self.pairs = 3 if quick else 7
+        self.fault_mib = 32 if quick else 128
+        native = ROOT / "tierd" / "native"
+        sources = [str(native / name) for name in ("sys.c", "inject.c", "inject_x86_64.c", "inject_other.c")]
+        flags = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{native}"]
+        self.load_binary, self.bare_binary = directory / "load", directory / "bare"
+        subprocess.run([*flags, str(HERE / "load.c"), "-o", str(self.load_binary)], check=True)
+        subprocess.run([*flags, str(HERE / "bare.c"), *sources, "-o", str(self.bare_binary)], check=True)
+        self._number = 0
+
+    def bare(self, *words: object) -> list[int]:
+        done = subprocess.run([self.bare_binary, *map(str, words)], capture_output=True, text=True)
+        if done.returncode or not done.stdout.startswith("ok"):
+            raise RuntimeError(f"the bare program said {done.stdout + done.stderr!r}")
+        return [int(word) for word in done.stdout.split()[1:]]
+
+    def load(self, size: int, cpu: int = LOAD_CPU) -> Load:
+        return Load(self.load_binary, size, cpu)
+
+    @contextlib.contextmanager
+    def served(
+        self, load: Load, style: Style = "sleep", readahead: int = 1, direct: Literal["on", "off"] = "off"
+    ) -> Iterator[Served]:
+        """The load's guest, attached as the daemon does it, with the fault thread waiting in `style`."""
+        self._number += 1
+        spin_us, follow, _ = STYLES[style]
+        served = attach(
+            read_spec(load.process.pid, "bench"),
+            engine=choose(),
+            store=FileStore(self.disk / "store", None, direct),
+            guests_dir=prepare_runtime_dir(self.shm),
+            tuning=Tuning(1.0, readahead, fault_spin_us_max=spin_us, follow=follow),
+            swap_can_receive=False,
+            capacity_pages=1 << 40,
+        )
+        with served:
+            yield served
+
+    def add(self, name: str, unit: str, measured: float, limit: float, bound: float, at_least: bool = False) -> None:
+        ratio = measured / limit
+        sign = ">=" if at_least else "<="
+        ok = ratio >= bound if at_least else ratio <= bound
+        self.rows.append(Row(name, unit, round(measured, 3), round(limit, 3), round(ratio, 3), f"{sign} {bound:g}", ok))
+
+
+def evict_all(served: Served) -> None:
+    phases = cycle.Phases()
+
+    def done() -> bool:
+        cycle.scan_and_deactivate(served.native, phases, lambda: None)
+        with contextlib.suppress(KernelError):
+            cycle.evict(
+                served.native, min_idle_s=0, max_bytes=1 << 50, page_bytes=PAGE, phases=phases, check=lambda: None
+            )
+        c = served.native.counters()
+        return bool(c["state_pages"][0] <= c["untouched_pages"])
+
+    wait_for(done, "everything evicted", 120)
+
+
+def warm(served: Served) -> None:
+    """The store's file into the page cache, which eviction keeps it out of: what is measured is not the disk."""
+    with open(served.space.path, "rb", buffering=0) as file:
+        while file.read(4 * MIB):
+            pass
+
+
+@contextlib.contextmanager
+def on_cpu(cpu: int) -> Iterator[None]:
+    """This thread, and those that it starts, on one CPU."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def tierd_faults(bench: Bench, load: Load, served: Served, count: int) -> tuple[float, float]:
+    evict_all(served)
+    warm(served)
+    p50, p99 = load.ask("random", count)
+    return p50 / 1000, p99 / 1000
+
+
+def bare_faults(bench: Bench, style: Style, pages: int, count: int) -> tuple[float, float]:
+    waiting = "spin" if style == "spin" else "sleep"
+    p50, p99 = bench.bare("fault", waiting, pages, count, bench.disk / "bare", LOAD_CPU, STYLES[style][2])
+    return p50 / 1000, p99 / 1000
+
+
+def fault_pairs(bench: Bench, style: Style) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    pages = bench.fault_mib * MIB // PAGE
+    count, ours, bare = pages // 4, [], []
+    with bench.load(bench.fault_mib * MIB) as load, on_cpu(OTHER_CPU):
+        load.ask("fill")
+        with bench.served(load, style) as served:
+            for i in range(bench.pairs):
+                bench.tell(f"a: {style}, pair {i + 1} of {bench.pairs}")
+                ours.append(tierd_faults(bench, load, served, count))
+                bare.append(bare_faults(bench, style, pages, count))
+    return ours, bare
+
+
+def row_a(bench: Bench) -> None:
+    for style in STYLES:
+        ours, bare = fault_pairs(bench, style)
+        for i, name in ((0, "p50"), (1, "p99")):
+            bench.add(f"a fault {style} {name}", "us", median([x[i] for x in ours]), median([x[i] for x in bare]), 1.15)
+    disturbed(bench, "an eviction runs", eviction_beside)
+    disturbed(bench, "Python is busy", python_beside)
+
+
+def disturbed(bench: Bench, what: str, beside: Callable[[Bench], contextlib.AbstractContextManager[None]]) -> None:
+    """p99 while something else goes on in the daemon, against its quiet value."""
+    quiet, busy = [], []
+    pages = bench.fault_mib * MIB // PAGE
+    with bench.load(bench.fault_mib * MIB) as load, on_cpu(OTHER_CPU):
+        load.ask("fill")
+        with bench.served(load, "follow") as served:
+            for i in range(bench.pairs):
+                bench.tell(f"a: while {what}, pair {i + 1} of {bench.pairs}")
+                quiet.append(tierd_faults(bench, load, served, pages // 4)[1])
+                evict_all(served)
+                warm(served)
+                with beside(bench):
+                    busy.append(load.ask("random", pages // 4)[1] / 1000)
+    bench.add(f"a fault p99 while {what}", "us", median(busy), median(quiet), 2.0)
+
+
+@contextlib.contextmanager
+def eviction_beside(bench: Bench) -> Iterator[None]:
+    """Another guest of the same daemon is evicted again and again."""
+    stop = threading.Event()
+    with bench.load(64 * MIB, OTHER_CPU) as other:
+        other.ask("fill")
+        with bench.served(other, direct="on") as served:
+
+            def work() -> None:
+                while not stop.is_set():
+                    evict_all(served)
+                    other.ask("walk")
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            try:
+                yield
+            finally:
+                stop.set()
+                thread.join()
+
+
+@contextlib.contextmanager
+def python_beside(bench: Bench) -> Iterator[None]:
+    stop = threading.Event()
+
+    def spin() -> None:
+        while not stop.is_set():
+            pass
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def row_b(bench: Bench) -> None:
+    pages, ours, bare = bench.fault_mib * MIB // PAGE, [], []
+    with bench.load(bench.fault_mib * MIB) as load, on_cpu(OTHER_CPU):
+        load.ask("fill")
+        with bench.served(load, "follow", readahead=16) as served:
+            for i in range(bench.pairs):
+                bench.tell(f"b: pair {i + 1} of {bench.pairs}")
+                evict_all(served)
+                warm(served)
+                ours.append(load.ask("walk", pages)[0] / pages / 1000)
+                bare.append(bare_faults(bench, "follow", pages, pages // 4)[0])
+    bench.add("b sequential fault, per page", "us", median(ours), median(bare), 0.35)
+
+
+def row_c(bench: Bench) -> None:
+    size, ours, bare = (256 if bench.quick else 1024) * MIB, [], []
+    with bench.load(size) as load:
+        load.ask("fill")
+        with bench.served(load) as served:
+            phases = cycle.Phases()
+            for i in range(min(bench.pairs, 5)):
+                bench.tell(f"c: pair {i + 1}")
+                load.ask("touch")
+                began = time.monotonic_ns()
+                cycle.scan_and_deactivate(served.native, phases, lambda: None)
+                served.native.idle_pages((0.0, 60.0, 120.0))
+                ours.append((time.monotonic_ns() - began) / 1e6 * (1024 * MIB / size))
+                load.ask("touch")
+                took = bench.bare("deactivate", load.process.pid, load.address, size)[0]
+                bare.append(took / 1e6 * (1024 * MIB / size))
+    bench.add("c deactivate + scan + ages, per GiB", "ms", median(ours), median(bare), 1.15)
+
+
+def row_d(bench: Bench) -> None:
+    size, ours, bare = (256 if bench.quick else 1024) * MIB, [], []
+    with bench.load(size) as load:
+        load.ask("fill")
+        with bench.served(load, readahead=64, direct="on") as served:
+            for i in range(3):
+                bench.tell(f"d: pair {i + 1} of 3")
+                phases = cycle.Phases()
+                cycle.scan_and_deactivate(served.native, phases, lambda: None)
+                began = time.monotonic_ns()
+                moved = cycle.evict(
+                    served.native,
+                    min_idle_s=0,
+                    max_bytes=1 << 50,
+                    page_bytes=PAGE_BYTES,
+                    phases=phases,
+                    check=lambda: None,
+                )
+                ours.append(moved / MIB / ((time.monotonic_ns() - began) / 1e9))
+                took = bench.bare("evict", size, bench.disk / "bare")[0]
+                bare.append(size / MIB / (took / 1e9))
+                load.ask("walk")
+                cycle.discard_fetched(served.native, phases, lambda: None)
+    bench.add("d eviction", "MiB/s", median(ours), median(bare), 0.8, at_least=True)
+
+
+def row_e(bench: Bench) -> None:
+    size, ours, bare = (256 if bench.quick else 1024) * MIB, [], []
+    for i in range(min(bench.pairs, 5)):
+        bench.tell(f"e: pair {i + 1}")
+        for times, tiered in ((ours, True), (bare, False)):
+            with bench.load(size) as load, contextlib.ExitStack() as stack:
+                if tiered:
+                    stack.enter_context(bench.served(load))
+                times.append(load.ask("fresh", size // PAGE)[0] / 1e6)
+    bench.add("e first touch of fresh memory", "ms", median(ours), median(bare), 1.1)
+
+
+def row_f(bench: Bench) -> None:
+    """The real daemon, with an idle guest at the default interval of 10 s."""
+    from tests.daemon.process import Daemon
+
+    size = 1024 * MIB
+    seconds = 12 if bench.quick else 40
+    with bench.load(size, -1) as load, Daemon(bench.shm / "f", bench.disk) as daemon:
+        load.ask("fill")
+        daemon.write(guests=[{"pid": load.process.pid}])
+        daemon.start()
+        daemon.tierd("attach", str(load.process.pid))
+        assert daemon.process is not None
+        ticks = os.sysconf("SC_CLK_TCK")
+
+        def cpu_s() -> float:
+            fields = Path(f"/proc/{daemon.process.pid}/stat").read_text().rpartition(")")[2].split()  # type: ignore[union-attr]
+            return (int(fields[11]) + int(fields[12])) / ticks
+
+        time.sleep(3)  # the first cycle deactivates everything; what is measured is an idle guest
+        before = cpu_s()
+        bench.tell(f"f: {seconds} s of an idle guest")
+        time.sleep(seconds)
+        used = cpu_s() - before
+        status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+        rss = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
+    bench.add("f own memory", "MiB", rss, 64 + size / MIB / 1000, 1.0)
+    bench.add("f CPU with an idle 1 GiB guest", "% of a core", 100 * used / seconds, 1.0, 1.0)
+
+
+def row_g(bench: Bench) -> None:
+    """One daemon with 64 guests of 8 MiB; faults of one of them."""
+    guests, ours, bare = 16 if bench.quick else 64, [], []
+    pages = bench.fault_mib * MIB // PAGE
+    with contextlib.ExitStack() as stack, on_cpu(OTHER_CPU):
+        for i in range(guests - 1):
+            bench.tell(f"g: guest {i + 1} of {guests}")
+            small = stack.enter_context(bench.load(8 * MIB, -1))
+            small.ask("fill")
+            stack.enter_context(bench.served(small))
+        load = stack.enter_context(bench.load(bench.fault_mib * MIB))
+        load.ask("fill")
+        served = stack.enter_context(bench.served(load, "follow"))
+        for i in range(bench.pairs):
+            bench.tell(f"g: pair {i + 1} of {bench.pairs}")
+            ours.append(tierd_faults(bench, load, served, pages // 4))
+            bare.append(bare_faults(bench, "follow", pages, pages // 4))
+    for i, name in ((0, "p50"), (1, "p99")):
+        bench.add(
+            f"g {guests} guests, fault {name}", "us", median([x[i] for x in ours]), median([x[i] for x in bare]), 1.5
+        )
+
+
+ROWS: dict[str, Callable[[Bench], None]] = {
+    "a": row_a, "b": row_b, "c": row_c, "d": row_d, "e": row_e, "f": row_f, "g": row_g,
+}  # fmt: skip
+
+
+def show(rows: list[Row], console: Console) -> None:
+    table = Table("row", "measured", "limit", "unit", "ratio", "bound", "")
+    for row in rows:
+        table.add_row(
+            row.row, f"{row.measured:g}", f"{row.limit:g}", row.unit, f"{row.ratio:g}", row.bound,
+            "[green]ok" if row.ok else "[red]missed",
+        )  # fmt: skip
+    console.print(table)
+
+
+@click.command()
+@click.option("--rows", default="a,b,c,d,e,f,g", show_default=True)
+@click.option("--quick", is_flag=True, help="Smaller and fewer: for a look, not for a figure.")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON instead of a table.")
+@click.option("--output", type=click.Path(path_type=Path), default=ROOT / "build" / "bench.json")
+def main(rows: str, quick: bool, as_json: bool, output: Path) -> None:
+    """Measure tierd against the limit."""
+    console = Console(stderr=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="tierd-bench-") as directory,
+        tempfile.TemporaryDirectory(prefix="tierd-bench-", dir="/dev/shm") as shm,
+        tempfile.TemporaryDirectory(prefix="tierd-bench-", dir="/var/tmp") as disk,
+        console.status("") as status,
+    ):
+        (Path(shm) / "f").mkdir()
+        bench = Bench(Path(directory), Path(shm), Path(disk), quick, status.update)
+        for name in rows.split(","):
+            ROWS[name](bench)
+    output.parent.mkdir(exist_ok=True)
+    found: list[dict[str, Any]] = [asdict(row) for row in bench.rows]
+    output.write_text(json.dumps(found, indent=2) + "\n")
+    if as_json:
+        print(json.dumps(found))
+    else:
+        show(bench.rows, Console(file=sys.stdout))
+
+
+if __name__ == "__main__":
+    main()
