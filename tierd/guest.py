@@ -12,9 +12,10 @@ from __future__ import annotations
 import enum
 import errno
 import os
+import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tierd.attach import GuestSpec, Refused
 from tierd.attach.preflight import HolderScan, preflight, recheck, swap_can_receive
 from tierd.config import Policy
 from tierd.engine import Engine
-from tierd.native import STATES
+from tierd.native import STATES, STORE_WRITE, KernelError
 from tierd.serve import PAGE_BYTES, Served, Tuning, adopt, attach, key_of
 from tierd.store import StoreError
 from tierd.store.file import FileStore
@@ -48,6 +49,7 @@ class Host:
     guests_dir: Path
     boot_id: str
     holders: HolderScan
+    store_trouble: dict[str, str] = field(default_factory=dict)  # guest's key -> why the store did not take its pages
 
 
 class Ending(enum.Enum):
@@ -188,6 +190,7 @@ class Guest:
                 served.leave()
         if self._ending in (Ending.DETACHED, Ending.EXITED):
             served.forget()
+        self._host.store_trouble.pop(self.key, None)
 
     async def _watch_exit(self, served: Served) -> None:
         await trio.lowlevel.wait_readable(served.pidfd)
@@ -212,20 +215,22 @@ class Guest:
             return
         if not self.policy.enabled:
             return
+        evicted = 0
         try:
             await _in_worker(self._recheck)
             await _in_worker(cycle.scan_and_deactivate, served.native, self.phases, trio.from_thread.check_cancelled)
             decision = policies.decide(self.policy, await _in_worker(self._sample, served))
             self._reason = decision.reason
             if decision.evict_bytes_max and not self._paused and trio.current_time() >= self._not_before:
-                await self._evict(served, decision.min_idle_s, decision.evict_bytes_max)
+                evicted = await self._evict(served, decision.min_idle_s, decision.evict_bytes_max)
             await _in_worker(cycle.discard_fetched, served.native, self.phases, trio.from_thread.check_cancelled)
         except Refused as refused:
             await self._give_up(served, refused)
         except (OSError, StoreError) as error:
             self._failed(error)
         else:
-            self._recovered()
+            if evicted or self.key not in self._host.store_trouble:  # a store is well again once it has taken something
+                self._recovered()
         self._cycles += 1
 
     def _recheck(self) -> None:
@@ -268,7 +273,11 @@ class Guest:
         if isinstance(error, OSError) and error.errno == errno.ESRCH:
             return  # the VMM is exiting; _watch_exit ends the guest
         self._failures += 1
-        self._not_before = trio.current_time() + min(self.policy.interval_s * 2**self._failures, BACK_OFF_S_MAX)
+        pause_s = min(self.policy.interval_s * 2 ** min(self._failures, 20), BACK_OFF_S_MAX)
+        # guests that failed together do not try again together
+        self._not_before = trio.current_time() + pause_s * random.uniform(0.5, 1.0)
+        if isinstance(error, KernelError) and error.strerror == STORE_WRITE:
+            self._host.store_trouble[self.key] = str(error)
         if self._trouble != str(error):
             self._trouble = str(error)
             self._log.warning("eviction_failed", error=str(error), pages="stay with the guest")
@@ -277,6 +286,7 @@ class Guest:
         if self._trouble is not None and trio.current_time() >= self._not_before:
             self._log.info("eviction_works_again", after=self._trouble)
             self._trouble, self._failures = None, 0
+            self._host.store_trouble.pop(self.key, None)
 
     async def _give_up(self, served: Served, refused: Refused) -> None:
         """A hazard appeared after the attach: no more evictions, and everything comes back."""

@@ -7,46 +7,15 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.daemon.process import OURS, POLICY, Daemon
-from tests.kernel.conftest import kernel, vmm_binary  # noqa: F401  (fixtures)
-from tests.kernel.vmm import MIB, Vmm, userfaultfds, vm_flags, wait_for
+from tests.daemon.process import OURS, POLICY, Boot, Daemon, evicted
+from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
+from tests.kernel.vmm import MIB, userfaultfds, vm_flags, wait_for
 from tests.need import need
-
-Boot = Callable[..., Vmm]
-
-
-@pytest.fixture
-def boot(vmm_binary: Path, tmp_path: Path) -> Iterator[Boot]:  # noqa: F811
-    """Starts a VMM that discovery takes for QEMU: by the name of its executable and its -name."""
-    qemu = tmp_path / "qemu-system-test"
-    qemu.symlink_to(vmm_binary)
-    with ExitStack() as guests:
-
-        def start(name: str, size: int = 16 * MIB) -> Vmm:
-            vmm = guests.enter_context(
-                Vmm(vmm_binary, f"bytes={size}", "-name", f"guest={name}{OURS},debug-threads=on", arg0=str(qemu))
-            )
-            vmm.ask("fill")
-            return vmm
-
-        yield start
-
-
-@pytest.fixture
-def daemon(tmpfs_dir: Path, disk_dir: Path) -> Iterator[Daemon]:
-    with Daemon(tmpfs_dir, disk_dir) as daemon:
-        yield daemon
-
-
-def evicted(daemon: Daemon, name: str, vmm: Vmm) -> None:
-    wait_for(lambda: daemon.stored_bytes(name) > 0.9 * vmm.pages * vmm.page_bytes, f"guest {name} is evicted")
 
 
 def test_a_guests_whole_life(daemon: Daemon, boot: Boot) -> None:
@@ -287,3 +256,31 @@ def test_nothing_leaks(daemon: Daemon, boot: Boot) -> None:
     for _ in range(5):
         once()
     assert (held(proc), held(Path(f"/proc/{vmm.pid}"))) == before
+
+
+def store_healthy(daemon: Daemon) -> float:
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(daemon.socket)), base_url="http://tierd") as client:
+        text = client.get("/metrics").text
+    return float(next(line.split()[1] for line in text.splitlines() if line.startswith("tierd_store_healthy{")))
+
+
+def test_a_store_that_does_not_take_pages(daemon: Daemon, boot: Boot) -> None:
+    """Writes fail (the file may not grow): the pages stay, it is said once, and goes on when the store does."""
+    vmm = boot("web")
+    daemon.write(guests=[{"name": f"*{OURS}", **POLICY, "dry_run": True}])
+    daemon.start()
+    daemon.wait_active("web")
+    assert daemon.process is not None
+    limit = ["prlimit", "--pid", str(daemon.process.pid)]
+    subprocess.run([*limit, "--fsize=1048576:unlimited"], check=True)
+    daemon.write()
+    daemon.signal(signal.SIGHUP)
+    wait_for(lambda: store_healthy(daemon) == 0, "the store is said to be unhealthy")
+    wait_for(lambda: daemon.guests()["web"]["counters"]["store_write_errors"] >= 3, "it is tried again")
+    assert len(daemon.logged("eviction_failed")) == 1, "once per change, not once per try"
+    vmm.verify()
+    subprocess.run([*limit, "--fsize=unlimited:unlimited"], check=True)
+    evicted(daemon, "web", vmm)
+    assert store_healthy(daemon) == 1
+    assert daemon.logged("eviction_works_again")
+    vmm.verify()

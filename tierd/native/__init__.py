@@ -21,6 +21,9 @@ REGIONS_MAX = int(lib.TIERD_REGIONS_MAX)
 STATES = ("resident", "resolving", "leaving", "dropping", "stored", "moving", "arriving", "lost")
 
 
+STORE_WRITE = "store write"  # the noun of a KernelError when a store did not take a batch
+
+
 class KernelError(OSError):
     """A call of the data plane failed: errno, and what was being done (to which guest is known to the caller)."""
 
@@ -237,7 +240,7 @@ class NativeBatch:
 
     def write(self, tier: int) -> BatchResult:
         """Write durably to `tier`. KernelError ENOSPC: at capacity."""
-        return self._done(lib.tierd_batch_write(self._b, tier, self._result), "store write")
+        return self._done(lib.tierd_batch_write(self._b, tier, self._result), STORE_WRITE)
 
     def drop(self) -> BatchResult:
         """LEAVING -> DROPPING, punch exactly those runs, see the hole, STORED."""
