@@ -310,7 +310,8 @@ class Daemon:
                     )
                 told, tries = str(error), tries + 1
                 await trio.sleep(delay_s)
-                guest = self._guests[guest.key] = Guest(guest.spec, guest.policy, self.host, state_path=path)
+                paused = guest.paused or self._stopping  # what stopping has brought back stays there
+                guest = self._guests[guest.key] = Guest(guest.spec, guest.policy, self.host, path, paused)
                 continue
             if ending is Ending.DETACHED:
                 self._left.add(guest.key)
@@ -347,10 +348,15 @@ class Daemon:
 
     async def detach(self, key: str, progress: Progress) -> None:
         guest = self._guests[key]
-        self._left.add(key)
         if guest.served:
             await guest.detach(progress)
+        elif (self.host.guests_dir / (key + SUFFIX)).exists():
+            raise RequestRefused(
+                f"guest {guest.name} is not served ({guest.status().reason}), but pages of it may be in the store",
+                "remove the cause; tierd goes on trying to adopt it, and then it can be detached",
+            )
         else:
+            self._left.add(key)
             self._guests.pop(key, None)
             self._try_again(guest.pid)
 
@@ -404,6 +410,8 @@ class Daemon:
                     path=str(store.path),
                     capacity_bytes=store.used_bytes() + store.free_bytes(),
                     used_bytes=store.used_bytes(),
+                    healthy=not self.host.store_trouble,
+                    reason="; ".join(sorted(set(self.host.store_trouble.values()))),
                 )
             ],
         )
@@ -442,7 +450,7 @@ def configure_logging(level: str, format: str) -> None:
             structlog.dev.ConsoleRenderer() if for_people else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(numbers[level]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
     )
 
 
@@ -457,8 +465,19 @@ async def _run(config: Config, config_path: Path) -> None:
         os.close(lock)
 
 
+def fill_standard_descriptors() -> None:
+    """One that was closed would be given to the next file that is opened, a guest's memory perhaps; and whoever prints to
+    it (the C library when it aborts) would print there."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    # None where Python found them closed
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+
+
 def main(config_path: Path) -> int:
     """Run the daemon until it is told to stop; the exit status. One line on stderr says what keeps it from starting."""
+    fill_standard_descriptors()
     config = load(config_path)  # ConfigErrors: the CLI prints them all
     configure_logging(config.log.level, config.log.format)
     try:

@@ -65,7 +65,9 @@ def no_progress(done_bytes: int, total_bytes: int) -> None:
 class Guest:
     """A guest that tierd serves. All methods belong to the trio thread."""
 
-    def __init__(self, spec: GuestSpec, policy: Policy, host: Host, state_path: Path | None = None) -> None:
+    def __init__(
+        self, spec: GuestSpec, policy: Policy, host: Host, state_path: Path | None = None, paused: bool = False
+    ) -> None:
         """`state_path`: adopt what a predecessor left there, instead of attaching."""
         self.spec, self.policy = spec, policy
         self.key = key_of(spec)
@@ -74,7 +76,7 @@ class Guest:
         self._log = structlog.get_logger().bind(guest=spec.name, pid=spec.pid)
         self._state: State = "attaching"
         self._reason = ""
-        self._paused = False
+        self._paused = paused
         self._trouble: str | None = None
         self._failures = 0
         self._not_before = -1e9
@@ -82,6 +84,7 @@ class Guest:
         self._worker = trio.Lock()
         self._ending: Ending | None = None
         self._ended = trio.Event()
+        self._end_failure: Exception | None = None
         self._scope = trio.CancelScope()
         self._wake = trio.Event()
         self._served: Served | None = None
@@ -95,6 +98,10 @@ class Guest:
     @property
     def pid(self) -> int:
         return self.spec.pid
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
 
     @property
     def served(self) -> bool:
@@ -113,7 +120,7 @@ class Guest:
             raise
         finally:
             self.begun.set()
-        self._state = "active"
+        self._state = "paused" if self._paused else "active"
         self._log.info(
             "guest_adopted" if served.adoption else "guest_attached",
             engine=self._host.engine.name,
@@ -127,8 +134,13 @@ class Guest:
             with trio.CancelScope(shield=True):  # an order may still have a thread in the guest's tables: bounded
                 async with self._worker:
                     self._served = None
-                    await trio.to_thread.run_sync(self._end, served)
-            self._ended.set()
+                    try:
+                        await trio.to_thread.run_sync(self._end, served)
+                    except Exception as error:
+                        self._end_failure = error
+                        raise
+                    finally:
+                        self._ended.set()
         assert self._ending is not None
         self._log.info("guest_ended", how=self._ending.value)
         return self._ending
@@ -236,6 +248,8 @@ class Guest:
     def _recheck(self) -> None:
         """What may have changed since preflight: another mapper, a pin, swap, other regions. Refused says which."""
         recheck(self.spec, self.policy, self._host.holders)
+        if self._served is not None:
+            self._served.adapt(swap_can_receive(self.spec.pid))
 
     def _sample(self, served: Served) -> policies.Sample:
         stored = served.space.used_bytes()
@@ -361,18 +375,24 @@ class Guest:
             return await self._restore_all(served, progress)
 
     async def detach(self, progress: Progress = no_progress) -> None:
-        """Bring every page back, then leave the VMM as if we had never been there. RequestRefused: not enough memory."""
-        served = self._must_serve()
+        """Bring every page back, then leave the VMM as if we had never been there. RequestRefused: not enough memory, or
+        the VMM cannot be left now; it is served on."""
+        served, before = self._must_serve(), self._state
         self._state = "detaching"
         async with self._worker:
             try:
                 await self._restore_all(served, progress)
             except BaseException:
-                self._state = "active"
+                self._state = before
                 raise
             self._ending = self._ending or Ending.DETACHED
             self._scope.cancel()
         await self._ended.wait()
+        if self._end_failure is not None:
+            raise RequestRefused(
+                f"every page of guest {self.name} is back, but its VMM could not be left ({self._end_failure})",
+                "if the VMM is stopped or frozen, let it run, and try again; tierd goes on serving it",
+            ) from self._end_failure
 
     def refuse(self, reason: str) -> None:
         """Not served, for a reason that an operator can see in `tierd status`."""

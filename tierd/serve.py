@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from tierd.attach.procfs import open_memfd, start_ticks
 from tierd.attach.ptrace import close_in_vmm, pick_thread, pidfd_getfd, take_userfaultfd
 from tierd.engine import Engine
 from tierd.native import (
+    STATES,
     Adoption,
     Identity,
     KernelError,
@@ -36,6 +38,7 @@ from tierd.store.file import FileSpace, FileStore, file_system_of
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 SUFFIX = ".state"
 EPOCH_S_MAX, EPOCH_S_MIN = 8.0, 0.05
+LEAVE_S_MAX = 10.0
 
 
 class StateError(Exception):
@@ -60,8 +63,9 @@ class Tuning:
 class Served:
     """Everything tierd holds of one guest. `close` leaves the guest's pages where they are; `leave` and `forget` end it."""
 
-    def __init__(self, spec: GuestSpec, state_path: Path) -> None:
+    def __init__(self, spec: GuestSpec, state_path: Path, engine: Engine) -> None:
         self.spec = spec
+        self._engine = engine
         self.state_path = state_path
         self.zap = Zap.PAGEOUT
         self.adoption: Adoption | None = None
@@ -89,12 +93,32 @@ class Served:
         """Memory that the guest's files occupy now (blocks, not RSS: deactivation alone empties RSS)."""
         return sum(os.fstat(fd).st_blocks * 512 for fd in self.memfds)
 
+    def adapt(self, swap_can_receive: bool) -> None:
+        """Before every pass: swap may have come, or gone, since the last one. Worker."""
+        zap = self._engine.zap(swap_can_receive)
+        if zap is not self.zap:
+            self.native.set_zap(zap, pick_thread(self.spec.pid) if zap is Zap.INJECT else 0)
+            self.zap = zap
+
     def leave(self) -> None:
         """Give the guest back to its VMM: unregister, close the VMM's userfaultfd. KernelError EBUSY while a page is
-        stored: restore first."""
-        self.native.disarm()
+        stored: restore first. Blocks for as long as faults are in service, at most LEAVE_S_MAX."""
+        self._disarm()
         self.native.stop()
         close_in_vmm(self.spec.pid, self.uffd_in_vmm)
+
+    def _disarm(self) -> None:
+        """A guest goes on faulting: a page that a fault thread owns just now is busy, too, but only for a moment. Nothing
+        was unregistered when EBUSY is the answer."""
+        until = time.monotonic() + LEAVE_S_MAX
+        while True:
+            try:
+                return self.native.disarm()
+            except KernelError as error:
+                stored = self.native.counters()["state_pages"][STATES.index("stored")]
+                if error.errno != errno.EBUSY or stored or time.monotonic() > until:
+                    raise
+                time.sleep(0.001)
 
     def forget(self) -> None:
         """Remove the state file and the stored pages. Only for a guest that is gone or was left."""
@@ -182,7 +206,7 @@ def attach(
     capacity_pages: int,
 ) -> Served:
     """Begin to serve a guest that passed preflight. On any error nothing of it stays, in the VMM neither."""
-    served = Served(spec, guests_dir / (key_of(spec) + SUFFIX))
+    served = Served(spec, guests_dir / (key_of(spec) + SUFFIX), engine)
     with _undone_on_error(served), contextlib.ExitStack() as on_error:
         _take_descriptors(served)
         taken = take_userfaultfd(spec.pid)
@@ -296,7 +320,7 @@ def adopt(
         cmdline=(),
         regions=tuple(Region(r.address, r.bytes, r.offset, r.device, r.inode) for r in regions),
     )
-    served = Served(spec, state_path)
+    served = Served(spec, state_path, engine)
     served.table_fd = served._own(fd)
     with _undone_on_error(served):
         _take_descriptors(served)

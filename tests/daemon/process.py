@@ -9,16 +9,18 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.kernel.vmm import wait_for
+from tests.kernel.vmm import Vmm, wait_for
 from tierd.client import Client, Unreachable
 
 OURS = f".{os.getpid()}"  # ends the names of guests of this run: another run on this host has its own
 POLICY = {"min_idle_s": 0.2, "unsafe_min_idle": True, "interval_s": 0.1, "idle_intervals": 2}
+Boot = Callable[..., Vmm]
 
 
 class Daemon:
@@ -49,13 +51,13 @@ class Daemon:
         }
         self.config.write_text(yaml.safe_dump(usual | settings))
 
-    def start(self, ready: bool = True) -> None:
+    def start(self, through: Sequence[str] = ()) -> None:
+        """`through`: a command that executes the one it is given."""
         environment = {**os.environ, "NOTIFY_SOCKET": str(self.notify_path), "WATCHDOG_USEC": "400000"}
-        command = [sys.executable, "-m", "tierd", "run", "--config", str(self.config)]
+        command = [*through, sys.executable, "-m", "tierd", "run", "--config", str(self.config)]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-        if ready:
-            self.wait_told("READY=1")
+        self.wait_told("READY=1")
 
     def wait_told(self, wanted: str) -> str:
         """The next notification with `wanted` in it."""
@@ -99,6 +101,10 @@ class Daemon:
         ]
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
         self.process.send_signal(number)
@@ -122,3 +128,7 @@ class Daemon:
             self.process.wait()
         if self.log_path.exists():
             print(self.log_path.read_text()[-4000:])  # seen where the test failed
+
+
+def evicted(daemon: Daemon, name: str, vmm: Vmm) -> None:
+    wait_for(lambda: daemon.stored_bytes(name) > 0.9 * vmm.pages * vmm.page_bytes, f"guest {name} is evicted")

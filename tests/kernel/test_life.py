@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,10 +40,11 @@ def test_everything_leaves_and_comes_back(start_vmm: Start, host: Host, variant:
         assert c["pages_evicted_zero"] == c["tier_pages"][0] == 50
         assert tiered.served.space.used_bytes() >= (vmm.pages - 50) * PAGE
         vmm.verify()
+        # the last page is counted after its waiter was woken
+        wait_for(lambda: tiered.counters()["pages_fetched"] >= vmm.pages, "every page was fetched")
         c = tiered.counters()
         assert c["state_pages"][4] == 0
         assert c["faults_fetch"] > 0
-        assert c["pages_fetched"] + c["faults_wait"] >= vmm.pages
         if variant.get("readahead_pages") == 1:
             assert c["pages_readahead"] == 0
         else:
@@ -69,16 +69,18 @@ def test_a_busy_guest_reads_what_it_wrote(start_vmm: Start, host: Host, variant:
     vmm.ask("fill")
     with host.attached(vmm, **variant) as tiered:
         vmm.ask("run", 4000, 50)
-        until = time.monotonic() + 3
-        while time.monotonic() < until:
+
+        def much_happened() -> bool:
             tiered.scan()
             tiered.evict()
             tiered.discard()
+            c = tiered.counters()
+            return bool(c["pages_evicted"] > 2 * vmm.pages and c["faults_fetch"] > 1000)
+
+        wait_for(much_happened, "1,000 faults", seconds=60)
         _, wrong = vmm.ask("stop")
         c = tiered.counters()
         assert wrong == 0
-        assert c["pages_evicted"] > vmm.pages
-        assert c["faults_fetch"] > 100
         assert c["pages_lost"] == c["checksum_errors"] == c["kernel_errors"] == 0
         vmm.verify()
         tiered.leave()
@@ -168,8 +170,7 @@ def test_a_vmm_that_is_killed_in_mid_eviction(start_vmm: Start, host: Host) -> N
             nonlocal pages
             pages += 1
             if pages == 8:
-                vmm.process.kill()
-                vmm.process.wait()
+                vmm.kill()
 
         with pytest.raises(OSError) as caught:
             for _ in range(1000):
@@ -248,25 +249,32 @@ def test_two_daemons_cannot_serve_one_guest(start_vmm: Start, host: Host, tmp_pa
     assert str(vmm.pid) in caught.value.evidence
 
 
-def test_a_real_vcpu(vcpu_binary: Path, host: Host) -> None:
+@pytest.mark.parametrize("variant", [{}, {"zap": Zap.INJECT, "use_pagemap": True}], ids=["default", "inside"])
+def test_a_real_vcpu(vcpu_binary: Path, host: Host, variant: dict[str, Any]) -> None:
     """Faults of a vCPU are taken in the kernel, through KVM's own page tables."""
     with Vmm(vcpu_binary, arg0="qemu-system-x86_64") as vmm:
         vmm.ask("fill")
-        with host.attached(vmm) as tiered:
+        with host.attached(vmm, **variant) as tiered:
             vmm.ask("run", 2000)
-            until = time.monotonic() + 3
-            while time.monotonic() < until:
+
+            def much_happened() -> bool:
                 tiered.scan()
                 tiered.evict()
                 tiered.discard()
+                return bool(tiered.counters()["pages_evicted"] > 1000 and vmm.stats()["operations"] > 20)
+
+            wait_for(much_happened, "20 laps over memory that leaves", seconds=60)
             laps, wrong = vmm.ask("stop")
-            assert laps > 20
             assert wrong == 0
-            assert tiered.counters()["pages_evicted"] > 500
             vmm.verify()
             tiered.evict_all(but_pages=8)  # KVM itself holds one or two
             vmm.ask("run")
             wait_for(lambda: vmm.stats()["operations"] > laps + 5, "laps over evicted memory")
-            vmm.ask("stop")
-            vmm.verify()
+            tiered.restore_all()  # under the running vCPU
+            assert tiered.counters()["pages_lost"] == tiered.counters()["kernel_errors"] == 0
             tiered.leave()
+        before = vmm.stats()["operations"]
+        wait_for(lambda: vmm.stats()["operations"] > before + 5, "laps without us")
+        vmm.ask("stop")
+        vmm.verify()
+        assert not userfaultfds(vmm.pid)

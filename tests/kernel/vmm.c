@@ -6,8 +6,8 @@
  *   vmm [bytes=N] [regions=N] [threads=N] [kind=memfd|private|anonymous|huge|file:PATH] [name=MEMFD] [close] [ARGUMENT...]
  *
  * `bytes` is the size of each region; pages are numbered through all regions. A page is either zeros (sequence 0) or words
- * that follow from its number and its sequence, which each write raises by one. Thread i owns the pages p with
- * p % threads == i, so that every read can be checked without a lock. Arguments without a meaning here are left alone: a test
+ * that follow from its number and its sequence, which no write uses twice: older bytes are never right. Thread i owns the
+ * pages p with p % threads == i, so that every read can be checked without a lock. Arguments without a meaning here are left alone: a test
  * gives the command line of a QEMU.
  */
 #define _GNU_SOURCE
@@ -33,6 +33,7 @@ uint64_t page_bytes, pages;
 uint32_t *sequence;
 int memfd[REGIONS_MAX];
 
+static uint32_t *writes; /* by page; does not start again when a page becomes zeros */
 static uint64_t region_bytes = 64 << 20, region_count = 1, thread_count = 2;
 static const char *kind = "memfd", *memfd_name = "memory-backend-memfd";
 static bool close_memfd;
@@ -69,7 +70,7 @@ static void check_word(uint64_t page, uint64_t key, uint64_t i, uint64_t got)
 }
 
 /* Stops at the first wrong word of a page: the others are wrong, too. */
-static void check_page(uint64_t page, const uint64_t *words)
+void check_page(uint64_t page, const uint64_t *words)
 {
 	uint64_t key = key_of(page), before = atomic_load(&wrong_values);
 
@@ -77,11 +78,11 @@ static void check_page(uint64_t page, const uint64_t *words)
 		check_word(page, key, i, words[i]);
 }
 
-static void write_page(uint64_t page, uint64_t *to)
+void write_page(uint64_t page, uint64_t *to)
 {
 	uint64_t key;
 
-	sequence[page]++;
+	sequence[page] = ++writes[page];
 	key = key_of(page);
 	for (uint64_t i = 0; i < page_bytes / 8; i++)
 		to[i] = word_of(key, i);
@@ -314,6 +315,7 @@ static const struct command commands[] = {
 	{"filter", filter},
 	{"collapse", collapse},
 	{"give-back", give_back},
+	{"balloon", balloon},
 	{"replace", replace_mapping},
 	{NULL, NULL},
 };
@@ -383,7 +385,8 @@ int main(int argc, char **argv)
 		snprintf(addresses + strlen(addresses), 20, " %#lx", (uint64_t)region[i]);
 	}
 	sequence = calloc(pages, sizeof(*sequence));
-	if (!sequence)
+	writes = calloc(pages, sizeof(*writes));
+	if (!sequence || !writes)
 		die("shadow");
 	hot_count = pages;
 	start_threads();

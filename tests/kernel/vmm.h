@@ -15,6 +15,10 @@ uint64_t *page_at(uint64_t page);
 /* of FIRST COUNT; COUNT 0 or missing: up to the end */
 uint64_t end_of(const uint64_t *a);
 
+/* each page is checked up to its first wrong word */
+void check_page(uint64_t page, const uint64_t *words);
+void write_page(uint64_t page, uint64_t *to);
+
 void map_second(const uint64_t *a, int count);
 void unmap_second(const uint64_t *a, int count);
 void lock(const uint64_t *a, int count);
@@ -30,6 +34,7 @@ void unregister_own(const uint64_t *a, int count);
 void filter(const uint64_t *a, int count);
 void collapse(const uint64_t *a, int count);
 void give_back(const uint64_t *a, int count);
+void balloon(const uint64_t *a, int count);
 void replace_mapping(const uint64_t *a, int count);
 
 #endif

@@ -26,19 +26,22 @@
 
 static int pipe_of_splice[2] = {-1, -1}, ring = -1, own_uffd = -1;
 static void *second = MAP_FAILED;
+static uint64_t second_bytes;
 static pid_t child;
 
+/* PRIVATE PAGES (0 or missing: 1) */
 void map_second(const uint64_t *a, int count)
 {
 	(void)count;
-	second = mmap(NULL, page_bytes, PROT_READ | PROT_WRITE, a[0] ? MAP_PRIVATE : MAP_SHARED, memfd[0], 0);
+	second_bytes = (a[1] ? a[1] : 1) * page_bytes;
+	second = mmap(NULL, second_bytes, PROT_READ | PROT_WRITE, a[0] ? MAP_PRIVATE : MAP_SHARED, memfd[0], 0);
 	answer(second == MAP_FAILED ? -1 : 0);
 }
 
 void unmap_second(const uint64_t *a, int count)
 {
 	(void)a, (void)count;
-	answer(munmap(second, page_bytes));
+	answer(munmap(second, second_bytes));
 }
 
 void lock(const uint64_t *a, int count)
@@ -162,6 +165,36 @@ void give_back(const uint64_t *a, int count)
 	for (uint64_t page = a[0]; page < end_of(a); page++)
 		sequence[page] = 0;
 	answer(madvise(page_at(a[0]), (end_of(a) - a[0]) * page_bytes, MADV_REMOVE));
+}
+
+/*
+ * FIRST COUNT ROUNDS, at any time, on pages that no thread works on (see `hot`): gives each page back, reads it, writes it
+ * again. It must read as zeros or, had it left the guest, as what it held: never as a mixture or as anything older.
+ */
+void balloon(const uint64_t *a, int count)
+{
+	uint64_t zeros = 0, kept = 0;
+
+	(void)count;
+	for (uint64_t round = 0; round < a[2]; round++) {
+		for (uint64_t page = a[0]; page < end_of(a); page++) {
+			uint64_t *words = page_at(page);
+
+			if (madvise(words, page_bytes, MADV_REMOVE)) {
+				answer(-1);
+				return;
+			}
+			if (*(volatile uint64_t *)words) {
+				kept++;
+			} else {
+				zeros++;
+				sequence[page] = 0;
+			}
+			check_page(page, words);
+			write_page(page, words);
+		}
+	}
+	say("ok %lu %lu", zeros, kept);
 }
 
 /* The mapping of one page is another one from now on. */

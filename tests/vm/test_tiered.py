@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,12 +12,6 @@ from tests.kernel.vmm import wait_for
 from tierd.demo.guest import DemoGuest
 
 KILLS = 20
-
-
-@pytest.fixture
-def daemon(tmpfs_dir: Path, disk_dir: Path) -> Iterator[Daemon]:
-    with Daemon(tmpfs_dir, disk_dir) as daemon:
-        yield daemon
 
 
 @pytest.mark.timeout(240)

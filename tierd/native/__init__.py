@@ -346,6 +346,10 @@ class NativeGuest:
         check(lib.tierd_guest_idle(self._g, ffi.new("double[]", list(edges_s)), len(edges_s), out), "ages")
         return tuple(out)
 
+    def set_zap(self, zap: Zap, inject_tid: int) -> None:
+        """How pages are deactivated from the next pass on; `inject_tid` is a thread of the VMM, for Zap.INJECT. Worker."""
+        check(lib.tierd_guest_set_zap(self._g, int(zap), inject_tid), "choice of the deactivation")
+
     def run_pass(self, first_page: int) -> Pass:
         """Scan one stretch (at most a chunk) from `first_page`, stamp what was touched, deactivate it. Worker."""
         out = ffi.new("struct tierd_pass *")

@@ -199,6 +199,18 @@ static int pass(struct tierd_guest *g, uint64_t first_page, struct tierd_pass *r
 	return error;
 }
 
+int tierd_guest_set_zap(struct tierd_guest *g, int32_t zap, int32_t inject_tid)
+{
+	int error = guest_enter(g);
+
+	if (error)
+		return error;
+	g->zap = zap;
+	g->inject_tid = inject_tid;
+	guest_leave(g);
+	return 0;
+}
+
 int tierd_guest_pass(struct tierd_guest *g, uint64_t first_page, struct tierd_pass *ret)
 {
 	int error = guest_enter(g);

@@ -175,6 +175,8 @@ int tierd_guest_idle(struct tierd_guest *g, const double *edges_s, uint32_t coun
 
 /* The calls below belong to the guest's one worker: a second one at the same time gets -EBUSY. All block. */
 
+/* How pages are deactivated from the next pass on: TIERD_ZAP_*, and the thread of the VMM that runs TIERD_ZAP_INJECT. */
+int tierd_guest_set_zap(struct tierd_guest *g, int32_t zap, int32_t inject_tid);
 /* Scans a stretch from first_page on (at most chunk_bytes of it), stamps what was touched, deactivates exactly that. */
 int tierd_guest_pass(struct tierd_guest *g, uint64_t first_page, struct tierd_pass *ret);
 /* Brings up to max_pages STORED pages back, from *next_page on. *next_page == pages of the guest when there are no more. */

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the service manager and the shell see of `tierd run`: notifications, descriptors, a second tierd on the host."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.daemon.process import Boot, Daemon, evicted
+from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
+from tests.kernel.vmm import wait_for
+
+
+@pytest.fixture
+def other_daemon() -> Iterator[Daemon]:
+    """A second tierd, with a runtime directory and a store of its own."""
+    tmpfs = Path(tempfile.mkdtemp(prefix="tierd-test-", dir="/dev/shm"))
+    disk = Path(tempfile.mkdtemp(prefix="tierd-test-", dir=os.environ.get("TIERD_TEST_DISK", "/var/tmp")))
+    try:
+        with Daemon(tmpfs, disk) as other:
+            yield other
+    finally:
+        shutil.rmtree(tmpfs)
+        shutil.rmtree(disk)
+
+
+def words(told: list[str]) -> list[str]:
+    """The first assignment of each notification, without those that come on a timer."""
+    firsts = [text.splitlines()[0] for text in told]
+    return [first for first in firsts if first != "WATCHDOG=1" and not first.startswith("STATUS=")]
+
+
+def test_a_life_as_the_manager_sees_it(daemon: Daemon, boot: Boot) -> None:
+    vmm = boot("web")
+    daemon.start()
+    evicted(daemon, "web", vmm)
+    daemon.signal(signal.SIGHUP)
+    reloading = daemon.wait_told("RELOADING=1")
+    ready = daemon.wait_told("READY=1")
+    daemon.signal(signal.SIGTERM)
+    stopping = daemon.wait_told("STOPPING=1")
+    extended = daemon.wait_told("EXTEND_TIMEOUT_USEC=")
+    assert daemon.wait() == 0
+    assert [word.partition("=")[0] for word in words(daemon.told)] == [
+        "READY",
+        "RELOADING",
+        "READY",
+        "STOPPING",
+        "EXTEND_TIMEOUT_USEC",
+    ]
+    assert "MONOTONIC_USEC=" in reloading  # systemd 253 and newer want it
+    assert daemon.process is not None
+    assert f"MAINPID={daemon.process.pid}" in ready
+    assert "STATUS=engine stock: 1 guests served, 0 not" in ready
+    assert "STATUS=on_stop: restore" in stopping
+    assert int(extended.partition("=")[2]) > 300e6  # stop_timeout_s, and some time for the rest
+    vmm.verify()
+
+
+def test_a_manager_that_does_not_listen_stops_nothing(daemon: Daemon, boot: Boot) -> None:
+    """Its socket takes a few messages and then no more. The guest must not notice."""
+    vmm = boot("web")
+    daemon.start()
+    evicted(daemon, "web", vmm)
+    wait_for(lambda: daemon.logged("notify_failed"), "the manager's socket is full")
+    vmm.verify()
+    evicted(daemon, "web", vmm)
+    vmm.verify()
+    assert len(daemon.logged("notify_failed")) == 1, "said once, not ten times a second"
+    seen = len(daemon.told)
+    while len(daemon.told) < seen + 15:  # more than the socket holds: it is told again
+        daemon.wait_told("")
+    daemon.signal(signal.SIGTERM)
+    daemon.wait_told("STOPPING=1")
+    assert daemon.wait() == 0
+
+
+def test_runs_without_standard_descriptors(daemon: Daemon, boot: Boot) -> None:
+    """Closed, their numbers would be given to a guest's memory next, and whatever is printed would land in it."""
+    vmm = boot("web")
+    daemon.start(through=["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"])
+    evicted(daemon, "web", vmm)
+    assert daemon.process is not None
+    for number in range(3):
+        assert os.readlink(f"/proc/{daemon.process.pid}/fd/{number}") == "/dev/null"
+    vmm.verify()
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    vmm.verify()
+
+
+def test_another_tierd_leaves_a_guest_to_the_first(
+    daemon: Daemon,
+    other_daemon: Daemon,
+    boot: Boot,
+) -> None:
+    vmm = boot("web")
+    daemon.start()
+    evicted(daemon, "web", vmm)
+    other_daemon.start()
+    wait_for(lambda: "web" in other_daemon.guests(), "the other one has found it")
+    assert other_daemon.guests()["web"]["state"] == "refused"
+    assert daemon.process is not None
+    assert f"pid {daemon.process.pid}" in other_daemon.guests()["web"]["reason"]
+    assert daemon.guests()["web"]["state"] == "active"
+    other_daemon.signal(signal.SIGTERM)
+    assert other_daemon.wait() == 0
+    vmm.verify()
+    evicted(daemon, "web", vmm)
+    vmm.verify()

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deaths and damage around the real daemon: whatever dies, and whenever, the guests that are left never lose a byte."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.daemon.process import OURS, Boot, Daemon, evicted
+from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
+from tests.kernel.vmm import MIB, userfaultfds, wait_for
+from tierd.client import Client, Declined, guest_path
+
+KILLS = 4
+
+
+def state_file(daemon: Daemon, pid: int) -> Path:
+    (path,) = (daemon.runtime_dir / "guests").glob(f"{pid}-*.state")
+    return path
+
+
+def test_killed_again_and_again_while_guests_work(daemon: Daemon, boot: Boot) -> None:
+    """Their threads check everything they read, and wait where nobody serves them."""
+    vmms = [boot("a", 32 * MIB), boot("b", 16 * MIB)]
+    for vmm in vmms:
+        vmm.ask("hot", 0, 1000)  # the rest is cold
+        vmm.ask("run", 500, 50)
+    daemon.start()
+    for _ in range(KILLS):
+        wait_for(lambda: all(daemon.stored_bytes(name) > MIB for name in "ab"), "pages of both are stored")
+        daemon.kill()
+        daemon.start()
+    assert len(daemon.logged("guest_adopted")) == KILLS * len(vmms)
+    assert not any(entry["lost_pages"] for entry in daemon.logged("guest_adopted"))
+    for vmm in vmms:
+        vmm.ask("stop")
+        vmm.verify()
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    for vmm in vmms:
+        vmm.verify()
+
+
+@pytest.mark.parametrize("offset", [0, 24], ids=["magic", "pid"])
+def test_a_broken_state_file_is_told_and_nothing_is_touched(daemon: Daemon, boot: Boot, offset: int) -> None:
+    """Its guest waits for an operator; the other guest does not."""
+    broken, good = boot("broken"), boot("good")
+    daemon.start()
+    evicted(daemon, "broken", broken)
+    evicted(daemon, "good", good)
+    daemon.kill()
+    path = state_file(daemon, broken.pid)
+    before = path.read_bytes()
+    path.write_bytes(before[:offset] + bytes([before[offset] ^ 1]) + before[offset + 1 :])
+    damaged = path.read_bytes()
+    daemon.start()
+    (refused,) = daemon.logged("state_refused")
+    assert f"{path} is broken" in refused["error"]
+    good.verify()
+    wait_for(lambda: "broken" in daemon.guests(), "it is found by its name, as any guest")
+    assert daemon.guests()["broken"]["state"] == "refused"
+    assert "registered with a userfaultfd already" in daemon.guests()["broken"]["reason"]
+    assert path.read_bytes() == damaged
+    assert len(list(daemon.store_dir.iterdir())) == 2
+    daemon.kill()
+    path.write_bytes(before)
+    daemon.start()
+    broken.verify()
+
+
+@pytest.mark.parametrize("order", ["detach", "SIGTERM"])
+def test_the_vmm_dies_while_it_is_brought_back(daemon: Daemon, boot: Boot, order: str) -> None:
+    doomed, other = boot("doomed", 256 * MIB), boot("other")
+    daemon.start()
+    evicted(daemon, "doomed", doomed)
+    evicted(daemon, "other", other)
+
+    def kill(done_bytes: int, total_bytes: int) -> None:
+        doomed.process.kill()
+
+    if order == "SIGTERM":
+        daemon.signal(signal.SIGTERM)
+        daemon.wait_told("EXTEND_TIMEOUT_USEC")
+        kill(0, 0)
+    else:
+        with Client(daemon.socket) as client, contextlib.suppress(Declined):  # done already, or the VMM is gone
+            client.run("DELETE", guest_path(f"doomed{OURS}"), None, kill)
+        doomed.process.wait()
+        wait_for(lambda: "doomed" not in daemon.guests(), "the dead guest is gone")
+        assert daemon.guests()["other"]["state"] == "active"
+        other.verify()
+        daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    assert not list(daemon.store_dir.iterdir())
+    assert not list((daemon.runtime_dir / "guests").iterdir())
+    assert not userfaultfds(other.pid)
+    other.verify()
+
+
+@pytest.mark.parametrize("order", ["detach", "SIGTERM"])
+def test_a_vmm_that_is_stopped_cannot_be_left(daemon: Daemon, boot: Boot, order: str) -> None:
+    """No call can be made inside it. That is said, nobody waits for ever, and its pages are safe."""
+    vmm = boot("web")
+    daemon.start()
+    evicted(daemon, "web", vmm)
+    vmm.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, vmm.pid, os.WSTOPPED)
+    if order == "detach":
+        done = daemon.tierd("detach", f"web{OURS}")
+        assert done.returncode == 1
+        (line,) = done.stderr.strip().splitlines()
+        assert "if the VMM is stopped or frozen, let it run" in line
+        daemon.wait_active("web")
+    else:
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 0
+        (failed,) = daemon.logged("restore_failed")
+        assert "could not be left" in failed["error"]
+        assert state_file(daemon, vmm.pid).exists()
+        daemon.start()
+        assert daemon.logged("guest_adopted")
+    vmm.process.send_signal(signal.SIGCONT)
+    vmm.verify()
+    done = daemon.tierd("detach", f"web{OURS}")
+    assert done.returncode == 0, done.stderr
+    assert not userfaultfds(vmm.pid)
+    vmm.verify()
