@@ -104,10 +104,12 @@ def test_another_tierd_leaves_a_guest_to_the_first(
     daemon.start()
     evicted(daemon, "web", vmm)
     other_daemon.start()
-    wait_for(lambda: "web" in other_daemon.guests(), "the other one has found it")
-    assert other_daemon.guests()["web"]["state"] == "refused"
+    refused = wait_for(
+        lambda: (guest := other_daemon.guests().get("web")) and guest["state"] == "refused" and guest,
+        "the other one has found it",
+    )
     assert daemon.process is not None
-    assert f"pid {daemon.process.pid}" in other_daemon.guests()["web"]["reason"]
+    assert f"pid {daemon.process.pid}" in refused["reason"]
     assert daemon.guests()["web"]["state"] == "active"
     other_daemon.signal(signal.SIGTERM)
     assert other_daemon.wait() == 0

@@ -45,8 +45,7 @@ def test_killed_again_and_again_while_guests_work(daemon: Daemon, boot: Boot) ->
         vmm.verify()
 
 
-@pytest.mark.parametrize("offset", [0, 24], ids=["magic", "pid"])
-def test_a_broken_state_file_is_told_and_nothing_is_touched(daemon: Daemon, boot: Boot, offset: int) -> None:
+def test_a_broken_state_file_is_told_and_nothing_is_touched(daemon: Daemon, boot: Boot) -> None:
     """Its guest waits for an operator; the other guest does not."""
     broken, good = boot("broken"), boot("good")
     daemon.start()
@@ -55,8 +54,8 @@ def test_a_broken_state_file_is_told_and_nothing_is_touched(daemon: Daemon, boot
     daemon.kill()
     path = state_file(daemon, broken.pid)
     before = path.read_bytes()
-    path.write_bytes(before[:offset] + bytes([before[offset] ^ 1]) + before[offset + 1 :])
-    damaged = path.read_bytes()
+    damaged = before[:24] + bytes([before[24] ^ 1]) + before[25:]  # a bit of the VMM's pid
+    path.write_bytes(damaged)
     daemon.start()
     (refused,) = daemon.logged("state_refused")
     assert f"{path} is broken" in refused["error"]

@@ -68,6 +68,8 @@ def daemon(tmpfs_dir: Path, disk_dir: Path) -> Iterator[Daemon]:
     need("kernel", not lacking, f"this kernel cannot tier ({os.strerror(lacking)}); see `tierd check`")
     with Daemon(tmpfs_dir, disk_dir) as daemon:
         yield daemon
+        if not daemon.running and list(daemon.runtime_dir.glob("guests/*.state")):
+            daemon.start()
         if daemon.running:
             daemon.signal(signal.SIGTERM)
             daemon.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Protocol
 
@@ -70,6 +71,13 @@ def survives_kills_of_the_daemon(daemon: Daemon, guest: RealGuest) -> None:
     assert (said["bytes"], said["wrong"]) == (guest.used_bytes, 0)
     assert [entry["lost_pages"] for entry in daemon.logged("guest_adopted")] == [0, 0, 0]
     wait_low(daemon, guest)
+    assert guest.verify() == (guest.used_bytes, 0)
+    counters = daemon.guests()[guest.name]["counters"]
+    assert counters["faults_fetch"] > 0
+    assert counters["faults_failed"] == counters["pages_lost"] == counters["checksum_errors"] == 0
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    assert not userfaultfds(guest.pid)
     assert guest.verify() == (guest.used_bytes, 0)
 
 
