@@ -52,9 +52,26 @@ static int naive(pid_t tid)
 }
 #endif
 
+/* What getpid() must say in thread tid. */
+static long process_of(pid_t tid)
+{
+	char path[64], line[128];
+	long process = -1;
+	FILE *status;
+
+	snprintf(path, sizeof(path), "/proc/%d/status", tid);
+	status = fopen(path, "r");
+	while (status && process < 0 && fgets(line, sizeof(line), status))
+		sscanf(line, "Tgid: %ld", &process);
+	if (status)
+		fclose(status);
+	return process;
+}
+
 int main(int count, char **arguments)
 {
 	pid_t tid = count == 3 ? atoi(arguments[1]) : 0;
+	long expected;
 
 	if (!tid)
 		return 2;
@@ -63,11 +80,12 @@ int main(int count, char **arguments)
 		return naive(tid);
 #endif
 	die_at = atoi(arguments[2]);
+	expected = process_of(tid);
 	do {
 		struct tierd_call call = {.number = SYS_getpid};
 		int error = tierd_inject(tid, &call, NULL, 0, 2000);
 
-		if (error || call.result <= 0) {
+		if (error || call.result != expected) {
 			fprintf(stderr, "tierd_inject: %s, result %ld\n", strerror(-error), (long)call.result);
 			return 1;
 		}

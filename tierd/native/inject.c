@@ -91,13 +91,14 @@ static int find_code(pid_t tid, struct inject_code *code)
 static int next_stop(pid_t tid, uint64_t deadline_ns, int *status)
 {
 	for (;;) {
+		bool late = sys_now_ns() >= deadline_ns; /* before the look: we may be the one who was late */
 		pid_t got = waitpid(tid, status, __WALL | WNOHANG);
 
 		if (got == tid)
 			return WIFSTOPPED(*status) ? 0 : -ESRCH;
 		if (got < 0 && errno != EINTR)
 			return -errno;
-		if (sys_now_ns() >= deadline_ns)
+		if (late)
 			return -ETIMEDOUT;
 		sys_pause_us(POLL_US);
 	}
@@ -145,9 +146,21 @@ static void let_go(pid_t tid, bool stopped, int signal)
 	ptrace(PTRACE_DETACH, tid, NULL, (void *)(intptr_t)signal);
 }
 
-/* After the commit: to the entry of the call, to its exit. Signals are kept pending by the kernel until the thread is back in
- * user mode, so that the only stops here are the two of the call, or a group stop. */
-static int watch_call(pid_t tid, uint64_t deadline_ns, bool *stopped, int *signal)
+/*
+ * A signal that was pending would be handled before our call, and the sigreturn of its handler would be taken for it. All are
+ * blocked until the frame's sigreturn puts the thread's own mask back; after the commit, so that whoever dies here leaves a
+ * thread that unblocks itself.
+ */
+static int block_signals(pid_t tid)
+{
+	uint64_t all = ~0ull;
+
+	return ptrace(PTRACE_SETSIGMASK, tid, (void *)sizeof(all), &all) ? -errno : 0;
+}
+
+/* After the commit: to the entry of the call, to its exit. */
+static int watch_call(pid_t tid, const struct inject_code *code, const struct inject_frame *frame, uint64_t deadline_ns,
+		      bool *stopped, int *signal)
 {
 	for (int stops = 0; stops < 2;) {
 		int status, error;
@@ -156,7 +169,7 @@ static int watch_call(pid_t tid, uint64_t deadline_ns, bool *stopped, int *signa
 			return -errno;
 		*signal = 0;
 		*stopped = false;
-		TIERD_INJECT_STEP(6 + stops);
+		TIERD_INJECT_STEP(7 + stops);
 		error = next_stop(tid, deadline_ns, &status);
 		if (error)
 			return error;
@@ -165,7 +178,7 @@ static int watch_call(pid_t tid, uint64_t deadline_ns, bool *stopped, int *signa
 			if (in_group_stop(status)) /* SIGSTOP arrived: it can wait until the thread is itself again */
 				continue;
 		} else if (WSTOPSIG(status) == SYSCALL_STOP) {
-			stops++;
+			stops += inject_in_call(tid, code, frame);
 		} else {
 			*signal = WSTOPSIG(status);
 		}
@@ -218,13 +231,16 @@ static int run_stopped(pid_t tid, const struct inject_code *code, struct tierd_c
 		error = inject_commit(tid, code, call, frame);
 	TIERD_INJECT_STEP(5);
 	if (!error)
-		error = watch_call(tid, deadline_ns, stopped, signal);
-	TIERD_INJECT_STEP(8);
+		error = block_signals(tid);
+	TIERD_INJECT_STEP(6);
+	if (!error)
+		error = watch_call(tid, code, frame, deadline_ns, stopped, signal);
+	TIERD_INJECT_STEP(9);
 	if (!error)
 		error = inject_result(tid, &call->result);
 	if (!error)
 		error = read_scratch(tid, frame, scratch, bytes);
-	TIERD_INJECT_STEP(9);
+	TIERD_INJECT_STEP(10);
 	return error;
 }
 

@@ -3,6 +3,7 @@
 #ifndef TIERD_INJECT_H
 #define TIERD_INJECT_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -12,6 +13,11 @@
 /* The test that kills the tracer at every step compiles with -DTIERD_INJECT_STEP=... */
 #ifndef TIERD_INJECT_STEP
 #define TIERD_INJECT_STEP(n) ((void)0)
+#endif
+
+#ifndef PTRACE_GETSIGMASK
+#define PTRACE_GETSIGMASK 0x420a
+#define PTRACE_SETSIGMASK 0x420b
 #endif
 
 enum { INJECT_SCRATCH_MAX = 4096, INJECT_FRAME_MAX = 32768 };
@@ -41,6 +47,8 @@ int inject_prepare(pid_t tid, const struct inject_code *code, struct tierd_call 
 /* The one atomic step: from here on the thread goes through the call and back by itself, whether we live or not. */
 int inject_commit(pid_t tid, const struct inject_code *code, const struct tierd_call *call,
 		  const struct inject_frame *frame);
+/* Whether tid stands at the entry or the exit of our call, and of no other. */
+bool inject_in_call(pid_t tid, const struct inject_code *code, const struct inject_frame *frame);
 int inject_result(pid_t tid, int64_t *result);
 
 #endif

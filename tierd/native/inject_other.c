@@ -24,6 +24,12 @@ int inject_commit(pid_t tid, const struct inject_code *code, const struct tierd_
 	return -ENOTSUP;
 }
 
+bool inject_in_call(pid_t tid, const struct inject_code *code, const struct inject_frame *frame)
+{
+	(void)tid, (void)code, (void)frame;
+	return false;
+}
+
 int inject_result(pid_t tid, int64_t *result)
 {
 	(void)tid, (void)result;

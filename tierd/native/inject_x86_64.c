@@ -13,10 +13,6 @@
 
 #include "inject.h"
 
-#ifndef PTRACE_GETSIGMASK
-#define PTRACE_GETSIGMASK 0x420a
-#endif
-
 /* syscall; ret */
 const uint8_t inject_call_pattern[] = {0x0f, 0x05, 0xc3};
 const size_t inject_call_bytes = sizeof(inject_call_pattern);
@@ -221,6 +217,13 @@ int inject_commit(pid_t tid, const struct inject_code *code, const struct tierd_
 	r.r8 = call->argument[4];
 	r.r9 = call->argument[5];
 	return ptrace(PTRACE_SETREGSET, tid, (void *)NT_PRSTATUS, &v) ? -errno : 0;
+}
+
+bool inject_in_call(pid_t tid, const struct inject_code *code, const struct inject_frame *frame)
+{
+	struct user_regs_struct r;
+
+	return !ptrace(PTRACE_GETREGS, tid, NULL, &r) && r.rip == code->call + 2 && r.rsp == frame->address;
 }
 
 int inject_result(pid_t tid, int64_t *result)
