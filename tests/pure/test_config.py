@@ -556,6 +556,7 @@ POLICY_RAW = st.fixed_dictionaries(
 
 
 @given(defaults=POLICY_RAW, own=POLICY_RAW)
+@example(defaults={"unsafe_min_idle": True}, own={"min_idle_s": 120.0})
 def test_whatever_is_accepted_is_safe(defaults: dict[str, object], own: dict[str, object]) -> None:
     config = load_bytes(yaml.safe_dump({"defaults": defaults, "guests": [{"name": "a", **own}]}).encode())
     if config is None:
@@ -565,6 +566,8 @@ def test_whatever_is_accepted_is_safe(defaults: dict[str, object], own: dict[str
         assert policy.min_idle_s <= policy.cold_s <= AGE_S_MAX
         assert policy.interval_s >= 0.1
         assert policy.resident_max is None or policy.resident_min <= policy.resident_max
+    if "min_idle_s" in own:
+        own = {"unsafe_min_idle": False, **own}  # is not inherited by somebody else's min_idle_s
     assert config.match("a", 1, "") == Policy.model_validate({**defaults, **own})
 
 
