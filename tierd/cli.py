@@ -441,6 +441,20 @@ def restore(options: Options, guest: str, as_json: bool) -> None:
         click.echo(f"restored {size_text(result['restored_bytes'])} of {_shown(guest)}; it is paused (`tierd resume`)")
 
 
+@cli.command()
+@guest_argument
+@json_option
+@click.pass_obj
+def retry(options: Options, guest: str, as_json: bool) -> None:
+    """Read the lost pages of GUEST again, after its store was repaired."""
+    from tierd.show import size_text
+
+    result = _order(options, "POST", _guest_path(guest, "retry"), None, f"retry of {guest}", as_json)
+    if not as_json:
+        recovered, lost = size_text(result["recovered_bytes"]), size_text(result["lost_bytes"])
+        click.echo(f"{recovered} of {_shown(guest)} can be had again, {lost} are still lost")
+
+
 def _size(context: click.Context, param: click.Parameter, value: str | None) -> int | None:
     from tierd.config import parse_size
 

@@ -150,6 +150,9 @@ class Policy(Frozen):
     resident_max: Size | None = None
     evict_rate_max: Rate | None = None  # bytes/s
     readahead_pages: Annotated[int, Field(ge=1, le=512)] = 16
+    read_deadline_s: Seconds = 30.0  # a stored page that cannot be read is tried again for so long; then on_lost
+    on_lost: Literal["poison", "hold"] = "poison"  # a memory error for the guest; or it waits for `tierd retry`
+    fault_threads_max: Annotated[int, Field(ge=2, le=64)] = 4  # where the store hangs, others take over
     allow_nested: bool = False  # tier guests that may run guests of their own
 
     @model_validator(mode="after")

@@ -42,6 +42,7 @@ RETRY_S_MAX = 60.0
 READY_TRIES = 50
 READOPT_S, READOPT_S_MAX = 0.5, 10.0
 STOP_GRACE_S = 5.0
+WATCH_S = 0.25  # between looks at the fault threads
 
 log = structlog.get_logger()
 
@@ -90,6 +91,7 @@ class Daemon:
                         metrics_listen=self.config.metrics.listen,
                     )
                 )
+                self._nursery.start_soon(self._watch_guests)
                 self._nursery.start_soon(self._discover)
                 self._nursery.start_soon(self._feed_watchdog)
                 await self._tell_ready()
@@ -154,6 +156,12 @@ class Daemon:
                 error=str(error),
                 action="its stored pages are kept for the next tierd",
             )
+
+    async def _watch_guests(self) -> None:
+        while True:
+            for guest in list(self._guests.values()):
+                guest.watch()
+            await trio.sleep(WATCH_S)
 
     async def _feed_watchdog(self) -> None:
         interval_s = watchdog_interval_s()

@@ -28,12 +28,14 @@ from tierd.attach import GuestSpec, Refused
 from tierd.attach.preflight import HolderScan, preflight, recheck, swap_can_receive
 from tierd.config import Policy
 from tierd.engine import Engine
-from tierd.native import STATES, STORE_WRITE, KernelError
+from tierd.native import STATES, STORE_WRITE, KernelError, NativeGuest
 from tierd.serve import PAGE_BYTES, Served, Tuning, adopt, attach, key_of
 from tierd.store import StoreError
 from tierd.store.file import FileStore
 from tierd.view import GuestStatus, Progress, RequestRefused, State
 
+HUNG_S = 0.25  # a fault in service for longer: another thread takes over
+HUNG_TOLD_S = 2.0  # and for longer than this: an operator is told
 RESTORE_STEP_PAGES = (16 << 20) // PAGE_BYTES
 BACK_OFF_S_MAX = 300.0
 STORED = STATES.index("stored")
@@ -79,6 +81,7 @@ class Guest:
         self._paused = paused
         self._trouble: str | None = None
         self._failures = 0
+        self._store_hangs = False
         self._not_before = -1e9
         self._cycles = 0
         self._worker = trio.Lock()
@@ -148,7 +151,12 @@ class Guest:
     def _begin(self) -> Served:
         """Attach or adopt. Worker thread."""
         policy, host = self.policy, self._host
-        tuning = Tuning(policy.min_idle_s, policy.readahead_pages)
+        tuning = Tuning(
+            policy.min_idle_s,
+            policy.readahead_pages,
+            read_deadline_s=policy.read_deadline_s,
+            hold_lost=policy.on_lost == "hold",
+        )
         swappable = swap_can_receive(self.spec.pid)
         if self._state_path is not None:
             return adopt(
@@ -203,6 +211,7 @@ class Guest:
         if self._ending in (Ending.DETACHED, Ending.EXITED):
             served.forget()
         self._host.store_trouble.pop(self.key, None)
+        self._host.store_trouble.pop(f"{self.key} read", None)
 
     async def _watch_exit(self, served: Served) -> None:
         await trio.lowlevel.wait_readable(served.pidfd)
@@ -254,6 +263,7 @@ class Guest:
     def _sample(self, served: Served) -> policies.Sample:
         stored = served.space.used_bytes()
         served.native.set_limits(self.policy.readahead_pages, self._capacity_pages(stored))
+        served.native.set_reads(self.policy.read_deadline_s, self.policy.on_lost == "hold")
         return policies.Sample(
             resident_bytes=served.resident_bytes(),
             stored_bytes=stored,
@@ -317,6 +327,41 @@ class Guest:
         except (RequestRefused, OSError) as error:
             self._failed(error)
 
+    def watch(self) -> None:
+        """The data plane's watchdog, some times a second: a fault thread that hangs in its store is told, and another one
+        takes over what can be served. Trio; cheap."""
+        if self._served is None:
+            return
+        native = self._served.native
+        health = native.health(HUNG_S)
+        overdue = health.overdue_ns > HUNG_S * 1e9
+        if health.fault_threads < self.policy.fault_threads_max and (
+            overdue or health.hung_threads == health.fault_threads
+        ):
+            self._take_over(native)
+        hangs = max(health.oldest_busy_ns, health.overdue_ns) > HUNG_TOLD_S * 1e9
+        if hangs and not self._store_hangs:
+            trouble = f"faults of guest {self.name} have waited for a read of the store for more than {HUNG_TOLD_S:g} s"
+            self._host.store_trouble[f"{self.key} read"] = trouble
+            self._log.error(
+                "store_hangs",
+                threads=health.fault_threads,
+                hung=health.hung_threads,
+                waiting_pages=health.parked_pages,
+                action="see to the store; faults that do not need it are served",
+            )
+        elif self._store_hangs and not hangs:
+            self._host.store_trouble.pop(f"{self.key} read", None)
+            self._log.info("store_answers_again", threads=health.fault_threads)
+        self._store_hangs = hangs
+
+    def _take_over(self, native: NativeGuest) -> None:
+        try:
+            native.start()
+        except OSError as error:
+            if not self._store_hangs:
+                self._log.warning("fault_thread_failed", error=str(error), action="trying again")
+
     # --- orders -----------------------------------------------------------------------------------------------------------
 
     def _must_serve(self) -> Served:
@@ -373,6 +418,14 @@ class Guest:
         await self.pause()
         async with self._worker:
             return await self._restore_all(served, progress)
+
+    async def retry(self) -> tuple[int, int]:
+        """After a repair of the store: read lost pages again. (recovered, still lost) bytes."""
+        served = self._must_serve()
+        async with self._worker:
+            recovered, still_lost = await _in_worker(served.native.retry)
+        self._log.info("lost_pages_retried", recovered_pages=recovered, lost_pages=still_lost)
+        return recovered * PAGE_BYTES, still_lost * PAGE_BYTES
 
     async def detach(self, progress: Progress = no_progress) -> None:
         """Bring every page back, then leave the VMM as if we had never been there. RequestRefused: not enough memory, or

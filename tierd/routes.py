@@ -310,6 +310,15 @@ class Api:
 
         return await _outcome(request, self._operations.begin(guest.key, f"restore of {guest.name}", work))
 
+    async def retry(self, request: Request) -> Response:
+        guest = self._guest(request)
+
+        async def work(progress: Progress) -> Any:
+            recovered, lost = await guest.retry()
+            return {"recovered_bytes": recovered, "lost_bytes": lost}
+
+        return await _outcome(request, self._operations.begin(guest.key, f"retry of {guest.name}", work))
+
     async def reload(self, request: Request) -> Response:
         async def work(progress: Progress) -> Any:
             return {"changes": list(await self._daemon.reload())}
@@ -387,6 +396,7 @@ def create_app(daemon: DaemonView, nursery: trio.Nursery, *, body_s: float, body
             Route(f"{guest}/resume", api.resume, methods=["POST"]),
             Route(f"{guest}/evict", api.evict, methods=["POST"]),
             Route(f"{guest}/restore", api.restore, methods=["POST"]),
+            Route(f"{guest}/retry", api.retry, methods=["POST"]),
             Route(guest, api.guest),
             Route(guest, api.detach, methods=["DELETE"]),
             _metrics(daemon),

@@ -53,6 +53,8 @@ class Tuning:
     readahead_pages_max: int
     fault_spin_us_max: int = 50  # adaptive: only where faults come quickly enough for it to pay
     follow: bool = True  # a fault thread goes where a pinned vCPU is
+    read_deadline_s: float = 30.0
+    hold_lost: bool = False
 
     @property
     def epoch_ns(self) -> int:
@@ -170,6 +172,7 @@ def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive
     finally:
         os.close(pagemap)
     served._undo.push(served.native)
+    served.native.set_reads(tuning.read_deadline_s, tuning.hold_lost)
 
 
 def _take_descriptors(served: Served) -> None:

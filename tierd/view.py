@@ -100,6 +100,10 @@ class GuestView(Protocol):
         """Bring every page back, and pause. Bytes restored."""
         ...
 
+    async def retry(self) -> tuple[int, int]:
+        """Read again what could not be read, after a repair of the store. Bytes: recovered, still lost."""
+        ...
+
 
 class DaemonView(Protocol):
     """The daemon's verbs. All run in the trio thread."""

@@ -78,6 +78,10 @@ class FakeGuest:
         done, self.stored_bytes = self.stored_bytes, 0
         return done
 
+    async def retry(self) -> tuple[int, int]:
+        self.calls.append(("retry",))
+        return 2 * PAGE_BYTES, PAGE_BYTES
+
 
 class FakeDaemon:
     def __init__(self, *guests: FakeGuest) -> None:

@@ -153,7 +153,12 @@ class Options:
     direct: Literal["auto", "on", "off"] = "auto"
     capacity_pages: int = 1 << 40
     readahead_pages: int = 16
+    read_deadline_s: float = 0.0  # no second chance for a page that cannot be read
+    hold_lost: bool = False
     phases: cycle.Phases = field(default_factory=cycle.Phases)
+
+    def tuning(self, min_idle_s: float) -> Tuning:
+        return Tuning(min_idle_s, self.readahead_pages, read_deadline_s=self.read_deadline_s, hold_lost=self.hold_lost)
 
 
 class ForcedEngine:
@@ -263,7 +268,7 @@ class Host:
             engine=ForcedEngine(options),
             store=self.store(options),
             guests_dir=prepare_runtime_dir(self.tmpfs_dir),
-            tuning=Tuning(policy.min_idle_s, options.readahead_pages),
+            tuning=options.tuning(policy.min_idle_s),
             swap_can_receive=swap_can_receive(vmm.pid),
             capacity_pages=options.capacity_pages,
         )
@@ -278,7 +283,7 @@ class Host:
             path,
             engine=ForcedEngine(options),
             store=self.store(options),
-            tuning=Tuning(SAFE.min_idle_s, options.readahead_pages),
+            tuning=options.tuning(SAFE.min_idle_s),
             swap_can_receive=swap_can_receive(vmm.pid),
             capacity_pages=options.capacity_pages,
             boot_id=boot_id(),

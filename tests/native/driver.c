@@ -257,12 +257,6 @@ int threads_stop(struct tierd_guest *g)
 	return 0;
 }
 
-uint64_t threads_busy_since(struct tierd_guest *g)
-{
-	(void)g;
-	return 0;
-}
-
 /* --- the guest ---------------------------------------------------------------------------------------------------------- */
 
 static void read_page(uint32_t thread, uint32_t page)
@@ -349,10 +343,12 @@ static void run_fault_worker(uint32_t unused)
 		model_fail("no fault worker");
 	while (!daemon_done) {
 		int n = tierd_worker_serve(w, &tid);
+		uint64_t due_ns;
 
+		tierd_worker_retry(w, &due_ns);
 		if (n > 0)
 			faults += (uint64_t)n;
-		current->idle = n == -EAGAIN;
+		current->idle = n == -EAGAIN && !due_ns;
 		to_scheduler();
 		current->idle = false;
 	}
@@ -436,6 +432,12 @@ static void run_worker(uint32_t adopted)
 		spawn(DAEMON, run_fault_worker, i);
 	while (!stopping) {
 		stored_pages();
+		if (model_chance(20)) { /* an order that finds nothing to do hurts nobody */
+			uint64_t recovered;
+
+			if (tierd_guest_retry(guest, &recovered, &n) || n)
+				model_fail("retry: %lu pages are lost", n);
+		}
 		if (guests_stop) /* whoever waits now must be served without a later cycle's help */
 			model_pause();
 		else
@@ -479,6 +481,8 @@ static void daemon_start(bool adopted)
 	}
 	if (tierd_guest_create(&args, &guest))
 		model_fail("no guest");
+	tierd_guest_set_reads(guest, UINT64_MAX, TIERD_LOST_POISON); /* what is read wrong now is read right some day */
+	atomic_store(&guest->thread_count, seed % 4 == 1 ? 2 : 9);   /* who may read at once: park.c */
 	daemon_done = false;
 	spawn(DAEMON, run_worker, adopted);
 }
@@ -548,6 +552,11 @@ static void set_up(void)
 						 .store_short = below(100),
 						 .sync_loses = below(300),
 						 .punch_stays = 0};
+	if (faulty == 2 && !crowded) {
+		M.faults.read_eio = below(200);
+		M.faults.read_short = below(200);
+		M.faults.read_flip = below(200);
+	}
 	stall_chance = below(3) ? below(30) : 0;
 	staller = crowded ? run_fault_worker : NULL;
 	if (crowded)
@@ -561,6 +570,8 @@ static void run_until(bool (*over)(void), const char *what)
 	for (uint64_t i = 0; !over(); i++)
 		if (i > QUIESCE_STEPS || !schedule())
 			model_fail("hang: %s", what);
+		else
+			M.now_ns += 50000; /* what was to be tried again later is tried now */
 }
 
 static bool all_over(void)

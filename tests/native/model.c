@@ -448,14 +448,21 @@ int64_t sys_mem_seek_hole(int memfd, uint64_t offset)
 
 ssize_t sys_store_read(int fd, void *to, size_t bytes, uint64_t offset)
 {
+	ssize_t n;
+
 	(void)fd;
 	model_enter();
+	if (model_chance(M.faults.read_short))
+		bytes = MODEL_PAGE_BYTES;
 	for (size_t done = 0; done < bytes; done += MODEL_PAGE_BYTES) {
 		memcpy((char *)to + done, M.store[(offset + done) / MODEL_PAGE_BYTES], MODEL_PAGE_BYTES);
 		model_pause();
 	}
+	if (model_chance(M.faults.read_flip))
+		((char *)to)[bytes / 2] ^= 4;
+	n = model_chance(M.faults.read_eio) ? -EIO : (ssize_t)bytes;
 	model_exit();
-	return (ssize_t)bytes;
+	return n;
 }
 
 ssize_t sys_store_write(int fd, const struct iovec *from, int count, uint64_t offset)

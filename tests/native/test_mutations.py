@@ -88,7 +88,8 @@ MUTATIONS = [
         "dropping_served_early",  # a page fetched into a range that is being punched
         "fault.c",
         "	default: /* RESOLVING, DROPPING, ARRIVING: whoever owns the page wakes its waiters */",
-        "	case DROPPING:\n		atomic_store(&g->words[page], word_with_state(word, STORED));\n		return fetch(w, page);\n"
+        "	case DROPPING:\n		atomic_store(&g->words[page], word_with_state(word, STORED));\n"
+        "		return fetch(w, page, began_ns);\n"
         "	default: /* RESOLVING, DROPPING, ARRIVING: whoever owns the page wakes its waiters */",
     ),
     Mutation(
@@ -144,6 +145,18 @@ MUTATIONS = [
         "fault.c",
         "	if (waits_now(g) != waits_before)\n		wake(g, page, count);",
         "	if (waits_now(g) == ~waits_before)\n		wake(g, page, count);",
+    ),
+    Mutation(
+        "parked_page_read_whatever_its_tier",
+        "fault.c",
+        "	if (word_tier(p->owned) != TIER_ZERO) {",
+        "	if (p->owned) {",
+    ),
+    Mutation(
+        "page_that_fails_again_is_forgotten",
+        "fault.c",
+        "	if (schedule_retry(w->g, p, sys_now_ns()))\n		return fetch_later(w, p);",
+        "	if (schedule_retry(w->g, p, sys_now_ns()))\n		return p->pause_us > 1000 ? 0 : fetch_later(w, p);",
     ),
     Mutation(
         "claimed_neighbours_not_woken",

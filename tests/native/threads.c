@@ -148,12 +148,6 @@ int threads_stop(struct tierd_guest *g)
 	return 0;
 }
 
-uint64_t threads_busy_since(struct tierd_guest *g)
-{
-	(void)g;
-	return 0;
-}
-
 /* --- the guest ---------------------------------------------------------------------------------------------------------- */
 
 UNSEEN static uint64_t access_page(uint32_t thread, uint32_t page, bool write, uint64_t value)
@@ -213,7 +207,9 @@ static void *fault_thread(void *argument)
 		model_fail("no fault worker");
 	while (!atomic_load(&daemon_stop)) {
 		int n = tierd_worker_serve(w, &tid);
+		uint64_t due_ns;
 
+		tierd_worker_retry(w, &due_ns);
 		if (n > 0)
 			atomic_fetch_add(&served, (uint64_t)n);
 		else

@@ -120,6 +120,17 @@ class Adoption:
 
 
 @dataclass(frozen=True)
+class Health:
+    """What a watchdog looks at; see struct tierd_health."""
+
+    fault_threads: int
+    hung_threads: int
+    parked_pages: int
+    oldest_busy_ns: int
+    overdue_ns: int
+
+
+@dataclass(frozen=True)
 class Probe:
     """Trials on scratch pages: 0, or the errno (positive) that the trial ended with."""
 
@@ -329,6 +340,29 @@ class NativeGuest:
 
     def set_limits(self, readahead_pages: int, capacity_pages: int) -> None:
         lib.tierd_guest_set_limits(self._g, readahead_pages, capacity_pages)
+
+    def set_reads(self, read_deadline_s: float, hold: bool) -> None:
+        """A read that fails is tried again for so long; then the guest gets a memory error, or with `hold` its thread
+        stays blocked until `retry`. At once, also for pages that are lost already."""
+        on_lost = lib.TIERD_LOST_HOLD if hold else lib.TIERD_LOST_POISON
+        lib.tierd_guest_set_reads(self._g, int(read_deadline_s * 1e9), on_lost)
+
+    def health(self, hung_s: float) -> Health:
+        """Cheap: no look at the page table. hung: busy with one fault for longer than `hung_s`."""
+        out = ffi.new("struct tierd_health *")
+        lib.tierd_guest_health(self._g, int(hung_s * 1e9), out)
+        result: Health = _fields(out, Health)
+        return result
+
+    def set_store_faults(self, **faults: int) -> None:
+        """For tests: the store misbehaves as struct tierd_store_faults says."""
+        lib.tierd_guest_set_store_faults(self._g, ffi.new("struct tierd_store_faults *", faults))
+
+    def retry(self) -> tuple[int, int]:
+        """After a repair of the store, read the lost pages again: (recovered, still lost) pages. Worker."""
+        recovered, still_lost = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        check(lib.tierd_guest_retry(self._g, recovered, still_lost), "retry of lost pages")
+        return recovered[0], still_lost[0]
 
     def counters(self) -> dict[str, Any]:
         """A snapshot of struct tierd_counters by field name; arrays as tuples. Reads the table: 0.1 ms per GiB."""

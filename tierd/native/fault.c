@@ -13,7 +13,9 @@
 enum {
 	MESSAGES = 16,
 	STREAMS = 4,    /* sequential walks followed at once */
-	READ_TRIES = 3, /* before a stored page that cannot be read is given up */
+	READ_TRIES = 2, /* at once: with its neighbours, then alone */
+	RETRY_PAUSE_US_MIN = 1000,
+	RETRY_PAUSE_US_MAX = 1000000,
 	NO_MEMORY_PAUSE_US = 1000,
 	ZERO_BYTES = 65536,
 };
@@ -287,7 +289,7 @@ static uint32_t verified(struct tierd_worker *w, uint64_t page, uint32_t n)
 	return n;
 }
 
-/* Reads what is claimed. Shrinks the claim to what could be read; 0: the first page cannot be had. */
+/* Reads what is claimed. Shrinks the claim to what could be read; 0: not even the first page, which stays claimed. */
 static uint32_t read_claimed(struct tierd_worker *w, uint64_t page, uint32_t n)
 {
 	struct tierd_guest *g = w->g;
@@ -310,8 +312,8 @@ static uint32_t read_claimed(struct tierd_worker *w, uint64_t page, uint32_t n)
 	return 0;
 }
 
-/* Nothing can bring the page back: an honest memory error, never zeros or stale bytes. Without UFFDIO_POISON (before 6.6)
- * the guest's thread stays blocked. We own the page (ARRIVING). */
+/* Nothing can bring the page back: an honest memory error, never zeros or stale bytes; or, by policy and without
+ * UFFDIO_POISON (before 6.6), the guest's thread stays blocked. We own the page (ARRIVING). */
 static void lose(struct tierd_guest *g, uint64_t page, page_word owned)
 {
 	uint64_t address = address_of(g, page);
@@ -320,6 +322,8 @@ static void lose(struct tierd_guest *g, uint64_t page, page_word owned)
 	if (!page_move(g, page, owned, word_with_state(owned, LOST)))
 		abort();
 	count_add(&g->count.pages_lost, 1);
+	if (atomic_load(&g->on_lost) == TIERD_LOST_HOLD)
+		return;
 	error = sys_uffd_poison(g->uffd, address, g->page_bytes);
 	if (error == -EEXIST) { /* a hold's marker is in the way: lift it, then poison */
 		sys_uffd_unprotect(g->uffd, address, g->page_bytes);
@@ -342,10 +346,8 @@ int64_t fetch_run(struct tierd_worker *w, uint64_t page, uint32_t count, uint32_
 		return 0;
 	if (word_tier(w->claimed[0]) != TIER_ZERO) {
 		n = read_claimed(w, page, n);
-		if (!n) {
-			lose(g, page, w->claimed[0]);
-			return -EIO;
-		}
+		if (!n)
+			return UNREADABLE;
 		from = w->buffer;
 	}
 	placed = place(g, page, n, from, &error);
@@ -356,16 +358,58 @@ int64_t fetch_run(struct tierd_worker *w, uint64_t page, uint32_t count, uint32_
 	return placed ? (int64_t)placed : error;
 }
 
-static int fetch(struct tierd_worker *w, uint64_t page)
+/* The page is ours (ARRIVING, w->claimed[0]): its fault waits in the lot, this thread does not. */
+static int fetch_later(struct tierd_worker *w, struct parked *p)
+{
+	struct tierd_guest *g = w->g;
+
+	p->owned = w->claimed[0];
+	if (park(g, p))
+		return -EINPROGRESS;
+	give_back(w, p->page, 0, 1); /* no room: the guest faults again */
+	return -ENOMEM;
+}
+
+/* After a read that failed: when to try again; false: the deadline has passed. */
+static bool schedule_retry(struct tierd_guest *g, struct parked *p, uint64_t now_ns)
+{
+	if (!p->failed_ns)
+		p->failed_ns = now_ns;
+	if (now_ns - p->failed_ns >= atomic_load(&g->read_deadline_ns))
+		return false;
+	p->pause_us = !p->pause_us                           ? RETRY_PAUSE_US_MIN
+		      : p->pause_us * 2 < RETRY_PAUSE_US_MAX ? p->pause_us * 2
+							     : RETRY_PAUSE_US_MAX;
+	p->due_ns = now_ns + p->pause_us * 1000ull;
+	return true;
+}
+
+static int fetch_failed(struct tierd_worker *w, struct parked *p)
+{
+	if (schedule_retry(w->g, p, sys_now_ns()))
+		return fetch_later(w, p);
+	lose(w->g, p->page, w->claimed[0]);
+	return -EIO;
+}
+
+static int fetch(struct tierd_worker *w, uint64_t page, uint64_t began_ns)
 {
 	struct tierd_guest *g = w->g;
 	bool zero = word_tier(page_load(g, page)) == TIER_ZERO;
+	struct parked later = {.page = page, .fault_ns = began_ns, .due_ns = began_ns};
 	struct stream *s;
 	uint32_t claimed, window = stream_window(w, page, &s);
-	int64_t placed = fetch_run(w, page, window, &claimed);
+	int64_t placed;
 
+	if (!zero && !reader_enter(g))
+		return claim_stored(w, page, 1) ? fetch_later(w, &later) : -EALREADY;
+	placed = fetch_run(w, page, window, &claimed);
+	if (!zero)
+		reader_leave(g);
 	if (!claimed)
 		return -EALREADY; /* somebody else took it: look again */
+	if (placed == UNREADABLE)
+		return fetch_failed(w, &later);
 	s->next_page = page + (placed > 0 ? (uint64_t)placed : 1);
 	if (placed < 0)
 		return (int)placed;
@@ -378,7 +422,7 @@ static int fetch(struct tierd_worker *w, uint64_t page)
 /* --- messages ----------------------------------------------------------------------------------------------------------- */
 
 /* One look at the page. -EALREADY: it changed under us, look again. */
-static int serve_page(struct tierd_worker *w, uint64_t page, uint64_t flags)
+static int serve_page(struct tierd_worker *w, uint64_t page, uint64_t flags, uint64_t began_ns)
 {
 	struct tierd_guest *g = w->g;
 	page_word word = page_load(g, page);
@@ -391,8 +435,10 @@ static int serve_page(struct tierd_worker *w, uint64_t page, uint64_t flags)
 		return resolve(w, page, word, flags);
 	case STORED:
 	case MOVING:
-		return fetch(w, page);
+		return fetch(w, page, began_ns);
 	case LOST:
+		if (atomic_load(&g->on_lost) == TIERD_LOST_HOLD)
+			return leave_to_owner(g, page, word); /* the operator, whose retry wakes it */
 		return sys_uffd_poison(g->uffd, address_of(g, page), g->page_bytes) == -EEXIST ? -EAGAIN : 0;
 	default: /* RESOLVING, DROPPING, ARRIVING: whoever owns the page wakes its waiters */
 		return leave_to_owner(g, page, word);
@@ -422,13 +468,14 @@ static void serve_fault(struct tierd_worker *w, uint64_t address, uint64_t flags
 		return;
 	}
 	do
-		error = serve_page(w, (uint64_t)page, flags);
+		error = serve_page(w, (uint64_t)page, flags, began_ns);
 	while (error == -EALREADY);
 	if (!error) {
 		observe_latency(g, sys_now_ns() - began_ns);
 		return;
 	}
-	if (error == -ESRCH || error == -EIO) /* the VMM is gone; or the page is LOST, poisoned, counted */
+	if (error == -ESRCH || error == -EIO ||
+	    error == -EINPROGRESS) /* the VMM is gone; the page is LOST; or parked */
 		return;
 	if (!transient(error)) {
 		count_add(&g->count.faults_failed, 1);
@@ -461,6 +508,113 @@ int tierd_worker_serve(struct tierd_worker *w, uint32_t *tid)
 	return (int)n;
 }
 
+/* One try at a parked fault, which we own again. */
+static void retry_page(struct tierd_worker *w, struct parked *p)
+{
+	struct tierd_guest *g = w->g;
+	const void *from = NULL;
+	int error;
+
+	w->claimed[0] = p->owned;
+	if (word_tier(p->owned) != TIER_ZERO) { /* it may have become one between the look at it and the claim */
+		if (!read_claimed(w, p->page, 1)) {
+			fetch_failed(w, p);
+			return;
+		}
+		from = w->buffer;
+	}
+	if (!place(g, p->page, 1, from, &error)) {
+		if (error == -ENOMEM)
+			sys_pause_us(NO_MEMORY_PAUSE_US);
+		give_back(w, p->page, 0, 1);
+		return;
+	}
+	settle(g, p->page, p->owned);
+	wake(g, p->page, 1); /* whoever came while it was parked was left to us */
+	count_add(&g->count.faults_fetch, 1);
+	count_add(&g->count.pages_fetched, 1);
+	observe_latency(g, sys_now_ns() - p->fault_ns);
+}
+
+void tierd_worker_retry(struct tierd_worker *w, uint64_t *next_due_ns)
+{
+	struct tierd_guest *g = w->g;
+	struct parked p;
+
+	*next_due_ns = 0;
+	while (atomic_load(&g->parked_pages)) {
+		uint64_t now_ns = sys_now_ns();
+
+		if (!reader_enter(g)) {
+			*next_due_ns = reader_due_ns(now_ns);
+			break;
+		}
+		if (!unpark_due(g, now_ns, &p, next_due_ns)) {
+			reader_leave(g);
+			break;
+		}
+		atomic_store_explicit(&w->busy_since_ns, now_ns, memory_order_relaxed);
+		retry_page(w, &p);
+		reader_leave(g);
+	}
+	atomic_store_explicit(&w->busy_since_ns, 0, memory_order_relaxed);
+}
+
+/* --- an operator's orders about LOST pages ------------------------------------------------------------------------------ */
+
+void tierd_guest_set_reads(struct tierd_guest *g, uint64_t read_deadline_ns, uint32_t on_lost)
+{
+	uint32_t before = atomic_exchange(&g->on_lost, on_lost);
+
+	atomic_store(&g->read_deadline_ns, read_deadline_ns);
+	if (before != TIERD_LOST_HOLD || on_lost != TIERD_LOST_POISON)
+		return;
+	for (uint64_t page = 0; page < g->pages; page++) /* who was left blocked faults again, and is told */
+		if (word_state(page_load(g, page)) == LOST)
+			wake(g, page, 1);
+}
+
+/* COPY overwrites poison: a page whose bytes are right again may be had again. */
+static bool retry_lost(struct tierd_worker *w, uint64_t page, page_word word)
+{
+	struct tierd_guest *g = w->g;
+	bool good;
+	int error;
+
+	w->claimed[0] = word_with_state(word, ARRIVING);
+	if (!page_move(g, page, word, w->claimed[0]))
+		return false;
+	good = read_claimed(w, page, 1) && place(g, page, 1, w->buffer, &error);
+	if (good)
+		settle(g, page, w->claimed[0]);
+	else if (!page_move(g, page, w->claimed[0], word))
+		abort();
+	wake(g, page, 1);
+	return good;
+}
+
+int tierd_guest_retry(struct tierd_guest *g, uint64_t *recovered, uint64_t *still_lost)
+{
+	int error = guest_enter(g);
+
+	*recovered = *still_lost = 0;
+	if (error)
+		return error;
+	parking_hurry(g);
+	for (uint64_t page = 0; page < g->pages; page++) {
+		page_word word = page_load(g, page);
+
+		if (word_state(word) != LOST)
+			continue;
+		if (retry_lost(g->restorer, page, word))
+			(*recovered)++;
+		else
+			(*still_lost)++;
+	}
+	guest_leave(g);
+	return 0;
+}
+
 /* --- bringing everything back ------------------------------------------------------------------------------------------- */
 
 int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max_pages, uint64_t *restored)
@@ -476,7 +630,11 @@ int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max
 		if (word_state(page_load(g, *next_page)) == STORED)
 			n = fetch_run(g->restorer, *next_page, left < UINT32_MAX ? (uint32_t)left : UINT32_MAX,
 				      &claimed);
-		if (n < 0 && n != -EIO) {
+		if (n == UNREADABLE) { /* nobody waits for it: a fault, or the next try, decides */
+			give_back(g->restorer, *next_page, 0, 1);
+			n = 0;
+		}
+		if (n < 0) {
 			error = (int)n;
 			break;
 		}

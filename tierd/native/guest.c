@@ -132,6 +132,9 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	for (uint64_t page = 0; page < g->pages; page++)
 		g->copy_pages += word_copy(atomic_load_explicit(&g->words[page], memory_order_relaxed));
 	g->chunks = g->pages / g->chunk_pages + 1;
+	error = parking_create(g);
+	if (error)
+		return error;
 	g->missing = sys_alloc(g->chunks);
 	g->present = sys_alloc(bitmap_bytes(g->chunk_pages));
 	if (!g->missing || !g->present)
@@ -147,6 +150,7 @@ int tierd_guest_create(const struct tierd_guest_args *args, struct tierd_guest *
 	if (!g)
 		return -ENOMEM;
 	g->bytes = sizeof(*g);
+	pthread_mutex_init(&g->threads_lock, NULL);
 	g->uffd = g->pidfd = g->pagemap = g->stop_fd = -1;
 	for (int i = 0; i < TIERD_TIERS; i++)
 		g->tiers[i].fd = -1;
@@ -181,7 +185,9 @@ void tierd_guest_destroy(struct tierd_guest *g)
 		sys_free(g->missing, g->chunks);
 	if (g->present)
 		sys_free(g->present, bitmap_bytes(g->chunk_pages));
+	parking_destroy(g);
 	table_unmap(g);
+	pthread_mutex_destroy(&g->threads_lock);
 	sys_free(g, g->bytes);
 }
 
@@ -432,6 +438,6 @@ void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret)
 		COPY(latency_buckets[i]);
 #undef COPY
 	ret->missing_chunks = atomic_load(&g->missing_chunks);
+	ret->parked_pages = atomic_load(&g->parked_pages);
 	ret->fault_threads = atomic_load(&g->thread_count);
-	ret->fault_busy_since_ns = threads_busy_since(g);
 }

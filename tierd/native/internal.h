@@ -16,12 +16,13 @@
  *   STORED     the tier                                 fault thread or restore -> ARRIVING
  *   MOVING     the old tier                             (demotion, not used yet)
  *   ARRIVING   the tier until the COPY, then memory     its owner -> RESIDENT, STORED (COPY refused), LOST
- *   LOST       nowhere                                  an operator
+ *   LOST       nowhere; poisoned, or its waiters blocked    an operator's `tierd retry` -> ARRIVING
  */
 #ifndef TIERD_INTERNAL_H
 #define TIERD_INTERNAL_H
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -123,6 +124,16 @@ struct counters {
 };
 
 struct tierd_thread; /* a fault thread: thread.c */
+struct parking;      /* faults that wait for the store: park.c */
+
+struct parked {
+	uint64_t page;
+	page_word owned;    /* its word: ARRIVING */
+	uint32_t pause_us;  /* before the next try; 0: not tried yet */
+	uint64_t fault_ns;  /* when the guest faulted */
+	uint64_t failed_ns; /* when a read failed first; 0: none has */
+	uint64_t due_ns;    /* when to try next */
+};
 
 struct tierd_guest {
 	int uffd, pidfd, pagemap, table_fd;
@@ -153,9 +164,17 @@ struct tierd_guest {
 	uint64_t *present; /* bitmap of one chunk; the worker's own */
 	struct tierd_worker *restorer;
 
+	struct parking *parking;
+	_Atomic uint32_t parked_pages, readers;
+	_Atomic uint64_t read_deadline_ns;
+	_Atomic uint32_t on_lost; /* TIERD_LOST_* */
+	struct tierd_store_faults store_faults;
+	_Atomic uint64_t store_faults_state;
+
 	_Atomic uint64_t waits; /* faults that were left to the owner of their page: fault.c, wake_waiters */
 	struct counters count;
-	struct tierd_thread *threads; /* newest first */
+	pthread_mutex_t threads_lock;
+	struct tierd_thread *threads; /* newest first; under the lock */
 	_Atomic uint32_t thread_count;
 	_Atomic bool stopping;
 	int stop_fd;
@@ -221,7 +240,11 @@ void tierd_worker_destroy(struct tierd_worker *w);
 /* Reads what is pending once and handles it: number of messages, or -EAGAIN. *tid: the last faulting thread. */
 int tierd_worker_serve(struct tierd_worker *w, uint32_t *tid);
 uint64_t tierd_worker_busy_since(struct tierd_worker *w);
-/* Brings back the STORED pages in [page, page + count), as far as they are of one tier; -errno, or how many are RESIDENT. */
+/* Tries parked faults that are due. *next_due_ns: when the next one is, 0 when none is parked. */
+void tierd_worker_retry(struct tierd_worker *w, uint64_t *next_due_ns);
+/* Brings back the STORED pages in [page, page + count), as far as they are of one tier: how many are RESIDENT, or -errno. On
+ * UNREADABLE the first page is still ARRIVING, and the caller's. */
+enum { UNREADABLE = -ENODATA };
 int64_t fetch_run(struct tierd_worker *w, uint64_t page, uint32_t count, uint32_t *claimed);
 
 /* store.c */
@@ -230,8 +253,20 @@ int store_write(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_
 int store_settle(struct tierd_guest *g, unsigned int tier, uint64_t first_page, uint64_t end_page);
 int store_discard(struct tierd_guest *g, unsigned int tier, uint64_t page, uint64_t count);
 
+/* park.c */
+int parking_create(struct tierd_guest *g);
+void parking_destroy(struct tierd_guest *g);
+bool park(struct tierd_guest *g, const struct parked *p); /* false: no room */
+/* Takes out one page that is due. *next_due_ns: when the first one is, 0 when none is parked. */
+bool unpark_due(struct tierd_guest *g, uint64_t now_ns, struct parked *ret, uint64_t *next_due_ns);
+void parking_hurry(struct tierd_guest *g); /* all are due now */
+uint64_t parking_overdue_ns(struct tierd_guest *g, uint64_t now_ns);
+/* Whether a fault thread may go into a read now: one of several always stays out of them. */
+bool reader_enter(struct tierd_guest *g);
+void reader_leave(struct tierd_guest *g);
+uint64_t reader_due_ns(uint64_t now_ns); /* when to ask again */
+
 /* thread.c */
 int threads_stop(struct tierd_guest *g);
-uint64_t threads_busy_since(struct tierd_guest *g);
 
 #endif

@@ -2,6 +2,68 @@
 /* store.c: a tier that is a sparse file: the offset of a page is its number times the page size. */
 #include "internal.h"
 
+/* --- a store that misbehaves, for tests --------------------------------------------------------------------------------- */
+
+void tierd_guest_set_store_faults(struct tierd_guest *g, const struct tierd_store_faults *faults)
+{
+	g->store_faults = *faults;
+	atomic_store(&g->store_faults_state, faults->seed | 1);
+}
+
+static bool misbehave(struct tierd_guest *g, uint32_t thousandths)
+{
+	uint64_t x;
+
+	if (!thousandths)
+		return false;
+	x = atomic_fetch_add_explicit(&g->store_faults_state, 0x9e3779b97f4a7c15ull, memory_order_relaxed);
+	x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+	x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+	return (x ^ x >> 31) % 1000 < thousandths;
+}
+
+static void dawdle(struct tierd_guest *g, uint32_t slow, uint32_t hang)
+{
+	if (misbehave(g, slow))
+		sys_pause_us(g->store_faults.slow_us);
+	if (misbehave(g, hang))
+		sys_pause_us(g->store_faults.hang_us);
+}
+
+static ssize_t read_some(struct tierd_guest *g, int fd, void *to, size_t bytes, uint64_t offset)
+{
+	struct tierd_store_faults *f = &g->store_faults;
+	ssize_t n;
+
+	if (!f->seed)
+		return sys_store_read(fd, to, bytes, offset);
+	dawdle(g, f->read_slow, f->read_hang);
+	if (misbehave(g, f->read_error))
+		return -EIO;
+	if (misbehave(g, f->read_short) && bytes > g->page_bytes)
+		bytes = g->page_bytes;
+	n = sys_store_read(fd, to, bytes, offset);
+	if (n > 0 && misbehave(g, f->read_flip))
+		((uint8_t *)to)[n / 2] ^= 0x10;
+	return n;
+}
+
+static ssize_t write_some(struct tierd_guest *g, int fd, struct iovec *from, uint64_t offset)
+{
+	struct tierd_store_faults *f = &g->store_faults;
+
+	if (!f->seed)
+		return sys_store_write(fd, from, 1, offset);
+	dawdle(g, f->write_slow, f->write_hang);
+	if (misbehave(g, f->write_error))
+		return -EIO;
+	if (misbehave(g, f->write_short) && from->iov_len > g->page_bytes)
+		from->iov_len = g->page_bytes;
+	return sys_store_write(fd, from, 1, offset);
+}
+
+/* --- the store ---------------------------------------------------------------------------------------------------------- */
+
 int store_read(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_t count, void *to)
 {
 	size_t bytes = (size_t)count * g->page_bytes, done = 0;
@@ -10,7 +72,7 @@ int store_read(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_t
 		return -ENODEV;
 	while (done < bytes) {
 		ssize_t n =
-			sys_store_read(g->tiers[tier].fd, (char *)to + done, bytes - done, page * g->page_bytes + done);
+			read_some(g, g->tiers[tier].fd, (char *)to + done, bytes - done, page * g->page_bytes + done);
 
 		if (n == -EINTR)
 			continue;
@@ -29,7 +91,7 @@ int store_write(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_
 
 	while (done < bytes) {
 		struct iovec part = {.iov_base = (char *)from + done, .iov_len = bytes - done};
-		ssize_t n = sys_store_write(g->tiers[tier].fd, &part, 1, page * g->page_bytes + done);
+		ssize_t n = write_some(g, g->tiers[tier].fd, &part, page * g->page_bytes + done);
 
 		if (n == -EINTR)
 			continue;

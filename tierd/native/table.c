@@ -28,7 +28,7 @@ static const uint8_t LEGAL[PAGE_STATES] = {
 	[STORED] = TO(ARRIVING) | TO(MOVING),
 	[MOVING] = TO(STORED) | TO(ARRIVING),
 	[ARRIVING] = TO(RESIDENT) | TO(STORED) | TO(LOST),
-	[LOST] = TO(RESIDENT),
+	[LOST] = TO(ARRIVING),
 };
 
 bool page_move(struct tierd_guest *g, uint64_t page, page_word from, page_word to)

@@ -17,7 +17,7 @@
 
 #include "internal.h"
 
-enum { FOLLOW_EVERY = 64, CREDIT_MAX = 16, STACK_BYTES = 128 << 10 };
+enum { FOLLOW_EVERY = 64, CREDIT_MAX = 16, STACK_BYTES = 128 << 10, IDLE_MS_MAX = 10000, FAILED_MS = 100 };
 
 struct tierd_thread {
 	struct tierd_guest *g;
@@ -25,6 +25,7 @@ struct tierd_thread {
 	struct tierd_thread *next;
 	pthread_t id;
 	void *stack;
+	bool ended; /* by itself; to be joined. Under the lock */
 	int cpu;    /* the one we follow, or -1 */
 	int credit; /* > 0: spinning has paid */
 	uint32_t since_follow;
@@ -75,18 +76,51 @@ static bool spin(struct tierd_thread *t, uint64_t last_fault_ns)
 	return false;
 }
 
+/* Idle for long, and somebody else is there for the next fault: true, once. */
+static bool retire(struct tierd_thread *t)
+{
+	struct tierd_guest *g = t->g;
+	bool other = false;
+
+	pthread_mutex_lock(&g->threads_lock);
+	for (struct tierd_thread *o = g->threads; o; o = o->next)
+		other |= o != t && !o->ended && !tierd_worker_busy_since(o->worker);
+	t->ended = other;
+	if (other)
+		atomic_fetch_sub(&g->thread_count, 1);
+	pthread_mutex_unlock(&g->threads_lock);
+	return other;
+}
+
+/* Until a message comes, the guest is left, or a parked fault is due; true when nothing of it happened for IDLE_MS_MAX. */
+static bool wait_idle(struct tierd_thread *t, uint64_t due_ns, bool failed)
+{
+	struct tierd_guest *g = t->g;
+	struct pollfd fds[2] = {{.fd = g->uffd, .events = POLLIN}, {.fd = g->stop_fd, .events = POLLIN}};
+	uint64_t now_ns = due_ns ? sys_now_ns() : 0;
+	int ms = atomic_load(&g->thread_count) > 1 ? IDLE_MS_MAX : -1;
+
+	if (failed)
+		ms = FAILED_MS;
+	else if (due_ns)
+		ms = due_ns > now_ns ? (int)((due_ns - now_ns) / 1000000) + 1 : 0;
+	return !poll(fds, 2, ms) && ms == IDLE_MS_MAX;
+}
+
 static void *thread_main(void *argument)
 {
 	struct tierd_thread *t = argument;
 	struct tierd_guest *g = t->g;
-	struct pollfd fds[2] = {{.fd = g->uffd, .events = POLLIN}, {.fd = g->stop_fd, .events = POLLIN}};
 	uint64_t last_fault_ns = 0;
 	bool slept = false;
 
 	while (!atomic_load_explicit(&g->stopping, memory_order_relaxed)) {
+		uint64_t due_ns = 0;
 		uint32_t tid = 0;
 		int n = tierd_worker_serve(t->worker, &tid);
 
+		if (atomic_load_explicit(&g->parked_pages, memory_order_relaxed))
+			tierd_worker_retry(t->worker, &due_ns);
 		if (n > 0) {
 			uint64_t now_ns = sys_now_ns();
 
@@ -102,7 +136,8 @@ static void *thread_main(void *argument)
 			count_error(g, &g->count.kernel_errors, n);
 		if (n == -EAGAIN && spin(t, last_fault_ns))
 			continue;
-		poll(fds, 2, n == -EAGAIN ? -1 : 100);
+		if (wait_idle(t, due_ns, n != -EAGAIN) && retire(t))
+			break;
 		slept = true;
 	}
 	return NULL;
@@ -115,6 +150,36 @@ static void thread_free(struct tierd_thread *t)
 	if (t->stack)
 		sys_free(t->stack, STACK_BYTES);
 	sys_free(t, sizeof(*t));
+}
+
+static void join(struct tierd_thread *threads)
+{
+	while (threads) {
+		struct tierd_thread *t = threads;
+
+		threads = t->next;
+		pthread_join(t->id, NULL);
+		thread_free(t);
+	}
+}
+
+/* Out of the guest's list: those that ended by themselves. */
+static struct tierd_thread *take_ended(struct tierd_guest *g)
+{
+	struct tierd_thread **at = &g->threads, *taken = NULL;
+
+	while (*at) {
+		struct tierd_thread *t = *at;
+
+		if (!t->ended) {
+			at = &t->next;
+			continue;
+		}
+		*at = t->next;
+		t->next = taken;
+		taken = t;
+	}
+	return taken;
 }
 
 static int thread_run(struct tierd_thread *t)
@@ -143,6 +208,8 @@ int tierd_guest_start(struct tierd_guest *g)
 	t->credit = CREDIT_MAX / 2;
 	t->stack = sys_alloc(STACK_BYTES);
 	error = t->stack ? tierd_worker_create(g, &t->worker) : -ENOMEM;
+	pthread_mutex_lock(&g->threads_lock);
+	join(take_ended(g));
 	if (!error && g->stop_fd < 0) {
 		atomic_store(&g->stopping, false);
 		g->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -152,18 +219,20 @@ int tierd_guest_start(struct tierd_guest *g)
 		error = -errno;
 	if (!error)
 		error = thread_run(t);
-	if (error) {
-		thread_free(t);
-		return error;
+	if (!error) {
+		t->next = g->threads;
+		g->threads = t;
+		atomic_fetch_add(&g->thread_count, 1);
 	}
-	t->next = g->threads;
-	g->threads = t;
-	atomic_fetch_add(&g->thread_count, 1);
-	return 0;
+	pthread_mutex_unlock(&g->threads_lock);
+	if (error)
+		thread_free(t);
+	return error;
 }
 
 int threads_stop(struct tierd_guest *g)
 {
+	struct tierd_thread *threads;
 	uint64_t one = 1;
 
 	if (g->stop_fd < 0)
@@ -171,13 +240,11 @@ int threads_stop(struct tierd_guest *g)
 	atomic_store(&g->stopping, true);
 	if (write(g->stop_fd, &one, sizeof(one)) != sizeof(one))
 		abort(); /* an eventfd of our own takes a one */
-	while (g->threads) {
-		struct tierd_thread *t = g->threads;
-
-		pthread_join(t->id, NULL);
-		g->threads = t->next;
-		thread_free(t);
-	}
+	pthread_mutex_lock(&g->threads_lock);
+	threads = g->threads;
+	g->threads = NULL;
+	pthread_mutex_unlock(&g->threads_lock);
+	join(threads);
 	atomic_store(&g->thread_count, 0);
 	close(g->stop_fd);
 	g->stop_fd = -1;
@@ -189,15 +256,21 @@ void tierd_guest_stop(struct tierd_guest *g)
 	threads_stop(g);
 }
 
-uint64_t threads_busy_since(struct tierd_guest *g)
+void tierd_guest_health(struct tierd_guest *g, uint64_t hung_ns, struct tierd_health *ret)
 {
-	uint64_t oldest = 0;
+	uint64_t now_ns = sys_now_ns();
 
+	*ret = (struct tierd_health){.parked_pages = atomic_load(&g->parked_pages),
+				     .overdue_ns = parking_overdue_ns(g, now_ns)};
+	pthread_mutex_lock(&g->threads_lock);
 	for (struct tierd_thread *t = g->threads; t; t = t->next) {
-		uint64_t since = tierd_worker_busy_since(t->worker);
+		uint64_t since_ns = tierd_worker_busy_since(t->worker);
+		uint64_t busy_ns = since_ns && now_ns > since_ns ? now_ns - since_ns : 0;
 
-		if (since && (!oldest || since < oldest))
-			oldest = since;
+		ret->fault_threads += !t->ended;
+		ret->hung_threads += busy_ns > hung_ns;
+		if (busy_ns > ret->oldest_busy_ns)
+			ret->oldest_busy_ns = busy_ns;
 	}
-	return oldest;
+	pthread_mutex_unlock(&g->threads_lock);
 }

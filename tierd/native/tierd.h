@@ -21,6 +21,9 @@ enum {
 /* how the stock engine makes untouched pages visible */
 enum { TIERD_ZAP_PAGEOUT = 1, TIERD_ZAP_INJECT = 2 };
 
+/* what becomes of a page that cannot be read within the deadline */
+enum { TIERD_LOST_POISON = 0, TIERD_LOST_HOLD = 1 };
+
 /* flags of struct tierd_tier */
 enum { TIERD_SPACE_DIRECT = 1, TIERD_SPACE_DROP_CACHE = 2 };
 
@@ -101,10 +104,30 @@ struct tierd_counters {
 	uint64_t inject_stops;   /* ptrace stops of the VMM */
 	uint64_t inject_stopped_ns;
 	uint64_t fault_threads;
-	uint64_t fault_busy_since_ns; /* 0: no fault is being served; else when the oldest one being served began */
+	uint64_t parked_pages;
 	uint64_t latency_count;
 	uint64_t latency_sum_ns;
 	uint64_t latency_buckets[40]; /* from reading the message to the page being in place */
+};
+
+/* What a watchdog looks at: cheap, unlike the counters, which read the whole table. */
+struct tierd_health {
+	uint32_t fault_threads;
+	uint32_t hung_threads; /* busy with one fault for longer than what was asked about */
+	uint32_t parked_pages; /* faults that wait for a read of the store */
+	uint32_t reserved;
+	uint64_t oldest_busy_ns; /* for how long the oldest fault is in service; 0: none is */
+	uint64_t overdue_ns;     /* for how long a parked fault has been due; 0: none is */
+};
+
+/* For tests: how often, in 1/1000 of the calls, the guest's store misbehaves. The pages of a call that hangs or is slow are
+ * read or written after that. */
+struct tierd_store_faults {
+	uint32_t read_error, read_short, read_flip, read_slow, read_hang;
+	uint32_t write_error, write_short, write_slow, write_hang;
+	uint32_t slow_us, hang_us;
+	uint32_t reserved;
+	uint64_t seed;
 };
 
 /* What one pass over a stretch of pages saw and did. */
@@ -163,12 +186,18 @@ int tierd_guest_arm(struct tierd_guest *g);
 int tierd_guest_adopt(struct tierd_guest *g, struct tierd_adoption *ret);
 /* Unregisters every region. -EBUSY while a page is not RESIDENT: an evicted page would then read as zeros. Blocks. */
 int tierd_guest_disarm(struct tierd_guest *g);
-/* Starts one more fault thread / ends all of them (a fault in service is finished first). */
+/* Starts one more fault thread (one that finds nothing to do for some seconds ends again, but the last one) / ends all of them (a fault in service is finished first). */
 int tierd_guest_start(struct tierd_guest *g);
 void tierd_guest_stop(struct tierd_guest *g);
 /* Takes effect at once, from any thread. */
 void tierd_guest_set_limits(struct tierd_guest *g, uint32_t readahead_pages, uint64_t capacity_pages);
 void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret);
+/* A read that fails is tried again for so long; then the page is LOST: TIERD_LOST_POISON gives the guest a memory error,
+ * TIERD_LOST_HOLD leaves its thread blocked for tierd_guest_retry. Takes effect at once, on what is LOST already, too. */
+void tierd_guest_set_reads(struct tierd_guest *g, uint64_t read_deadline_ns, uint32_t on_lost);
+/* hung: in service for longer than hung_ns. Takes a lock that is never held over I/O. */
+void tierd_guest_health(struct tierd_guest *g, uint64_t hung_ns, struct tierd_health *ret);
+void tierd_guest_set_store_faults(struct tierd_guest *g, const struct tierd_store_faults *faults);
 /* Pages that are RESIDENT and touched, by idle time: ret[i] counts pages idle at least edges_s[i] seconds and less than
  * edges_s[i + 1] (the last one is open). edges_s ascends. Reads the table only. */
 int tierd_guest_idle(struct tierd_guest *g, const double *edges_s, uint32_t count, uint64_t *ret);
@@ -179,8 +208,12 @@ int tierd_guest_idle(struct tierd_guest *g, const double *edges_s, uint32_t coun
 int tierd_guest_set_zap(struct tierd_guest *g, int32_t zap, int32_t inject_tid);
 /* Scans a stretch from first_page on (at most chunk_bytes of it), stamps what was touched, deactivates exactly that. */
 int tierd_guest_pass(struct tierd_guest *g, uint64_t first_page, struct tierd_pass *ret);
-/* Brings up to max_pages STORED pages back, from *next_page on. *next_page == pages of the guest when there are no more. */
+/* Brings up to max_pages STORED pages back, from *next_page on. *next_page == pages of the guest when there are no more. A
+ * page that cannot be read stays STORED. */
 int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max_pages, uint64_t *restored);
+/* After a repair of the store: reads every LOST page again (those that are still waited for are tried at once, too), counts
+ * what is RESIDENT again and what stays LOST. */
+int tierd_guest_retry(struct tierd_guest *g, uint64_t *recovered, uint64_t *still_lost);
 /* Gives back store space of pages that were fetched since. */
 int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint64_t *discarded);
 
