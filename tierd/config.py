@@ -154,6 +154,7 @@ class Policy(Frozen):
     on_lost: Literal["poison", "hold"] = "poison"  # a memory error for the guest; or it waits for `tierd retry`
     fault_threads_max: Annotated[int, Field(ge=2, le=64)] = 4  # where the store hangs, others take over
     allow_nested: bool = False  # tier guests that may run guests of their own
+    allow_fragile: bool = False  # serve guests whose stored pages would be gone with tierd
 
     @model_validator(mode="after")
     def _possible(self) -> Policy:

@@ -21,10 +21,18 @@ class Notifier:
     """Messages to the manager at `address` (a path, or @name for an abstract socket). "" sends nothing."""
 
     address: str
+    fds_max: int = 0
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Notifier:
-        return cls(environment.get("NOTIFY_SOCKET", ""))
+        places = environment.get("FDSTORE", "")
+        return cls(environment.get("NOTIFY_SOCKET", ""), int(places) if places.isdecimal() else 0)
+
+    @property
+    def keeps_fds(self) -> bool:
+        """Whether the manager has a place for descriptors. systemd 254 and newer say so in $FDSTORE; for older ones the unit
+        does, beside its FileDescriptorStoreMax=."""
+        return bool(self.address) and self.fds_max > 0
 
     def send(self, *assignments: str, fds: Sequence[int] = ()) -> bool:
         """One datagram. True if the manager got it; False without a manager. OSError: the manager's socket is broken or

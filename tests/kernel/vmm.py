@@ -277,17 +277,15 @@ class Host:
 
     @contextlib.contextmanager
     def adopted(self, vmm: Vmm, **changes: Any) -> Iterator[Tiered]:
+        """As the predecessor was, but for what is said here of the engine and the capacity."""
         options = Options(**changes)
         (path,) = (self.tmpfs_dir / "guests").glob("*.state")
         served = adopt(
             path,
             engine=ForcedEngine(options),
-            store=self.store(options),
-            tuning=options.tuning(SAFE.min_idle_s),
             swap_can_receive=swap_can_receive(vmm.pid),
             capacity_pages=options.capacity_pages,
             boot_id=boot_id(),
-            pause=time.sleep,
         )
         with served:
             yield Tiered(vmm, served, options)

@@ -24,12 +24,19 @@ from tierd.store.file import FileStore
 def serve(pid: int, tmpfs_dir: Path, disk_dir: Path, options: Options) -> Served:
     engine, store, tuning = ForcedEngine(options), FileStore(disk_dir / "store", None, options.direct), Tuning(0.1, 16)
     guests_dir, swap = prepare_runtime_dir(tmpfs_dir), swap_can_receive(pid)
-    common = {"engine": engine, "store": store, "tuning": tuning, "swap_can_receive": swap, "capacity_pages": 1 << 40}
     for path in guests_dir.glob("*.state"):
-        return adopt(path, **common, boot_id=boot_id(), pause=time.sleep)  # type: ignore[arg-type]
+        return adopt(path, engine=engine, swap_can_receive=swap, capacity_pages=1 << 40, boot_id=boot_id())
     spec = read_spec(pid, "test")
     preflight(spec, SAFE, HolderScan())
-    return attach(spec, **common, guests_dir=guests_dir)  # type: ignore[arg-type]
+    return attach(
+        spec,
+        engine=engine,
+        store=store,
+        guests_dir=guests_dir,
+        tuning=tuning,
+        swap_can_receive=swap,
+        capacity_pages=1 << 40,
+    )
 
 
 def misbehaviour(chance: random.Random) -> dict[str, int]:

@@ -101,8 +101,8 @@ MUTATIONS = [
     Mutation(
         "late_discard",  # rule 11: the store space of a page that has left again
         "evict.c",
-        "	return word_state(w) == RESIDENT && word_copy(w);",
-        "	return (word_state(w) == RESIDENT || word_state(w) == STORED) && word_copy(w);",
+        "	return word_state(w) == RESIDENT && word_copy(w) && !quarantined(g, page);",
+        "	return (word_state(w) == RESIDENT || word_state(w) == STORED) && word_copy(w) && !quarantined(g, page);",
     ),
     Mutation(
         "hold_error_ignored",  # rule 14: a prefix may be held, the rest is not; together with the second scan's test gone

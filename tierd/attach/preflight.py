@@ -16,10 +16,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tierd.attach import GuestSpec, Refused
-from tierd.attach.procfs import Mapping, maps_of, option_values, ram_regions, split_options, start_ticks
-from tierd.config import Policy
+from tierd.attach.procfs import Mapping, filtered, maps_of, option_values, ram_regions, split_options, start_ticks
+
+if TYPE_CHECKING:  # adoption comes before the configuration
+    from tierd.config import Policy
 
 HOLDER_SCAN_S = 1.0
 MEMCG_HEADROOM_BYTES = 64 << 20
@@ -142,13 +145,7 @@ def tracer(s: Subject) -> None:
 
 
 def seccomp(s: Subject) -> None:
-    """A call made inside the VMM that a filter does not allow would kill it. QEMU's own sandbox is a deny-list that allows
-    what tierd calls; other filters are unknown."""
-    if status_field(s.spec.pid, "Seccomp") != 2:
-        return
-    if os.path.basename(s.spec.cmdline[0] if s.spec.cmdline else "").startswith("qemu") and option_values(
-        s.spec.cmdline, "sandbox"
-    ):
+    if not filtered(s.spec.pid, s.spec.cmdline):
         return
     raise Refused(
         "seccomp",

@@ -83,6 +83,19 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+def filtered(pid: int, cmdline: tuple[str, ...]) -> bool:
+    """Whether the VMM has a seccomp filter that may kill it for a call of ours. QEMU's own sandbox is a deny-list that allows
+    what tierd calls; other filters are unknown."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    if not re.search(r"^Seccomp:\s+2", status, re.M):
+        return False
+    qemu = os.path.basename(cmdline[0] if cmdline else "").startswith("qemu")
+    return not (qemu and option_values(cmdline, "sandbox"))
+
+
 def cmdline_of(pid: int) -> tuple[str, ...]:
     raw = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="surrogateescape")
     return tuple(raw.split("\0")[:-1]) if raw else ()

@@ -137,7 +137,8 @@ static int header_check(int fd, const struct table_header *h)
 	return (uint64_t)st.st_size == table_bytes(h->pages) ? 0 : -EBADMSG;
 }
 
-int tierd_table_read(int fd, struct tierd_identity *identity, struct tierd_region *regions, uint32_t *count)
+int tierd_table_read(int fd, struct tierd_identity *identity, struct tierd_region *regions, uint32_t *count,
+		     struct tierd_serving *serving)
 {
 	struct table_header h;
 	ssize_t n = pread(fd, &h, sizeof(h), 0);
@@ -153,6 +154,29 @@ int tierd_table_read(int fd, struct tierd_identity *identity, struct tierd_regio
 	*identity = h.identity;
 	memcpy(regions, h.regions, sizeof(h.regions));
 	*count = h.region_count;
+	*serving = h.serving;
+	return 0;
+}
+
+int tierd_table_away(int fd, uint64_t *pages)
+{
+	struct table_header *h;
+	const page_word *words;
+	struct stat st;
+
+	*pages = 0;
+	if (fstat(fd, &st))
+		return -errno;
+	h = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
+	if (h == MAP_FAILED)
+		return -errno;
+	words = (const page_word *)((const char *)h + TABLE_HEADER_BYTES);
+	for (uint64_t i = 0; i < h->pages; i++) {
+		enum page_state state = word_state(words[i]);
+
+		*pages += state != RESIDENT && state != RESOLVING && state != LEAVING;
+	}
+	munmap(h, (size_t)st.st_size);
 	return 0;
 }
 

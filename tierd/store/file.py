@@ -25,6 +25,9 @@ KEY = re.compile(r"\d+-\d+")
 RESERVE_BYTES = 256 << 20  # of the file system, for others; and so that a full disk is our decision, not an error
 USED_CACHE_S = 1.0
 MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
+# where a thread that is killed in a read or write is gone only when the I/O is: on others (FUSE, NFS) a request that the
+# kernel has given up may still land
+LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "jfs", "nilfs2"})
 
 
 class FileSpace:
@@ -33,6 +36,7 @@ class FileSpace:
     def __init__(self, fd: int, path: Path, direct: bool) -> None:
         self.fd, self.path, self.direct = fd, path, direct
         self.drop_cache = not direct
+        self.late = file_system_of(path.parent) not in LOCAL_FILE_SYSTEMS
 
     def used_bytes(self) -> int:
         return os.fstat(self.fd).st_blocks * 512
@@ -122,37 +126,18 @@ class FileStore:
             os.close(fd)
             scratch.unlink()
 
-    def open(self, key: str, pages: int, page_bytes: int, *, create: bool) -> FileSpace:
+    def create(self, key: str, pages: int, page_bytes: int) -> FileSpace:
         path = self.path / f"{PREFIX}{key}{SUFFIX}"
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_DIRECT if self.direct else 0)
+        path.unlink(missing_ok=True)  # it can only be a leftover: pids and start times do not come back
+        fd = _open(path, os.O_CREAT | os.O_EXCL, self.direct)
         try:
-            if create:  # a file of that name can only be a leftover: pids and start times do not come back
-                path.unlink(missing_ok=True)
-                flags |= os.O_CREAT | os.O_EXCL
-            fd = os.open(path, flags, 0o600)
-        except OSError as error:
-            raise StoreError(
-                f"{path} cannot be opened: {error.strerror}; see the directory's owner and mode"
-            ) from error
-        try:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
-                raise StoreError(f"{path} is not a file of user {os.geteuid()}; nothing was touched, move it away")
-            if create:
-                os.ftruncate(fd, pages * page_bytes)
-            elif info.st_size != pages * page_bytes:
-                raise StoreError(
-                    f"{path} has {info.st_size} bytes, {pages * page_bytes} were expected; nothing was touched"
-                )
+            os.ftruncate(fd, pages * page_bytes)
         except OSError as error:
             os.close(fd)
-            path.unlink(missing_ok=create)
+            path.unlink(missing_ok=True)
             raise StoreError(
                 f"{path} cannot be sized: {error.strerror}; does the file system take sparse files?"
             ) from error
-        except StoreError:
-            os.close(fd)
-            raise
         return FileSpace(fd, path, self.direct)
 
     def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
@@ -180,6 +165,33 @@ class FileStore:
         if self._capacity_bytes is not None:
             free = min(free, max(self._capacity_bytes - self.used_bytes(), 0))
         return free
+
+
+def reopen(path: Path, pages: int, page_bytes: int, *, direct: bool) -> FileSpace:
+    """The space that a predecessor made at `path`, wherever new ones are made now. StoreError: it is not what was left
+    there. Blocks."""
+    fd = _open(path, 0, direct)
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
+            raise StoreError(f"{path} is not a file of user {os.geteuid()}; nothing was touched, move it away")
+        if info.st_size != pages * page_bytes:
+            raise StoreError(
+                f"{path} has {info.st_size} bytes, {pages * page_bytes} were expected; nothing was touched"
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return FileSpace(fd, path, direct)
+
+
+def _open(path: Path, flags: int, direct: bool) -> int:
+    # not blocking: what was put in its place may be a FIFO
+    flags |= os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_DIRECT if direct else 0)
+    try:
+        return os.open(path, flags, 0o600)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be opened: {error.strerror}; see the directory's owner and mode") from error
 
 
 def file_system_of(path: Path) -> str:
