@@ -53,13 +53,16 @@ class Daemon:
         self.config.write_text(yaml.safe_dump(usual | settings))
 
     def start(self, through: Sequence[str] = ()) -> None:
-        """`through`: a command that executes the one it is given."""
+        """Returns when it is ready. `through`: a command that executes the one it is given."""
+        self.spawn(through)
+        self.wait_told("READY=1")
+
+    def spawn(self, through: Sequence[str] = ()) -> None:
         environment = {**os.environ, "NOTIFY_SOCKET": str(self.notify_path), "WATCHDOG_USEC": "400000"}
         daemon = [sys.executable, "-m", "tierd", "run", "--config", str(self.config)]
         command = ["setpriv", "--pdeathsig", "KILL", *through, *daemon]  # it ends with us, however we end
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-        self.wait_told("READY=1")
 
     def wait_told(self, wanted: str) -> str:
         """The next notification with `wanted` in it."""
