@@ -53,6 +53,7 @@ READOPT_S, READOPT_S_MAX = 0.5, 10.0
 STOP_GRACE_S = 5.0
 WATCH_S = 0.25  # between looks at the fault threads
 STORE_ASK_S, STORE_ANSWERS_S = 1.0, 5.0
+ADOPT_S_MAX = 5.0  # for the start to wait for a guest
 END_S_MAX = 5.0  # for calls that are under way when everything else has ended
 
 log = structlog.get_logger()
@@ -277,7 +278,8 @@ class Daemon:
             return
         self._guests[guest.key] = guest
         self._nursery.start_soon(self._run_guest, guest)
-        await guest.begun.wait()
+        with trio.move_on_after(ADOPT_S_MAX):  # one whose store or predecessor hangs does not hold up the others
+            await guest.begun.wait()
 
     def _guest_of_state(self, path: Path) -> Guest:
         left = read_state(path, self.host.boot_id)

@@ -15,6 +15,7 @@ import errno
 import os
 import random
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,10 @@ class Guest:
         host: Host,
         state_path: Path | None = None,
         paused: bool = False,
-        resumed: Served | None = None,
+        resumed: Future[Served] | None = None,
         kept_uffd: int | None = None,
     ) -> None:
-        """`state_path`: adopt what a predecessor left there, instead of attaching. `resumed`: that was done already.
+        """`state_path`: adopt what a predecessor left there, instead of attaching. `resumed`: that is under way.
         `kept_uffd`: the service manager kept the guest's userfaultfd; it stays the caller's."""
         self.spec, self.policy = spec, policy
         self.key = key_of(spec)
@@ -174,9 +175,8 @@ class Guest:
             read_deadline_s=policy.read_deadline_s,
             hold_lost=policy.on_lost == "hold",
         )
-        if (served := self._resumed) is not None:
-            self._resumed = None
-            return served
+        if self._resumed is not None:
+            return self._resumed.result()
         swappable = swap_can_receive(self.spec.pid)
         if self._state_path is not None:
             return adopt(

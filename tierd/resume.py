@@ -8,11 +8,13 @@ nobody: whatever does not go through here at once is left to the daemon, which t
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-import time
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tierd.attach.preflight import swap_can_receive
@@ -22,16 +24,16 @@ from tierd.serve import (
     SUFFIX,
     AlreadyRunning,
     Served,
-    Stale,
     StateError,
     adopt,
     lock_runtime_dir,
     prepare_runtime_dir,
+    read_state,
 )
-from tierd.store import StoreError
 from tierd.systemd import listen_fds
 
-LOCK_S_MAX = 0.5  # for the threads of a predecessor that was just killed; a thread that hangs in its store takes longer
+LOCK_S_MAX = 1.0  # for the threads of a predecessor that was just killed; a thread that hangs in its store takes longer
+RESUME_S_MAX = 2.0  # then the rest of the daemon starts, whatever still hangs
 
 
 @dataclass
@@ -40,18 +42,20 @@ class Resumed:
 
     runtime_dir: Path
     lock: int | None = None  # of the runtime directory
-    served: dict[str, Served] = field(default_factory=dict)  # by key
+    served: dict[str, Future[Served]] = field(default_factory=dict)  # by key; some may not be done yet
     kept_fds: dict[str, int] = field(default_factory=dict)  # by key: userfaultfds that the service manager kept
 
     def close(self) -> None:
         """Of the guests: those that nobody took out of `served`. What is stored of them stays stored."""
         while self.served:
-            self.served.popitem()[1].close()
+            _, future = self.served.popitem()
+            if future.done() and not future.exception():
+                future.result().close()
 
 
 def resume(runtime_dir: Path) -> Resumed:
-    """Adopt what can be adopted at once, on `runtime_dir` if that is a usable one and no other tierd works on it. Blocks:
-    some milliseconds a guest, and LOCK_S_MAX at most for all that is still held by a dying predecessor."""
+    """Adopt what can be adopted, on `runtime_dir` if that is a usable one and no other tierd works on it. Blocks: some
+    milliseconds a guest, RESUME_S_MAX at most."""
     fill_standard_descriptors()
     resumed = Resumed(runtime_dir, kept_fds=dict(listen_fds()))
     try:
@@ -61,26 +65,38 @@ def resume(runtime_dir: Path) -> Resumed:
         engine = choose() if paths else None
     except (StateError, AlreadyRunning, EngineUnavailable, OSError):
         return resumed
-    until = time.monotonic()
-    for wait_s in (0.0, LOCK_S_MAX):  # nobody waits for the lock of another guest
-        until += wait_s
+    if engine is not None:
         for path in paths:
-            if engine is not None and path.name.removesuffix(SUFFIX) not in resumed.served:
-                _try(path, engine, until, resumed)
+            key = path.name.removesuffix(SUFFIX)
+            resumed.served[key] = _in_thread(partial(_adopt, path, engine, resumed.kept_fds.get(key)))
+        wait(resumed.served.values(), RESUME_S_MAX)
     return resumed
 
 
-def _try(path: Path, engine: Engine, until: float, resumed: Resumed) -> None:
-    key = path.name.removesuffix(SUFFIX)
-    with contextlib.suppress(Stale, StateError, StoreError, OSError, ValueError):
-        resumed.served[key] = adopt(
-            path,
-            engine=engine,
-            swap_can_receive=swap_can_receive(int(key.partition("-")[0])),
-            boot_id=boot_id(),
-            kept_uffd=resumed.kept_fds.get(key),
-            lock_s_max=max(until - time.monotonic(), 0.0),
-        )
+def _adopt(path: Path, engine: Engine, kept_uffd: int | None) -> Served:
+    left = read_state(path, boot_id())
+    return adopt(
+        path,
+        engine=engine,
+        swap_can_receive=swap_can_receive(left.spec.pid),
+        boot_id=left.spec.boot_id,
+        kept_uffd=kept_uffd,
+        lock_s_max=LOCK_S_MAX,
+    )
+
+
+def _in_thread(function: Callable[[], Served]) -> Future[Served]:
+    """A thread for each guest: one whose store or predecessor hangs holds up nobody, the end of the process neither."""
+    future: Future[Served] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def fill_standard_descriptors() -> None:

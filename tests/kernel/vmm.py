@@ -276,7 +276,9 @@ class Host:
             yield Tiered(vmm, served, options)
 
     @contextlib.contextmanager
-    def adopted(self, vmm: Vmm, **changes: Any) -> Iterator[Tiered]:
+    def adopted(
+        self, vmm: Vmm, *, kept_uffd: int | None = None, lock_s_max: float = 60.0, **changes: Any
+    ) -> Iterator[Tiered]:
         """As the predecessor was, but for what is said here of the engine and the capacity."""
         options = Options(**changes)
         (path,) = (self.tmpfs_dir / "guests").glob("*.state")
@@ -286,6 +288,8 @@ class Host:
             swap_can_receive=swap_can_receive(vmm.pid),
             capacity_pages=options.capacity_pages,
             boot_id=boot_id(),
+            kept_uffd=kept_uffd,
+            lock_s_max=lock_s_max,
         )
         with served:
             yield Tiered(vmm, served, options)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tierd reduced to one guest and no pauses, to be killed: attach or adopt, then cycle as fast as it can.
 
-python -m tests.kernel.worker PID TMPFS_DIR DISK_DIR
+python -m tests.kernel.worker PID TMPFS_DIR DISK_DIR SEED [calm]
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def main() -> None:
         readahead_pages=chance.choice([1, 4, 16]),
     )
     with serve(pid, tmpfs_dir, disk_dir, options) as served:
-        served.native.set_store_faults(**misbehaviour(chance))
+        if sys.argv[5:] != ["calm"]:
+            served.native.set_store_faults(**misbehaviour(chance))
         print("ready", served.adoption.stored_pages if served.adoption else 0, flush=True)
         reported = time.monotonic()
         while True:

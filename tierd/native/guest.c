@@ -130,6 +130,7 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	if (error)
 		return error;
 	g->header->serving.store_flags = args->tiers[1].flags;
+	g->header->serving.readahead_pages = g->readahead_max;
 	for (uint64_t page = 0; page < g->pages; page++)
 		g->copy_pages += word_copy(atomic_load_explicit(&g->words[page], memory_order_relaxed));
 	g->chunks = g->pages / g->chunk_pages + 1;
@@ -201,11 +202,11 @@ void tierd_guest_destroy(struct tierd_guest *g)
 
 void tierd_guest_set_limits(struct tierd_guest *g, uint32_t readahead_pages, uint64_t capacity_pages)
 {
+	g->header->serving.readahead_pages = readahead_pages; /* a successor's buffers may be larger */
 	if (readahead_pages > g->readahead_max)
 		readahead_pages = g->readahead_max;
 	atomic_store(&g->readahead_pages, readahead_pages ? readahead_pages : 1);
 	atomic_store(&g->capacity_pages, capacity_pages);
-	g->header->serving.readahead_pages = readahead_pages;
 }
 
 void tierd_guest_set_uffd_in_vmm(struct tierd_guest *g, int32_t uffd_in_vmm)
