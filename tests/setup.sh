@@ -7,6 +7,7 @@
 #   vm       QEMU and a guest kernel (only unpacked into build/vm: the host's own boot is not touched)
 #   libvirt  libvirtd and virsh, started by the tests in a directory of their own
 #   metrics  promtool
+#   disks    file systems that a test can freeze or stop
 set -eu
 cd "$(dirname "$0")/.."
 PATH=$PATH:/usr/sbin:/sbin # libvirtd is there, and an ordinary user may not look there
@@ -55,7 +56,13 @@ for part in "$@"; do
 		want "/usr/lib/$machine-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so" libvirt-daemon-driver-qemu
 		;;
 	metrics) want promtool prometheus ;;
-	*) echo "usage: $0 [build] [vm] [libvirt] [metrics]" >&2 && exit 2 ;;
+	disks)
+		want fuse2fs fuse2fs
+		want mkfs.ext4 e2fsprogs
+		want losetup mount
+		want fsfreeze util-linux
+		;;
+	*) echo "usage: $0 [build] [vm] [libvirt] [metrics] [disks]" >&2 && exit 2 ;;
 	esac
 done
 for file in build/vm/vmlinuz-* /boot/vmlinuz-*cloud*; do
