@@ -233,6 +233,11 @@ static inline void bit_set(uint64_t *bits, uint64_t i)
 	bits[i / 64] |= 1ull << (i % 64);
 }
 
+static inline void bit_clear(uint64_t *bits, uint64_t i)
+{
+	bits[i / 64] &= ~(1ull << (i % 64));
+}
+
 /* fault.c: serving faults, without a thread of its own */
 struct tierd_worker;
 int tierd_worker_create(struct tierd_guest *g, struct tierd_worker **ret);
