@@ -167,7 +167,8 @@ struct tierd_guest {
 	struct parking *parking;
 	_Atomic uint32_t parked_pages, readers;
 	_Atomic uint64_t read_deadline_ns;
-	_Atomic uint32_t on_lost; /* TIERD_LOST_* */
+	_Atomic uint32_t on_lost;   /* TIERD_LOST_* */
+	_Atomic uint32_t poisoning; /* fault threads that are about to poison a LOST page */
 	struct tierd_store_faults store_faults;
 	_Atomic uint64_t store_faults_state;
 
