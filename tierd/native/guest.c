@@ -311,10 +311,46 @@ static page_word adopted_word(page_word w, bool cached)
 	}
 }
 
+/* A page that is DROPPING and still in the page cache was not punched yet, or in vain (evict.c, settle_dropped): then it holds
+ * zeros, and its bytes are in the store. `bytes` is room for a page. */
+static int repair_unpunched(struct tierd_guest *g, uint64_t page, page_word w, void *bytes)
+{
+	struct region *r = region_of_page(g, page);
+	uint64_t offset = mem_offset_of(r, page);
+	int error;
+
+	if (sys_mem_read(r->memfd, bytes, g->page_bytes, offset) != (ssize_t)g->page_bytes)
+		return -EIO;
+	if (checksum(bytes, g->page_bytes) == g->checksums[page])
+		return 0;
+	error = store_read(g, word_tier(w), page, 1, bytes);
+	if (error)
+		return error;
+	if (checksum(bytes, g->page_bytes) != g->checksums[page])
+		return -EBADMSG;
+	return sys_mem_write(r->memfd, bytes, g->page_bytes, offset) == (ssize_t)g->page_bytes ? 0 : -EIO;
+}
+
+static int adopt_unpunched(struct tierd_guest *g, uint64_t page, page_word w)
+{
+	void *bytes = sys_alloc(g->page_bytes);
+	int error = bytes ? repair_unpunched(g, page, w, bytes) : -ENOMEM;
+
+	if (bytes)
+		sys_free(bytes, g->page_bytes);
+	return error;
+}
+
 static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct tierd_adoption *ret)
 {
 	page_word w = page_load(g, page), to = adopted_word(w, cached);
 
+	if (word_state(w) == DROPPING && cached && word_tier(w) != TIER_ZERO) {
+		int error = adopt_unpunched(g, page, w);
+
+		if (error)
+			return error;
+	}
 	if (to != w) {
 		if (word_state(to) == RESIDENT)
 			to = word_with_epoch(to, epoch_next(g));
