@@ -19,10 +19,10 @@ DATA_PLANE = ("table.c", "guest.c", "fault.c", "scan.c", "evict.c", "store.c", "
 FLAGS = ("-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-clobbered", "-DTIERD_MODEL")
 
 
-def build_driver(output: Path, flags: Sequence[str], native: Path = NATIVE, driver: str = "driver.c") -> Path:
-    """The driver, with the data plane's sources taken from `native`."""
-    sources = [native / name for name in DATA_PLANE] + [HERE / "model.c", HERE / "script.c", HERE / driver]
-    command = ["gcc", *FLAGS, *flags, f"-I{native}", f"-I{HERE}", *map(str, sources), "-o", str(output), "-pthread"]
+def build_driver(output: Path, flags: Sequence[str], native: Path = NATIVE, here: Path = HERE) -> Path:
+    """The driver (of `here`), with the data plane's sources taken from `native`."""
+    sources = [native / name for name in DATA_PLANE] + [here / name for name in ("model.c", "script.c", "driver.c")]
+    command = ["gcc", *FLAGS, *flags, f"-I{native}", f"-I{here}", *map(str, sources), "-o", str(output), "-pthread"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output

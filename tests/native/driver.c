@@ -516,6 +516,10 @@ static void daemon_kill(void)
 		if (dying)
 			schedule();
 	}
+	for (uint32_t page = 0; page < S.pages; page++)
+		if (!M.present
+			     [page]) /* by a pass that was to stamp it once more at its end: as old as the pass was long */
+			touched_ns[page] = 0;
 	munmap(guest->header, guest->table_bytes);
 	free_everything();
 	daemon_start(true);
@@ -568,7 +572,8 @@ static void set_up(void)
 	staller = crowded ? run_fault_worker : NULL;
 	if (crowded)
 		stall_chance = 20 + below(60);
-	M.store_pauses = crowded || late_io ? below(100) : 0;
+	M.write_pauses = crowded || late_io ? below(100) : 0;
+	M.read_pauses = below(4) ? 0 : below(100);
 	guest_threads = 1 + below(GUEST_THREADS_MAX);
 }
 

@@ -471,6 +471,8 @@ ssize_t sys_store_read(int fd, void *to, size_t bytes, uint64_t offset)
 
 	(void)fd;
 	model_enter();
+	for (uint32_t i = 0; i < M.read_pauses; i++)
+		model_pause();
 	if (model_chance(M.faults.read_short))
 		bytes = MODEL_PAGE_BYTES;
 	n = (ssize_t)bytes;
@@ -561,7 +563,7 @@ ssize_t sys_store_write(int fd, const struct iovec *from, int count, uint64_t of
 	(void)fd;
 	(void)count;
 	model_enter();
-	for (uint32_t i = 0; i < M.store_pauses; i++)
+	for (uint32_t i = 0; i < M.write_pauses; i++)
 		model_pause();
 	if (model_chance(M.faults.store_eio)) {
 		n = model_chance(500) ? -EIO : -ENOSPC;

@@ -37,8 +37,8 @@ struct model {
 	uint32_t pages, regions;
 	struct model_region region[MODEL_REGIONS_MAX];
 	struct model_faults faults;
-	uint32_t store_pauses; /* how long a write takes */
-	bool direct;           /* the store is opened with O_DIRECT */
+	uint32_t read_pauses, write_pauses; /* how long a read or a write of the store takes */
+	bool direct;                        /* the store is opened with O_DIRECT */
 	bool late_io; /* the store is served elsewhere: what a killed thread has asked for goes on there, and ends some day */
 	_Atomic uint64_t now_ns;
 	/* page cache */
