@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,10 +19,10 @@ DATA_PLANE = ("table.c", "guest.c", "fault.c", "scan.c", "evict.c", "store.c", "
 FLAGS = ("-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-clobbered", "-DTIERD_MODEL")
 
 
-def build_driver(output: Path, flags: Sequence[str], native: Path = NATIVE, driver: str = "driver.c") -> Path:
-    """The driver, with the data plane's sources taken from `native`."""
-    sources = [native / name for name in DATA_PLANE] + [HERE / "model.c", HERE / driver]
-    command = ["gcc", *FLAGS, *flags, f"-I{native}", f"-I{HERE}", *map(str, sources), "-o", str(output), "-pthread"]
+def build_driver(output: Path, flags: Sequence[str], native: Path = NATIVE, here: Path = HERE) -> Path:
+    """The driver (of `here`), with the data plane's sources taken from `native`."""
+    sources = [native / name for name in DATA_PLANE] + [here / name for name in ("model.c", "script.c", "driver.c")]
+    command = ["gcc", *FLAGS, *flags, f"-I{native}", f"-I{here}", *map(str, sources), "-o", str(output), "-pthread"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output
@@ -44,6 +48,22 @@ def build_threads(output: Path, native: Path = NATIVE) -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     return output
+
+
+def run_seeds(binary: Path, seeds: int, *more: str, first: int = 1, timeout_s: float = 1700) -> dict[str, int]:
+    """The seeds from `first` on, in one process a CPU; what all of them did together. AssertionError names a failing seed."""
+    parts = min(len(os.sched_getaffinity(0)), seeds)
+    ranges = [(first + seeds * i // parts, first + seeds * (i + 1) // parts) for i in range(parts)]
+    with ThreadPoolExecutor(parts) as pool:
+        runs = pool.map(
+            lambda r: run_driver(binary, "--from", str(r[0]), "--seeds", str(r[1] - r[0]), *more, timeout_s=timeout_s),
+            ranges,
+        )
+    figures: Counter[str] = Counter()
+    for done in runs:
+        assert done.returncode == 0, done.stdout + done.stderr
+        figures.update({name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", done.stdout)})
+    return dict(figures)
 
 
 def run_driver(binary: Path, *arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:

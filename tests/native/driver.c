@@ -2,15 +2,16 @@
 /*
  * driver.c: the data plane against the model kernel, under a seeded scheduler.
  *
- *   driver [--seeds N] [--from S] [--steps K] [-v]
+ *   driver [--seeds N] [--from S] [--steps K] [--late-io] [-v]
  *
- * Guest threads read and write, fault workers serve, one worker evicts, a killer kills the daemon and starts another. Every
- * page-table access and every piece of a system call is a point where somebody else may run; a seed says who. One invariant:
- * every byte that the guest reads is the last one it wrote (of a page that the VMM gave back itself: zeros, or what it last
- * held). And nobody waits for ever. A failing seed is printed and fails again.
+ * Guest threads read and write, fault workers serve, one worker evicts, a killer kills the daemon and starts another, an
+ * operator repairs what was destroyed. Every page-table access and every piece of a system call is a point where somebody else
+ * may run; a seed says who. What they do and what must be true of it: script.h. And nobody waits for ever. A failing seed is
+ * printed and fails again.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,6 +22,7 @@
 
 #include "internal.h"
 #include "model.h"
+#include "script.h"
 
 enum {
 	STACK_BYTES = 128 << 10,
@@ -32,8 +34,22 @@ enum {
 
 enum kind { GUEST, DAEMON };
 
+/* swapcontext saves the signal mask by a system call each time, which took half of a run; but the address sanitizer must see
+ * that another stack is used, and it knows swapcontext. */
+#ifdef __SANITIZE_ADDRESS__
+enum { JUMPS = 0 };
+#else
+enum { JUMPS = 1 };
+#endif
+
+struct context {
+	ucontext_t first;
+	jmp_buf later;
+	bool begun;
+};
+
 struct coroutine {
-	ucontext_t context;
+	struct context context;
 	void *stack;
 	void (*run)(uint32_t argument);
 	uint32_t argument;
@@ -45,43 +61,34 @@ struct coroutine {
 };
 
 static struct coroutine coroutines[COROUTINES_MAX], *current;
-static ucontext_t scheduler;
-static uint64_t random_state, seed, step;
+static struct context scheduler;
+static uint64_t seed, step;
 static uint32_t stall_chance, guest_threads;
 static void (*staller)(uint32_t); /* who stalls; NULL: anybody */
-static bool verbose, guests_stop, stopping, daemon_done, adopting;
+static bool verbose, late_io, guests_stop, stopping, daemon_done, adopting, repaired;
 
-/* What the guest last wrote; pages that the VMM gave back may read as zeros, too. One corner is known and allowed: a
- * daemon that is killed between the COPY of a fetch and the fetch's last move, and a page that the VMM gives back before the
- * successor has looked at it. The successor cannot tell whether the COPY was made, and serves what was stored: what the page
- * held when it last left. */
-static uint64_t last[MODEL_PAGES_MAX];
-static bool maybe_zero[MODEL_PAGES_MAX], maybe_arrived[MODEL_PAGES_MAX];
-static int giving_back[MODEL_PAGES_MAX];
-static uint64_t next_value;
+/* One corner is known and allowed: a daemon that is killed between the COPY of a fetch and the fetch's last move, and a page
+ * that the VMM gives back before the successor has looked at it. The successor cannot tell whether the COPY was made, and
+ * serves what was stored: what the page held when it last left. */
+static bool maybe_arrived[MODEL_PAGES_MAX];
+static uint64_t touched_ns[MODEL_PAGES_MAX]; /* when the guest last did */
 
 static struct tierd_guest *guest;
 static int table_fd = -1;
-static uint64_t kills, accesses, faults, evictions;
-
-/* --- chance ------------------------------------------------------------------------------------------------------------- */
-
-static uint64_t roll(void)
-{
-	random_state ^= random_state << 13;
-	random_state ^= random_state >> 7;
-	random_state ^= random_state << 17;
-	return random_state * 0x2545f4914f6cdd1dull >> 16;
-}
-
-static uint32_t below(uint32_t n)
-{
-	return (uint32_t)(roll() % n);
-}
+static uint64_t kills, faults, evictions, accesses, memory_errors, repairs;
 
 bool model_chance(uint32_t thousandths)
 {
 	return thousandths && below(1000) < thousandths;
+}
+
+_Noreturn static void fail(const char *format, va_list arguments)
+{
+	printf("seed %lu, step %lu: ", seed, step);
+	vprintf(format, arguments);
+	printf("\n");
+	fflush(stdout);
+	_exit(1);
 }
 
 _Noreturn void model_fail(const char *format, ...)
@@ -89,20 +96,33 @@ _Noreturn void model_fail(const char *format, ...)
 	va_list arguments;
 
 	va_start(arguments, format);
-	printf("seed %lu, step %lu: ", seed, step);
-	vprintf(format, arguments);
-	printf("\n");
-	va_end(arguments);
-	fflush(stdout);
-	_exit(1);
+	fail(format, arguments);
+}
+
+_Noreturn void script_fail(const char *format, ...)
+{
+	va_list arguments;
+
+	va_start(arguments, format);
+	fail(format, arguments);
 }
 
 /* --- coroutines --------------------------------------------------------------------------------------------------------- */
 
-static void switch_to(ucontext_t *from, ucontext_t *to)
+static void switch_to(struct context *from, struct context *to)
 {
-	if (swapcontext(from, to))
-		abort();
+	if (!JUMPS) {
+		if (swapcontext(&from->first, &to->first))
+			abort();
+		return;
+	}
+	from->begun = true;
+	if (_setjmp(from->later))
+		return;
+	if (to->begun)
+		_longjmp(to->later, 1);
+	setcontext(&to->first);
+	abort();
 }
 
 static void to_scheduler(void)
@@ -126,6 +146,11 @@ void model_enter(void)
 	model_pause();
 	if (current)
 		current->in_call++;
+}
+
+bool model_dying(void)
+{
+	return current && current->dying;
 }
 
 void model_exit(void)
@@ -157,11 +182,11 @@ static void spawn(enum kind kind, void (*run)(uint32_t), uint32_t argument)
 	if (!c->stack)
 		c->stack = malloc(STACK_BYTES);
 	*c = (struct coroutine){.stack = c->stack, .run = run, .argument = argument, .kind = kind, .used = true};
-	if (!c->stack || getcontext(&c->context))
+	if (!c->stack || getcontext(&c->context.first))
 		abort();
-	c->context.uc_stack.ss_sp = c->stack;
-	c->context.uc_stack.ss_size = STACK_BYTES;
-	makecontext(&c->context, trampoline, 0);
+	c->context.first.uc_stack.ss_sp = c->stack;
+	c->context.first.uc_stack.ss_size = STACK_BYTES;
+	makecontext(&c->context.first, trampoline, 0);
 }
 
 static bool runnable(struct coroutine *c)
@@ -257,78 +282,100 @@ int threads_stop(struct tierd_guest *g)
 	return 0;
 }
 
-/* --- the guest ---------------------------------------------------------------------------------------------------------- */
+/* --- the script's world ------------------------------------------------------------------------------------------------- */
 
-static void read_page(uint32_t thread, uint32_t page)
+enum outcome world_access(uint32_t thread, uint32_t page, bool write, uint64_t *value)
 {
-	uint64_t value;
+	enum model_access access;
 
-	while (!model_access(thread, page, false, &value))
+	while ((access = model_access(thread, page, write, value)) == ACCESS_WAITS)
 		to_scheduler();
-	accesses++;
-	if (value != last[page] && !(maybe_zero[page] && value == 0) &&
-	    !(maybe_zero[page] && maybe_arrived[page] && value == M.arrived[page]))
-		model_fail("page %u reads %lu, the guest last wrote %lu", page, value, last[page]);
-	last[page] = value;
-	if (!giving_back[page])
-		maybe_zero[page] = false;
-	maybe_arrived[page] &= adopting || maybe_zero[page];
+	touched_ns[page] = M.now_ns;
+	return access == ACCESS_MADE ? MADE : MEMORY_ERROR;
 }
 
-static void write_page(uint32_t thread, uint32_t page, uint64_t value)
+bool world_may_fail(uint32_t page)
 {
-	while (!model_access(thread, page, true, &value))
-		to_scheduler();
-	accesses++;
-	last[page] = value;
-	maybe_zero[page] = giving_back[page] != 0;
-	maybe_arrived[page] &= adopting;
+	return M.may_fail[page];
 }
 
-/* The VMM itself punches a page (a balloon): from here on it reads as zeros, or as what was stored. */
-static void give_back(uint32_t page)
+bool world_may_be_older(uint32_t page, uint64_t value)
 {
-	for (uint32_t i = 0; i < M.regions; i++) {
-		struct model_region *r = &M.region[i];
+	return maybe_arrived[page] && value == M.arrived[page];
+}
 
-		if (page - r->first_page >= r->pages)
-			continue;
-		giving_back[page]++;
-		maybe_zero[page] = true;
-		sys_mem_punch(FD_MEM + (int)i, r->offset + (page - r->first_page) * MODEL_PAGE_BYTES, MODEL_PAGE_BYTES);
-		giving_back[page]--;
-	}
+static enum page_state state_of(uint32_t page)
+{
+	return word_state(atomic_load(&guest->words[page]));
+}
+
+/* Readers are not held, so they may see it. That is why guests with large folios are refused; the daemon writes the bytes back
+ * before the page is anything else than DROPPING. */
+bool world_zeroed(uint32_t page)
+{
+	return M.zeroed[page] && state_of(page) == DROPPING;
+}
+
+void world_settled(uint32_t page)
+{
+	maybe_arrived[page] &= adopting || S.maybe_zero[page];
+}
+
+void world_give_back(uint32_t page)
+{
+	model_give_back(page);
+	touched_ns[page] = 0; /* it is nobody's now: it may leave as the zeros that it is */
+}
+
+void world_zap(uint32_t page)
+{
+	model_zap(page);
+	touched_ns[page] = 0; /* nobody can see that it was touched */
+}
+
+void world_lock(uint32_t page)
+{
+	(void)page; /* nobody else runs between an access and its check */
+}
+
+void world_unlock(uint32_t page)
+{
+	(void)page;
+}
+
+void world_rest(uint32_t steps)
+{
+	while (steps--)
+		model_pause();
+}
+
+bool world_stopped(void)
+{
+	return guests_stop;
+}
+
+void world_before_pass(void)
+{
+}
+
+/* Rule 8: what leaves was idle for long enough. A page that is mapped was touched since, and is turned back by the hold. */
+void world_selected(double min_idle_s)
+{
+	for (uint32_t page = 0; page < S.pages; page++)
+		if (state_of(page) == LEAVING && !M.present[page] && !S.giving_back[page] &&
+		    M.now_ns - touched_ns[page] < (uint64_t)(min_idle_s * 1e9))
+			model_fail("page %u leaves %lu ns after the guest touched it", page,
+				   M.now_ns - touched_ns[page]);
 }
 
 static void run_guest(uint32_t thread)
 {
-	uint32_t hot = below(M.pages);
-
-	while (!guests_stop) {
-		uint32_t page = below(3) ? (hot + below(4)) % M.pages : below(M.pages), what = below(100);
-
-		if (what < 40)
-			read_page(thread, page);
-		else if (what < 50) /* a walk, for the read-ahead */
-			for (uint32_t i = 0; i < 6; i++)
-				read_page(thread, (page + i) % M.pages);
-		else if (what < 86)
-			write_page(thread, page, ++next_value);
-		else if (what < 93)
-			write_page(thread, page, 0);
-		else
-			give_back(page);
-		for (uint32_t i = below(12); i; i--)
-			to_scheduler();
-		if (!below(40))
-			hot = below(M.pages);
-	}
+	script_guest(thread);
 }
 
 static void run_final_read(uint32_t thread)
 {
-	for (uint32_t page = 0; page < M.pages; page++)
-		read_page(thread, page);
+	script_read_all(thread);
 }
 
 /* --- the daemon --------------------------------------------------------------------------------------------------------- */
@@ -355,98 +402,50 @@ static void run_fault_worker(uint32_t unused)
 	tierd_worker_destroy(w);
 }
 
-static bool cancelled_at_will(struct tierd_batch *b, struct tierd_batch_result *r)
+/* A page may be LOST where its stored copy was destroyed. */
+static void check_lost(void)
 {
-	if (!model_chance(40))
-		return false;
-	tierd_batch_cancel(b, r);
-	return true;
+	for (uint32_t page = 0; page < S.pages; page++)
+		if (state_of(page) == LOST && !M.may_fail[page])
+			model_fail("page %u is lost, and nothing destroyed its stored copy", page);
 }
 
-static void evict_batch(struct tierd_batch *b, uint64_t *page)
+/* Somebody else spoils the store, or repairs it. */
+static void spoil_store(void)
 {
-	struct tierd_batch_result r;
-	double min_idle_s = below(2) ? 0 : 0.002;
+	uint32_t page = below(S.pages);
+	page_word word = atomic_load(&guest->words[page]);
+	bool stored = word_state(word) == STORED || word_state(word) == ARRIVING;
 
-	if (tierd_batch_select(b, *page, min_idle_s, 1 + below(16), &r))
-		model_fail("select failed");
-	*page = r.next_page;
-	if (!r.selected_pages || cancelled_at_will(b, &r))
-		return;
-	if (tierd_batch_hold(b, &r) || cancelled_at_will(b, &r) || tierd_batch_copy(b, &r) ||
-	    cancelled_at_will(b, &r) || tierd_batch_write(b, 1, &r) || cancelled_at_will(b, &r) ||
-	    tierd_batch_drop(b, &r)) {
-		tierd_batch_cancel(b, &r);
-		return;
-	}
-	evictions += r.evicted_pages;
-	tierd_batch_release(b, &r);
-}
-
-static void one_cycle(void)
-{
-	struct tierd_pass pass;
-	struct tierd_batch *b;
-	uint64_t page = 0, n;
-
-	while (page < guest->pages) {
-		if (tierd_guest_pass(guest, page, &pass))
-			model_fail("pass failed");
-		page = pass.next_page;
-	}
-	for (uint32_t i = below(80); i; i--)
-		model_pause();
-	if (tierd_batch_create(guest, 16, &b))
-		model_fail("no batch");
-	for (page = 0; page < guest->pages;)
-		evict_batch(b, &page);
-	tierd_batch_destroy(b);
-	page = 0;
-	if (model_chance(100))
-		tierd_guest_restore(guest, &page, below(MODEL_PAGES_MAX), &n);
 	if (model_chance(400))
-		tierd_guest_discard(guest, below(MODEL_PAGES_MAX) + 1, &n);
-}
-
-static uint64_t stored_pages(void)
-{
-	struct tierd_counters c;
-
-	tierd_guest_counters(guest, &c);
-	if (c.pages_lost)
-		model_fail("%lu pages lost, and nothing destroyed their stored copy", c.pages_lost);
-	return c.state_pages[STORED] + c.state_pages[ARRIVING] + c.state_pages[DROPPING] + c.state_pages[LEAVING];
+		model_repair(below(S.pages));
+	else if (stored && word_tier(word) != TIER_ZERO && !M.late_io)
+		model_destroy(page);
 }
 
 static void run_worker(uint32_t adopted)
 {
 	struct tierd_adoption adoption;
-	uint64_t page, n;
 
-	if (adopted ? tierd_guest_adopt(guest, &adoption) : tierd_guest_arm(guest))
-		model_fail("%s failed", adopted ? "adoption" : "arm");
+	int error;
+
+	while ((error = adopted ? tierd_guest_adopt(guest, &adoption) : tierd_guest_arm(guest)))
+		if (!adopted || !S.failures) /* the daemon tries again for as long as the VMM lives */
+			model_fail("%s failed: error %d", adopted ? "adoption" : "arm", -error);
 	adopting = false;
-	for (page = 0; page < guest->pages; page++)
+	for (uint64_t page = 0; page < guest->pages; page++)
 		maybe_arrived[page] &= word_state(atomic_load(&guest->words[page])) != RESIDENT;
 	for (uint32_t i = 0; i < 1 + (seed % 3 != 0); i++) /* only now: adoption moves pages without asking */
 		spawn(DAEMON, run_fault_worker, i);
-	while (!stopping) {
-		stored_pages();
-		if (model_chance(20)) { /* an order that finds nothing to do hurts nobody */
-			uint64_t recovered;
-
-			if (tierd_guest_retry(guest, &recovered, &n) || n)
-				model_fail("retry: %lu pages are lost", n);
-		}
-		if (guests_stop) /* whoever waits now must be served without a later cycle's help */
-			model_pause();
-		else
-			one_cycle();
+	while (!guests_stop) {
+		check_lost();
+		script_cycle(guest);
 	}
-	do {
-		page = 0;
-		tierd_guest_restore(guest, &page, UINT64_MAX, &n);
-	} while (stored_pages());
+	tierd_guest_set_reads(guest, S.losses ? 0 : UINT64_MAX, TIERD_LOST_POISON);
+	while (!stopping) /* whoever waits now must be served without a later cycle's help */
+		model_pause();
+	while (script_bring_back(guest, repaired))
+		check_lost();
 }
 
 static void daemon_start(bool adopted)
@@ -472,6 +471,8 @@ static void daemon_start(bool adopted)
 		args.tiers[i].fd = -1;
 	args.tiers[1] = (struct tierd_tier){
 		.fd = FD_STORE, .flags = M.direct ? TIERD_SPACE_DIRECT : 0, .capacity_pages = M.pages - below(4)};
+	if (M.late_io)
+		args.tiers[1].flags |= TIERD_SPACE_LATE;
 	if (!adopted) {
 		struct tierd_identity identity = {.pid = 1, .epoch_ns = 1000000};
 
@@ -481,8 +482,8 @@ static void daemon_start(bool adopted)
 	}
 	if (tierd_guest_create(&args, &guest))
 		model_fail("no guest");
-	tierd_guest_set_reads(guest, UINT64_MAX, TIERD_LOST_POISON); /* what is read wrong now is read right some day */
-	atomic_store(&guest->thread_count, seed % 4 == 1 ? 2 : 9);   /* who may read at once: park.c */
+	script_set_reads(guest);
+	atomic_store(&guest->thread_count, seed % 4 == 1 ? 2 : 9); /* who may read at once: park.c */
 	daemon_done = false;
 	spawn(DAEMON, run_worker, adopted);
 }
@@ -513,6 +514,10 @@ static void daemon_kill(void)
 		if (dying)
 			schedule();
 	}
+	for (uint32_t page = 0; page < S.pages; page++)
+		if (!M.present
+			     [page]) /* by a pass that was to stamp it once more at its end: as old as the pass was long */
+			touched_ns[page] = 0;
 	munmap(guest->header, guest->table_bytes);
 	free_everything();
 	daemon_start(true);
@@ -527,11 +532,10 @@ static void set_up(void)
 
 	memset(&M, 0, sizeof(M));
 	memset(coroutines, 0, sizeof(coroutines));
-	memset(last, 0, sizeof(last));
-	memset(maybe_zero, 0, sizeof(maybe_zero));
+	memset(&S, 0, sizeof(S));
 	memset(maybe_arrived, 0, sizeof(maybe_arrived));
-	memset(giving_back, 0, sizeof(giving_back));
-	guests_stop = stopping = daemon_done = adopting = false;
+	memset(touched_ns, 0, sizeof(touched_ns));
+	guests_stop = stopping = daemon_done = adopting = repaired = false;
 	M.now_ns = 1000000000;
 	M.regions = crowded ? 1 : 1 + below(MODEL_REGIONS_MAX);
 	for (uint32_t i = 0; i < M.regions; i++) {
@@ -550,8 +554,13 @@ static void set_up(void)
 						 .protect_fails = below(20),
 						 .store_eio = below(100),
 						 .store_short = below(100),
-						 .sync_loses = below(300),
-						 .punch_stays = 0};
+						 .sync_loses = below(300)};
+	if (!below(4))
+		M.faults.punch_stays = below(100);
+	M.late_io = late_io;
+	S.pages = M.pages;
+	S.failures = faulty;
+	S.losses = faulty != 2 && !below(3);
 	if (faulty == 2 && !crowded) {
 		M.faults.read_eio = below(200);
 		M.faults.read_short = below(200);
@@ -561,7 +570,8 @@ static void set_up(void)
 	staller = crowded ? run_fault_worker : NULL;
 	if (crowded)
 		stall_chance = 20 + below(60);
-	M.store_pauses = crowded ? below(100) : 0;
+	M.write_pauses = crowded || late_io ? below(100) : 0;
+	M.read_pauses = below(4) ? 0 : below(100);
 	guest_threads = 1 + below(GUEST_THREADS_MAX);
 }
 
@@ -590,13 +600,25 @@ static bool guests_over(void)
 	return true;
 }
 
+/* Every page was read at the end: it is RESIDENT again, or LOST because its stored copy is still destroyed. */
+static void check_end(void)
+{
+	for (uint32_t page = 0; page < S.pages; page++)
+		if (state_of(page) != RESIDENT && (repaired || state_of(page) != LOST || !M.may_fail[page]))
+			model_fail("page %u is in state %d at the end", page, state_of(page));
+	accesses += S.accesses;
+	memory_errors += S.memory_errors;
+	evictions += S.evicted;
+	repairs += atomic_load(&guest->count.pages_repaired);
+}
+
 static void run_seed(uint64_t steps)
 {
 	uint32_t kill_chance;
 
-	random_state = seed * 0x9e3779b97f4a7c15ull + 0x1234567;
+	script_random = seed * 0x9e3779b97f4a7c15ull + 0x1234567;
 	step = 0;
-	roll();
+	below(2);
 	set_up();
 	kill_chance = below(2) ? 1 + below(3) : 0; /* in 1/1000 of every hundredth step */
 	for (uint32_t i = 0; i < guest_threads; i++)
@@ -609,16 +631,26 @@ static void run_seed(uint64_t steps)
 			daemon_kill();
 		if (i % 64 == 63)
 			model_write_back();
+		if (i % 64 == 31 && S.losses)
+			spoil_store();
+		if (i % 256 == 128)
+			model_late_lands();
 	}
 	memset(&M.faults, 0, sizeof(M.faults));
 	guests_stop = true;
 	run_until(guests_over, "a guest thread waits for ever");
+	while (M.late_count)
+		model_late_lands();
+	repaired = below(2);
+	for (uint32_t page = 0; page < S.pages && repaired; page++)
+		model_repair(page);
 	stopping = true;
 	for (uint32_t i = 0; i < guest_threads; i++)
 		spawn(GUEST, run_final_read, i);
 	run_until(guests_over, "a guest thread waits for ever at the end");
 	daemon_done = true;
 	run_until(all_over, "the daemon does not end");
+	check_end();
 	tierd_guest_destroy(guest);
 	for (int i = 0; i < ALLOCATIONS_MAX; i++)
 		if (allocations[i].memory)
@@ -635,6 +667,8 @@ int main(int count, char **arguments)
 	for (int i = 1; i < count; i++) {
 		if (!strcmp(arguments[i], "-v"))
 			verbose = true;
+		else if (!strcmp(arguments[i], "--late-io"))
+			late_io = true;
 		else if (i + 1 < count && !strcmp(arguments[i], "--seeds"))
 			seeds = strtoull(arguments[++i], NULL, 10);
 		else if (i + 1 < count && !strcmp(arguments[i], "--from"))
@@ -642,14 +676,17 @@ int main(int count, char **arguments)
 		else if (i + 1 < count && !strcmp(arguments[i], "--steps"))
 			steps = strtoull(arguments[++i], NULL, 10);
 		else
-			return fprintf(stderr, "usage: driver [--seeds N] [--from S] [--steps K] [-v]\n"), 2;
+			return fprintf(stderr, "usage: driver [--seeds N] [--from S] [--steps K] [--late-io] [-v]\n"),
+			       2;
 	}
 	for (seed = from; seed < from + seeds; seed++) {
 		if (verbose)
 			printf("seed %lu\n", seed);
 		run_seed(steps);
 	}
-	printf("%lu seeds from %lu: %lu accesses, %lu faults, %lu pages evicted, %lu kills; every byte right\n", seeds,
-	       from, accesses, faults, evictions, kills);
+	printf("%lu seeds from %lu: %lu accesses, %lu faults, %lu pages evicted, %lu repaired, %lu memory errors, %lu "
+	       "kills; "
+	       "every byte right\n",
+	       seeds, from, accesses, faults, evictions, repairs, memory_errors, kills);
 	return 0;
 }

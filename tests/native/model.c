@@ -56,19 +56,19 @@ static void unmap(uint32_t page)
 
 /* --- the guest ---------------------------------------------------------------------------------------------------------- */
 
-static bool wait_for(uint32_t thread, uint32_t page, uint64_t flags)
+static enum model_access wait_for(uint32_t thread, uint32_t page, uint64_t flags)
 {
 	M.waiter[thread].waiting = M.waiter[thread].unread = true;
 	M.waiter[thread].page = page;
 	M.waiter[thread].flags = flags;
-	return false;
+	return ACCESS_WAITS;
 }
 
-bool model_access(uint32_t thread, uint32_t page, bool write, uint64_t *value)
+enum model_access model_access(uint32_t thread, uint32_t page, bool write, uint64_t *value)
 {
-	if (M.poisoned[page])
-		model_fail("page %u is poisoned and nothing destroyed its stored copy", page);
 	if (!M.present[page]) {
+		if (M.poisoned[page]) /* an entry of the page table, so it is seen before the page cache */
+			return ACCESS_POISONED;
 		if (!M.cached[page]) {
 			if (M.missing[page])
 				return wait_for(thread, page, write ? UFFD_PAGEFAULT_FLAG_WRITE : 0);
@@ -89,7 +89,14 @@ bool model_access(uint32_t thread, uint32_t page, bool write, uint64_t *value)
 			model_fail("page %u is torn", page);
 	}
 	*value = M.bytes[page][0];
-	return true;
+	M.may_fail[page] &= M.destroyed[page];
+	return ACCESS_MADE;
+}
+
+void model_zap(uint32_t page)
+{
+	unmap(page);
+	M.poisoned[page] = false;
 }
 
 bool model_unread(void)
@@ -185,7 +192,7 @@ static int protect(uint64_t address, uint64_t bytes, bool on)
 			error = -ENOENT;
 		else if (M.present[p])
 			M.protected[p] = on;
-		else
+		else if (!M.poisoned[p]) /* an access ends in an error anyway */
 			M.marker[p] = on;
 		if (p % 4 == 3)
 			model_pause();
@@ -259,7 +266,7 @@ int sys_uffd_poison(int uffd, uint64_t address, uint64_t bytes)
 	(void)uffd;
 	model_enter();
 	for (uint32_t p = first; p < first + count && !error; p++) {
-		if (M.present[p] || M.marker[p])
+		if (M.present[p] || M.marker[p] || M.poisoned[p]) /* any entry of the page table */
 			error = -EEXIST;
 		else
 			M.poisoned[p] = true;
@@ -307,7 +314,8 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t any
 	model_enter();
 	for (uint32_t i = 0; i < pages; i++) {
 		uint64_t at = start + i * MODEL_PAGE_BYTES;
-		uint64_t is = M.present[first + i] ? SYS_PAGE_PRESENT : M.marker[first + i] ? SYS_PAGE_SWAPPED : 0;
+		bool swapped = M.marker[first + i] || M.poisoned[first + i];
+		uint64_t is = M.present[first + i] ? SYS_PAGE_PRESENT : swapped ? SYS_PAGE_SWAPPED : 0;
 
 		*walk_end = at;
 		if (n == count && is & any_of)
@@ -329,9 +337,10 @@ ssize_t sys_pagemap_read(int pagemap, uint64_t *entries, size_t count, uint64_t 
 	(void)pagemap;
 	model_enter();
 	for (uint32_t i = 0; i < pages; i++) {
-		entries[i] = M.present[first + i]  ? 1ull << 63 | (uint64_t)M.protected[first + i] << 57
-			     : M.marker[first + i] ? 1ull << 62 | 1ull << 57
-						   : 0;
+		entries[i] = M.present[first + i]    ? 1ull << 63 | (uint64_t)M.protected[first + i] << 57
+			     : M.marker[first + i]   ? 1ull << 62 | 1ull << 57
+			     : M.poisoned[first + i] ? 1ull << 62
+						     : 0;
 		if (i % 4 == 3)
 			model_pause();
 	}
@@ -392,6 +401,7 @@ ssize_t sys_mem_write(int memfd, const void *from, size_t bytes, uint64_t offset
 	model_enter();
 	for (size_t done = 0; done < bytes; done += MODEL_PAGE_BYTES, page++) {
 		M.cached[page] = true;
+		M.zeroed[page] = false;
 		memcpy(M.bytes[page], (const char *)from + done, MODEL_PAGE_BYTES);
 	}
 	model_exit();
@@ -399,22 +409,31 @@ ssize_t sys_mem_write(int memfd, const void *from, size_t bytes, uint64_t offset
 }
 
 /* Page by page, as the truncation of shmem goes; markers survive, nobody is woken. */
-int sys_mem_punch(int memfd, uint64_t offset, uint64_t bytes)
+static void punch(uint32_t first, uint32_t count, uint32_t stays)
 {
-	uint32_t first = file_page(memfd, offset), count = (uint32_t)(bytes / MODEL_PAGE_BYTES);
-
 	model_enter();
 	for (uint32_t p = first; p < first + count; p++) {
-		if (M.cached[p] && model_chance(M.faults.punch_stays)) {
+		if (M.cached[p] && model_chance(stays)) {
 			memset(M.bytes[p], 0, MODEL_PAGE_BYTES); /* part of a large folio with a reference */
+			M.zeroed[p] = true;
 		} else {
-			unmap(p);
-			M.cached[p] = false;
+			M.cached[p] = M.zeroed[p] = false;
 		}
+		unmap(p);
 		model_pause();
 	}
 	model_exit();
+}
+
+int sys_mem_punch(int memfd, uint64_t offset, uint64_t bytes)
+{
+	punch(file_page(memfd, offset), (uint32_t)(bytes / MODEL_PAGE_BYTES), M.faults.punch_stays);
 	return 0;
+}
+
+void model_give_back(uint32_t page)
+{
+	punch(page, 1, 0);
 }
 
 static int64_t seek(int memfd, uint64_t offset, bool data)
@@ -452,17 +471,89 @@ ssize_t sys_store_read(int fd, void *to, size_t bytes, uint64_t offset)
 
 	(void)fd;
 	model_enter();
+	for (uint32_t i = 0; i < M.read_pauses; i++)
+		model_pause();
 	if (model_chance(M.faults.read_short))
 		bytes = MODEL_PAGE_BYTES;
+	n = (ssize_t)bytes;
 	for (size_t done = 0; done < bytes; done += MODEL_PAGE_BYTES) {
-		memcpy((char *)to + done, M.store[(offset + done) / MODEL_PAGE_BYTES], MODEL_PAGE_BYTES);
+		uint64_t page = (offset + done) / MODEL_PAGE_BYTES;
+
+		memcpy((char *)to + done, M.store[page], MODEL_PAGE_BYTES);
+		if (M.unreadable[page])
+			n = -EIO;
 		model_pause();
 	}
 	if (model_chance(M.faults.read_flip))
 		((char *)to)[bytes / 2] ^= 4;
-	n = model_chance(M.faults.read_eio) ? -EIO : (ssize_t)bytes;
+	if (model_chance(M.faults.read_eio))
+		n = -EIO;
 	model_exit();
 	return n;
+}
+
+/* What was destroyed is whole again: by a write or a discard of it. */
+static void made_anew(uint64_t page)
+{
+	M.destroyed[page] = M.unreadable[page] = M.may_fail[page] = false;
+}
+
+void model_destroy(uint32_t page)
+{
+	if (M.destroyed[page])
+		return;
+	M.destroyed[page] = M.may_fail[page] = true;
+	memcpy(M.intact[page], M.store[page], MODEL_PAGE_BYTES);
+	if (model_chance(300)) {
+		M.unreadable[page] = true;
+		return;
+	}
+	if (model_chance(500))
+		memset(M.store[page], 0, MODEL_PAGE_BYTES);
+	M.store[page][3] ^= 0x10;
+	memcpy(M.device[page], M.store[page], MODEL_PAGE_BYTES);
+}
+
+void model_repair(uint32_t page)
+{
+	if (!M.destroyed[page])
+		return;
+	M.destroyed[page] = M.unreadable[page] = false; /* the guest is told no more errors once it has read the page */
+	memcpy(M.store[page], M.intact[page], MODEL_PAGE_BYTES);
+	memcpy(M.device[page], M.intact[page], MODEL_PAGE_BYTES);
+}
+
+/* A killed thread's request for `page`, when it goes on without it: true. */
+static bool outlives(uint64_t page, const void *bytes)
+{
+	if (!M.late_io || !model_dying())
+		return false;
+	if (M.late_count == MODEL_LATE_MAX)
+		model_late_lands();
+	M.late[M.late_count].discard = !bytes;
+	M.late[M.late_count].page = page;
+	if (bytes)
+		memcpy(M.late[M.late_count].bytes, bytes, MODEL_PAGE_BYTES);
+	M.late_count++;
+	return true;
+}
+
+void model_late_lands(void)
+{
+	uint32_t i = 0;
+	uint64_t page;
+
+	if (!M.late_count)
+		return;
+	while (i + 1 < M.late_count && model_chance(700))
+		i++;
+	page = M.late[i].page;
+	memset(M.store[page], 0, MODEL_PAGE_BYTES);
+	if (!M.late[i].discard)
+		memcpy(M.store[page], M.late[i].bytes, MODEL_PAGE_BYTES);
+	memcpy(M.device[page], M.store[page], MODEL_PAGE_BYTES);
+	M.dirty[page] = false;
+	M.late[i] = M.late[--M.late_count];
 }
 
 ssize_t sys_store_write(int fd, const struct iovec *from, int count, uint64_t offset)
@@ -472,7 +563,7 @@ ssize_t sys_store_write(int fd, const struct iovec *from, int count, uint64_t of
 	(void)fd;
 	(void)count;
 	model_enter();
-	for (uint32_t i = 0; i < M.store_pauses; i++)
+	for (uint32_t i = 0; i < M.write_pauses; i++)
 		model_pause();
 	if (model_chance(M.faults.store_eio)) {
 		n = model_chance(500) ? -EIO : -ENOSPC;
@@ -481,8 +572,12 @@ ssize_t sys_store_write(int fd, const struct iovec *from, int count, uint64_t of
 			n = MODEL_PAGE_BYTES;
 		for (ssize_t done = 0; done < n; done += MODEL_PAGE_BYTES) {
 			uint64_t page = (offset + (uint64_t)done) / MODEL_PAGE_BYTES;
+			char *bytes = (char *)from[0].iov_base + done;
 
-			memcpy(M.store[page], (char *)from[0].iov_base + done, MODEL_PAGE_BYTES);
+			if (outlives(page, bytes))
+				continue;
+			made_anew(page);
+			memcpy(M.store[page], bytes, MODEL_PAGE_BYTES);
 			M.dirty[page] = !M.direct;
 			if (M.direct)
 				memcpy(M.device[page], M.store[page], MODEL_PAGE_BYTES);
@@ -533,6 +628,9 @@ int sys_store_discard(int fd, uint64_t offset, uint64_t bytes)
 	(void)fd;
 	model_enter();
 	for (uint64_t page = offset / MODEL_PAGE_BYTES; page < (offset + bytes) / MODEL_PAGE_BYTES; page++) {
+		if (outlives(page, NULL))
+			continue;
+		made_anew(page);
 		memset(M.store[page], 0, MODEL_PAGE_BYTES);
 		memset(M.device[page], 0, MODEL_PAGE_BYTES);
 		M.dirty[page] = false;

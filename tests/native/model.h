@@ -12,13 +12,21 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { MODEL_PAGE_BYTES = 64, MODEL_PAGES_MAX = 64, MODEL_REGIONS_MAX = 3, MODEL_THREADS_MAX = 8 };
+enum {
+	MODEL_PAGE_BYTES = 64,
+	MODEL_PAGES_MAX = 64,
+	MODEL_REGIONS_MAX = 3,
+	MODEL_THREADS_MAX = 8,
+	MODEL_LATE_MAX = 256
+};
 enum { FD_UFFD = 1000, FD_PIDFD, FD_PAGEMAP, FD_STORE, FD_MEM /* + region */ };
 
 struct model_faults { /* how often what goes wrong, in 1/1000 of the calls */
 	uint32_t copy_nomem, copy_again, protect_fails, store_eio, store_short, sync_loses, punch_stays;
 	uint32_t read_eio, read_short, read_flip;
 };
+
+enum model_access { ACCESS_MADE, ACCESS_WAITS, ACCESS_POISONED };
 
 struct model_region {
 	uint64_t address, offset;
@@ -29,11 +37,13 @@ struct model {
 	uint32_t pages, regions;
 	struct model_region region[MODEL_REGIONS_MAX];
 	struct model_faults faults;
-	uint32_t store_pauses; /* how long a write takes */
-	bool direct;           /* the store is opened with O_DIRECT */
+	uint32_t read_pauses, write_pauses; /* how long a read or a write of the store takes */
+	bool direct;                        /* the store is opened with O_DIRECT */
+	bool late_io; /* the store is served elsewhere: what a killed thread has asked for goes on there, and ends some day */
 	_Atomic uint64_t now_ns;
 	/* page cache */
-	bool cached[MODEL_PAGES_MAX], large[MODEL_PAGES_MAX];
+	bool cached[MODEL_PAGES_MAX];
+	bool zeroed[MODEL_PAGES_MAX]; /* by a punch that left it there */
 	uint64_t bytes[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
 	/* page table of the VMM */
 	uint64_t arrived[MODEL_PAGES_MAX]; /* what the last COPY brought */
@@ -42,6 +52,15 @@ struct model {
 	/* the store: what reads give, what is on the device, what of the former is not yet on the latter */
 	uint64_t store[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8], device[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
 	bool dirty[MODEL_PAGES_MAX], sync_error;
+	/* stored copies that were destroyed (by other bytes, or they cannot be read), and what they were */
+	bool destroyed[MODEL_PAGES_MAX], unreadable[MODEL_PAGES_MAX];
+	uint64_t intact[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
+	bool may_fail[MODEL_PAGES_MAX]; /* the guest may get a memory error there */
+	struct {
+		bool discard;
+		uint64_t page, bytes[MODEL_PAGE_BYTES / 8];
+	} late[MODEL_LATE_MAX];
+	uint32_t late_count;
 	/* one message a waiting guest thread at most */
 	struct {
 		bool waiting, unread;
@@ -56,15 +75,24 @@ extern struct model M;
 void model_pause(void);                  /* another coroutine may run */
 void model_enter(void);                  /* a system call begins ... */
 void model_exit(void);                   /* ... and ends: a killed daemon's coroutine ends here */
+bool model_dying(void);                  /* the caller of this system call was killed */
 bool model_chance(uint32_t thousandths); /* seeded */
 void *model_alloc(size_t bytes);
 void model_free(void *memory, size_t bytes);
 _Noreturn void model_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* the guest's side: one try of an access. True when it was made: *value read or written, the whole page at once.
- * False: a fault was raised, the thread waits for its waiter slot to be cleared. */
-bool model_access(uint32_t thread, uint32_t page, bool write, uint64_t *value);
+/* the guest's side: one try of an access. Made: *value read or written, the whole page at once. Waits: a fault was raised,
+ * the thread waits for its waiter slot to be cleared. Poisoned: a memory error. */
+enum model_access model_access(uint32_t thread, uint32_t page, bool write, uint64_t *value);
+void model_give_back(
+	uint32_t page); /* MADV_REMOVE by the VMM itself; always leaves a hole: no guest with large folios is served */
+void model_zap(uint32_t page); /* MADV_DONTNEED by the VMM itself: poison goes, markers of a hold stay */
 bool model_unread(void);
+
+/* the store's side */
 void model_write_back(void); /* the host's kernel writes a dirty page of the store, or fails to */
+void model_destroy(uint32_t page);
+void model_repair(uint32_t page);
+void model_late_lands(void); /* one request that outlived its daemon, if there is one */
 
 #endif

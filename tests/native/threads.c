@@ -101,6 +101,11 @@ _Noreturn void model_fail(const char *format, ...)
 	_exit(1);
 }
 
+bool model_dying(void)
+{
+	return false;
+}
+
 void model_enter(void)
 {
 	kernel_lock();
@@ -153,7 +158,7 @@ int threads_stop(struct tierd_guest *g)
 UNSEEN static uint64_t access_page(uint32_t thread, uint32_t page, bool write, uint64_t value)
 {
 	kernel_lock();
-	while (!model_access(thread, page, write, &value)) {
+	while (model_access(thread, page, write, &value) != ACCESS_MADE) {
 		while (M.waiter[thread].waiting) {
 			kernel_unlock();
 			sched_yield();

@@ -312,25 +312,40 @@ static uint32_t read_claimed(struct tierd_worker *w, uint64_t page, uint32_t n)
 	return 0;
 }
 
+/*
+ * A LOST page gets its poison while nobody owns it, so a retry that brings the page back must not be overtaken by a poison
+ * that is on its way: who poisons says so and then looks at the word, who retries takes the word and then waits (retry_lost).
+ */
+static void poison_lost(struct tierd_guest *g, uint64_t page, page_word lost)
+{
+	uint64_t address = address_of(g, page);
+	int error = 0;
+
+	atomic_fetch_add(&g->poisoning, 1);
+	atomic_thread_fence(memory_order_seq_cst);
+	if (page_load(g, page) == lost && atomic_load(&g->on_lost) == TIERD_LOST_POISON) {
+		error = sys_uffd_poison(g->uffd, address, g->page_bytes);
+		if (error == -EEXIST) { /* poisoned already, or a hold's marker is in the way: lift it, then poison */
+			sys_uffd_unprotect(g->uffd, address, g->page_bytes);
+			error = sys_uffd_poison(g->uffd, address, g->page_bytes);
+		}
+	}
+	atomic_fetch_sub(&g->poisoning, 1);
+	if (error && error != -EEXIST)
+		count_error(g, &g->count.kernel_errors, error);
+	wake(g, page, 1);
+}
+
 /* Nothing can bring the page back: an honest memory error, never zeros or stale bytes; or, by policy and without
  * UFFDIO_POISON (before 6.6), the guest's thread stays blocked. We own the page (ARRIVING). */
 static void lose(struct tierd_guest *g, uint64_t page, page_word owned)
 {
-	uint64_t address = address_of(g, page);
-	int error;
+	page_word lost = word_with_state(owned, LOST);
 
-	if (!page_move(g, page, owned, word_with_state(owned, LOST)))
+	if (!page_move(g, page, owned, lost))
 		abort();
 	count_add(&g->count.pages_lost, 1);
-	if (atomic_load(&g->on_lost) == TIERD_LOST_HOLD)
-		return;
-	error = sys_uffd_poison(g->uffd, address, g->page_bytes);
-	if (error == -EEXIST) { /* a hold's marker is in the way: lift it, then poison */
-		sys_uffd_unprotect(g->uffd, address, g->page_bytes);
-		error = sys_uffd_poison(g->uffd, address, g->page_bytes);
-	}
-	if (error)
-		count_error(g, &g->count.kernel_errors, error);
+	poison_lost(g, page, lost);
 }
 
 int64_t fetch_run(struct tierd_worker *w, uint64_t page, uint32_t count, uint32_t *claimed)
@@ -439,7 +454,8 @@ static int serve_page(struct tierd_worker *w, uint64_t page, uint64_t flags, uin
 	case LOST:
 		if (atomic_load(&g->on_lost) == TIERD_LOST_HOLD)
 			return leave_to_owner(g, page, word); /* the operator, whose retry wakes it */
-		return sys_uffd_poison(g->uffd, address_of(g, page), g->page_bytes) == -EEXIST ? -EAGAIN : 0;
+		poison_lost(g, page, word);
+		return -EIO;
 	default: /* RESOLVING, DROPPING, ARRIVING: whoever owns the page wakes its waiters */
 		return leave_to_owner(g, page, word);
 	}
@@ -587,6 +603,9 @@ static bool retry_lost(struct tierd_worker *w, uint64_t page, page_word word)
 	w->claimed[0] = word_with_state(word, ARRIVING);
 	if (!page_move(g, page, word, w->claimed[0]))
 		return false;
+	atomic_thread_fence(memory_order_seq_cst);
+	while (atomic_load(&g->poisoning))
+		sys_pause_us(1);
 	good = read_claimed(w, page, 1) && place(g, page, 1, w->buffer, &error);
 	if (good)
 		settle(g, page, w->claimed[0]);

@@ -344,6 +344,36 @@ static bool in_flight(page_word w)
 	return word_copy(w) && (word_state(w) == RESIDENT || word_state(w) == RESOLVING || word_state(w) == LEAVING);
 }
 
+/* A page that is DROPPING and still in the page cache was not punched yet, or in vain (evict.c, settle_dropped): then it holds
+ * zeros, and its bytes are in the store. `bytes` is room for a page. */
+static int repair_unpunched(struct tierd_guest *g, uint64_t page, page_word w, void *bytes)
+{
+	struct region *r = region_of_page(g, page);
+	uint64_t offset = mem_offset_of(r, page);
+	int error;
+
+	if (sys_mem_read(r->memfd, bytes, g->page_bytes, offset) != (ssize_t)g->page_bytes)
+		return -EIO;
+	if (checksum(bytes, g->page_bytes) == g->checksums[page])
+		return 0;
+	error = store_read(g, word_tier(w), page, 1, bytes);
+	if (error)
+		return error;
+	if (checksum(bytes, g->page_bytes) != g->checksums[page])
+		return -EBADMSG;
+	return sys_mem_write(r->memfd, bytes, g->page_bytes, offset) == (ssize_t)g->page_bytes ? 0 : -EIO;
+}
+
+static int adopt_unpunched(struct tierd_guest *g, uint64_t page, page_word w)
+{
+	void *bytes = sys_alloc(g->page_bytes);
+	int error = bytes ? repair_unpunched(g, page, w, bytes) : -ENOMEM;
+
+	if (bytes)
+		sys_free(bytes, g->page_bytes);
+	return error;
+}
+
 static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct tierd_adoption *ret)
 {
 	page_word w = page_load(g, page), to = adopted_word(w, cached);
@@ -352,6 +382,12 @@ static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct 
 		bit_set(g->quarantine, page);
 		atomic_fetch_add(&g->quarantined_pages, 1);
 		ret->quarantined_pages++;
+	}
+	if (word_state(w) == DROPPING && cached && word_tier(w) != TIER_ZERO) {
+		int error = adopt_unpunched(g, page, w);
+
+		if (error)
+			return error;
 	}
 	if (to != w) {
 		if (word_state(to) == RESIDENT)

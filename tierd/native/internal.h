@@ -172,7 +172,8 @@ struct tierd_guest {
 	struct parking *parking;
 	_Atomic uint32_t parked_pages, readers;
 	_Atomic uint64_t read_deadline_ns;
-	_Atomic uint32_t on_lost; /* TIERD_LOST_* */
+	_Atomic uint32_t on_lost;   /* TIERD_LOST_* */
+	_Atomic uint32_t poisoning; /* fault threads that are about to poison a LOST page */
 	struct tierd_store_faults store_faults;
 	_Atomic uint64_t store_faults_state;
 
@@ -247,6 +248,11 @@ static inline bool bit_get(const uint64_t *bits, uint64_t i)
 static inline void bit_set(uint64_t *bits, uint64_t i)
 {
 	bits[i / 64] |= 1ull << (i % 64);
+}
+
+static inline void bit_clear(uint64_t *bits, uint64_t i)
+{
+	bits[i / 64] &= ~(1ull << (i % 64));
 }
 
 /* fault.c: serving faults, without a thread of its own */

@@ -87,6 +87,10 @@ static void stamp(struct tierd_guest *g, uint64_t first_page, uint64_t pages, ui
 	for (uint64_t i = 0; i < pages; i++) {
 		page_word w = page_load(g, first_page + i), to;
 
+		/* its owner dates it when it is done, and may have read the clock before the guest's last access: it stays
+		 * mapped, so the next pass sees it */
+		if (word_state(w) != RESIDENT)
+			bit_clear(g->present, i);
 		if (word_state(w) == RESIDENT && bit_get(g->present, i)) {
 			to = word_with_epoch(w, epoch);
 			if (word_tier(to) == TIER_UNTOUCHED)

@@ -1,0 +1,216 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* script.c: see script.h. */
+#include "script.h"
+#include "internal.h"
+
+struct script S;
+_Thread_local uint64_t script_random;
+
+uint32_t below(uint32_t n)
+{
+	script_random ^= script_random << 13;
+	script_random ^= script_random >> 7;
+	script_random ^= script_random << 17;
+	return (uint32_t)((script_random * 0x2545f4914f6cdd1dull >> 16) % n);
+}
+
+static bool chance(uint32_t thousandths)
+{
+	return below(1000) < thousandths;
+}
+
+/* --- the guest ---------------------------------------------------------------------------------------------------------- */
+
+/* A page of a VMM that got a memory error there: it may zap the page, which takes the poison away, and touch it again. */
+static void memory_error(uint32_t page)
+{
+	S.memory_errors++;
+	if (!world_may_fail(page))
+		script_fail("a memory error at page %u, and nothing destroyed its stored copy", page);
+	if (chance(500))
+		world_zap(page);
+}
+
+static void check(uint32_t page, uint64_t value)
+{
+	if (value == S.last[page] || (S.maybe_zero[page] && (!value || world_may_be_older(page, value)))) {
+		S.last[page] = value;
+		if (!S.giving_back[page])
+			S.maybe_zero[page] = false;
+		world_settled(page);
+	} else if (value || !world_zeroed(page)) {
+		script_fail("page %u reads %#lx, the guest last wrote %#lx", page, value, S.last[page]);
+	}
+}
+
+static void read_page(uint32_t thread, uint32_t page)
+{
+	enum outcome outcome;
+	uint64_t value;
+
+	world_lock(page);
+	outcome = world_access(thread, page, false, &value);
+	S.accesses++;
+	if (outcome == MADE)
+		check(page, value);
+	else if (outcome == MEMORY_ERROR)
+		memory_error(page);
+	world_unlock(page);
+}
+
+static void write_page(uint32_t thread, uint32_t page, bool zeros)
+{
+	uint64_t value;
+
+	world_lock(page);
+	value = zeros ? 0 : (page + 1ull) << 32 | ++S.writes[page];
+	S.accesses++;
+	if (world_access(thread, page, true, &value) == MADE) {
+		S.last[page] = value;
+		S.maybe_zero[page] = S.giving_back[page] != 0;
+		world_settled(page);
+	} else {
+		memory_error(page);
+	}
+	world_unlock(page);
+}
+
+/* From here on it reads as zeros or, had it left the guest, as what it held. */
+static void give_back(uint32_t page)
+{
+	world_lock(page);
+	S.giving_back[page]++;
+	S.maybe_zero[page] = true;
+	world_give_back(page);
+	S.giving_back[page]--;
+	world_unlock(page);
+}
+
+void script_guest(uint32_t thread)
+{
+	uint32_t hot = below(S.pages);
+
+	while (!world_stopped()) {
+		uint32_t page = below(3) ? (hot + below(4)) % S.pages : below(S.pages), what = below(100);
+
+		if (what < 40)
+			read_page(thread, page);
+		else if (what < 50) /* a walk, for the read-ahead */
+			for (uint32_t i = 0; i < 6; i++)
+				read_page(thread, (page + i) % S.pages);
+		else if (what < 86)
+			write_page(thread, page, false);
+		else if (what < 92)
+			write_page(thread, page, true);
+		else if (what < 94)
+			world_zap(page);
+		else
+			give_back(page);
+		world_rest(below(12));
+		if (!below(40))
+			hot = below(S.pages);
+	}
+}
+
+void script_read_all(uint32_t thread)
+{
+	for (uint32_t page = 0; page < S.pages; page++)
+		read_page(thread, page);
+}
+
+/* --- the daemon's worker ------------------------------------------------------------------------------------------------ */
+
+/* Where nothing is destroyed, what is read wrong now is read right some day, and no page may be LOST. */
+void script_set_reads(struct tierd_guest *g)
+{
+	uint64_t deadline_ns = S.losses ? below(3) * 2000000ull : UINT64_MAX;
+
+	tierd_guest_set_reads(g, deadline_ns, below(2) ? TIERD_LOST_POISON : TIERD_LOST_HOLD);
+}
+
+static bool failed(int error, const char *what)
+{
+	if (error && !S.failures)
+		script_fail("%s failed: error %d, and nothing was made to fail", what, -error);
+	return error;
+}
+
+static bool cancelled_at_will(struct tierd_batch *b, struct tierd_batch_result *r)
+{
+	if (!chance(40))
+		return false;
+	tierd_batch_cancel(b, r);
+	return true;
+}
+
+static void evict_batch(struct tierd_batch *b, uint64_t *page)
+{
+	struct tierd_batch_result r;
+	double min_idle_s = below(2) ? 0 : 0.002;
+	int error;
+
+	if (tierd_batch_select(b, *page, min_idle_s, 1 + below(BATCH_PAGES_MAX), &r))
+		script_fail("select failed");
+	*page = r.next_page;
+	if (!r.selected_pages)
+		return;
+	world_selected(min_idle_s);
+	if (cancelled_at_will(b, &r))
+		return;
+	if (failed(tierd_batch_hold(b, &r), "hold") || cancelled_at_will(b, &r) ||
+	    failed(tierd_batch_copy(b, &r), "copy") || cancelled_at_will(b, &r)) {
+		tierd_batch_cancel(b, &r);
+		return;
+	}
+	error = tierd_batch_write(b, 1, &r);
+	if ((error != -ENOSPC && failed(error, "write")) || error || cancelled_at_will(b, &r) ||
+	    failed(tierd_batch_drop(b, &r), "drop")) {
+		tierd_batch_cancel(b, &r);
+		return;
+	}
+	S.evicted += r.evicted_pages;
+	failed(tierd_batch_release(b, &r), "release");
+}
+
+void script_cycle(struct tierd_guest *g)
+{
+	struct tierd_pass pass;
+	struct tierd_batch *b;
+	uint64_t page = 0, n, lost;
+
+	while (page < g->pages) {
+		world_before_pass();
+		if (tierd_guest_pass(g, page, &pass))
+			script_fail("pass failed");
+		page = pass.next_page;
+	}
+	world_rest(below(80));
+	if (tierd_batch_create(g, BATCH_PAGES_MAX, &b))
+		script_fail("no batch");
+	for (page = 0; page < g->pages;)
+		evict_batch(b, &page);
+	tierd_batch_destroy(b);
+	page = 0;
+	if (chance(100))
+		tierd_guest_restore(g, &page, below(SCRIPT_PAGES_MAX), &n);
+	if (chance(400))
+		tierd_guest_discard(g, below(SCRIPT_PAGES_MAX) + 1, &n);
+	if (chance(S.losses ? 300 : 20)) /* an order that finds nothing to do hurts nobody */
+		if (tierd_guest_retry(g, &n, &lost) || (lost && !S.losses))
+			script_fail("retry: %lu pages are lost", lost);
+	if (chance(100))
+		script_set_reads(g);
+}
+
+uint64_t script_bring_back(struct tierd_guest *g, bool repaired)
+{
+	struct tierd_counters c;
+	uint64_t page = 0, n, lost = 0;
+
+	tierd_guest_restore(g, &page, UINT64_MAX, &n);
+	if (repaired && tierd_guest_retry(g, &n, &lost))
+		script_fail("retry failed");
+	tierd_guest_counters(g, &c);
+	return c.state_pages[STORED] + c.state_pages[ARRIVING] + c.state_pages[DROPPING] + c.state_pages[LEAVING] +
+	       (repaired ? c.state_pages[LOST] : 0);
+}

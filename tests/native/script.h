@@ -1,0 +1,69 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * script.h: what a guest and a daemon do, and what must be true of it: one script for the model (driver.c) and for the real
+ * kernel (real.c), which are its worlds.
+ *
+ * One invariant above all: every byte that the guest reads is the last one it wrote (of a page that the VMM gave back itself:
+ * zeros, or what it last held). A memory error is allowed exactly where the stored copy was destroyed.
+ */
+#ifndef TIERD_SCRIPT_H
+#define TIERD_SCRIPT_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+struct tierd_guest;
+
+enum { SCRIPT_PAGES_MAX = 64, BATCH_PAGES_MAX = 16 };
+
+struct script {
+	uint32_t pages;
+	bool failures; /* calls of the kernel or the store fail now and then, so a batch may */
+	bool losses;   /* stored copies are destroyed, so pages may be LOST */
+	/* the guest's side, by page; under world_lock */
+	uint64_t last[SCRIPT_PAGES_MAX]; /* what the guest last wrote */
+	uint32_t writes[SCRIPT_PAGES_MAX];
+	bool maybe_zero[SCRIPT_PAGES_MAX]; /* the VMM gave it back */
+	int giving_back[SCRIPT_PAGES_MAX];
+	_Atomic uint64_t accesses, memory_errors;
+	/* the daemon's side */
+	uint64_t evicted, repaired;
+};
+
+extern struct script S;
+extern _Thread_local uint64_t script_random; /* who runs draws from it: a seed says what everybody wants to do */
+
+uint32_t below(uint32_t n);
+_Noreturn void script_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* --- the guest --- */
+void script_guest(uint32_t thread); /* until world_stopped */
+void script_read_all(uint32_t thread);
+
+/* --- the daemon's worker --- */
+void script_set_reads(struct tierd_guest *g); /* drawn anew */
+void script_cycle(struct tierd_guest *g);
+/* One try at bringing everything back: how many pages are still away. With `repaired` these include the LOST ones. */
+uint64_t script_bring_back(struct tierd_guest *g, bool repaired);
+
+/* --- what the world says ------------------------------------------------------------------------------------------------ */
+
+enum outcome { MADE, MEMORY_ERROR, UNKNOWN /* a write was cut off by a memory error: the page may hold anything */ };
+
+enum outcome world_access(uint32_t thread, uint32_t page, bool write, uint64_t *value);
+bool world_may_fail(uint32_t page); /* its stored copy was destroyed */
+bool world_may_be_older(uint32_t page,
+			uint64_t value); /* of a page that was given back: the corner that README.md names */
+bool world_zeroed(uint32_t page);        /* just now: a punch that did not punch, before the bytes are written back */
+void world_settled(uint32_t page);       /* the guest knows again what the page holds */
+void world_give_back(uint32_t page);     /* MADV_REMOVE by the VMM */
+void world_zap(uint32_t page);           /* MADV_DONTNEED by the VMM */
+void world_lock(uint32_t page);
+void world_unlock(uint32_t page);
+void world_rest(uint32_t steps);
+bool world_stopped(void);
+void world_before_pass(void);
+void world_selected(double min_idle_s); /* a batch was, just now */
+
+#endif
