@@ -156,6 +156,7 @@ def run(options: Options, config: Path | None) -> NoReturn:
     """Run the daemon in the foreground.
 
     SIGTERM and SIGINT bring every page back first (on_stop: restore), a second one stops at once; SIGHUP reloads.
+    SIGUSR1 stops for a tierd that is started next and adopts the guests (on_restart: keep).
     """
     from tierd.resume import resume
 

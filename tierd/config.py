@@ -254,6 +254,7 @@ class Config(Frozen):
     engine: Literal["auto", "stock"] = "auto"
     discover_interval_s: Interval = 1.0
     on_stop: Literal["restore", "keep"] = "restore"
+    on_restart: Literal["keep", "restore"] = "keep"  # SIGUSR1: a tierd starts as soon as we are gone
     stop_timeout_s: Seconds = 300.0
     guests_dir: SomePath = Path("guests.d")  # relative to the main file
     defaults: Policy = Policy()

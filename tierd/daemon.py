@@ -3,7 +3,7 @@
 
 One task a guest; a guest's failure never touches another. Start: adopt what a predecessor left, sweep what is dead, then
 look for new guests. Stop: the first SIGTERM or SIGINT restores (or keeps) every guest within `stop_timeout_s`, the second
-keeps at once.
+keeps at once. SIGUSR1 is a stop that a start follows (RestartKillSignal= of the unit): `on_restart` says what then.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ WATCH_S = 0.25  # between looks at the fault threads
 STORE_ASK_S, STORE_ANSWERS_S = 1.0, 5.0
 ADOPT_S_MAX = 5.0  # for the start to wait for a guest
 END_S_MAX = 5.0  # for calls that are under way when everything else has ended
+STOP, RESTART = (signal.SIGTERM, signal.SIGINT), signal.SIGUSR1
 
 log = structlog.get_logger()
 
@@ -82,7 +83,7 @@ class Daemon:
 
     async def run(self) -> None:
         """Serve until told to stop."""
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        with trio.open_signal_receiver(*STOP, RESTART, signal.SIGHUP) as signals:
             async with trio.open_nursery() as self._nursery:
                 await self._adopt_all()
                 self._store_figures = await trio.to_thread.run_sync(self._ask_store)
@@ -120,23 +121,27 @@ class Daemon:
                 continue
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._second_signal, signals, nursery.cancel_scope)
-                await self._stop(signal.Signals(number).name)
+                await self._stop(signal.Signals(number))
                 nursery.cancel_scope.cancel()
             return
 
     async def _second_signal(self, signals: Any, scope: trio.CancelScope) -> None:
         async for number in signals:
-            if number in (signal.SIGTERM, signal.SIGINT):
+            if number in (*STOP, RESTART):
                 log.warning("second_signal", signal=signal.Signals(number).name, action="keep what is stored, stop now")
                 scope.cancel()
                 return
 
-    async def _stop(self, why: str) -> None:
+    async def _stop(self, order: signal.Signals) -> None:
         self._stopping = True
-        on_stop, timeout_s = self.config.on_stop, self.config.stop_timeout_s
-        log.info("stopping", signal=why, on_stop=on_stop, stop_timeout_s=timeout_s)
-        self._tell(self.notifier.stopping, f"on_stop: {on_stop}")
-        if on_stop != "restore":
+        key, timeout_s = "on_restart" if order is RESTART else "on_stop", self.config.stop_timeout_s
+        what = self.config.on_restart if order is RESTART else self.config.on_stop
+        log.info("stopping", signal=order.name, **{key: what}, stop_timeout_s=timeout_s)
+        self._tell(self.notifier.stopping, f"{key}: {what}")
+        if order is RESTART and what == "keep" and (why := await trio.to_thread.run_sync(self._why_nobody_adopts)):
+            log.warning("restart_restores", why=why, action="bringing every guest back first, in spite of on_restart")
+            what = "restore"
+        if what != "restore":
             return
         self._tell(self.notifier.extend_timeout, timeout_s + STOP_GRACE_S)
         with trio.move_on_after(timeout_s) as limit:
@@ -148,6 +153,20 @@ class Daemon:
             log.error(
                 "stop_timeout", stop_timeout_s=timeout_s, action="what is still stored is kept for the next tierd"
             )
+
+    def _why_nobody_adopts(self) -> str:
+        """What keeps a tierd that starts now from adopting our guests, "" for nothing. Reads files: a worker."""
+        try:
+            new = load(self.config_path)
+        except ConfigErrors as errors:
+            return f"the next tierd will not start: {errors.errors[0]}"
+        for key, ours, theirs in (
+            ("runtime_dir", self.host.guests_dir.parent, new.runtime_dir),
+            ("store.path", self.host.store.path, new.store.path),
+        ):
+            if ours != theirs:
+                return f"the next tierd will not find them: {key} is {ours} now and {theirs} in {self.config_path}"
+        return ""
 
     async def _restore_for_stop(self, guest: Guest) -> None:
         told_at = 0.0

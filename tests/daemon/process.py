@@ -24,6 +24,19 @@ POLICY = {"min_idle_s": 0.2, "unsafe_min_idle": True, "interval_s": 0.1, "idle_i
 Boot = Callable[..., Vmm]
 
 
+def guests_at(path: Path) -> dict[str, dict[str, Any]]:
+    """By name, of the tierd whose API is there."""
+    # not the CLI's client, which takes 20 times the CPU: this is called until something has happened
+    connection = http.client.HTTPConnection("tierd")
+    with contextlib.closing(connection):
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(20)
+        connection.sock.connect(str(path))
+        connection.request("GET", "/guests")
+        guests = json.load(connection.getresponse())["guests"]
+    return {guest["name"]: guest for guest in guests}
+
+
 class Daemon:
     """`with` ends it (by its pid), however the test went."""
 
@@ -80,15 +93,7 @@ class Daemon:
 
     def guests(self) -> dict[str, dict[str, Any]]:
         """By name, without what ends all of them."""
-        # not the CLI's client, which takes 20 times the CPU: this is called until something has happened
-        connection = http.client.HTTPConnection("tierd")
-        with contextlib.closing(connection):
-            connection.sock = socket.socket(socket.AF_UNIX)
-            connection.sock.settimeout(20)
-            connection.sock.connect(str(self.socket))
-            connection.request("GET", "/guests")
-            guests = json.load(connection.getresponse())["guests"]
-        return {guest["name"].removesuffix(OURS): guest for guest in guests}
+        return {name.removesuffix(OURS): guest for name, guest in guests_at(self.socket).items()}
 
     def stored_bytes(self, name: str) -> int:
         guest = self.guests().get(name)

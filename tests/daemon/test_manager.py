@@ -14,7 +14,7 @@ import pytest
 
 from tests.daemon.process import Boot, Daemon, evicted
 from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
-from tests.kernel.vmm import wait_for
+from tests.kernel.vmm import userfaultfds, wait_for
 
 
 @pytest.fixture
@@ -60,6 +60,31 @@ def test_a_life_as_the_manager_sees_it(daemon: Daemon, boot: Boot) -> None:
     assert "STATUS=engine stock: 1 guests served, 0 not" in ready
     assert "STATUS=on_stop: restore" in stopping
     assert int(extended.partition("=")[2]) > 300e6  # stop_timeout_s, and some time for the rest
+    vmm.verify()
+
+
+@pytest.mark.parametrize("why", ["on_restart", "configuration is wrong", "another store"])
+def test_a_restart_that_nobody_could_adopt_after_restores(
+    daemon: Daemon, boot: Boot, disk_dir: Path, why: str
+) -> None:
+    """RestartKillSignal= of the unit. What the next tierd would be is in the configuration file, which is read again."""
+    vmm = boot("web")
+    daemon.write(on_restart="restore" if why == "on_restart" else "keep", on_stop="keep")
+    daemon.start()
+    evicted(daemon, "web", vmm)
+    if why == "configuration is wrong":
+        daemon.config.write_text("on_stop: kep")
+    elif why == "another store":
+        daemon.write(store={"path": str(disk_dir / "other")})
+    daemon.signal(signal.SIGUSR1)
+    stopping = daemon.wait_told("STOPPING=1")
+    assert daemon.wait() == 0
+    assert "STATUS=on_restart: " in stopping
+    if why != "on_restart":
+        (told,) = daemon.logged("restart_restores")
+        assert ("did you mean keep?" if why == "configuration is wrong" else f"{disk_dir}/other") in told["why"]
+    assert not list((daemon.runtime_dir / "guests").iterdir())
+    assert not userfaultfds(vmm.pid)
     vmm.verify()
 
 

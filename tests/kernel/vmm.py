@@ -33,7 +33,15 @@ SAFE = Policy(min_idle_s=0.1, unsafe_min_idle=True, interval_s=0.1)
 
 
 def compile_child(output: Path, *sources: str) -> Path:
-    command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", *(str(HERE / name) for name in sources)]
+    command = [
+        "gcc",
+        "-std=gnu11",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        *(name if name[0] == "-" else str(HERE / name) for name in sources),
+    ]
     done = subprocess.run([*command, "-o", str(output), "-pthread"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output
