@@ -8,6 +8,7 @@ keeps at once.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -30,9 +31,9 @@ from tierd.config import Config, ConfigErrors, changes, load
 from tierd.engine import EngineUnavailable, choose
 from tierd.guest import Ending, Guest, Host
 from tierd.native import KernelError, table_read
-from tierd.serve import SUFFIX, Stale, StateError, key_of, prepare_runtime_dir
+from tierd.serve import SUFFIX, Stale, StateError, check_name, key_of, open_state, prepare_runtime_dir
 from tierd.store import StoreError
-from tierd.store.file import FileStore
+from tierd.store.file import FileStore, open_ours
 from tierd.systemd import Notifier, watchdog_interval_s
 from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused, StoreStatus
 
@@ -208,16 +209,18 @@ class Daemon:
             for path in sorted(self.host.guests_dir.glob(f"*{SUFFIX}")):
                 nursery.start_soon(self._adopt, path)
         for unfinished in self.host.guests_dir.glob("*.new"):
-            unfinished.unlink()  # an attach that died before its first registration
+            with contextlib.suppress(OSError):  # what is no file is in the way of its guest only, which is told then
+                unfinished.unlink()  # an attach that died before its first registration
 
     async def _adopt(self, path: Path) -> None:
         try:
             guest = await trio.to_thread.run_sync(self._guest_of_state, path)
         except Stale as stale:
             log.info("state_swept", why=str(stale))
-            path.unlink()
+            with contextlib.suppress(OSError):  # the next start tries again
+                path.unlink()
             return
-        except (StateError, OSError) as error:
+        except (StateError, Refused, OSError) as error:
             log.error("state_refused", path=str(path), error=str(error))
             return
         self._guests[guest.key] = guest
@@ -225,9 +228,10 @@ class Daemon:
         await guest.begun.wait()
 
     def _guest_of_state(self, path: Path) -> Guest:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = open_state(path, os.O_RDONLY)
         try:
             identity, _ = table_read(fd)
+            check_name(path, identity)
         except KernelError as error:
             newer = error.errno == errno.EPROTONOSUPPORT
             why = "was written by a newer tierd: start that one" if newer else f"is broken ({error})"
@@ -427,7 +431,13 @@ class Daemon:
 
 def lock_runtime_dir(path: Path) -> int:
     """One daemon a runtime directory. Returns the locked descriptor; AlreadyRunning names the holder."""
-    fd = os.open(path / "tierd.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    lock = path / "tierd.lock"
+    try:
+        if not os.path.lexists(lock):
+            os.close(os.open(lock, os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        fd = open_ours(lock, os.O_RDWR)
+    except OSError as error:
+        raise StateError(f"{lock} cannot be used: {error.strerror}; move it away, or set runtime_dir") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -436,8 +446,9 @@ def lock_runtime_dir(path: Path) -> int:
         raise AlreadyRunning(
             f"another tierd (process {holder}) works on {path}; stop it, or give this one its own runtime_dir"
         ) from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # a full file system must not keep us from the guests: it is only for people
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
 
 
