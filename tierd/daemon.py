@@ -274,7 +274,8 @@ class Daemon:
             for path in sorted(self.host.guests_dir.glob(f"*{SUFFIX}")):
                 nursery.start_soon(self._adopt, path)
         for unfinished in self.host.guests_dir.glob("*.new"):
-            unfinished.unlink()  # an attach that died before its first registration
+            with contextlib.suppress(OSError):  # what is no file is in the way of its guest only, which is told then
+                unfinished.unlink()  # an attach that died before its first registration
         for key in self._resumed.kept_fds.keys() - self._guests.keys():
             self._forget_kept(key)
 
@@ -290,9 +291,10 @@ class Daemon:
             guest = await trio.to_thread.run_sync(self._guest_of_state, path)
         except Stale as stale:
             log.info("state_swept", why=str(stale))
-            stale.sweep()
+            with contextlib.suppress(OSError):  # the next start tries again
+                stale.sweep()
             return
-        except (StateError, OSError) as error:
+        except (StateError, Refused, OSError) as error:
             log.error("state_refused", path=str(path), error=str(error))
             return
         self._guests[guest.key] = guest

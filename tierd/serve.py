@@ -36,7 +36,7 @@ from tierd.native import (
     table_lock,
     table_read,
 )
-from tierd.store.file import FileSpace, FileStore, file_system_of, reopen
+from tierd.store.file import FileSpace, FileStore, file_system_of, open_ours, reopen
 
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 SUFFIX = ".state"
@@ -163,7 +163,13 @@ class AlreadyRunning(Exception):
 
 def lock_runtime_dir(path: Path) -> int:
     """One daemon a runtime directory. Returns the locked descriptor; AlreadyRunning names the holder."""
-    fd = os.open(path / "tierd.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    lock = path / "tierd.lock"
+    try:
+        if not os.path.lexists(lock):
+            os.close(os.open(lock, os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        fd = open_ours(lock, os.O_RDWR)
+    except OSError as error:
+        raise StateError(f"{lock} cannot be used: {error.strerror}; move it away, or set runtime_dir") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -172,17 +178,29 @@ def lock_runtime_dir(path: Path) -> int:
         raise AlreadyRunning(
             f"another tierd (process {holder}) works on {path}; stop it, or give this one its own runtime_dir"
         ) from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # a full file system must not keep us from the guests: it is only for people
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
 
 
 def prepare_runtime_dir(path: Path) -> Path:
     """Make `path` and its guests/ usable: ours, 0700, on tmpfs. StateError says what to do."""
-    path.mkdir(mode=0o755, parents=True, exist_ok=True)
     guests = path / "guests"
-    guests.mkdir(mode=0o700, exist_ok=True)
-    info = guests.lstat()
+    try:
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        above = path.stat()
+        if above.st_uid != os.geteuid() or above.st_mode & 0o022:
+            raise StateError(
+                f"{path} must be a directory of user {os.geteuid()} that nobody else may write to: who can, could put other "
+                "page tables there; chown and chmod it, or set runtime_dir"
+            )
+        guests.mkdir(mode=0o700, exist_ok=True)
+        info = guests.lstat()
+    except OSError as error:
+        raise StateError(
+            f"{error.filename or guests} cannot be a directory of tierd's: {error.strerror}; make it one, or set runtime_dir"
+        ) from error
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
         raise StateError(f"{guests} must be a directory of user {os.geteuid()} with mode 0700; fix or remove it")
     if file_system_of(guests) not in ("tmpfs", "ramfs"):
@@ -286,8 +304,15 @@ def _close_in_vmm_quietly(pid: int, fd: int) -> None:
 def _create_state(served: Served, tuning: Tuning) -> int:
     spec, path = served.spec, served.state_path
     unfinished = path.with_suffix(".new")
-    unfinished.unlink(missing_ok=True)
-    fd = served._own(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    if os.path.lexists(path):  # not ours: pids and start times do not come back
+        raise StateError(f"{path} is in the way of this guest's page table; look at what it is, then move it away")
+    try:
+        unfinished.unlink(missing_ok=True)
+        fd = served._own(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise StateError(
+            f"{unfinished} cannot be made: {error.strerror}; see to the file system of runtime_dir, remove what is in the way"
+        ) from error
     identity = Identity(
         pid=spec.pid,
         start_ticks=spec.start_ticks,
@@ -300,12 +325,35 @@ def _create_state(served: Served, tuning: Tuning) -> int:
     try:
         if not table_lock(fd):
             raise StateError(f"{unfinished} is locked by another process, though it was made just now")
-        table_create(fd, identity, _table_regions(spec.regions))
+        try:
+            table_create(fd, identity, _table_regions(spec.regions))
+        except KernelError as error:
+            raise StateError(
+                f"the page table of {spec.name} does not fit: {error}; give the file system of {path.parent} more space "
+                "(0.2 % of guest memory)"
+            ) from error
         os.rename(unfinished, path)  # complete, or not there at all
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
     return fd
+
+
+def open_state(path: Path, flags: int) -> int:
+    """StateError: what has this name is no state file of ours. It was not touched, and not even opened."""
+    try:
+        return open_ours(path, flags)
+    except OSError as error:
+        raise StateError(f"{path} cannot be used: {error.strerror}; nothing was touched, move it away") from error
+
+
+def check_name(path: Path, identity: Identity) -> None:
+    """A copy of a state file under another name would be a second page table of the same memory, with a lock of its own."""
+    if path.name != f"{identity.pid}-{identity.start_ticks}{SUFFIX}":
+        raise StateError(
+            f"{path} is the page table of {identity.pid}-{identity.start_ticks}, a copy perhaps; nothing was touched, move "
+            "it away"
+        )
 
 
 class Stale(Exception):
@@ -355,7 +403,7 @@ class Left:
 
 def read_state(path: Path, boot_id: str) -> Left:
     """Changes nothing. Stale: the VMM is gone. StateError: broken, or of a newer tierd. Blocks for a moment."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    fd = open_state(path, os.O_RDONLY)
     try:
         return _read_state(fd, path, boot_id)
     finally:
@@ -365,6 +413,7 @@ def read_state(path: Path, boot_id: str) -> Left:
 def _read_state(fd: int, path: Path, boot_id: str) -> Left:
     try:
         identity, regions, serving = table_read(fd)
+        check_name(path, identity)
     except KernelError as error:
         newer = error.errno == errno.EPROTONOSUPPORT
         why = "was written by a newer tierd: start that one" if newer else f"is broken ({error})"
@@ -401,7 +450,7 @@ def adopt(
     `capacity_pages`: what may be stored before set_limits says otherwise. `lock_s_max`: how long the predecessor's last
     thread is waited for.
     """
-    fd = os.open(state_path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    fd = open_state(state_path, os.O_RDWR)
     try:
         left = _read_state(fd, state_path, boot_id)
         wait_for_lock(fd, state_path, pause, lock_s_max)

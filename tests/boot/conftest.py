@@ -51,7 +51,9 @@ def start_vm(machine: Machine) -> Iterator[StartVm]:
     """VMs whose memory is filled; they are gone, and were never wrong, at the end of the test."""
     with ExitStack() as vms:
 
-        def start(name: str, size_bytes: int = 16 * MIB, kind: Literal["scope", "service"] = "scope", **more: Any) -> Vm:
+        def start(
+            name: str, size_bytes: int = 16 * MIB, kind: Literal["scope", "service"] = "scope", **more: Any
+        ) -> Vm:
             vm = vms.enter_context(Vm(machine, name, size_bytes, kind, **more))
             vm.ask("fill")
             return vm

@@ -82,12 +82,28 @@ class Machine:
             str(self.binaries): BINARIES,
             str(self.etc): "/etc/tierd",
         }
-        options = ["--quiet", "--register=no", "--keep-unit", "--private-network", "--console=pipe", "--notify-ready=yes"]
+        options = [
+            "--quiet",
+            "--register=no",
+            "--keep-unit",
+            "--private-network",
+            "--console=pipe",
+            "--notify-ready=yes",
+        ]
         options += [f"--machine={self.name}", f"--directory={self._root}", "--volatile=overlay", "--boot"]
         options += [f"--bind-ro={here}:{there}" for here, there in places.items()]
         options += [f"--bind={self.store}:/var/lib/tierd", f"--bind={self.journal_dir}:/var/log/journal"]
         options += ["--bind=/dev/userfaultfd"]
-        namespaces = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        namespaces = [
+            "unshare",
+            "--mount",
+            "--propagation",
+            "private",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ]
         command = ["setpriv", "--pdeathsig", "KILL", *namespaces, "sh", "-c", START, "sh", self.name, *options]
         environment = {**os.environ, "NOTIFY_SOCKET": str(self._notify)}
         with contextlib.ExitStack() as undo:
@@ -213,7 +229,12 @@ class Vm(Vmm):
     """The child that plays a VMM, in the machine: a scope in machine.slice as libvirt makes it, or a service."""
 
     def __init__(
-        self, machine: Machine, name: str, size_bytes: int, kind: Literal["scope", "service"], options: Sequence[str] = ()
+        self,
+        machine: Machine,
+        name: str,
+        size_bytes: int,
+        kind: Literal["scope", "service"],
+        options: Sequence[str] = (),
     ) -> None:
         self.name, self.unit = name, f"vm-{name}.{kind}"
         program = f"{BINARIES}/qemu-system-test"

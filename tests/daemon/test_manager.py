@@ -64,9 +64,7 @@ def test_a_life_as_the_manager_sees_it(daemon: Daemon, boot: Boot) -> None:
 
 
 @pytest.mark.parametrize("why", ["on_restart", "configuration is wrong", "another store"])
-def test_a_restart_that_nobody_could_adopt_after_restores(
-    daemon: Daemon, boot: Boot, disk_dir: Path, why: str
-) -> None:
+def test_a_restart_that_nobody_could_adopt_after_restores(daemon: Daemon, boot: Boot, disk_dir: Path, why: str) -> None:
     """RestartKillSignal= of the unit. What the next tierd would be is in the configuration file, which is read again."""
     vmm = boot("web")
     daemon.write(on_restart="restore" if why == "on_restart" else "keep", on_stop="keep")

@@ -192,8 +192,8 @@ def table_create(fd: int, identity: Identity, regions: Sequence[TableRegion]) ->
     c.pid, c.start_ticks, c.uffd_in_vmm = identity.pid, identity.start_ticks, identity.uffd_in_vmm
     c.epoch_ns = identity.epoch_ns
     c.boot_id = identity.boot_id.encode()[: lib.TIERD_BOOT_ID_BYTES - 1]
-    c.name = identity.name.encode()[: lib.TIERD_NAME_BYTES - 1]
-    path = identity.store_path.encode()
+    c.name = identity.name.encode(errors="replace")[: lib.TIERD_NAME_BYTES - 1]
+    path = os.fsencode(identity.store_path)
     if len(path) >= lib.TIERD_PATH_BYTES:
         raise KernelError(errno.ENAMETOOLONG, f"store path {identity.store_path}")
     c.store_path = path
@@ -214,7 +214,7 @@ def table_read(fd: int) -> tuple[Identity, tuple[TableRegion, ...], Serving]:
         name=ffi.string(c.name).decode(errors="replace"),
         uffd_in_vmm=c.uffd_in_vmm,
         epoch_ns=c.epoch_ns,
-        store_path=ffi.string(c.store_path).decode(),
+        store_path=os.fsdecode(ffi.string(c.store_path)),
     )
     found = tuple(TableRegion(r.address, r.bytes, r.offset, r.device, r.inode) for r in regions[0 : count[0]])
     return identity, found, _serving(serving)

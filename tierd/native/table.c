@@ -15,6 +15,8 @@
 
 #include "internal.h"
 
+/* as much as x86-64 has addresses for: sums of 32 regions cannot overflow */
+static const uint64_t REGION_BYTES_MAX = 1ull << 57;
 static const char MAGIC[8] = "tierd\0\0";
 
 #define TO(state) (1u << (state))
@@ -120,6 +122,37 @@ int tierd_table_create(int fd, const struct tierd_identity *identity, const stru
 	return 0;
 }
 
+static bool ends(const char *text, size_t bytes)
+{
+	return memchr(text, 0, bytes);
+}
+
+/* A checksum that is right says who wrote the file, perhaps, and not that all of it can be used. */
+static bool identity_sane(const struct tierd_identity *identity)
+{
+	return identity->pid > 0 && identity->uffd_in_vmm >= 0 && identity->epoch_ns &&
+	       identity->page_bytes == sys_page_bytes() && ends(identity->boot_id, sizeof(identity->boot_id)) &&
+	       ends(identity->name, sizeof(identity->name)) && ends(identity->store_path, sizeof(identity->store_path));
+}
+
+static bool regions_sane(const struct table_header *h)
+{
+	uint64_t pages = 0;
+
+	if (!h->region_count || h->region_count > TIERD_REGIONS_MAX)
+		return false;
+	for (uint32_t i = 0; i < h->region_count; i++) {
+		const struct tierd_region *r = &h->regions[i];
+
+		if (!r->bytes || (r->bytes | r->address | r->offset) % sys_page_bytes() ||
+		    r->bytes > REGION_BYTES_MAX || r->address > UINT64_MAX - r->bytes ||
+		    r->offset > INT64_MAX - r->bytes)
+			return false;
+		pages += r->bytes / sys_page_bytes();
+	}
+	return pages == h->pages;
+}
+
 static int header_check(int fd, const struct table_header *h)
 {
 	struct stat st;
@@ -130,7 +163,7 @@ static int header_check(int fd, const struct table_header *h)
 		return -EPROTONOSUPPORT;
 	if (h->version != TIERD_TABLE_VERSION || h->checksum != header_checksum(h))
 		return -EBADMSG;
-	if (h->identity.page_bytes != sys_page_bytes() || !h->identity.epoch_ns)
+	if (!identity_sane(&h->identity) || !regions_sane(h))
 		return -EBADMSG;
 	if (fstat(fd, &st))
 		return -errno;

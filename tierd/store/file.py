@@ -128,8 +128,12 @@ class FileStore:
 
     def create(self, key: str, pages: int, page_bytes: int) -> FileSpace:
         path = self.path / f"{PREFIX}{key}{SUFFIX}"
-        path.unlink(missing_ok=True)  # it can only be a leftover: pids and start times do not come back
-        fd = _open(path, os.O_CREAT | os.O_EXCL, self.direct)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            path.unlink(missing_ok=True)  # it can only be a leftover: pids and start times do not come back
+            fd = os.open(path, flags | (os.O_DIRECT if self.direct else 0), 0o600)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be made: {error.strerror}; see the directory's owner and mode") from error
         try:
             os.ftruncate(fd, pages * page_bytes)
         except OSError as error:
@@ -170,11 +174,12 @@ class FileStore:
 def reopen(path: Path, pages: int, page_bytes: int, *, direct: bool) -> FileSpace:
     """The space that a predecessor made at `path`, wherever new ones are made now. StoreError: it is not what was left
     there. Blocks."""
-    fd = _open(path, 0, direct)
+    try:
+        fd = open_ours(path, os.O_RDWR | (os.O_DIRECT if direct else 0))
+    except OSError as error:
+        raise StoreError(f"{path} cannot be opened: {error.strerror}; nothing was touched") from error
     try:
         info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
-            raise StoreError(f"{path} is not a file of user {os.geteuid()}; nothing was touched, move it away")
         if info.st_size != pages * page_bytes:
             raise StoreError(
                 f"{path} has {info.st_size} bytes, {pages * page_bytes} were expected; nothing was touched"
@@ -185,13 +190,31 @@ def reopen(path: Path, pages: int, page_bytes: int, *, direct: bool) -> FileSpac
     return FileSpace(fd, path, direct)
 
 
-def _open(path: Path, flags: int, direct: bool) -> int:
-    # not blocking: what was put in its place may be a FIFO
-    flags |= os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_DIRECT if direct else 0)
+def open_ours(path: Path, flags: int) -> int:
+    """Open a file that exists and that only this user can have put there. Never waits: what is not a regular file (a FIFO
+    waits for its other end, a device may do anything) is looked at, not opened. OSError says what it is."""
+    looked_at = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        return os.open(path, flags, 0o600)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be opened: {error.strerror}; see the directory's owner and mode") from error
+        info = os.fstat(looked_at)
+        if not stat.S_ISREG(info.st_mode):
+            raise OSError(
+                errno.EPERM, f"it is {_KINDS.get(stat.S_IFMT(info.st_mode), 'not a file')}, not a regular file"
+            )
+        if info.st_uid != os.geteuid():
+            raise OSError(errno.EPERM, f"it belongs to user {info.st_uid}, tierd runs as {os.geteuid()}")
+        return os.open(f"/proc/self/fd/{looked_at}", flags | os.O_CLOEXEC)
+    finally:
+        os.close(looked_at)
+
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def file_system_of(path: Path) -> str:
