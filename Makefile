@@ -25,7 +25,7 @@ demo: setup
 	@$(VENV)/bin/tierd --config config/tierd.yaml demo --directory build/vm $(if $(JSON),--json)
 
 test: setup lint
-	@tests/setup.sh libvirt metrics
+	@tests/setup.sh libvirt metrics boot
 	$(PY) -m pytest -q $(ARGS)
 
 lint: build
