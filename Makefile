@@ -25,7 +25,7 @@ demo: setup
 	@$(VENV)/bin/tierd --config config/tierd.yaml demo --directory build/vm $(if $(JSON),--json)
 
 test: setup lint
-	@tests/setup.sh libvirt metrics disks
+	@tests/setup.sh libvirt metrics disks boot
 	$(PY) -m pytest -q $(ARGS)
 
 lint: build

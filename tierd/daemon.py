@@ -141,14 +141,18 @@ class Daemon:
         if order is RESTART and what == "keep" and (why := await trio.to_thread.run_sync(self._why_nobody_adopts)):
             log.warning("restart_restores", why=why, action="bringing every guest back first, in spite of on_restart")
             what = "restore"
-        if what != "restore":
+        guests = [
+            guest
+            for guest in self._guests.values()
+            if guest.served and (what == "restore" or guest.ends_with_us(order is RESTART))
+        ]
+        if not guests:
             return
         self._tell(self.notifier.extend_timeout, timeout_s + STOP_GRACE_S)
         with trio.move_on_after(timeout_s) as limit:
             async with trio.open_nursery() as nursery:
-                for guest in list(self._guests.values()):
-                    if guest.served:
-                        nursery.start_soon(self._restore_for_stop, guest)
+                for guest in guests:
+                    nursery.start_soon(self._restore_for_stop, guest)
         if limit.cancelled_caught:
             log.error(
                 "stop_timeout", stop_timeout_s=timeout_s, action="what is still stored is kept for the next tierd"
@@ -160,12 +164,9 @@ class Daemon:
             new = load(self.config_path)
         except ConfigErrors as errors:
             return f"the next tierd will not start: {errors.errors[0]}"
-        for key, ours, theirs in (
-            ("runtime_dir", self.host.guests_dir.parent, new.runtime_dir),
-            ("store.path", self.host.store.path, new.store.path),
-        ):
-            if ours != theirs:
-                return f"the next tierd will not find them: {key} is {ours} now and {theirs} in {self.config_path}"
+        ours = self.host.guests_dir.parent
+        if ours != new.runtime_dir:
+            return f"the next tierd will not find them: runtime_dir is {ours} now, {new.runtime_dir} in {self.config_path}"
         return ""
 
     async def _restore_for_stop(self, guest: Guest) -> None:

@@ -97,7 +97,7 @@ class Guest:
         self._store_hangs = False
         self._lost_told = 0
         self._uffd_kept = kept_uffd is not None
-        self._fragile_told = False
+        self._fragile = self._fragile_told = False
         self._threads = trio.CapacityLimiter(THREADS_MAX)
         self._not_before = -1e9
         self._cycles = 0
@@ -292,6 +292,7 @@ class Guest:
     def _secure(self, served: Served) -> None:
         """The VMM closed its copy of the userfaultfd: ours is the last, and with us every stored page would turn into zeros.
         Worker."""
+        self._fragile = True
         if self._uffd_kept:
             return
         try:
@@ -299,6 +300,7 @@ class Guest:
         except OSError as error:
             trouble = str(error)
         else:
+            self._fragile = False
             self._log.warning("userfaultfd_put_back", descriptor=served.uffd_in_vmm, why="the VMM had closed its copy")
             return
         if self._host.notifier.keeps_fds:
@@ -317,6 +319,11 @@ class Guest:
             self._log.error(
                 "guest_is_fragile", why="the VMM closed its copy of the userfaultfd", action="do not stop tierd"
             )
+
+    def ends_with_us(self, restart: bool) -> bool:
+        """Whether stored pages would turn into zeros if we ended now: ours is the last copy of the userfaultfd, or the service
+        manager's is, which it drops when we do not start again at once."""
+        return self._fragile and not (restart and self._uffd_kept)
 
     def _sample(self, served: Served) -> policies.Sample:
         stored = served.space.used_bytes()

@@ -77,10 +77,12 @@ class Notifier:
         return self.send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
     def store_fds(self, name: str, fds: Sequence[int]) -> bool:
-        """Let the manager keep duplicates over a restart; they come back from `listen_fds` under `name`."""
+        """Let the manager keep duplicates over a restart; they come back from `listen_fds` under `name`. Kept until
+        `remove_fds`: by default it polls them and drops what is in error, which a userfaultfd may be for whoever polls it
+        (before UFFDIO_API, or where it blocks)."""
         if not name or len(name) > 255 or ":" in name or not name.isascii() or not name.isprintable():
             raise ValueError(f"{name!r} is no FDNAME (see sd_pid_notify_with_fds(3))")
-        return self.send("FDSTORE=1", f"FDNAME={name}", fds=fds)
+        return self.send("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=fds)
 
     def remove_fds(self, name: str) -> bool:
         return self.send("FDSTOREREMOVE=1", f"FDNAME={name}")

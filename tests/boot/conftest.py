@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 
@@ -33,7 +33,7 @@ def root(kernel: None) -> Path:  # noqa: F811
 @pytest.fixture(scope="session")
 def static_vmm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For a machine whose C library is another one."""
-    return compile_child(tmp_path_factory.mktemp("vmm") / "vmm", "vmm.c", "vmm_hazards.c", "child.c", "-static")
+    return compile_child(tmp_path_factory.mktemp("vmm") / "vmm", "vmm.c", "vmm_hazards.c", "child.c", static=True)
 
 
 @pytest.fixture
@@ -51,10 +51,8 @@ def start_vm(machine: Machine) -> Iterator[StartVm]:
     """VMs whose memory is filled; they are gone, and were never wrong, at the end of the test."""
     with ExitStack() as vms:
 
-        def start(
-            name: str, size_bytes: int = 16 * MIB, kind: Literal["scope", "service"] = "scope", **more: Any
-        ) -> Vm:
-            vm = vms.enter_context(Vm(machine, name, size_bytes, kind, **more))
+        def start(name: str, size_bytes: int = 16 * MIB, kind: Literal["scope", "service"] = "scope") -> Vm:
+            vm = vms.enter_context(Vm(machine, name, size_bytes, kind))
             vm.ask("fill")
             return vm
 

@@ -15,7 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -32,7 +32,7 @@ UNITS = "/usr/local/lib/systemd/system"
 BINARIES = "/usr/local/lib/tierd-test"
 _numbers = itertools.count()
 
-# The host may have cgroup v1, v2 or both, and systemd inside shall have v2; what nspawn writes to /run and /tmp goes
+# The host may have cgroup v1, v2 or both, and systemd inside shall have v2; what nspawn writes to /run/systemd goes
 # with the namespace. Its filter of system calls is off: tierd rightly refuses a VMM that has a filter it does not know.
 START = """
 set -e
@@ -40,8 +40,8 @@ umount --recursive /sys/fs/cgroup
 mount -t cgroup2 none /sys/fs/cgroup
 mkdir "/sys/fs/cgroup/$1"
 echo $$ > "/sys/fs/cgroup/$1/cgroup.procs"
-mount -t tmpfs none /run
-mount -t tmpfs none /tmp
+mkdir -p /run/systemd
+mount -t tmpfs none /run/systemd
 shift
 export SYSTEMD_SECCOMP=0 SYSTEMD_NSPAWN_LOCK=0
 exec systemd-nspawn "$@"
@@ -82,29 +82,14 @@ class Machine:
             str(self.binaries): BINARIES,
             str(self.etc): "/etc/tierd",
         }
-        options = [
-            "--quiet",
-            "--register=no",
-            "--keep-unit",
-            "--private-network",
-            "--console=pipe",
-            "--notify-ready=yes",
-        ]
+        options = ["--quiet", "--register=no", "--keep-unit", "--private-network", "--console=pipe"]
         options += [f"--machine={self.name}", f"--directory={self._root}", "--volatile=overlay", "--boot"]
         options += [f"--bind-ro={here}:{there}" for here, there in places.items()]
         options += [f"--bind={self.store}:/var/lib/tierd", f"--bind={self.journal_dir}:/var/log/journal"]
-        options += ["--bind=/dev/userfaultfd"]
-        namespaces = [
-            "unshare",
-            "--mount",
-            "--propagation",
-            "private",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-        ]
-        command = ["setpriv", "--pdeathsig", "KILL", *namespaces, "sh", "-c", START, "sh", self.name, *options]
+        options += ["--bind=/dev/userfaultfd", "--notify-ready=yes"]
+        namespaces = ["--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        command = ["setpriv", "--pdeathsig", "KILL", "unshare", *namespaces, "sh", "-c", START, "sh"]
+        command += [self.name, *options]
         environment = {**os.environ, "NOTIFY_SOCKET": str(self._notify)}
         with contextlib.ExitStack() as undo:
             ready = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
@@ -143,7 +128,7 @@ class Machine:
         self.process.kill()
         self.process.wait()
         for top in cgroups():
-            wait_for(lambda top=top: _removed(top / self.name), f"the last process of {self.name} has ended", END_S_MAX)
+            wait_for(partial(_removed, top / self.name), f"the last process of {self.name} has ended", END_S_MAX)
 
     def wait_end(self) -> None:
         """Until it has shut down."""
@@ -200,6 +185,10 @@ class Machine:
         """As the machine numbers it; 0: there is none."""
         return int(self.show("MainPID", unit))
 
+    def is_replaced(self, pid: int, unit: str = "tierd") -> bool:
+        """Whether main process `pid` of the unit is gone; 0 for a moment, or its successor."""
+        return self.main_pid(unit) != pid
+
     def kill(self, name: str, unit: str = "tierd") -> None:
         self.systemctl("kill", "--kill-whom=main", f"--signal={name}", unit)
 
@@ -228,22 +217,13 @@ class Machine:
 class Vm(Vmm):
     """The child that plays a VMM, in the machine: a scope in machine.slice as libvirt makes it, or a service."""
 
-    def __init__(
-        self,
-        machine: Machine,
-        name: str,
-        size_bytes: int,
-        kind: Literal["scope", "service"],
-        options: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, machine: Machine, name: str, size_bytes: int, kind: Literal["scope", "service"]) -> None:
         self.name, self.unit = name, f"vm-{name}.{kind}"
         program = f"{BINARIES}/qemu-system-test"
         how = ["--scope"] if kind == "scope" else ["--pipe", "--wait", "--property=After=tierd.service"]
         # as a QEMU whose guest takes its time to shut down, it does not end at once where systemd tells it to
         vmm = ["sh", "-c", 'trap "" TERM; exec "$@"', "sh", program, f"bytes={size_bytes}", "-name", f"guest={name}"]
-        command = machine.inside(
-            "systemd-run", "--quiet", f"--unit={self.unit}", "--slice=machine.slice", *how, *options, *vmm
-        )
+        command = machine.inside("systemd-run", "--quiet", f"--unit={self.unit}", "--slice=machine.slice", *how, *vmm)
         # its group: a Ctrl-C is for the test
         super().__init__(Path(shutil.which(command[0]) or command[0]), *command[1:], process_group=0)
         (self.vmm_pid,) = machine.pids(self.unit)

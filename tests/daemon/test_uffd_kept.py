@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -79,12 +80,35 @@ def test_the_service_manager_keeps_it(daemon: Daemon, boot: Boot, monkeypatch: p
     vmm.verify()
 
 
+@pytest.mark.parametrize("order", [signal.SIGTERM, signal.SIGUSR1])
+def test_an_orderly_end_brings_it_back_where_nobody_would_hold_it(
+    daemon: Daemon, boot: Boot, monkeypatch: pytest.MonkeyPatch, order: signal.Signals
+) -> None:
+    """systemd 252 drops what it keeps at a stop, so `keep` must not be taken at its word; over a restart it does keep it."""
+    monkeypatch.setenv("FDSTORE", "8")
+    daemon.write(on_stop="keep", on_restart="keep")
+    vmm, other = boot("web"), boot("other")
+    daemon.start()
+    evicted(daemon, "web", vmm)
+    evicted(daemon, "other", other)
+    close_copy_behind_a_filter(vmm)
+    kept, _ = received(daemon.notify)
+    os.close(kept)
+    wait_for(lambda: daemon.logged("userfaultfd_kept"), "it is told")
+    daemon.signal(order)
+    assert daemon.wait() == 0
+    left = {path.name.partition("-")[0] for path in (daemon.runtime_dir / "guests").glob("*.state")}
+    assert left == ({str(other.pid)} if order is signal.SIGTERM else {str(vmm.pid), str(other.pid)})
+    if order is signal.SIGTERM:
+        vmm.verify()
+
+
 def received(notify: socket.socket) -> tuple[int, str]:
     while True:
         text, fds, _, _ = socket.recv_fds(notify, 4096, 4)
         if b"FDSTORE=1" in text:
             (fd,) = fds
-            return fd, text.decode().partition("FDNAME=")[2]
+            return fd, text.decode().partition("FDNAME=")[2].split("\n")[0]
 
 
 def start_with(daemon: Daemon, fd: int, name: str) -> None:

@@ -62,7 +62,7 @@ def test_fd_store_passes_the_descriptors(manager: tuple[socket.socket, Notifier]
     try:
         notifier.store_fds("guest-1", [theirs])
         message, fds, _, _ = socket.recv_fds(listener, 4096, 4)
-        assert message.decode().split("\n") == ["FDSTORE=1", "FDNAME=guest-1"]
+        assert message.decode().split("\n") == ["FDSTORE=1", "FDNAME=guest-1", "FDPOLL=0"]
         os.write(fds[0], b"same pipe")
         assert os.read(ours, 100) == b"same pipe"
         os.close(fds[0])
