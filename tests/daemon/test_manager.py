@@ -63,7 +63,7 @@ def test_a_life_as_the_manager_sees_it(daemon: Daemon, boot: Boot) -> None:
     vmm.verify()
 
 
-@pytest.mark.parametrize("why", ["on_restart", "configuration is wrong", "another store"])
+@pytest.mark.parametrize("why", ["on_restart", "configuration is wrong", "another runtime_dir"])
 def test_a_restart_that_nobody_could_adopt_after_restores(daemon: Daemon, boot: Boot, disk_dir: Path, why: str) -> None:
     """RestartKillSignal= of the unit. What the next tierd would be is in the configuration file, which is read again."""
     vmm = boot("web")
@@ -72,8 +72,8 @@ def test_a_restart_that_nobody_could_adopt_after_restores(daemon: Daemon, boot: 
     evicted(daemon, "web", vmm)
     if why == "configuration is wrong":
         daemon.config.write_text("on_stop: kep")
-    elif why == "another store":
-        daemon.write(store={"path": str(disk_dir / "other")})
+    elif why == "another runtime_dir":
+        daemon.write(runtime_dir=str(disk_dir / "other"))
     daemon.signal(signal.SIGUSR1)
     stopping = daemon.wait_told("STOPPING=1")
     assert daemon.wait() == 0
@@ -139,3 +139,26 @@ def test_another_tierd_leaves_a_guest_to_the_first(
     vmm.verify()
     evicted(daemon, "web", vmm)
     vmm.verify()
+
+
+def test_a_restart_with_another_store_keeps(daemon: Daemon, boot: Boot, disk_dir: Path) -> None:
+    """What is stored stays where it is, as its state file says; what leaves from now on goes to the new store."""
+    vmm, new = boot("web"), disk_dir / "other"
+    daemon.write(on_restart="keep")
+    daemon.start()
+    evicted(daemon, "web", vmm)
+    daemon.write(on_restart="keep", store={"path": str(new)})
+    daemon.signal(signal.SIGUSR1)
+    assert daemon.wait() == 0
+    daemon.start()
+    assert daemon.logged("guest_adopted")
+    vmm.verify()
+    later = boot("later")
+    evicted(daemon, "later", later)
+    assert [path.name.partition("-")[2].partition("-")[0] for path in new.iterdir()] == [str(later.pid)]
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    assert not list(new.iterdir())
+    assert not list(daemon.store_dir.iterdir())
+    vmm.verify()
+    later.verify()

@@ -28,6 +28,17 @@ def build_driver(output: Path, flags: Sequence[str], native: Path = NATIVE, here
     return output
 
 
+def build_real(output: Path, flags: Sequence[str]) -> Path:
+    """The same script with the whole data plane, for the real kernel."""
+    flags = [flag for flag in (*FLAGS, *flags) if flag != "-DTIERD_MODEL"]
+    sources = [str(path) for path in NATIVE.glob("*.c") if path.name != "_native.c"]
+    sources += [str(HERE / name) for name in ("script.c", "real.c")]
+    command = ["gcc", *flags, f"-I{NATIVE}", f"-I{HERE}", *sources, "-o", str(output), "-pthread"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
 def build_threads(output: Path, native: Path = NATIVE) -> Path:
     """The data plane with real threads under the thread sanitizer. The model kernel is not instrumented: its lock would
     order what a real kernel does not."""
@@ -50,13 +61,17 @@ def build_threads(output: Path, native: Path = NATIVE) -> Path:
     return output
 
 
-def run_seeds(binary: Path, seeds: int, *more: str, first: int = 1, timeout_s: float = 1700) -> dict[str, int]:
+def run_seeds(
+    binary: Path, seeds: int, *options: str, first: int = 1, wrapper: Sequence[str] = (), timeout_s: float = 1700
+) -> dict[str, int]:
     """The seeds from `first` on, in one process a CPU; what all of them did together. AssertionError names a failing seed."""
     parts = min(len(os.sched_getaffinity(0)), seeds)
     ranges = [(first + seeds * i // parts, first + seeds * (i + 1) // parts) for i in range(parts)]
     with ThreadPoolExecutor(parts) as pool:
         runs = pool.map(
-            lambda r: run_driver(binary, "--from", str(r[0]), "--seeds", str(r[1] - r[0]), *more, timeout_s=timeout_s),
+            lambda r: run_driver(
+                *wrapper, binary, "--from", str(r[0]), "--seeds", str(r[1] - r[0]), *options, timeout_s=timeout_s
+            ),
             ranges,
         )
     figures: Counter[str] = Counter()
@@ -66,11 +81,11 @@ def run_seeds(binary: Path, seeds: int, *more: str, first: int = 1, timeout_s: f
     return dict(figures)
 
 
-def run_driver(binary: Path, *arguments: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+def run_driver(*command: str | Path, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [binary, *arguments],
+        command,
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env={"ASAN_OPTIONS": "detect_stack_use_after_return=0", "PATH": "/usr/bin:/bin"},
+        env={"ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0", "PATH": "/usr/bin:/bin"},
     )

@@ -556,7 +556,7 @@ static void set_up(void)
 						 .store_short = below(100),
 						 .sync_loses = below(300)};
 	if (!below(4))
-		M.faults.punch_stays = below(100);
+		M.faults.punch_stays = below(300);
 	M.late_io = late_io;
 	S.pages = M.pages;
 	S.failures = faulty;

@@ -43,7 +43,7 @@ static void check(uint32_t page, uint64_t value)
 	}
 }
 
-static void read_page(uint32_t thread, uint32_t page)
+void script_read(uint32_t thread, uint32_t page)
 {
 	enum outcome outcome;
 	uint64_t value;
@@ -94,10 +94,10 @@ void script_guest(uint32_t thread)
 		uint32_t page = below(3) ? (hot + below(4)) % S.pages : below(S.pages), what = below(100);
 
 		if (what < 40)
-			read_page(thread, page);
+			script_read(thread, page);
 		else if (what < 50) /* a walk, for the read-ahead */
 			for (uint32_t i = 0; i < 6; i++)
-				read_page(thread, (page + i) % S.pages);
+				script_read(thread, (page + i) % S.pages);
 		else if (what < 86)
 			write_page(thread, page, false);
 		else if (what < 92)
@@ -115,7 +115,7 @@ void script_guest(uint32_t thread)
 void script_read_all(uint32_t thread)
 {
 	for (uint32_t page = 0; page < S.pages; page++)
-		read_page(thread, page);
+		script_read(thread, page);
 }
 
 /* --- the daemon's worker ------------------------------------------------------------------------------------------------ */

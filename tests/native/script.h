@@ -39,6 +39,7 @@ _Noreturn void script_fail(const char *format, ...) __attribute__((format(printf
 
 /* --- the guest --- */
 void script_guest(uint32_t thread); /* until world_stopped */
+void script_read(uint32_t thread, uint32_t page);
 void script_read_all(uint32_t thread);
 
 /* --- the daemon's worker --- */

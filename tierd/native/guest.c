@@ -314,6 +314,9 @@ int tierd_guest_disarm(struct tierd_guest *g)
 		error = sys_uffd_unregister(g->uffd, g->regions[i].address, g->regions[i].bytes);
 		if (error && !first)
 			first = error;
+		/* the kernel wakes before it unregisters, so a fault under way (it holds its VMA only) may have missed that */
+		if (!error)
+			sys_uffd_wake(g->uffd, g->regions[i].address, g->regions[i].bytes);
 	}
 	guest_leave(g);
 	return first;

@@ -175,6 +175,7 @@ struct tierd_guest {
 	_Atomic uint32_t on_lost;   /* TIERD_LOST_* */
 	_Atomic uint32_t poisoning; /* fault threads that are about to poison a LOST page */
 	struct tierd_store_faults store_faults;
+	_Atomic bool store_faults_on;
 	_Atomic uint64_t store_faults_state;
 
 	_Atomic uint64_t waits; /* faults that were left to the owner of their page: fault.c, wake_waiters */

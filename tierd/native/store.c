@@ -6,8 +6,11 @@
 
 void tierd_guest_set_store_faults(struct tierd_guest *g, const struct tierd_store_faults *faults)
 {
-	g->store_faults = *faults;
-	atomic_store(&g->store_faults_state, faults->seed | 1);
+	if (faults->seed) {
+		g->store_faults = *faults;
+		atomic_store(&g->store_faults_state, faults->seed);
+	}
+	atomic_store_explicit(&g->store_faults_on, faults->seed != 0, memory_order_release);
 }
 
 static bool misbehave(struct tierd_guest *g, uint32_t thousandths)
@@ -35,7 +38,7 @@ static ssize_t read_some(struct tierd_guest *g, int fd, void *to, size_t bytes, 
 	struct tierd_store_faults *f = &g->store_faults;
 	ssize_t n;
 
-	if (!f->seed)
+	if (!atomic_load_explicit(&g->store_faults_on, memory_order_acquire))
 		return sys_store_read(fd, to, bytes, offset);
 	dawdle(g, f->read_slow, f->read_hang);
 	if (misbehave(g, f->read_error))
@@ -52,7 +55,7 @@ static ssize_t write_some(struct tierd_guest *g, int fd, struct iovec *from, uin
 {
 	struct tierd_store_faults *f = &g->store_faults;
 
-	if (!f->seed)
+	if (!atomic_load_explicit(&g->store_faults_on, memory_order_acquire))
 		return sys_store_write(fd, from, 1, offset);
 	dawdle(g, f->write_slow, f->write_hang);
 	if (misbehave(g, f->write_error))

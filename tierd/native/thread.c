@@ -17,7 +17,12 @@
 
 #include "internal.h"
 
-enum { FOLLOW_EVERY = 64, CREDIT_MAX = 16, STACK_BYTES = 128 << 10, IDLE_MS_MAX = 10000, FAILED_MS = 100 };
+enum { FOLLOW_EVERY = 64, CREDIT_MAX = 16, IDLE_MS_MAX = 10000, FAILED_MS = 100 };
+#ifdef __SANITIZE_THREAD__
+enum { STACK_BYTES = 2 << 20 }; /* the sanitizer's own share is most of a mebibyte */
+#else
+enum { STACK_BYTES = 128 << 10 };
+#endif
 
 struct tierd_thread {
 	struct tierd_guest *g;

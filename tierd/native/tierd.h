@@ -137,7 +137,7 @@ struct tierd_health {
 };
 
 /* For tests: how often, in 1/1000 of the calls, the guest's store misbehaves. The pages of a call that hangs or is slow are
- * read or written after that. */
+ * read or written after that. seed 0: it behaves from now on; another seed only while it behaves. */
 struct tierd_store_faults {
 	uint32_t read_error, read_short, read_flip, read_slow, read_hang;
 	uint32_t write_error, write_short, write_slow, write_hang;

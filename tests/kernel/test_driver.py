@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seeded driver's script on the real kernel: the real userfaultfd, a real store, a daemon that is a process and is killed.
+
+A seed says what everybody wants to do and when; the kernel says who comes first. So a seed that failed may need several runs to
+fail again: `real --from SEED --seeds 1`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.native.build import build_real, run_seeds
+
+SEEDS = int(os.environ.get("TIERD_REAL_SEEDS", "700"))
+
+
+@pytest.mark.timeout(3600)
+def test_seeds(tmp_path: Path, disk_dir: Path) -> None:
+    figures = run_seeds(build_real(tmp_path / "real", ["-O2"]), SEEDS, "--store", str(disk_dir), timeout_s=3500)
+    for moment in ("at the start", "in adoption", "in service", "while leaving"):
+        assert figures[f"kills {moment}"] > 0
+    assert figures["pages evicted"] > SEEDS
+    assert figures["memory errors"] > 0, "no stored copy was destroyed and touched"
+
+
+@pytest.mark.parametrize(
+    ("flags", "wrapper"),
+    [
+        (["-fsanitize=address,undefined", "-fno-sanitize-recover"], []),
+        # without address randomization, which some kernels do more of than the sanitizer can take
+        (["-fsanitize=thread", "-Wno-tsan"], ["setarch", "-R"]),
+    ],
+    ids=["address_and_undefined", "thread"],
+)
+def test_seeds_under_a_sanitizer(tmp_path: Path, disk_dir: Path, flags: list[str], wrapper: list[str]) -> None:
+    binary = build_real(tmp_path / "real", ["-O1", *flags])
+    figures = run_seeds(binary, SEEDS // 7, "--store", str(disk_dir), first=1000000, wrapper=wrapper)
+    assert figures["kills in service"] > 0
+    assert figures["pages evicted"] > 0
