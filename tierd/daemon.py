@@ -51,6 +51,7 @@ RETRY_S_MAX = 60.0
 READY_TRIES = 50
 READOPT_S, READOPT_S_MAX = 0.5, 10.0
 STOP_GRACE_S = 5.0
+API_RETRY_S = 2.0
 WATCH_S = 0.25  # between looks at the fault threads
 STORE_ASK_S, STORE_ANSWERS_S = 1.0, 5.0
 ADOPT_S_MAX = 5.0  # for the start to wait for a guest
@@ -90,19 +91,7 @@ class Daemon:
                 swept = await trio.to_thread.run_sync(self.host.store.sweep, self._may_be_needed)
                 if swept:
                     log.info("store_swept", guests=swept)
-                from tierd.api import serve  # only now: faults come first
-
-                api = self.config.api
-                await self._nursery.start(
-                    partial(
-                        serve,
-                        self,
-                        socket_path=api.socket,
-                        mode=api.mode,
-                        group=api.group,
-                        metrics_listen=self.config.metrics.listen,
-                    )
-                )
+                await self._start_api()
                 self._nursery.start_soon(self._watch_guests)
                 self._nursery.start_soon(self._watch_store)
                 self._nursery.start_soon(self._discover)
@@ -112,6 +101,39 @@ class Daemon:
                 await self._obey(signals)
                 self._end_at_last()
                 self._nursery.cancel_scope.cancel()
+
+    async def _start_api(self) -> None:
+        """SocketUnusable ends a tierd that serves nobody. One that has adopted guests goes on without an API: their faults
+        are worth more."""
+        from tierd.api import SocketUnusable  # only now: faults come first
+
+        try:
+            await self._try_api()
+        except SocketUnusable as error:
+            if not self._guests:
+                raise
+            log.error(
+                "api_unusable", error=str(error), action=f"serving guests without it; trying every {API_RETRY_S:g} s"
+            )
+            self._nursery.start_soon(self._start_api_later)
+
+    async def _try_api(self) -> None:
+        from tierd.api import serve
+
+        api, listen = self.config.api, self.config.metrics.listen
+        await self._nursery.start(
+            partial(serve, self, socket_path=api.socket, mode=api.mode, group=api.group, metrics_listen=listen)
+        )
+
+    async def _start_api_later(self) -> None:
+        from tierd.api import SocketUnusable
+
+        while True:
+            await trio.sleep(API_RETRY_S)
+            with contextlib.suppress(SocketUnusable):
+                await self._try_api()
+                log.info("api_works_again")
+                return
 
     async def _obey(self, signals: Any) -> None:
         """Handle signals until it is time to go."""
@@ -166,7 +188,9 @@ class Daemon:
             return f"the next tierd will not start: {errors.errors[0]}"
         ours = self.host.guests_dir.parent
         if ours != new.runtime_dir:
-            return f"the next tierd will not find them: runtime_dir is {ours} now, {new.runtime_dir} in {self.config_path}"
+            return (
+                f"the next tierd will not find them: runtime_dir is {ours} now, {new.runtime_dir} in {self.config_path}"
+            )
         return ""
 
     async def _restore_for_stop(self, guest: Guest) -> None:
@@ -546,6 +570,8 @@ async def _run(config: Config, config_path: Path, resumed: Resumed) -> None:
     lock = resumed.lock if resumed.lock is not None else lock_runtime_dir(config.runtime_dir)
     try:
         store = await _open_store(config, notifier)
+        if store.trouble:
+            log.error("store_cannot_be_written", error=store.trouble, action="what is in it is served")
         host = Host(choose(config.engine), store, guests_dir, boot_id(), HolderScan(), notifier)
         await Daemon(config, config_path, host, resumed).run()
     finally:

@@ -21,7 +21,7 @@ from typing import Literal
 from tierd.store import StoreError
 
 PREFIX, SUFFIX = "guest-", ".pages"
-KEY = re.compile(r"\d+-\d+")
+KEY = re.compile(r"[0-9]{1,10}-[0-9]{1,20}")
 RESERVE_BYTES = 256 << 20  # of the file system, for others; and so that a full disk is our decision, not an error
 USED_CACHE_S = 1.0
 MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
@@ -57,6 +57,7 @@ class FileStore:
         self.path = path
         self._capacity_bytes = capacity_bytes
         self._used_at, self._used = -1e9, 0
+        self.trouble = ""  # why it cannot be written now, where guests' pages are in it all the same
         self._prepare()
         self.direct = self._choose_direct(direct)
 
@@ -90,7 +91,14 @@ class FileStore:
     def _choose_direct(self, wanted: Literal["auto", "on", "off"]) -> bool:
         if wanted == "off":
             return False
-        problem = self._try_direct()
+        try:
+            problem = self._try_direct()
+        except StoreError as error:
+            if not any(self.path.glob(f"{PREFIX}*{SUFFIX}")):
+                raise
+            # full, or read-only after an error: evicting must wait, but those who wait for their pages must not
+            self.trouble = str(error)
+            return wanted == "on"
         if problem and wanted == "on":
             raise StoreError(f"{self.path} does not take O_DIRECT ({problem}); set store.direct to auto or off")
         return problem is None
@@ -99,9 +107,11 @@ class FileStore:
         """None when one page written with O_DIRECT is read back; else why not."""
         scratch = self.path / f".tierd-direct-{os.getpid()}"
         try:
+            scratch.unlink(missing_ok=True)  # of a tierd that died just here; in a container all have the same pid
             fd = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            scratch.unlink(missing_ok=True)  # some file systems create the file before they refuse the flag
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)  # some file systems create the file before they refuse the flag
             if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
                 return "open(2) refuses it"
             raise StoreError(
@@ -149,7 +159,10 @@ class FileStore:
         for path in sorted(self.path.glob(f"{PREFIX}*{SUFFIX}")):
             key = path.name[len(PREFIX) : -len(SUFFIX)]
             if KEY.fullmatch(key) and path.is_file() and not path.is_symlink() and not may_be_needed(key):
-                path.unlink()
+                try:
+                    path.unlink()
+                except OSError:  # a file system that is read-only now: the next sweep tries again
+                    continue
                 swept.append(key)
         return swept
 
@@ -174,8 +187,14 @@ class FileStore:
 def reopen(path: Path, pages: int, page_bytes: int, *, direct: bool) -> FileSpace:
     """The space that a predecessor made at `path`, wherever new ones are made now. StoreError: it is not what was left
     there. Blocks."""
+    o_direct = os.O_DIRECT if direct else 0
     try:
-        fd = open_ours(path, os.O_RDWR | (os.O_DIRECT if direct else 0))
+        try:
+            fd = open_ours(path, os.O_RDWR | o_direct)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            fd = open_ours(path, os.O_RDONLY | o_direct)  # what is in there can still be read
     except OSError as error:
         raise StoreError(f"{path} cannot be opened: {error.strerror}; nothing was touched") from error
     try:
