@@ -27,6 +27,7 @@ from tierd import cycle
 from tierd import policy as policies
 from tierd.attach import GuestSpec, Refused
 from tierd.attach.preflight import HolderScan, preflight, recheck, swap_can_receive
+from tierd.attach.procfs import grown, start_ticks
 from tierd.config import Policy
 from tierd.engine import Engine
 from tierd.native import STATES, STORE_WRITE, KernelError, NativeGuest
@@ -95,7 +96,7 @@ class Guest:
         self._trouble: str | None = None
         self._failures = 0
         self._store_hangs = False
-        self._lost_told = 0
+        self._lost_told = self._grown_told = 0
         self._uffd_kept = kept_uffd is not None
         self._fragile = self._fragile_told = False
         self._threads = trio.CapacityLimiter(THREADS_MAX)
@@ -275,7 +276,8 @@ class Guest:
         except Refused as refused:
             await self._give_up(served, refused)
         except (OSError, StoreError) as error:
-            self._failed(error)
+            if not await self._is_over(served, error):
+                self._failed(error)
         else:
             if evicted or self.key not in self._host.store_trouble:  # a store is well again once it has taken something
                 self._recovered()
@@ -288,6 +290,15 @@ class Guest:
             self._served.adapt(swap_can_receive(self.spec.pid))
             if not self._served.vmm_holds_uffd():
                 self._secure(self._served)
+            self._tell_grown()
+
+    def _tell_grown(self) -> None:
+        more = sum(region.bytes for region in grown(self.spec))
+        if more and more != self._grown_told:
+            self._log.warning(
+                "guest_grew", bytes=more, action="detach and attach the guest: new memory is not tiered until then"
+            )
+        self._grown_told = more
 
     def _secure(self, served: Served) -> None:
         """The VMM closed its copy of the userfaultfd: ours is the last, and with us every stored page would turn into zeros.
@@ -358,8 +369,6 @@ class Guest:
         return evicted
 
     def _failed(self, error: OSError | StoreError | RequestRefused) -> None:
-        if isinstance(error, OSError) and error.errno == errno.ESRCH:
-            return  # the VMM is exiting; _watch_exit ends the guest
         self._failures += 1
         pause_s = min(self.policy.interval_s * 2 ** min(self._failures, 20), BACK_OFF_S_MAX)
         # guests that failed together do not try again together
@@ -376,6 +385,18 @@ class Guest:
             self._trouble, self._failures = None, 0
             self._host.store_trouble.pop(self.key, None)
 
+    async def _is_over(self, served: Served, error: Exception) -> bool:
+        """The VMM's memory is gone: it exits just now, or has executed another program under the same pid."""
+        if not isinstance(error, OSError) or error.errno != errno.ESRCH:
+            return False
+        if start_ticks(self.pid) != self.spec.start_ticks:
+            return True  # _watch_exit ends the guest
+        if not await self._in_worker(served.native.gone):
+            return False
+        self._ending = self._ending or Ending.EXITED
+        self._scope.cancel()
+        return True
+
     async def _give_up(self, served: Served, refused: Refused) -> None:
         """A hazard appeared after the attach: no more evictions, and everything comes back."""
         self._state, self._reason = "refused", str(refused)
@@ -385,11 +406,15 @@ class Guest:
     async def _bring_back(self, served: Served) -> None:
         """Of a refused guest: everything that can be had now; the rest is tried again in the next cycle."""
         if not served.native.counters()["state_pages"][STORED]:
+            if await self._in_worker(served.native.gone):
+                self._ending = self._ending or Ending.EXITED
+                self._scope.cancel()
             return
         try:
             await self._restore_all(served, no_progress)
         except (RequestRefused, OSError) as error:
-            self._failed(error)
+            if not await self._is_over(served, error):
+                self._failed(error)
 
     def watch(self) -> None:
         """The data plane's watchdog, some times a second: a fault thread that hangs in its store is told, and another one

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierd.attach import GuestSpec, Region
-from tierd.attach.procfs import cmdline_of, filtered, open_memfd, start_ticks
+from tierd.attach.procfs import cmdline_of, filtered, open_memfd, start_ticks, still_mapped
 from tierd.attach.ptrace import close_in_vmm, pick_thread, pidfd_getfd, put_into_vmm, take_userfaultfd
 from tierd.engine import Engine
 from tierd.native import (
@@ -73,7 +73,7 @@ class Served:
         self.spec = spec
         self._engine = engine
         self.state_path = state_path
-        self.zap = Zap.PAGEOUT
+        self.zap, self._inject_tid = Zap.PAGEOUT, 0
         self.adoption: Adoption | None = None
         self._undo = contextlib.ExitStack()
         self.native: NativeGuest
@@ -103,8 +103,12 @@ class Served:
         """Before every pass: swap may have come, or gone, since the last one. Worker."""
         zap = self._engine.zap(swap_can_receive)
         if zap is not self.zap:
-            self.native.set_zap(zap, pick_thread(self.spec.pid) if zap is Zap.INJECT else 0)
+            self._inject_tid = pick_thread(self.spec.pid) if zap is Zap.INJECT else 0
+            self.native.set_zap(zap, self._inject_tid)
             self.zap = zap
+        elif zap is Zap.INJECT and not os.path.exists(f"/proc/{self.spec.pid}/task/{self._inject_tid}"):
+            self._inject_tid = pick_thread(self.spec.pid)
+            self.native.set_zap(zap, self._inject_tid)
 
     def vmm_holds_uffd(self) -> bool:
         """Whether the VMM's own copy of the userfaultfd is still open. Without it our death is the end of the context, and
@@ -220,6 +224,7 @@ def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive
     spec, space = served.spec, served.space
     pagemap = os.open(f"/proc/{spec.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     served.zap = engine.zap(swap_can_receive)
+    served._inject_tid = pick_thread(spec.pid) if served.zap is Zap.INJECT else 0
     try:
         served.native = NativeGuest(
             table_fd=served.table_fd,
@@ -230,7 +235,7 @@ def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive
             memfds=served.memfds,
             tier=Tier(space.fd, space.direct, space.drop_cache, capacity_pages, space.late),
             zap=served.zap,
-            inject_tid=pick_thread(spec.pid) if served.zap is Zap.INJECT else 0,
+            inject_tid=served._inject_tid,
             use_pagemap=engine.use_pagemap,
             readahead_pages=tuning.readahead_pages_max,
             spin_us_max=tuning.fault_spin_us_max,
@@ -469,7 +474,7 @@ def adopt(
         served.space = reopen(Path(left.identity.store_path), pages, PAGE_BYTES, direct=serving.store_direct)
         served._undo.callback(served.space.close)
         _open_guest(served, engine, tuning, swap_can_receive, capacity_pages)
-        served.adoption = served.native.adopt()
+        served.adoption = served.native.adopt(still_mapped(spec))
         served.native.start()
     return served
 

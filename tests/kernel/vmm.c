@@ -317,6 +317,11 @@ static const struct command commands[] = {
 	{"give-back", give_back},
 	{"balloon", balloon},
 	{"replace", replace_mapping},
+	{"unmap", unmap_region},
+	{"map-again", map_again},
+	{"map-other", map_other},
+	{"exec", execute},
+	{"add", add_memory},
 	{NULL, NULL},
 };
 

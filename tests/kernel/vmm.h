@@ -36,5 +36,10 @@ void collapse(const uint64_t *a, int count);
 void give_back(const uint64_t *a, int count);
 void balloon(const uint64_t *a, int count);
 void replace_mapping(const uint64_t *a, int count);
+void unmap_region(const uint64_t *a, int count);
+void map_again(const uint64_t *a, int count);
+void map_other(const uint64_t *a, int count);
+void execute(const uint64_t *a, int count);
+void add_memory(const uint64_t *a, int count);
 
 #endif

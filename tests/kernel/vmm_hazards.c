@@ -206,3 +206,51 @@ void replace_mapping(const uint64_t *a, int count)
 		       ? -1
 		       : 0);
 }
+
+/* FIRST COUNT pages, of one region. */
+void unmap_region(const uint64_t *a, int count)
+{
+	(void)count;
+	answer(munmap(page_at(a[0]), (end_of(a) - a[0]) * page_bytes));
+}
+
+/* FIRST COUNT REGION START: the same bytes of the same file at the same addresses; the region begins with page START. */
+void map_again(const uint64_t *a, int count)
+{
+	uint64_t offset = (uint64_t)((char *)page_at(a[0]) - (char *)page_at(a[3]));
+	void *at = mmap(page_at(a[0]), (end_of(a) - a[0]) * page_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+			memfd[a[2]], (off_t)offset);
+
+	(void)count;
+	answer(at == MAP_FAILED ? -1 : 0);
+}
+
+/* FIRST COUNT: memory of the VMM's own where the guest's was. */
+void map_other(const uint64_t *a, int count)
+{
+	size_t bytes = (end_of(a) - a[0]) * page_bytes;
+	void *at = mmap(page_at(a[0]), bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+
+	(void)count;
+	answer(at == MAP_FAILED ? -1 : 0);
+}
+
+/* Another program under the same pid. */
+void execute(const uint64_t *a, int count)
+{
+	(void)a, (void)count;
+	execl("/bin/sleep", "sleep", "1000", NULL);
+	answer(-1);
+}
+
+/* BYTES: one more region, as a hot-plugged DIMM is. */
+void add_memory(const uint64_t *a, int count)
+{
+	int fd = memfd_create("memory-backend-memfd", MFD_CLOEXEC);
+	void *at = MAP_FAILED;
+
+	(void)count;
+	if (fd >= 0 && !ftruncate(fd, (off_t)a[0]))
+		at = mmap(NULL, a[0], PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	answer(at == MAP_FAILED ? -1 : 0);
+}

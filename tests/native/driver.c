@@ -429,7 +429,8 @@ static void run_worker(uint32_t adopted)
 
 	int error;
 
-	while ((error = adopted ? tierd_guest_adopt(guest, &adoption) : tierd_guest_arm(guest)))
+	while ((error = adopted ? tierd_guest_adopt(guest, guest->mapped, guest->mapped_count, &adoption)
+				: tierd_guest_arm(guest)))
 		if (!adopted || !S.failures) /* the daemon tries again for as long as the VMM lives */
 			model_fail("%s failed: error %d", adopted ? "adoption" : "arm", -error);
 	adopting = false;

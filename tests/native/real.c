@@ -349,7 +349,7 @@ static int daemon_main(void)
 	atomic_store(&shared->phase, ADOPTING);
 	if (!shared->life)
 		error = tierd_guest_start(g);
-	error = shared->life ? tierd_guest_adopt(g, &adoption) : tierd_guest_arm(g);
+	error = shared->life ? tierd_guest_adopt(g, g->mapped, g->mapped_count, &adoption) : tierd_guest_arm(g);
 	for (uint32_t i = shared->life ? 0 : 1; !error && i < 1 + shared->seed % 2; i++)
 		error = tierd_guest_start(g);
 	if (error)

@@ -305,7 +305,8 @@ static void daemon_create(bool adopted)
 			model_fail("no table");
 	}
 	if (tierd_guest_create(&args, &guest) ||
-	    (adopted ? tierd_guest_adopt(guest, &adoption) : tierd_guest_arm(guest)))
+	    (adopted ? tierd_guest_adopt(guest, guest->mapped, guest->mapped_count, &adoption)
+		     : tierd_guest_arm(guest)))
 		model_fail("no guest");
 }
 

@@ -72,13 +72,23 @@ def maps_of(pid: int) -> list[Mapping]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Field 22 of /proc/PID/stat; None: no such process, or one that is only a zombie."""
+    """Field 22 of /proc/PID/stat; None: no such process, or one that is only a zombie (not only its first thread is)."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+    if fields[0] in ("Z", "X") and not _other_threads(pid):
+        return None
+    return int(fields[19])
+
+
+def _other_threads(pid: int) -> bool:
+    """Of a process whose first thread has ended: it lives on with the others."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task")) > 1
+    except OSError:
+        return False
 
 
 def boot_id() -> str:
@@ -193,6 +203,25 @@ def ram_regions(maps: list[Mapping], cmdline: tuple[str, ...]) -> tuple[Region, 
         else:
             found.append(Region(m.start, m.end - m.start, m.offset, m.device, m.inode))
     return tuple(region for region in found if region.bytes >= RAM_BYTES_MIN)
+
+
+def still_mapped(spec: GuestSpec) -> list[tuple[int, int]]:
+    """(address, bytes) of the parts of a guest's regions that its VMM maps still, as they were: the same bytes of the same file
+    at the same addresses. What lies between them may be anything by now."""
+    found = []
+    for m in maps_of(spec.pid):
+        for r in spec.regions:
+            start, end = max(m.start, r.address), min(m.end, r.address + r.bytes)
+            same = (m.device, m.inode) == (r.device, r.inode) and m.offset - m.start == r.offset - r.address
+            if start < end and same and m.shared_ram:
+                found.append((start, end - start))
+    return found
+
+
+def grown(spec: GuestSpec) -> list[Region]:
+    """Guest memory that its VMM has now and that `spec` does not know."""
+    known = {(r.device, r.inode) for r in spec.regions}
+    return [r for r in ram_regions(maps_of(spec.pid), spec.cmdline) if (r.device, r.inode) not in known]
 
 
 def read_spec(pid: int, name: str | None = None) -> GuestSpec:

@@ -359,12 +359,20 @@ class NativeGuest:
         """First attach: register every region. Worker."""
         check(lib.tierd_guest_arm(self._g), "registration of guest memory with userfaultfd")
 
-    def adopt(self) -> Adoption:
-        """After a predecessor: reconcile with the kernel, clear holds, wake everybody. Worker; before `start`."""
+    def adopt(self, mapped: Sequence[tuple[int, int]]) -> Adoption:
+        """After a predecessor: reconcile with the kernel, clear holds, wake everybody. `mapped`: (address, bytes) of what the
+        VMM maps of its regions still. Worker; before `start`."""
         out = ffi.new("struct tierd_adoption *")
-        check(lib.tierd_guest_adopt(self._g, out), "adoption")
+        ranges = ffi.new("struct tierd_range[]", [{"address": a, "bytes": n} for a, n in mapped])
+        check(lib.tierd_guest_adopt(self._g, ranges, len(mapped), out), "adoption")
         result: Adoption = _fields(out, Adoption)
         return result
+
+    def gone(self) -> bool:
+        """Whether the VMM's memory is gone: it exited, or executed another program. Worker, between batches."""
+        out = ffi.new("int32_t *")
+        check(lib.tierd_guest_gone(self._g, out), "look at the VMM's memory")
+        return bool(out[0])
 
     def disarm(self) -> None:
         """Unregister. KernelError EBUSY while a page is not resident. Worker."""

@@ -348,6 +348,24 @@ static void lose(struct tierd_guest *g, uint64_t page, page_word owned)
 	poison_lost(g, page, lost);
 }
 
+/* Pages that we own and that the VMM does not map any more, or maps anew: their bytes go back into the file, so that whoever
+ * maps it later finds them. A page that is in its cache already is right. How many are in place. */
+static uint32_t put_into_file(struct tierd_guest *g, uint64_t page, uint32_t n, const uint8_t *from, uint32_t skip)
+{
+	struct region *r = region_of_page(g, page);
+
+	for (uint32_t i = 0; i < n; i++) {
+		uint64_t offset = mem_offset_of(r, page + i);
+		const void *bytes = from ? from + (size_t)(skip + i) * g->page_bytes : zeros;
+
+		if (sys_mem_seek_data(r->memfd, offset) == (int64_t)offset)
+			continue;
+		if (sys_mem_write(r->memfd, bytes, g->page_bytes, offset) != (ssize_t)g->page_bytes)
+			return i;
+	}
+	return n;
+}
+
 int64_t fetch_run(struct tierd_worker *w, uint64_t page, uint32_t count, uint32_t *claimed)
 {
 	struct tierd_guest *g = w->g;
@@ -366,6 +384,8 @@ int64_t fetch_run(struct tierd_worker *w, uint64_t page, uint32_t count, uint32_
 		from = w->buffer;
 	}
 	placed = place(g, page, n, from, &error);
+	if (error == -ENOENT && w == g->restorer)
+		placed += put_into_file(g, page + placed, n - placed, from, placed);
 	for (uint32_t i = 0; i < placed; i++)
 		settle(g, page + i, w->claimed[i]);
 	wake_waiters(g, page, placed, waits);

@@ -77,6 +77,7 @@ static int regions_take(struct tierd_guest *g, const struct tierd_guest_args *ar
 		r->first_page = g->pages;
 		g->pages += r->pages;
 		r->memfd = sys_dup(args->regions[i].memfd);
+		g->mapped[g->mapped_count++] = (struct tierd_range){r->address, r->bytes};
 		g->region_count++;
 		if (r->memfd < 0)
 			return r->memfd;
@@ -225,6 +226,20 @@ int tierd_guest_lost(struct tierd_guest *g, uint64_t *next_page, uint64_t *addre
 	return 0;
 }
 
+static int register_mapped(struct tierd_guest *g, uint64_t address, uint64_t bytes, uint64_t mode)
+{
+	for (uint32_t i = 0; i < g->mapped_count; i++) {
+		struct tierd_range *m = &g->mapped[i];
+		uint64_t from = address > m->address ? address : m->address;
+		uint64_t to = address + bytes < m->address + m->bytes ? address + bytes : m->address + m->bytes;
+		int error = from < to ? sys_uffd_register(g->uffd, from, to - from, mode) : 0;
+
+		if (error)
+			return error;
+	}
+	return 0;
+}
+
 /* MISSING for the chunk of `page`, before its first page may leave: a chunk nobody evicted from costs nothing on first
  * touch. Always WP|MISSING: REGISTER replaces the modes that it knows. */
 int missing_register(struct tierd_guest *g, uint64_t page)
@@ -241,9 +256,9 @@ int missing_register(struct tierd_guest *g, uint64_t page)
 
 		if (from >= to)
 			continue;
-		error = sys_uffd_register(g->uffd, r->address + (from - r->first_page) * g->page_bytes,
-					  (to - from) * g->page_bytes,
-					  UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING);
+		error = register_mapped(g, r->address + (from - r->first_page) * g->page_bytes,
+					(to - from) * g->page_bytes,
+					UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING);
 		if (error)
 			return error;
 	}
@@ -254,14 +269,7 @@ int missing_register(struct tierd_guest *g, uint64_t page)
 
 static int register_all(struct tierd_guest *g)
 {
-	for (uint32_t i = 0; i < g->region_count; i++) {
-		struct region *r = &g->regions[i];
-		int error = sys_uffd_register(g->uffd, r->address, r->bytes, UFFDIO_REGISTER_MODE_WP);
-
-		if (error)
-			return error;
-	}
-	return 0;
+	return register_mapped(g, 0, UINT64_MAX, UFFDIO_REGISTER_MODE_WP);
 }
 
 /* What the file already holds counts as touched now; the rest was never touched and needs no eviction. */
@@ -301,6 +309,24 @@ int tierd_guest_arm(struct tierd_guest *g)
 	return error;
 }
 
+int tierd_guest_gone(struct tierd_guest *g, int32_t *ret)
+{
+	int error = guest_enter(g);
+
+	if (error)
+		return error;
+	/* no batch is under way, so there is no hold that this could lift */
+	*ret = sys_uffd_unprotect(g->uffd, g->regions[0].address, g->page_bytes) == -ESRCH;
+	guest_leave(g);
+	return 0;
+}
+
+/* The VMM may have unmapped it: there is nothing to unregister then. */
+static bool not_mapped(int error)
+{
+	return error == -EINVAL || error == -ENOMEM || error == -ENOENT;
+}
+
 int tierd_guest_disarm(struct tierd_guest *g)
 {
 	int error = guest_enter(g), first = 0;
@@ -312,7 +338,7 @@ int tierd_guest_disarm(struct tierd_guest *g)
 			first = -EBUSY;
 	for (uint32_t i = 0; i < g->region_count && first != -EBUSY; i++) {
 		error = sys_uffd_unregister(g->uffd, g->regions[i].address, g->regions[i].bytes);
-		if (error && !first)
+		if (error && !not_mapped(error) && !first)
 			first = error;
 		/* the kernel wakes before it unregisters, so a fault under way (it holds its VMA only) may have missed that */
 		if (!error)
@@ -431,7 +457,8 @@ static int adopt_region(struct tierd_guest *g, struct region *r, struct tierd_ad
 	return 0;
 }
 
-int tierd_guest_adopt(struct tierd_guest *g, struct tierd_adoption *ret)
+int tierd_guest_adopt(struct tierd_guest *g, const struct tierd_range *mapped, uint32_t count,
+		      struct tierd_adoption *ret)
 {
 	uint64_t began_ns = sys_now_ns();
 	int error = guest_enter(g);
@@ -439,14 +466,20 @@ int tierd_guest_adopt(struct tierd_guest *g, struct tierd_adoption *ret)
 	if (error)
 		return error;
 	memset(ret, 0, sizeof(*ret));
+	if (count > TIERD_RANGES_MAX) {
+		guest_leave(g);
+		return -E2BIG;
+	}
+	memmove(g->mapped, mapped, count * sizeof(*mapped));
+	g->mapped_count = count;
 	error = register_all(g);
 	for (uint32_t i = 0; !error && i < g->region_count; i++)
 		error = adopt_region(g, &g->regions[i], ret);
-	for (uint32_t i = 0; !error && i < g->region_count; i++)
-		error = sys_uffd_unprotect(g->uffd, g->regions[i].address, g->regions[i].bytes);
+	for (uint32_t i = 0; !error && i < count; i++)
+		error = sys_uffd_unprotect(g->uffd, mapped[i].address, mapped[i].bytes);
 	/* messages that the predecessor had read are not delivered again until a wake */
-	for (uint32_t i = 0; !error && i < g->region_count; i++)
-		error = sys_uffd_wake(g->uffd, g->regions[i].address, g->regions[i].bytes);
+	for (uint32_t i = 0; !error && i < count; i++)
+		error = sys_uffd_wake(g->uffd, mapped[i].address, mapped[i].bytes);
 	ret->ns = sys_now_ns() - began_ns;
 	guest_leave(g);
 	return error;

@@ -149,6 +149,8 @@ struct tierd_guest {
 	uint64_t pages;
 	uint32_t region_count;
 	struct region regions[TIERD_REGIONS_MAX];
+	struct tierd_range mapped[TIERD_RANGES_MAX]; /* of the regions: where the VMM maps them still */
+	uint32_t mapped_count;
 	struct tierd_tier tiers[TIERD_TIERS];
 
 	struct table_header *header; /* the mapped state file */

@@ -10,6 +10,7 @@
 enum {
 	TIERD_TABLE_VERSION = 1,
 	TIERD_REGIONS_MAX = 32,
+	TIERD_RANGES_MAX = 128,
 	TIERD_TIERS =
 		16, /* tier 0 is "all zeros", needs no store; 15 marks a RESIDENT page that was never seen touched */
 	TIERD_LATENCY_BUCKETS = 40, /* bucket i counts service times below 2^i ns (and not below 2^(i-1)) */
@@ -61,6 +62,11 @@ struct tierd_region {
 	uint64_t inode;
 	int32_t memfd; /* our descriptor; -1 in what tierd_table_read gives back */
 	int32_t reserved;
+};
+
+struct tierd_range {
+	uint64_t address; /* in the VMM */
+	uint64_t bytes;
 };
 
 struct tierd_tier {
@@ -203,8 +209,12 @@ void tierd_guest_destroy(struct tierd_guest *g);
 /* First attach: registers every region WP, and marks what the files already hold as touched now. Blocks. */
 int tierd_guest_arm(struct tierd_guest *g);
 /* After a crash or a `keep` stop: reconciles the table with the kernel, clears every hold, registers again, wakes every
- * waiter. Call with the lock held and before tierd_guest_start. Blocks. */
-int tierd_guest_adopt(struct tierd_guest *g, struct tierd_adoption *ret);
+ * waiter. `mapped`: the parts of the regions that the VMM maps still; what else is there now is never touched. Call with the
+ * lock held and before tierd_guest_start. Blocks. */
+int tierd_guest_adopt(struct tierd_guest *g, const struct tierd_range *mapped, uint32_t count,
+		      struct tierd_adoption *ret);
+/* 1 when the VMM's memory is gone: it exited, or executed another program. Worker's, between batches. */
+int tierd_guest_gone(struct tierd_guest *g, int32_t *ret);
 /* Unregisters every region. -EBUSY while a page is not RESIDENT: an evicted page would then read as zeros. Blocks. */
 int tierd_guest_disarm(struct tierd_guest *g);
 /* Starts one more fault thread (one that finds nothing to do for some seconds ends again, but the last one) / ends all of them (a fault in service is finished first). */
@@ -235,7 +245,7 @@ int tierd_guest_set_zap(struct tierd_guest *g, int32_t zap, int32_t inject_tid);
 /* Scans a stretch from first_page on (at most chunk_bytes of it), stamps what was touched, deactivates exactly that. */
 int tierd_guest_pass(struct tierd_guest *g, uint64_t first_page, struct tierd_pass *ret);
 /* Brings up to max_pages STORED pages back, from *next_page on. *next_page == pages of the guest when there are no more. A
- * page that cannot be read stays STORED. */
+ * page that cannot be read stays STORED; one that is not mapped any more goes back into its file. */
 int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max_pages, uint64_t *restored);
 /* After a repair of the store: reads every LOST page again (those that are still waited for are tried at once, too), counts
  * what is RESIDENT again and what stays LOST. */
