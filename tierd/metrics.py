@@ -89,6 +89,8 @@ _GAUGES: tuple[_Family, ...] = (
         ("state",),
         lambda g: (((state,), float(state == g.state)) for state in STATES),
     ),
+    ("parked_pages", "Faults that wait for a read of the store.", (), _counter("parked_pages")),
+    ("fault_threads", "Threads that serve faults; more than one where the store hangs.", (), _counter("fault_threads")),
 )
 _COUNTERS: tuple[_Family, ...] = (
     (
@@ -101,7 +103,7 @@ _COUNTERS: tuple[_Family, ...] = (
     ("pages_cancelled", "Pages whose eviction was called off: touched, or an error.", (), _counter("pages_cancelled")),
     ("pages_fetched", "Pages brought back by faults, read-ahead included.", (), _counter("pages_fetched")),
     ("pages_zero", "Evicted pages that were all zeros and need no store.", (), _counter("pages_evicted_zero")),
-    ("pages_lost", "Pages that could not be brought back and are poisoned.", (), _counter("pages_lost")),
+    ("pages_lost", "Pages that could not be brought back.", (), _counter("pages_lost")),
     ("inject_stops", "Times that a thread of the VMM was stopped to run a call in it.", (), _counter("inject_stops")),
     ("cycles", "Cycles completed.", (), lambda g: _nothing_more(g.cycles)),
     (

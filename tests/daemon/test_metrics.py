@@ -55,7 +55,7 @@ def test_every_name_that_is_promised() -> None:
         "size_bytes resident_bytes stored_bytes hole_bytes idle_bytes faults_total fault_latency_seconds_bucket "
         "fault_latency_seconds_count fault_latency_seconds_sum pages_evicted_total pages_cancelled_total "
         "pages_fetched_total pages_zero_total pages_lost_total cycle_seconds_total cycles_total errors_total state "
-        "inject_stops_total"
+        "inject_stops_total parked_pages fault_threads"
     )
     promised = {f"tierd_guest_{name}" for name in guest.split()} | {
         "tierd_build_info",
