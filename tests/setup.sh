@@ -114,6 +114,7 @@ fetch_kernel() {
 # Debian 12 whatever runs here: the unit is written for its systemd.
 make_boot() {
 	mkdir -p build/boot
+	rm -rf build/boot/new-*
 	scratch=$(mktemp -d build/boot/new-XXXXXX)
 	trap 'rm -rf "$scratch"' EXIT
 	mmdebstrap --quiet --variant=essential --include=systemd,systemd-sysv,dbus,procps,python3 \
@@ -128,6 +129,6 @@ make_boot() {
 	mv "$scratch/root" build/boot/
 }
 if [ -n "$boot" ]; then
-	make_boot
+	(make_boot) # a trap of its own
 	echo "$boot" >build/boot/made-from
 fi

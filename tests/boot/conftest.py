@@ -51,8 +51,10 @@ def start_vm(machine: Machine) -> Iterator[StartVm]:
     """VMs whose memory is filled; they are gone, and were never wrong, at the end of the test."""
     with ExitStack() as vms:
 
-        def start(name: str, size_bytes: int = 16 * MIB, kind: Literal["scope", "service"] = "scope") -> Vm:
-            vm = vms.enter_context(Vm(machine, name, size_bytes, kind))
+        def start(
+            name: str, size_bytes: int = 16 * MIB, kind: Literal["scope", "service"] = "scope", user: str = "root"
+        ) -> Vm:
+            vm = vms.enter_context(Vm(machine, name, size_bytes, kind, user))
             vm.ask("fill")
             return vm
 

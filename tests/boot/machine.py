@@ -203,7 +203,9 @@ class Machine:
         wait_for(lambda: self.stored_bytes(vm.name) > 0.9 * vm.pages * vm.page_bytes, f"{vm.name} is evicted", 60)
 
     def journal(self, *arguments: str) -> str:
-        """Of this boot, oldest first; also after the machine has ended."""
+        """Oldest first, whole; also after the machine has ended."""
+        if self.running:
+            self.run("journalctl", "--sync", expect=None)  # a service may be ready before what it said is written
         command = ["journalctl", f"--directory={self.journal_dir}", "--no-pager", "--output=cat", "--quiet", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
 
@@ -217,13 +219,17 @@ class Machine:
 class Vm(Vmm):
     """The child that plays a VMM, in the machine: a scope in machine.slice as libvirt makes it, or a service."""
 
-    def __init__(self, machine: Machine, name: str, size_bytes: int, kind: Literal["scope", "service"]) -> None:
+    def __init__(
+        self, machine: Machine, name: str, size_bytes: int, kind: Literal["scope", "service"], user: str
+    ) -> None:
         self.name, self.unit = name, f"vm-{name}.{kind}"
         program = f"{BINARIES}/qemu-system-test"
         how = ["--scope"] if kind == "scope" else ["--pipe", "--wait", "--property=After=tierd.service"]
         # as a QEMU whose guest takes its time to shut down, it does not end at once where systemd tells it to
         vmm = ["sh", "-c", 'trap "" TERM; exec "$@"', "sh", program, f"bytes={size_bytes}", "-name", f"guest={name}"]
-        command = machine.inside("systemd-run", "--quiet", f"--unit={self.unit}", "--slice=machine.slice", *how, *vmm)
+        command = machine.inside(
+            "systemd-run", "--quiet", f"--unit={self.unit}", f"--uid={user}", "--slice=machine.slice", *how, *vmm
+        )
         # its group: a Ctrl-C is for the test
         super().__init__(Path(shutil.which(command[0]) or command[0]), *command[1:], process_group=0)
         (self.vmm_pid,) = machine.pids(self.unit)

@@ -28,8 +28,8 @@ def started(machine: Machine, vm: Vm) -> None:
     machine.wait_evicted(vm)
 
 
-def wait_adopted(machine: Machine, before: int = 0) -> None:
-    wait_for(lambda: len(machine.logged("guest_adopted")) > before, "the guest is adopted")
+def wait_adopted(machine: Machine) -> None:
+    wait_for(lambda: machine.logged("guest_adopted"), "the guest is adopted")
     assert not any(entry["lost_pages"] for entry in machine.logged("guest_adopted"))
 
 
@@ -38,13 +38,17 @@ def is_left(vm: Vm) -> bool:
     return not userfaultfds(vm.vmm_pid) and not vm_flags(vm.vmm_pid, vm.addresses[0]) & {"um", "uw"}
 
 
-@pytest.mark.parametrize("kind", ["scope", "service"])
-def test_start_returns_when_ready_and_the_sandbox_lets_it_work(machine: Machine, start_vm: StartVm, kind: str) -> None:
-    vm = start_vm("web", kind=kind)
+@pytest.mark.parametrize(("kind", "user"), [("scope", "root"), ("service", "root"), ("scope", "nobody")])
+def test_start_returns_when_ready_and_the_sandbox_lets_it_work(
+    machine: Machine, start_vm: StartVm, kind: str, user: str
+) -> None:
+    """A VMM of an ordinary user takes all that the sandbox allows: every capability, and /dev/userfaultfd."""
+    vm = start_vm("web", kind=kind, user=user)
     machine.systemctl("start", "tierd")
     assert machine.path("/run/tierd/tierd.sock").exists()
     assert machine.show("ActiveState") == "active"
     assert machine.show("StatusText").startswith("engine stock: ")
+    assert "\nSeccomp:\t2\n" in machine.path(f"/proc/{machine.main_pid()}/status").read_text()
     machine.wait_evicted(vm)
     vm.verify()
     machine.wait_evicted(vm)
@@ -57,13 +61,13 @@ def test_start_returns_when_ready_and_the_sandbox_lets_it_work(machine: Machine,
 
 def test_the_watchdog_replaces_a_tierd_that_hangs(machine: Machine, start_vm: StartVm) -> None:
     """systemd sends SIGABRT and SIGCONT, and does not wait for TimeoutStopSec=."""
-    machine.drop_in("[Service]\nWatchdogSec=2s\n")
+    machine.drop_in("[Service]\nWatchdogSec=3s\n")
     vm = start_vm("web")
     started(machine, vm)
     vm.ask("run", 500, 50)
     hung = machine.main_pid()
     machine.kill("STOP")
-    wait_for(lambda: machine.show("NRestarts") == "1", "systemd starts it again")
+    wait_for(lambda: machine.show("NRestarts") != "0", "systemd starts it again")
     wait_adopted(machine)
     assert machine.main_pid() not in (0, hung)
     assert "Watchdog timeout" in machine.journal("--unit=tierd")
@@ -85,8 +89,9 @@ def test_killed_more_often_than_a_start_limit_allows(machine: Machine, start_vm:
         wait_for(partial(machine.is_replaced, pid), "it is gone")
         assert state.stat().st_ino == inode
     assert min(b - a for a, b in zip(killed, killed[STARTS_MAX:], strict=False)) < STARTS_S, "too slow to show anything"
+    wait_for(lambda: machine.show("NRestarts") == str(KILLS), "systemd starts it again")
+    wait_for(lambda: machine.show("ActiveState") == "active", "it is ready")
     wait_adopted(machine)
-    assert int(machine.show("NRestarts")) == KILLS
     assert machine.state_files() == [state]
     vm.verify()
     machine.wait_evicted(vm)

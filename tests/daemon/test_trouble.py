@@ -60,10 +60,11 @@ def test_a_broken_state_file_is_told_and_nothing_is_touched(daemon: Daemon, boot
     (refused,) = daemon.logged("state_refused")
     assert f"{path} is broken" in refused["error"]
     good.verify()
-    wait_for(
-        lambda: daemon.guests().get("broken", {}).get("state") == "refused", "it is found by its name, as any guest"
+    found = wait_for(
+        lambda: (guest := daemon.guests().get("broken")) and guest["state"] == "refused" and guest,
+        "it is found by its name, as any guest, and refused",
     )
-    assert "registered with a userfaultfd already" in daemon.guests()["broken"]["reason"]
+    assert "registered with a userfaultfd already" in found["reason"]
     assert path.read_bytes() == damaged
     assert len(list(daemon.store_dir.iterdir())) == 2
     daemon.kill()
