@@ -106,6 +106,7 @@ class Served:
         """Give the guest back to its VMM: unregister, close the VMM's userfaultfd. KernelError EBUSY while a page is
         stored: restore first. Blocks for as long as faults are in service, at most LEAVE_S_MAX."""
         self._disarm()
+        self.state_path.unlink(missing_ok=True)  # before its userfaultfd goes, without which nobody could adopt it
         self.native.stop()
         close_in_vmm(self.spec.pid, self.uffd_in_vmm)
 

@@ -654,7 +654,7 @@ static void check_end(void)
 
 		if (state == RESIDENT)
 			script_read(0, page);
-		else if (state != LOST || !destroyed[page])
+		else if (state != LOST || !may_fail[page])
 			script_fail("page %u is in state %d at the end", page, state);
 		lost_pages += state == LOST;
 	}
