@@ -10,27 +10,71 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.kernel.sanitized import SANITIZERS, sanitized_python
 from tests.kernel.torture import torture
 from tests.kernel.vmm import MIB, PAGE, ForcedEngine, Host, Options, Vmm, wait_for
 from tierd.attach.procfs import boot_id
+from tierd.attach.ptrace import close_in_vmm
 from tierd.native import KernelError
 from tierd.serve import StateError, adopt, wait_for_lock
 
 Start = Callable[..., Vmm]
-KILLS = int(os.environ.get("TIERD_KILLS", "60"))
+KILLS = int(os.environ.get("TIERD_KILLS", "0"))
+SECONDS = float("inf") if KILLS else 75.0  # the slice in `make test`
+SANITIZED_S = 15.0
 
 
-@pytest.mark.timeout(1200)
-def test_torture(vmm_binary: Path) -> None:
-    result = torture(vmm_binary, kills=KILLS, seed=int(os.environ.get("TIERD_SEED", "3")), guests=2)
-    assert result["kills"] >= KILLS
+def check(result: dict[str, Any]) -> None:
+    """What must be true of every torture run."""
     assert result["wrong_bytes"] == 0
-    assert result["poisoned_pages"] == 0
-    assert result["faults"] > 0
-    assert result["evicted_pages"] > 0
+    assert result["poisoned_pages"] == result["destroyed_pages"]
+    for figure in ("kills", "faults", "evicted_pages", "verified_bytes", "kills_in_service"):
+        assert result[figure] > 0, figure
+
+
+@pytest.mark.timeout(7200)
+def test_torture(vmm_binary: Path) -> None:
+    seed = int(os.environ.get("TIERD_SEED", "3"))
+    result = torture(vmm_binary, kills=KILLS or 1 << 30, seconds=SECONDS, seed=seed, guests=3)
+    check(result)
+    assert result["kills"] >= (KILLS or 100)
+    assert result["poisoned_pages"] > 0
+    for moment in ("kills_at_start", "kills_in_attach", "kills_in_adoption", "kills_in_detach"):
+        assert result[moment] > 0, moment
+
+
+@pytest.mark.parametrize("sanitizer", list(SANITIZERS))
+def test_torture_under_a_sanitizer(vmm_binary: Path, tmp_path: Path, sanitizer: str) -> None:
+    """The extension that Python loads, built with the sanitizer; whatever that has to say ends the worker and is a file."""
+    python, logs = sanitized_python(tmp_path, sanitizer)
+    # the sanitizers' own memory would be the first to be short
+    check(torture(vmm_binary, kills=1 << 30, seconds=SANITIZED_S, seed=5, guests=2, python=python, memory_limit=0))
+    assert not [log.read_text() for log in logs.iterdir()]
+
+
+def test_a_death_while_leaving_leaves_nothing_to_adopt(
+    start_vmm: Start, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when the VMM has no userfaultfd of ours any more, but a state file were still there: nobody could adopt it, and
+    nobody would attach to the guest anew."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.evict_all()
+        tiered.restore_all()
+        with monkeypatch.context() as patch:
+            patch.setattr("tierd.serve.close_in_vmm", lambda pid, fd: (close_in_vmm(pid, fd), 1 / 0))
+            with pytest.raises(ZeroDivisionError):
+                tiered.served.leave()
+        assert not tiered.served.state_path.exists()
+    with host.attached(vmm) as tiered:
+        tiered.evict_all()
+        vmm.verify()
+        tiered.leave()
 
 
 def test_a_page_that_does_not_verify_is_a_memory_error(start_vmm: Start, host: Host) -> None:

@@ -178,8 +178,8 @@ def test_a_predecessor_that_hangs_in_its_store_is_waited_for(vmm_binary: Path, d
         worker = subprocess.Popen(command, stdout=subprocess.PIPE)
         try:
             assert worker.stdout is not None
-            assert worker.stdout.readline().startswith(b"ready")
-            worker.stdout.readline()
+            while not worker.stdout.readline().startswith(b"counters"):
+                pass  # attaching, ready
             disk.hang()
             wait_for(lambda: in_the_kernel(worker.pid, "percpu_rwsem_wait"), "a thread hangs in its store")
             worker.kill()

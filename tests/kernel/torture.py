@@ -4,8 +4,10 @@
 python -m tests.kernel.torture [--kills N] [--seed S] [--guests N]      (`make torture KILLS=n SEED=s`)
 
 Each guest has a worker (worker.py) that attaches or adopts it and evicts without a pause; it is killed with SIGKILL at a
-random moment: while it starts, attaches, adopts, evicts, fetches. At the end everything is read back. Prints a line a second
-and writes build/torture.json.
+random moment: while it starts, attaches, adopts, evicts, fetches, brings everything back and leaves. Its store fails, is slow
+and hangs; the workers' memory is short (pressure.py). In the last guest stored copies are destroyed while no worker runs: it
+gets memory errors there, and nowhere else. At the end everything is read back. Prints a line a second and writes
+build/torture.json.
 """
 
 from __future__ import annotations
@@ -15,11 +17,15 @@ import os
 import random
 import select
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,21 +33,30 @@ from typing import Any
 
 import click
 
-from tests.kernel.vmm import MIB, Vmm, compile_child, wait_for
+from tests.kernel.pressure import pressure
+from tests.kernel.vmm import MIB, PAGE, Vmm, compile_child, wait_for
+from tierd.native import STATES
+from tierd.serve import wait_for_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 ALIVE_S_MAX = 0.4  # after it is ready
-START_S_MAX = 1.2  # of those that are killed before they are
+START_S_MAX = 1.2  # of those that are killed while they start
+ADOPTION_S_MAX = 0.005
+DETACH_S_MAX = 0.2
 READY_S_MAX = 60.0
+DESTROYED_MAX = 24
+WORKERS_LIMIT = 320 * MIB
+TABLE_HEADER_BYTES = 65536
+STORED = STATES.index("stored")
 
 
-@dataclass
-class Tally:
-    kills: int = 0
-    kills_before_ready: int = 0
-    faults: int = 0
-    evicted: int = 0
-    poisoned: int = 0
+@dataclass(frozen=True)
+class Python:
+    """What runs the workers: another extension, built with a sanitizer, say."""
+
+    command: tuple[str, ...] = (sys.executable,)
+    root: Path = ROOT
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -51,114 +66,228 @@ class Tortured:
     vmm: Vmm
     tmpfs_dir: Path
     disk_dir: Path
-    tally: Tally
+    chance: random.Random
+    python: Python
+    cgroup: Path | None
+    to_be_destroyed: int  # stored copies
+    kills: Counter[str] = field(default_factory=Counter)
+    detached: int = 0
+    faults: int = 0
+    evicted: int = 0
+    destroyed: set[int] = field(default_factory=set)
     worker: subprocess.Popen[bytes] | None = None
-    last: list[int] = field(default_factory=lambda: [0, 0, 0])
 
-    def start(self, chance: random.Random) -> None:
-        arguments = [str(self.vmm.pid), str(self.tmpfs_dir), str(self.disk_dir), str(chance.randrange(1 << 30))]
+    def start(self, order: str) -> None:
+        arguments = [str(self.vmm.pid), str(self.tmpfs_dir), str(self.disk_dir), str(self.chance.randrange(1 << 30))]
         self.worker = subprocess.Popen(
-            [sys.executable, "-m", "tests.kernel.worker", *arguments], cwd=ROOT, stdout=subprocess.PIPE, bufsize=0
+            [
+                *self.python.command,
+                "-m",
+                "tests.kernel.worker",
+                *arguments,
+                order,
+                *([str(self.cgroup)] if self.cgroup else []),
+            ],
+            cwd=self.python.root,
+            env={**os.environ, **self.python.environment},
+            stdout=subprocess.PIPE,
+            bufsize=0,
         )
-        self._text, self.last = b"", [0, 0, 0]
+        self._text = b""
 
-    def listen(self, seconds: float, until: bytes = b"\0") -> bool:
-        """Take in what the worker says for so long, or until it says `until`. Fails if it ended by itself."""
+    def said(self, word: bytes) -> bool:
+        return b"\n" + word in b"\n" + self._text
+
+    def listen(self, seconds: float, *until: bytes) -> bool:
+        """Take in what the worker says for so long, or until it says one of `until`. Fails if it ended by itself."""
         assert self.worker is not None
         assert self.worker.stdout is not None
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0 and until not in self._text:
+        while (left := end - time.monotonic()) > 0 and not any(map(self.said, until)):
             if not select.select([self.worker.stdout], [], [], left)[0]:
                 break
             more = os.read(self.worker.stdout.fileno(), 65536)
+            if not more and self.said(b"left"):
+                break
             assert more, f"the worker of pid {self.vmm.pid} ended by itself: status {self.worker.wait()}"
             self._text += more
-            self._count()
-        return until in self._text
-
-    def _count(self) -> None:
-        lines = [line.split() for line in self._text.decode().split("\n")[:-1]]
-        for line in lines:
-            if line[0] == "counters":
-                self.last = [int(word) for word in line[1:]]
+        return any(map(self.said, until))
 
     def kill(self) -> None:
+        """Wherever it is. Counts what it did."""
         assert self.worker is not None
+        assert self.worker.stdout is not None
         self.worker.kill()
-        self.worker.wait()
-        if self.worker.stdout is not None:
-            self.worker.stdout.close()
+        status = self.worker.wait()
+        self._text += self.worker.stdout.read() or b""
+        self.worker.stdout.close()
         self.worker = None
-        self.tally.kills += 1
-        self.tally.faults += self.last[0]
-        self.tally.evicted += self.last[1]
-        self.tally.poisoned += self.last[2]
+        if status == 0 and self.said(b"left"):
+            self.detached += 1
+        else:
+            assert status == -9, f"the worker of pid {self.vmm.pid} ended by itself: status {status}"
+            self.kills[self._moment()] += 1
+        counted = [line.split() for line in self._text.decode().split("\n")[:-1] if line.startswith("counters")]
+        if counted:
+            self.faults += int(counted[-1][1])
+            self.evicted += int(counted[-1][2])
+
+    def _moment(self) -> str:
+        if self.said(b"left"):
+            return "after_detach"
+        if self.said(b"leaving"):
+            return "in_detach"
+        if self.said(b"ready"):
+            return "in_service"
+        return "in_adoption" if self.said(b"adopting") else "in_attach" if self.said(b"attaching") else "at_start"
 
     def state(self) -> str:
         """Of the VMM's process: a letter as in proc_pid_stat(5)."""
         return Path(f"/proc/{self.vmm.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
-    def round(self, chance: random.Random) -> None:
+    def round(self) -> None:
         """One daemon's life and death; then its successor must get the guest going again."""
-        self.start(chance)
-        if chance.random() < 0.4:
-            if not self.listen(chance.random() * START_S_MAX, b"ready"):
-                self.tally.kills_before_ready += 1
+        chance = self.chance
+        kind = chance.choice(["start", "adoption", "adoption", "service", "service", "detach", "detach"])
+        if kind == "detach" and self.destroyed:
+            kind = "service"  # a guest with lost pages cannot be left
+        self.start("leave" if kind == "detach" else "spoilt" if self.to_be_destroyed else "stay")
+        if kind == "start":
+            self.listen(chance.random() * START_S_MAX, b"ready")
         else:
-            assert self.listen(READY_S_MAX, b"ready"), "the worker did not get ready"
-            self.listen(chance.random() * ALIVE_S_MAX)
+            words = {"adoption": (b"adopting", b"attaching"), "service": (b"ready",), "detach": (b"leaving",)}[kind]
+            assert self.listen(READY_S_MAX, *words), f"the worker of pid {self.vmm.pid} hangs: {self._text[-200:]!r}"
+            span_s = {"adoption": ADOPTION_S_MAX, "service": ALIVE_S_MAX, "detach": DETACH_S_MAX}[kind]
+            self.listen(chance.random() * span_s)
         self.kill()
         assert self.state() not in "Tt", "the VMM was left stopped"
+        if len(self.destroyed) < self.to_be_destroyed and chance.random() < 0.3:
+            self.destroy_copies(3)
+        wrong = self.vmm.stats()["wrong"]
+        assert not wrong, self.vmm.wrong[:5]
+        assert self.failed_pages() <= self.destroyed, "a memory error where no stored copy was destroyed"
+
+    def destroy_copies(self, most: int) -> None:
+        """One byte of some stored pages, while nobody serves the guest: then the state file says which ones are stored."""
+        paths = list((self.tmpfs_dir / "guests").glob("*.state"))
+        if not paths:
+            return
+        fd = os.open(paths[0], os.O_RDWR)
+        try:
+            wait_for_lock(fd, paths[0], time.sleep)
+            words = struct.unpack(f"{self.vmm.pages}I", os.pread(fd, 4 * self.vmm.pages, TABLE_HEADER_BYTES))
+        finally:
+            os.close(fd)
+        stored = [
+            n for n, w in enumerate(words) if w & 15 == STORED and w >> 4 & 15 and self._in_vmm(n) not in self.destroyed
+        ]
+        (store,) = (path for path in (self.disk_dir / "store").iterdir() if path.is_file())
+        with store.open("r+b") as file:
+            for page in self.chance.sample(stored, min(most, len(stored))):
+                at = page * PAGE + self.chance.randrange(PAGE)
+                (byte,) = os.pread(file.fileno(), 1, at)
+                os.pwrite(file.fileno(), bytes([byte ^ 1 << self.chance.randrange(8)]), at)
+                self.destroyed.add(self._in_vmm(page))
+            os.fsync(file.fileno())
+
+    def _in_vmm(self, page: int) -> int:
+        """What the VMM calls a page of the state file, whose regions are in the order of their addresses."""
+        each = self.vmm.pages // len(self.vmm.addresses)
+        region = self.vmm.addresses.index(sorted(self.vmm.addresses)[page // each])
+        return region * each + page % each
+
+    def failed_pages(self) -> set[int]:
+        """Where the guest had a memory error."""
+        pages, page = set(), -1
+        while (page := self.vmm.ask("failed", page + 1)[0]) < self.vmm.pages:
+            pages.add(page)
+        return pages
+
+    def finish(self) -> None:
+        """The guest goes on under a last worker; then every byte of it is read back."""
+        self.start("honest")
+        assert self.listen(READY_S_MAX, b"ready")
+        before = self.vmm.stats()["operations"]
+        wait_for(lambda: self.vmm.stats()["operations"] > before + 1000, "the guest goes on")
+        self.vmm.ask("stop")
+        self.vmm.verify()
+        failed = self.failed_pages()
+        assert failed == self.destroyed, (
+            f"no memory error at {self.destroyed - failed}, one at {failed - self.destroyed}"
+        )
+        kills = self.kills.copy()
+        self.kill()
+        self.kills = kills
 
 
 def torture(
-    binary: Path, *, kills: int, seed: int, guests: int, tell: Callable[[str], None] = lambda line: None
+    binary: Path,
+    *,
+    kills: int,
+    seed: int,
+    guests: int,
+    seconds: float = float("inf"),
+    python: Python = Python(),
+    memory_limit: int = WORKERS_LIMIT,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Kill `kills` times, then verify everything. AssertionError: a byte was wrong, or somebody hangs."""
-    chance, tally = random.Random(seed), Tally()
+    """Kill `kills` times, or for so many seconds; then verify everything. AssertionError: a byte was wrong, a memory error
+    where it must not be, or somebody hangs. memory_limit: of all workers together; 0: none."""
     with ExitStack() as cleanup:
-        tortured = []
+        cgroup = cleanup.enter_context(pressure(memory_limit))
+        tortured: list[Tortured] = []
         for i in range(guests):
-            vmm = cleanup.enter_context(Vmm(binary, f"bytes={8 * MIB}", f"regions={1 + i % 2}", "threads=3"))
+            vmm = cleanup.enter_context(Vmm(binary, f"bytes={8 * MIB}", f"regions={1 + i % 2}", "threads=3", "survive"))
             shm, disk = (Path(tempfile.mkdtemp(prefix="tierd-torture-", dir=at)) for at in ("/dev/shm", "/var/tmp"))
             cleanup.callback(shutil.rmtree, shm)
             cleanup.callback(shutil.rmtree, disk)
-            tortured.append(Tortured(vmm, shm, disk, tally))
+            destroyed = DESTROYED_MAX if i == guests - 1 else 0
+            tortured.append(Tortured(vmm, shm, disk, random.Random(f"{seed} {i}"), python, cgroup, destroyed))
             vmm.ask("fill")
             vmm.ask("run", 2000, 50)
         cleanup.callback(lambda: [one.kill() for one in tortured if one.worker is not None])
-        began = time.monotonic()
-        while tally.kills < kills:
-            for one in tortured:
-                one.round(chance)
-            wrong = sum(one.vmm.stats()["wrong"] for one in tortured)
-            assert not wrong, [line for one in tortured for line in one.vmm.wrong][:5]
-            tell(f"{time.monotonic() - began:5.0f} s: {tally.kills} kills, {tally.faults} faults, 0 wrong")
-        operations = verified = wrong = 0
-        for one in tortured:
-            one.start(chance)
-            assert one.listen(READY_S_MAX, b"ready")
-            before = one.vmm.stats()["operations"]
-            wait_for(lambda one=one, n=before: one.vmm.stats()["operations"] > n + 1000, "the guest goes on")
-            operations += one.vmm.ask("stop")[0]
-            one.vmm.verify()
-            wrong += one.vmm.stats()["wrong"]
-            verified += one.vmm.pages * one.vmm.page_bytes
-            one.kill()
-            tally.kills -= 1
-    return {
-        "kills": tally.kills,
-        "kills_before_ready": tally.kills_before_ready,
-        "faults": tally.faults,
-        "evicted_pages": tally.evicted,
-        "operations": operations,
-        "verified_bytes": verified,
-        "wrong_bytes": wrong * 8,
-        "poisoned_pages": tally.poisoned,
-        "seed": seed,
-        "engine": "stock",
-        "seconds": round(time.monotonic() - began, 1),
-    }
+        began, failed = time.monotonic(), threading.Event()
+
+        def so_far() -> int:
+            return sum(one.kills.total() for one in tortured)
+
+        def run(one: Tortured) -> None:
+            try:
+                while so_far() < kills and time.monotonic() - began < seconds and not failed.is_set():
+                    one.round()
+                if not failed.is_set():
+                    one.finish()
+            except BaseException:
+                failed.set()
+                raise
+
+        with ThreadPoolExecutor(guests) as pool:
+            running = [pool.submit(run, one) for one in tortured]
+            while not all(one.done() for one in running):
+                time.sleep(1)
+                faults = sum(one.faults for one in tortured)
+                tell(f"{time.monotonic() - began:5.0f} s: {so_far()} kills, {faults} faults, 0 wrong")
+            for one in running:
+                one.result()
+        stats = [one.vmm.stats() for one in tortured]
+        moments = sum((one.kills for one in tortured), Counter[str]())
+        return {
+            "kills": so_far(),
+            "faults": sum(one.faults for one in tortured),
+            "verified_bytes": sum(each["verified"] for each in stats),
+            "wrong_bytes": sum(each["wrong"] for each in stats) * 8,
+            "poisoned_pages": sum(len(one.failed_pages()) for one in tortured),
+            "seed": seed,
+            "engine": "stock",
+            "destroyed_pages": sum(len(one.destroyed) for one in tortured),
+            **{f"kills_{moment}": moments[moment] for moment in ("at_start", "in_attach", "in_adoption", "in_service")},
+            "kills_in_detach": moments["in_detach"] + moments["after_detach"],
+            "detached": sum(one.detached for one in tortured),
+            "evicted_pages": sum(one.evicted for one in tortured),
+            "operations": sum(each["operations"] for each in stats),
+            "memory_pressure": cgroup is not None,
+            "seconds": round(time.monotonic() - began, 1),
+        }
 
 
 @click.command()

@@ -3,16 +3,21 @@
  * vmm.c: a child that plays the VMM. Guest RAM as QEMU makes it (a memfd per region), threads that read and write random
  * pages, and a private shadow that says what every word must be.
  *
- *   vmm [bytes=N] [regions=N] [threads=N] [kind=memfd|private|anonymous|huge|file:PATH] [name=MEMFD] [close] [ARGUMENT...]
+ *   vmm [bytes=N] [regions=N] [threads=N] [kind=memfd|private|anonymous|huge|file:PATH] [name=MEMFD] [close] [survive]
+ *       [ARGUMENT...]
  *
  * `bytes` is the size of each region; pages are numbered through all regions. A page is either zeros (sequence 0) or words
  * that follow from its number and its sequence, which no write uses twice: older bytes are never right. Thread i owns the
- * pages p with p % threads == i, so that every read can be checked without a lock. Arguments without a meaning here are left alone: a test
- * gives the command line of a QEMU.
+ * pages p with p % threads == i, so that every read can be checked without a lock. A page where a memory error
+ * was seen ends the child or, with `survive`, is left alone from then on and told by `failed`. Arguments without a meaning here are
+ * left alone: a test gives the command line of a QEMU.
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -36,13 +41,18 @@ int memfd[REGIONS_MAX];
 static uint32_t *writes; /* by page; does not start again when a page becomes zeros */
 static uint64_t region_bytes = 64 << 20, region_count = 1, thread_count = 2;
 static const char *kind = "memfd", *memfd_name = "memory-backend-memfd";
-static bool close_memfd;
+static bool close_memfd, survive;
 static uint8_t *region[REGIONS_MAX];
 
 /* what the threads do; changed only while they rest */
 static uint64_t hot_first, hot_count, writes_percent, pause_between_ns;
 static _Atomic bool running;
-static _Atomic uint64_t resting, operations, max_ns;
+static _Atomic uint64_t resting, operations, verified_bytes, max_ns;
+
+/* memory errors */
+static bool *failed; /* by page */
+static _Thread_local sigjmp_buf memory_error;
+static _Thread_local volatile sig_atomic_t may_fail;
 
 /* --- pages -------------------------------------------------------------------------------------------------------------- */
 
@@ -76,6 +86,28 @@ void check_page(uint64_t page, const uint64_t *words)
 
 	for (uint64_t i = 0; i < page_bytes / 8 && atomic_load(&wrong_values) == before; i++)
 		check_word(page, key, i, words[i]);
+	atomic_fetch_add(&verified_bytes, page_bytes);
+}
+
+static void on_sigbus(int number)
+{
+	if (may_fail)
+		siglongjmp(memory_error, 1);
+	signal(number, SIG_DFL); /* not one that we looked for: the access is made again, and ends us */
+}
+
+/* Does something that touches the page; a page that had a memory error is left alone. */
+static void at_page(uint64_t page, void (*touch)(uint64_t page, void *argument), void *argument)
+{
+	if (failed[page])
+		return;
+	if (sigsetjmp(memory_error, 1)) {
+		failed[page] = true;
+	} else {
+		may_fail = survive;
+		touch(page, argument);
+	}
+	may_fail = false;
 }
 
 void write_page(uint64_t page, uint64_t *to)
@@ -91,7 +123,7 @@ void write_page(uint64_t page, uint64_t *to)
 /* --- threads ------------------------------------------------------------------------------------------------------------ */
 
 struct worker {
-	uint64_t number, random;
+	uint64_t number, random, choice;
 	int pipe[2];
 	uint64_t *buffer;
 };
@@ -101,39 +133,62 @@ static uint64_t roll(struct worker *w)
 	return mix(w->random++);
 }
 
+/* Of a call that copies from or to the guest's page. */
+static bool copied(uint64_t page, ssize_t n)
+{
+	if (n == (ssize_t)page_bytes)
+		return true;
+	if (!survive || n >= 0 || (errno != EFAULT && errno != EHWPOISON))
+		die("pipe");
+	failed[page] = true;
+	return false;
+}
+
 /* As a device would: the kernel copies from and to the guest's page, and takes the fault itself. */
 static void through_kernel(struct worker *w, uint64_t page, bool write_it)
 {
 	if (write_it) {
 		write_page(page, w->buffer);
-		if (write(w->pipe[1], w->buffer, page_bytes) != (ssize_t)page_bytes ||
-		    read(w->pipe[0], page_at(page), page_bytes) != (ssize_t)page_bytes)
+		if (write(w->pipe[1], w->buffer, page_bytes) != (ssize_t)page_bytes)
+			die("pipe");
+		if (!copied(page, read(w->pipe[0], page_at(page), page_bytes)) &&
+		    read(w->pipe[0], w->buffer, page_bytes) != (ssize_t)page_bytes)
 			die("pipe");
 		return;
 	}
-	if (write(w->pipe[1], page_at(page), page_bytes) != (ssize_t)page_bytes ||
-	    read(w->pipe[0], w->buffer, page_bytes) != (ssize_t)page_bytes)
+	if (!copied(page, write(w->pipe[1], page_at(page), page_bytes)))
+		return;
+	if (read(w->pipe[0], w->buffer, page_bytes) != (ssize_t)page_bytes)
 		die("pipe");
 	check_page(page, w->buffer);
 }
 
+static void operate_at(uint64_t page, void *argument)
+{
+	struct worker *w = argument;
+	bool write_it = w->choice % 100 < writes_percent;
+
+	if ((w->choice >> 32) % 8 == 0) {
+		through_kernel(w, page, write_it);
+	} else if (write_it) {
+		write_page(page, page_at(page));
+	} else if ((w->choice >> 35) % 4 == 0) {
+		check_page(page, page_at(page));
+	} else {
+		check_word(page, key_of(page), w->choice >> 40 & 63,
+			   ((volatile uint64_t *)page_at(page))[w->choice >> 40 & 63]);
+		atomic_fetch_add(&verified_bytes, 8);
+	}
+}
+
 static void operate(struct worker *w)
 {
-	uint64_t page = hot_first + roll(w) % hot_count, choice = roll(w);
-	bool write_it = choice % 100 < writes_percent;
+	uint64_t page = hot_first + roll(w) % hot_count;
 
+	w->choice = roll(w);
 	page -= (page % thread_count + thread_count - w->number) % thread_count; /* one of ours */
-	if (page < hot_first || page >= pages)
-		return;
-	if ((choice >> 32) % 8 == 0)
-		through_kernel(w, page, write_it);
-	else if (write_it)
-		write_page(page, page_at(page));
-	else if ((choice >> 35) % 4 == 0)
-		check_page(page, page_at(page));
-	else
-		check_word(page, key_of(page), choice >> 40 & 63,
-			   ((volatile uint64_t *)page_at(page))[choice >> 40 & 63]);
+	if (page >= hot_first && page < pages)
+		at_page(page, operate_at, w);
 }
 
 static void *work(void *argument)
@@ -214,6 +269,12 @@ static void zero(const uint64_t *a, int count)
 	say("ok %lu", end_of(a) - a[0]);
 }
 
+static void verify_at(uint64_t page, void *unused)
+{
+	(void)unused;
+	check_page(page, page_at(page));
+}
+
 static void verify(const uint64_t *a, int count)
 {
 	uint64_t before = atomic_load(&wrong_values);
@@ -222,7 +283,7 @@ static void verify(const uint64_t *a, int count)
 	if (busy())
 		return;
 	for (uint64_t page = a[0]; page < end_of(a); page++)
-		check_page(page, page_at(page));
+		at_page(page, verify_at, NULL);
 	say("ok %lu %lu", end_of(a) - a[0], atomic_load(&wrong_values) - before);
 }
 
@@ -279,8 +340,20 @@ static void stop(const uint64_t *a, int count)
 static void stats(const uint64_t *a, int count)
 {
 	(void)a, (void)count;
-	say("ok operations=%lu wrong=%lu max_ns=%lu running=%d", atomic_load(&operations), atomic_load(&wrong_values),
-	    atomic_exchange(&max_ns, 0), atomic_load(&running));
+	say("ok operations=%lu wrong=%lu verified=%lu max_ns=%lu running=%d", atomic_load(&operations),
+	    atomic_load(&wrong_values), atomic_load(&verified_bytes), atomic_exchange(&max_ns, 0),
+	    atomic_load(&running));
+}
+
+/* From FIRST on: the first page that had a memory error; the number of pages when there is none. */
+static void first_failed(const uint64_t *a, int count)
+{
+	uint64_t page = a[0];
+
+	(void)count;
+	while (page < pages && !failed[page])
+		page++;
+	say("ok %lu", page);
 }
 
 static void quit(const uint64_t *a, int count)
@@ -299,6 +372,7 @@ static const struct command commands[] = {
 	{"run", run},
 	{"stop", stop},
 	{"stats", stats},
+	{"failed", first_failed},
 	{"quit", quit},
 	{"map-second", map_second},
 	{"unmap-second", unmap_second},
@@ -344,6 +418,8 @@ static void parse(int argc, char **argv)
 			memfd_name = argv[i] + 5;
 		else if (!strcmp(argv[i], "close"))
 			close_memfd = true;
+		else if (!strcmp(argv[i], "survive"))
+			survive = true;
 	}
 }
 
@@ -391,9 +467,11 @@ int main(int argc, char **argv)
 	}
 	sequence = calloc(pages, sizeof(*sequence));
 	writes = calloc(pages, sizeof(*writes));
-	if (!sequence || !writes)
+	failed = calloc(pages, sizeof(*failed));
+	if (!sequence || !writes || !failed)
 		die("shadow");
 	hot_count = pages;
+	signal(SIGBUS, on_sigbus);
 	start_threads();
 	while (atomic_load(&resting) < thread_count)
 		pause_ns(100000);

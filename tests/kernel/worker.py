@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tierd reduced to one guest and no pauses, to be killed: attach or adopt, then cycle as fast as it can.
+"""A tierd reduced to one guest and no pauses, to be killed: attach or adopt, then cycle as fast as it can, or leave again.
 
-python -m tests.kernel.worker PID TMPFS_DIR DISK_DIR SEED [calm]
+python -m tests.kernel.worker PID TMPFS_DIR DISK_DIR SEED ORDER [CGROUP_PROCS]
+
+ORDER: `stay`, `leave` (bring everything back and go, after a while), `spoilt` (stay; what cannot be read is lost at once, so the
+store misreads nothing by chance) or `honest` (the same, with a store that does what it is told).
+Says on stdout how far it is: attaching or adopting, ready, leaving, left; and its counters now and then.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import sys
 import time
@@ -20,14 +25,25 @@ from tierd.native import KernelError, Zap
 from tierd.serve import PAGE_BYTES, Served, Tuning, adopt, attach, prepare_runtime_dir
 from tierd.store.file import FileStore
 
+READ_DEADLINE_S = 8.0  # fifteen tries: a page that is only misread now and then is never given up
 
-def serve(pid: int, tmpfs_dir: Path, disk_dir: Path, options: Options) -> Served:
-    engine, store, tuning = ForcedEngine(options), FileStore(disk_dir / "store", None, options.direct), Tuning(0.1, 16)
+
+def say(*words: object) -> None:
+    print(*words, flush=True)
+
+
+def serve(pid: int, tmpfs_dir: Path, disk_dir: Path, options: Options, read_deadline_s: float) -> Served:
+    engine, store = ForcedEngine(options), FileStore(disk_dir / "store", None, options.direct)
+    tuning = Tuning(0.1, 16, read_deadline_s=read_deadline_s)
     guests_dir, swap = prepare_runtime_dir(tmpfs_dir), swap_can_receive(pid)
     for path in guests_dir.glob("*.state"):
-        return adopt(path, engine=engine, swap_can_receive=swap, capacity_pages=1 << 40, boot_id=boot_id())
+        say("adopting")
+        served = adopt(path, engine=engine, swap_can_receive=swap, capacity_pages=1 << 40, boot_id=boot_id())
+        served.native.set_reads(read_deadline_s, hold=False)
+        return served
     spec = read_spec(pid, "test")
     preflight(spec, SAFE, HolderScan())
+    say("attaching")
     return attach(
         spec,
         engine=engine,
@@ -39,48 +55,68 @@ def serve(pid: int, tmpfs_dir: Path, disk_dir: Path, options: Options) -> Served
     )
 
 
-def misbehaviour(chance: random.Random) -> dict[str, int]:
+def misbehaviour(chance: random.Random, misread: bool) -> dict[str, int]:
     """Of the store, in this life: nothing that destroys what it holds."""
     if chance.random() < 0.3:
         return {"seed": 0}
-    kinds = ("read_error", "read_short", "read_flip", "read_slow", "write_error", "write_short", "write_slow")
+    kinds = ["read_short", "read_slow", "write_error", "write_short", "write_slow"]
+    if misread:
+        kinds += ["read_error", "read_flip"]
     faults = {kind: chance.randrange(150) for kind in kinds if chance.random() < 0.5}
     hangs = {"read_hang": chance.randrange(10), "write_hang": chance.randrange(10), "hang_us": 200_000}
     return {"seed": chance.randrange(1, 1 << 30), "slow_us": 2000, **hangs, **faults}
 
 
+def one_cycle(served: Served, options: Options) -> None:
+    cycle.scan_and_deactivate(served.native, options.phases, lambda: None)
+    with contextlib.suppress(KernelError):  # a write that failed: the pages stay
+        cycle.evict(
+            served.native,
+            min_idle_s=0.0,
+            max_bytes=1 << 40,
+            page_bytes=PAGE_BYTES,
+            phases=options.phases,
+            check=lambda: None,
+        )
+    health = served.native.health(0.1)
+    if health.fault_threads < 4 and (health.overdue_ns > 1e8 or health.hung_threads == health.fault_threads):
+        served.native.start()
+    cycle.discard_fetched(served.native, options.phases, lambda: None)
+
+
+def leave(served: Served) -> None:
+    """As tierd detach: everything back, then out of the VMM."""
+    say("leaving")
+    while served.native.counters()["state_pages"][4]:
+        with contextlib.suppress(KernelError):  # a read that failed: tried again
+            served.native.restore(0, 1 << 40)
+    served.leave()
+    served.forget()
+    say("left")
+
+
 def main() -> None:
     pid, tmpfs_dir, disk_dir = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-    chance = random.Random(int(sys.argv[4]))
+    chance, order = random.Random(int(sys.argv[4])), sys.argv[5]
+    if len(sys.argv) > 6:
+        Path(sys.argv[6]).write_text(str(os.getpid()))
     options = Options(
         use_pagemap=chance.random() < 0.3,
         zap=Zap.INJECT if chance.random() < 0.3 else None,
         readahead_pages=chance.choice([1, 4, 16]),
     )
-    with serve(pid, tmpfs_dir, disk_dir, options) as served:
-        if sys.argv[5:] != ["calm"]:
-            served.native.set_store_faults(**misbehaviour(chance))
-        print("ready", served.adoption.stored_pages if served.adoption else 0, flush=True)
-        reported = time.monotonic()
-        while True:
-            cycle.scan_and_deactivate(served.native, options.phases, lambda: None)
-            with contextlib.suppress(KernelError):  # a write that failed: the pages stay
-                cycle.evict(
-                    served.native,
-                    min_idle_s=0.0,
-                    max_bytes=1 << 40,
-                    page_bytes=PAGE_BYTES,
-                    phases=options.phases,
-                    check=lambda: None,
-                )
-            health = served.native.health(0.1)
-            if health.fault_threads < 4 and (health.overdue_ns > 1e8 or health.hung_threads == health.fault_threads):
-                served.native.start()
-            cycle.discard_fetched(served.native, options.phases, lambda: None)
-            if time.monotonic() - reported > 0.1:
-                reported, c = time.monotonic(), served.native.counters()
-                faults = c["faults_fetch"] + c["faults_zero"] + c["faults_cancel"] + c["faults_resolve"]
-                print("counters", faults, c["pages_evicted"], c["pages_lost"], flush=True)
+    stay_s = chance.random() * 0.3 if order == "leave" else float("inf")
+    with serve(pid, tmpfs_dir, disk_dir, options, 0.0 if order in ("honest", "spoilt") else READ_DEADLINE_S) as served:
+        if order != "honest":
+            served.native.set_store_faults(**misbehaviour(chance, misread=order != "spoilt"))
+        say("ready", served.adoption.stored_pages if served.adoption else 0)
+        began = reported = time.monotonic()
+        while (now := time.monotonic()) - began < stay_s:
+            one_cycle(served, options)
+            if now - reported > 0.03:
+                reported, c = now, served.native.counters()
+                say("counters", c["latency_count"], c["pages_evicted"], c["pages_lost"])
+        leave(served)
 
 
 if __name__ == "__main__":

@@ -269,6 +269,7 @@ static struct tierd_guest *create_guest(int table_fd)
 	char path[64];
 	struct tierd_identity identity;
 	struct tierd_guest *g;
+	struct tierd_serving serving;
 	struct tierd_guest_args args = {
 		.table_fd = table_fd,
 		.uffd = shared->uffd,
@@ -283,7 +284,7 @@ static struct tierd_guest *create_guest(int table_fd)
 
 	snprintf(path, sizeof(path), "/proc/%d/pagemap", getppid());
 	args.pagemap_fd = must(open(path, O_RDONLY | O_CLOEXEC), path);
-	if (tierd_table_read(table_fd, &identity, args.regions, &args.region_count))
+	if (tierd_table_read(table_fd, &identity, args.regions, &args.region_count, &serving))
 		script_fail("the state file cannot be read");
 	for (uint32_t i = 0; i < args.region_count; i++)
 		args.regions[i].memfd = shared->memfd[i];
@@ -654,7 +655,7 @@ static void check_end(void)
 
 		if (state == RESIDENT)
 			script_read(0, page);
-		else if (state != LOST || !destroyed[page])
+		else if (state != LOST || !may_fail[page])
 			script_fail("page %u is in state %d at the end", page, state);
 		lost_pages += state == LOST;
 	}
