@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -145,3 +146,23 @@ def test_capacity_counts_all_guests(disk: Path, monkeypatch: pytest.MonkeyPatch)
     finally:
         a.close()
         b.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_store_that_cannot_be_written_is_used_if_guests_wait_for_it(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """An empty one is refused: its operator is there to see it."""
+    FileStore(disk / "store", None, "off").create(KEY, 4, PAGE).close()
+    (disk / "empty").mkdir(mode=0o700)
+
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pwritev", fail)
+    with pytest.raises(StoreError, match=os.strerror(number)):
+        FileStore(disk / "empty", None, "auto")
+    store = FileStore(disk / "store", None, "auto")
+    assert os.strerror(number) in store.trouble
+    assert not store.direct, "reading through the page cache works everywhere"
+    assert FileStore(disk / "store", None, "on").direct

@@ -118,15 +118,16 @@ class FileStore:
                 f"{self.path} cannot be written: {error.strerror}; make it writable or set store.path"
             ) from error
         try:
-            with mmap.mmap(-1, 2 * mmap.PAGESIZE) as page:
-                view = memoryview(page)
-                written, read = view[: mmap.PAGESIZE], view[mmap.PAGESIZE :]
+            # nested, because a mapping with a view of it left cannot be closed
+            with (
+                mmap.mmap(-1, 2 * mmap.PAGESIZE) as pages,
+                memoryview(pages) as view,
+                view[: mmap.PAGESIZE] as written,
+                view[mmap.PAGESIZE :] as read,
+            ):
                 written[:] = b"\xa5" * mmap.PAGESIZE
                 ok = os.pwritev(fd, [written], mmap.PAGESIZE) == mmap.PAGESIZE
                 ok = ok and os.preadv(fd, [read], mmap.PAGESIZE) == mmap.PAGESIZE and read == written
-                written.release()
-                read.release()
-                view.release()
             return None if ok else "a page came back different"
         except OSError as error:
             if error.errno == errno.EINVAL:
