@@ -86,3 +86,12 @@ def test_the_data_plane_calls_the_kernel_through_one_seam() -> None:
     forbidden = re.compile(r"\b(ioctl|pread|pwrite|pwritev|fallocate|lseek|process_madvise|fdatasync)\s*\(")
     for name in ("guest.c", "fault.c", "scan.c", "evict.c", "store.c"):
         assert not forbidden.search((PACKAGE / "native" / name).read_text()), name
+
+
+def test_nothing_reads_the_wall_clock() -> None:
+    """It can be stepped, by years. Ages, pauses and deadlines are counted by CLOCK_MONOTONIC, which also counts on across a
+    restart; only log lines carry a date, which structlog gives them."""
+    wall = re.compile(r"\btime\.(time|time_ns|localtime|gmtime)\(|\bdatetime\b|CLOCK_REALTIME|\bgettimeofday\b")
+    for path in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.[ch]")]:
+        if path.name != "_native.c":
+            assert not wall.search(path.read_text()), path
