@@ -25,7 +25,7 @@ demo: setup
 	@$(VENV)/bin/tierd --config config/tierd.yaml demo --directory build/vm $(if $(JSON),--json)
 
 test: setup lint
-	@tests/setup.sh libvirt metrics
+	@tests/setup.sh libvirt metrics disks boot
 	$(PY) -m pytest -q $(ARGS)
 
 lint: build
@@ -45,6 +45,7 @@ torture: build
 # The long runs: more seeds, more kills.
 soak: setup
 	TIERD_SEEDS=200000 TIERD_KILLS=1000 TIERD_INJECT_KILLS=10000 $(PY) -m pytest -q tests/native tests/kernel $(ARGS)
+	TIERD_EXAMPLES=20000 $(PY) -m pytest -q tests/pure/test_fuzz.py tests/native/test_state_fuzz.py tests/daemon/test_fuzz.py
 
 # A venv under /opt/tierd, units, an example configuration, the udev rule. Changes nothing in /etc/tierd that is there.
 install:

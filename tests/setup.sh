@@ -7,6 +7,8 @@
 #   vm       QEMU and a guest kernel (only unpacked into build/vm: the host's own boot is not touched)
 #   libvirt  libvirtd and virsh, started by the tests in a directory of their own
 #   metrics  promtool
+#   disks    file systems that a test can freeze or stop
+#   boot     systemd-nspawn, and in build/boot a small Debian 12 with systemd and what tierd imports (after `make build`)
 set -eu
 cd "$(dirname "$0")/.."
 PATH=$PATH:/usr/sbin:/sbin # libvirtd is there, and an ordinary user may not look there
@@ -23,6 +25,16 @@ apt() {
 	DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=120 "$@"
 }
 
+# What build/boot is made from: it is made again when this changes. The project itself is not in it, tests mount it there.
+boot_recipe() {
+	sed -n '/^make_boot() {/,/^}/p' tests/setup.sh
+	imports
+}
+
+imports() {
+	python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")'
+}
+
 architecture=$(dpkg --print-architecture)
 case $architecture in
 amd64) qemu=qemu-system-x86 machine=x86_64 ;;
@@ -30,7 +42,7 @@ arm64) qemu=qemu-system-arm machine=aarch64 ;;
 *) echo "tierd: the test guest is made for amd64 and arm64, this is $architecture" >&2 && exit 1 ;;
 esac
 
-kernel=
+kernel= boot=
 for part in "$@"; do
 	case $part in
 	build)
@@ -55,19 +67,36 @@ for part in "$@"; do
 		want "/usr/lib/$machine-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so" libvirt-daemon-driver-qemu
 		;;
 	metrics) want promtool prometheus ;;
-	*) echo "usage: $0 [build] [vm] [libvirt] [metrics]" >&2 && exit 2 ;;
+	disks)
+		want fuse2fs fuse2fs
+		want mkfs.ext4 e2fsprogs
+		want losetup mount
+		want fsfreeze util-linux
+		;;
+	boot)
+		want systemd-nspawn systemd-container
+		want mmdebstrap mmdebstrap
+		want setpriv util-linux
+		want gcc gcc
+		want "/usr/lib/$machine-linux-gnu/libc.a" libc6-dev
+		boot=$(boot_recipe | sha256sum | cut -d ' ' -f 1)
+		[ "$(cat build/boot/made-from 2>/dev/null)" != "$boot" ] || boot=
+		;;
+	*) echo "usage: $0 [build] [vm] [libvirt] [metrics] [disks] [boot]" >&2 && exit 2 ;;
 	esac
 done
 for file in build/vm/vmlinuz-* /boot/vmlinuz-*cloud*; do
 	[ ! -e "$file" ] || kernel=
 done
 
-[ -n "$packages$kernel" ] || exit 0
+[ -n "$packages$kernel$boot" ] || exit 0
 if [ "$(id -u)" != 0 ]; then
-	echo "tierd: missing here; as root: apt-get install --no-install-recommends$packages${kernel:+ $kernel}" >&2
+	[ -z "$packages$kernel" ] ||
+		echo "tierd: missing here; as root: apt-get install --no-install-recommends$packages${kernel:+ $kernel}" >&2
+	[ -z "$boot" ] || echo "tierd: build/boot is missing or old; as root: tests/setup.sh boot" >&2
 	exit 1
 fi
-if ! apt-get -qq -s install $packages $kernel >/dev/null 2>&1; then apt update; fi # no lists yet, or old ones
+if [ -n "$packages$kernel" ] && ! apt-get -qq -s install $packages $kernel >/dev/null 2>&1; then apt update; fi # no lists yet, or old ones
 # shellcheck disable=SC2086 # a list
 [ -z "$packages" ] || apt install --no-install-recommends $packages || { apt update && apt install --no-install-recommends $packages; }
 
@@ -81,3 +110,24 @@ fetch_kernel() {
 	mv "$scratch"/boot/vmlinuz-* build/vm/
 }
 [ -z "$kernel" ] || fetch_kernel || { apt update && fetch_kernel; }
+
+# Debian 12 whatever runs here: the unit is written for its systemd.
+make_boot() {
+	mkdir -p build/boot
+	scratch=$(mktemp -d build/boot/new-XXXXXX)
+	trap 'rm -rf "$scratch"' EXIT
+	mmdebstrap --quiet --variant=essential --include=systemd,systemd-sysv,dbus,procps,python3 \
+		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' bookworm "$scratch/root"
+	chroot "$scratch/root" python3 -m venv --without-pip /opt/tierd
+	imports >"$scratch/imports"
+	build/venv/bin/pip install --quiet --python-version 3.11 --only-binary=:all: \
+		--target "$scratch/root/opt/tierd/lib/python3.11/site-packages" --requirement "$scratch/imports"
+	printf '#!/opt/tierd/bin/python3\nfrom tierd.cli import main\n\nmain()\n' >"$scratch/root/opt/tierd/bin/tierd"
+	chmod 0755 "$scratch/root/opt/tierd/bin/tierd" "$scratch/root"
+	rm -rf build/boot/root build/boot/made-from
+	mv "$scratch/root" build/boot/
+}
+if [ -n "$boot" ]; then
+	make_boot
+	echo "$boot" >build/boot/made-from
+fi

@@ -202,7 +202,10 @@ class Connection:
 
     async def send_all(self, data: bytes) -> None:
         with trio.move_on_after(self._limits.send_s):
-            await self._stream.send_all(data)
+            try:
+                await self._stream.send_all(data)
+            except trio.BusyResourceError:  # hypercorn closes at the same time
+                raise trio.BrokenResourceError("the connection is being closed") from None
             return
         await self.aclose()
         raise trio.BrokenResourceError("the client does not read")
@@ -271,8 +274,15 @@ def _hypercorn(app: Starlette, limits: Limits) -> Talk:
 
     async def talk(connection: Connection) -> None:
         async def counted(scope: Any, receive: Any, send: Any, *_: object) -> None:
+            async def bounded_send(message: Any) -> None:  # HTTP/2 has a flow control of its own to wait for
+                with trio.move_on_after(limits.send_s):
+                    await send(message)
+                    return
+                connection.scope.cancel()
+                await trio.lowlevel.checkpoint()
+
             with connection.request():
-                await app(scope, receive, send)
+                await app(scope, receive, bounded_send)
 
         counted_app: Any = counted
         stream: Any = connection

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from tierd.client import Client
 
 DEFAULT_CONFIG = Path("/etc/tierd/tierd.yaml")
-DEFAULT_SOCKET = Path("/run/tierd/tierd.sock")
+DEFAULT_RUNTIME_DIR = Path("/run/tierd")
+DEFAULT_SOCKET = DEFAULT_RUNTIME_DIR / "tierd.sock"
 
 FAILED, USAGE, UNREACHABLE, NO_GUEST, CONFIG_WRONG, INTERRUPTED = 1, 2, 3, 4, 78, 130
 EPILOG = """\b
@@ -64,18 +65,26 @@ class Options:
             return self.socket
         if not self.config.exists():
             return DEFAULT_SOCKET
-        import yaml
-
         try:
-            raw = yaml.safe_load(self.config.read_text())
-            api = raw.get("api") if isinstance(raw, dict) else None
+            api = _raw(self.config).get("api")
             return Path(api.get("socket", DEFAULT_SOCKET)) if isinstance(api, dict) else DEFAULT_SOCKET
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise Failure(
                 f"cannot read {self.config} for the socket's path ({_one_line(error)}); give --socket, or see "
                 f"`tierd --config {self.config} config check`",
                 CONFIG_WRONG,
             ) from error
+
+
+def _raw(path: Path) -> dict[str, Any]:
+    """The configuration's main file, not validated. OSError, ValueError."""
+    import yaml
+
+    try:
+        raw = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    return raw if isinstance(raw, dict) else {}
 
 
 def _one_line(error: object) -> str:
@@ -147,12 +156,25 @@ def run(options: Options, config: Path | None) -> NoReturn:
     """Run the daemon in the foreground.
 
     SIGTERM and SIGINT bring every page back first (on_stop: restore), a second one stops at once; SIGHUP reloads.
+    SIGUSR1 stops for a tierd that is started next and adopts the guests (on_restart: keep).
     """
+    from tierd.resume import resume
+
+    path = _own_config(options, config)
+    resumed = resume(_runtime_dir(path))  # before anything else is imported: guests may be waiting
     _import_structlog()
     from tierd.daemon import main as run_daemon
 
     with _config_errors():
-        sys.exit(run_daemon(_own_config(options, config)))
+        sys.exit(run_daemon(path, resumed))
+
+
+def _runtime_dir(config: Path) -> Path:
+    """As the configuration says, which is not validated here: the daemon does that, and says what is wrong."""
+    try:
+        return Path(_raw(config).get("runtime_dir", DEFAULT_RUNTIME_DIR))
+    except (OSError, ValueError, TypeError):
+        return DEFAULT_RUNTIME_DIR
 
 
 def _import_structlog() -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import fnmatch
 import ipaddress
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -27,6 +29,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 SAFE_MIN_IDLE_S = 120.0
 AGE_S_MAX = 5 * 86400.0  # a page's age is counted in 61,440 steps of 8 s: somewhat more than this
 SOCKET_PATH_BYTES_MAX = 107  # sun_path, unix(7)
+FILE_BYTES_MAX = 128 << 10  # YAML is slow to read: seconds at the most, whatever is in it
+RULES_MAX = 4096  # and files of guests_dir
+ERRORS_MAX = 200  # nobody reads more at once
 
 _SIZE_UNITS = {
     **{"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
@@ -38,7 +43,10 @@ _QUANTITY = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*")
 
 def _shown(value: object) -> str:
     """What somebody wrote, for an error: bounded, on one line."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print numbers of more than 4,300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -154,6 +162,7 @@ class Policy(Frozen):
     on_lost: Literal["poison", "hold"] = "poison"  # a memory error for the guest; or it waits for `tierd retry`
     fault_threads_max: Annotated[int, Field(ge=2, le=64)] = 4  # where the store hangs, others take over
     allow_nested: bool = False  # tier guests that may run guests of their own
+    allow_fragile: bool = False  # serve guests whose stored pages would be gone with tierd
 
     @model_validator(mode="after")
     def _possible(self) -> Policy:
@@ -208,7 +217,7 @@ class Rule(Frozen):
     """Which guests a policy is for; all that is given must match."""
 
     name: Annotated[str, Field(min_length=1)] | None = None  # a glob
-    pid: Annotated[int, Field(gt=0)] | None = None
+    pid: Annotated[int, Field(gt=0, le=1 << 22)] | None = None
     # a regular expression, searched in the command line
     cmdline: Annotated[str, Field(min_length=1), AfterValidator(_is_pattern)] | None = None
     policy: Policy
@@ -231,14 +240,9 @@ class Rule(Frozen):
             and (self.cmdline is None or re.search(self.cmdline, cmdline) is not None)
         )
 
-    def hides(self, later: Rule) -> bool:
-        """Every guest of `later` is one of ours already. Not all such pairs are seen, only those that people write."""
-        if self.whom == later.whom:
-            return True
-        if self.name is None or self.pid is not None or self.cmdline is not None:
-            return False
-        is_glob = later.name is None or any(c in later.name for c in "*?[")
-        return self.name == "*" or (not is_glob and fnmatch.fnmatchcase(later.name or "", self.name))
+    @property
+    def is_glob(self) -> bool:
+        return self.name is not None and any(c in self.name for c in "*?[")
 
 
 WHOM = ("name", "pid", "cmdline")
@@ -253,6 +257,7 @@ class Config(Frozen):
     engine: Literal["auto", "stock"] = "auto"
     discover_interval_s: Interval = 1.0
     on_stop: Literal["restore", "keep"] = "restore"
+    on_restart: Literal["keep", "restore"] = "keep"  # SIGUSR1: a tierd starts as soon as we are gone
     stop_timeout_s: Seconds = 300.0
     guests_dir: SomePath = Path("guests.d")  # relative to the main file
     defaults: Policy = Policy()
@@ -403,10 +408,22 @@ def _plain(node: yaml.Node, path: KeyPath, document: _Document) -> Any:
         return node.value
 
 
+def _text_of(file: Path) -> str:
+    """Never waits for the other end of a FIFO, and reads no more than anybody writes."""
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as opened:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        data = opened.read(FILE_BYTES_MAX + 1)
+    if len(data) > FILE_BYTES_MAX:
+        raise OSError(errno.EFBIG, f"it has more than {FILE_BYTES_MAX >> 10} KiB")
+    return data.decode()
+
+
 def _read(file: Path, errors: list[ConfigError]) -> _Document | None:
     """None: there is nothing to judge in it, `errors` says why."""
     try:
-        text = file.read_bytes().decode()
+        text = _text_of(file)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         errors.append(ConfigError(file, 0, "", f"cannot be read: {reason}", "check its path and mode"))
@@ -466,6 +483,9 @@ def _tell(model: type[Frozen], document: _Document, path: KeyPath, item: ErrorDe
         return keys
     key, message, value = str(item["loc"][0]), item["msg"], item["input"]
     suggestion = ""
+    if len(document.errors) >= ERRORS_MAX:  # a suggestion takes longer than all the rest
+        document.wrong((*path, key), "is wrong as well")
+        return [key]
     if item["type"] == "extra_forbidden":
         message, suggestion = "is not a known key", _suggest(model, key)
     elif message.startswith("Value error, "):
@@ -502,7 +522,7 @@ def _suggest_value(item: ErrorDetails) -> str:
     if item["type"] == "literal_error" and isinstance(value, bool):
         return "YAML reads a bare on, off, yes or no as true or false"
     if item["type"] == "literal_error":
-        close = difflib.get_close_matches(str(value), re.findall(r"'(\w+)'", item["ctx"]["expected"]), n=1)
+        close = difflib.get_close_matches(_shown(value), re.findall(r"'(\w+)'", item["ctx"]["expected"]), n=1)
         return f"did you mean {close[0]}?" if close else ""
     if item["type"] == "string_type" and not isinstance(value, dict | list):
         return "put it in quotes"
@@ -549,9 +569,15 @@ def load(path: Path) -> Config:
     defaults = sections["defaults"].model_dump(exclude_unset=True)
     rules = _rules_of_directory(path.parent / config.guests_dir, "guests_dir" in raw, main, defaults)
     rules += _rules(main, raw_guests, defaults)
-    _find_hidden(rules)
+    if len(rules) > RULES_MAX:
+        main.wrong((), f"there are more than {RULES_MAX} guest rules", "let one rule be for many guests")
+    else:
+        _find_hidden(rules)
     if errors:
-        raise ConfigErrors(sorted(errors, key=lambda error: (error.file != path, error.file, error.line)))
+        errors.sort(key=lambda error: (error.file != path, error.file, error.line))
+        if len(errors) > ERRORS_MAX:
+            errors[ERRORS_MAX:] = [ConfigError(path, 0, "", f"{len(errors) - ERRORS_MAX} more things are wrong")]
+        raise ConfigErrors(errors)
     return config.model_copy(update={**sections, "guests": tuple(found.rule for found in rules)})
 
 
@@ -576,6 +602,9 @@ def _rules_of_directory(directory: Path, required: bool, main: _Document, defaul
             main.wrong(("guests_dir",), f"{directory} cannot be read: {error.strerror}", "create it, or remove the key")
         return []
     found: list[_Found] = []
+    if sum(name.endswith((".yaml", ".yml")) for name in names) > RULES_MAX:
+        main.wrong(("guests_dir",), f"{directory} has more than {RULES_MAX} files", "let one rule be for many guests")
+        return []
     for name in names:
         if name.endswith(".yml"):
             main.errors.append(ConfigError(directory / name, 0, "", "is not read", "rename it to end with .yaml"))
@@ -596,8 +625,18 @@ def _rules_of_directory(directory: Path, required: bool, main: _Document, defaul
 
 
 def _find_hidden(rules: Sequence[_Found]) -> None:
-    for i, later in enumerate(rules):
-        first = next((found for found in rules[:i] if found.rule.hides(later.rule)), None)
+    """Rules of which every guest is an earlier one's already. Not all are seen, only those that people write: the same
+    again, a name that a pattern has, anything after '*'. Thousands of rules take no more than seconds."""
+    before: dict[str, _Found] = {}
+    globs: list[tuple[re.Pattern[str], _Found]] = []
+    for later in rules:
+        rule = later.rule
+        first = before.get(rule.whom) or before.get("name: *")
+        if first is None and rule.name is not None and not rule.is_glob:
+            first = next((found for pattern, found in globs if pattern.match(rule.name)), None)
+        before.setdefault(rule.whom, later)
+        if rule.is_glob and rule.pid is None and rule.cmdline is None:
+            globs.append((re.compile(fnmatch.translate(rule.name or "")), later))
         if first is not None:
             line = first.document.lines.get(first.path, 1)
             later.document.wrong(

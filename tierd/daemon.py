@@ -3,16 +3,16 @@
 
 One task a guest; a guest's failure never touches another. Start: adopt what a predecessor left, sweep what is dead, then
 look for new guests. Stop: the first SIGTERM or SIGINT restores (or keeps) every guest within `stop_timeout_s`, the second
-keeps at once.
+keeps at once. SIGUSR1 is a stop that a start follows (RestartKillSignal= of the unit): `on_restart` says what then.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
+import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,17 @@ from tierd.attach.procfs import Discovery, boot_id, read_spec, start_ticks
 from tierd.config import Config, ConfigErrors, changes, load
 from tierd.engine import EngineUnavailable, choose
 from tierd.guest import Ending, Guest, Host
-from tierd.native import KernelError, table_read
-from tierd.serve import SUFFIX, Stale, StateError, key_of, prepare_runtime_dir
+from tierd.resume import Resumed
+from tierd.serve import (
+    SUFFIX,
+    AlreadyRunning,
+    Stale,
+    StateError,
+    key_of,
+    lock_runtime_dir,
+    prepare_runtime_dir,
+    read_state,
+)
 from tierd.store import StoreError
 from tierd.store.file import FileStore
 from tierd.systemd import Notifier, watchdog_interval_s
@@ -42,27 +51,30 @@ RETRY_S_MAX = 60.0
 READY_TRIES = 50
 READOPT_S, READOPT_S_MAX = 0.5, 10.0
 STOP_GRACE_S = 5.0
+API_RETRY_S = 2.0
 WATCH_S = 0.25  # between looks at the fault threads
+STORE_ASK_S, STORE_ANSWERS_S = 1.0, 5.0
+ADOPT_S_MAX = 5.0  # for the start to wait for a guest
+END_S_MAX = 5.0  # for calls that are under way when everything else has ended
+STOP, RESTART = (signal.SIGTERM, signal.SIGINT), signal.SIGUSR1
 
 log = structlog.get_logger()
-
-
-class AlreadyRunning(Exception):
-    """Another tierd works on this runtime directory."""
 
 
 class Daemon:
     """All state lives in the trio thread."""
 
-    def __init__(self, config: Config, config_path: Path, host: Host, notifier: Notifier) -> None:
+    def __init__(self, config: Config, config_path: Path, host: Host, resumed: Resumed) -> None:
         self.config, self.config_path, self.host = config, config_path, host
-        self.notifier = notifier
+        self.notifier, self._resumed = host.notifier, resumed
         self._guests: dict[str, Guest] = {}
         self._waiting: dict[str, trio.Event] = {}  # refused or not ready: set to try again now
         self._left: set[str] = set()  # detached by an operator: not picked up again
         self._began = trio.current_time()
         self._nursery: trio.Nursery
         self._stopping = self._manager_deaf = False
+        self._store_asked_at = trio.current_time()
+        self._store_figures = (0, 0)  # used, free; in bytes
 
     @property
     def guests(self) -> Mapping[str, GuestView]:
@@ -72,32 +84,56 @@ class Daemon:
 
     async def run(self) -> None:
         """Serve until told to stop."""
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        with trio.open_signal_receiver(*STOP, RESTART, signal.SIGHUP) as signals:
             async with trio.open_nursery() as self._nursery:
                 await self._adopt_all()
+                self._store_figures = await trio.to_thread.run_sync(self._ask_store)
                 swept = await trio.to_thread.run_sync(self.host.store.sweep, self._may_be_needed)
                 if swept:
                     log.info("store_swept", guests=swept)
-                from tierd.api import serve  # only now: faults come first
-
-                api = self.config.api
-                await self._nursery.start(
-                    partial(
-                        serve,
-                        self,
-                        socket_path=api.socket,
-                        mode=api.mode,
-                        group=api.group,
-                        metrics_listen=self.config.metrics.listen,
-                    )
-                )
+                await self._start_api()
                 self._nursery.start_soon(self._watch_guests)
+                self._nursery.start_soon(self._watch_store)
                 self._nursery.start_soon(self._discover)
                 self._nursery.start_soon(self._feed_watchdog)
                 await self._tell_ready()
                 log.info("ready", engine=self.host.engine.name, guests=len(self._guests), version=__version__)
                 await self._obey(signals)
+                self._end_at_last()
                 self._nursery.cancel_scope.cancel()
+
+    async def _start_api(self) -> None:
+        """SocketUnusable ends a tierd that serves nobody. One that has adopted guests goes on without an API: their faults
+        are worth more."""
+        from tierd.api import SocketUnusable  # only now: faults come first
+
+        try:
+            await self._try_api()
+        except SocketUnusable as error:
+            if not self._guests:
+                raise
+            log.error(
+                "api_unusable", error=str(error), action=f"serving guests without it; trying every {API_RETRY_S:g} s"
+            )
+            self._nursery.start_soon(self._start_api_later)
+
+    async def _try_api(self) -> None:
+        from tierd.api import serve
+
+        api, listen = self.config.api, self.config.metrics.listen
+        await self._nursery.start(
+            partial(serve, self, socket_path=api.socket, mode=api.mode, group=api.group, metrics_listen=listen)
+        )
+
+    async def _start_api_later(self) -> None:
+        from tierd.api import SocketUnusable
+
+        while True:
+            await trio.sleep(API_RETRY_S)
+            with contextlib.suppress(SocketUnusable):
+                await self._try_api()
+                log.info("api_works_again")
+                return
 
     async def _obey(self, signals: Any) -> None:
         """Handle signals until it is time to go."""
@@ -107,34 +143,55 @@ class Daemon:
                 continue
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._second_signal, signals, nursery.cancel_scope)
-                await self._stop(signal.Signals(number).name)
+                await self._stop(signal.Signals(number))
                 nursery.cancel_scope.cancel()
             return
 
     async def _second_signal(self, signals: Any, scope: trio.CancelScope) -> None:
         async for number in signals:
-            if number in (signal.SIGTERM, signal.SIGINT):
+            if number in (*STOP, RESTART):
                 log.warning("second_signal", signal=signal.Signals(number).name, action="keep what is stored, stop now")
                 scope.cancel()
                 return
 
-    async def _stop(self, why: str) -> None:
+    async def _stop(self, order: signal.Signals) -> None:
         self._stopping = True
-        on_stop, timeout_s = self.config.on_stop, self.config.stop_timeout_s
-        log.info("stopping", signal=why, on_stop=on_stop, stop_timeout_s=timeout_s)
-        self._tell(self.notifier.stopping, f"on_stop: {on_stop}")
-        if on_stop != "restore":
+        key, timeout_s = "on_restart" if order is RESTART else "on_stop", self.config.stop_timeout_s
+        what = self.config.on_restart if order is RESTART else self.config.on_stop
+        log.info("stopping", signal=order.name, **{key: what}, stop_timeout_s=timeout_s)
+        self._tell(self.notifier.stopping, f"{key}: {what}")
+        if order is RESTART and what == "keep" and (why := await trio.to_thread.run_sync(self._why_nobody_adopts)):
+            log.warning("restart_restores", why=why, action="bringing every guest back first, in spite of on_restart")
+            what = "restore"
+        guests = [
+            guest
+            for guest in self._guests.values()
+            if guest.served and (what == "restore" or guest.ends_with_us(order is RESTART))
+        ]
+        if not guests:
             return
         self._tell(self.notifier.extend_timeout, timeout_s + STOP_GRACE_S)
         with trio.move_on_after(timeout_s) as limit:
             async with trio.open_nursery() as nursery:
-                for guest in list(self._guests.values()):
-                    if guest.served:
-                        nursery.start_soon(self._restore_for_stop, guest)
+                for guest in guests:
+                    nursery.start_soon(self._restore_for_stop, guest)
         if limit.cancelled_caught:
             log.error(
                 "stop_timeout", stop_timeout_s=timeout_s, action="what is still stored is kept for the next tierd"
             )
+
+    def _why_nobody_adopts(self) -> str:
+        """What keeps a tierd that starts now from adopting our guests, "" for nothing. Reads files: a worker."""
+        try:
+            new = load(self.config_path)
+        except ConfigErrors as errors:
+            return f"the next tierd will not start: {errors.errors[0]}"
+        ours = self.host.guests_dir.parent
+        if ours != new.runtime_dir:
+            return (
+                f"the next tierd will not find them: runtime_dir is {ours} now, {new.runtime_dir} in {self.config_path}"
+            )
+        return ""
 
     async def _restore_for_stop(self, guest: Guest) -> None:
         told_at = 0.0
@@ -162,6 +219,40 @@ class Daemon:
             for guest in list(self._guests.values()):
                 guest.watch()
             await trio.sleep(WATCH_S)
+
+    def _ask_store(self) -> tuple[int, int]:
+        return self.host.store.used_bytes(), self.host.store.free_bytes()
+
+    async def _watch_store(self) -> None:
+        """Its figures are asked for in a thread: a store that hangs must not hold whoever asks us for a status."""
+        while True:
+            await trio.sleep(STORE_ASK_S)
+            try:
+                self._store_figures = await trio.to_thread.run_sync(self._ask_store, abandon_on_cancel=True)
+            except OSError as error:
+                self.host.store_trouble["figures"] = f"{self.host.store.path}: {error.strerror}"
+            else:
+                self.host.store_trouble.pop("figures", None)
+            self._store_asked_at = trio.current_time()
+
+    def _store_reasons(self) -> list[str]:
+        reasons = sorted(set(self.host.store_trouble.values()))
+        silent_s = trio.current_time() - self._store_asked_at
+        if silent_s > STORE_ANSWERS_S:
+            reasons.append(f"{self.host.store.path} has not answered for {silent_s:.0f} s")
+        return reasons
+
+    def _end_at_last(self) -> None:
+        """Every guest is left or kept by now. A call of the store that hangs is not waited for: to be kept, a guest needs
+        nothing of us, and its successor waits for the lock that our last thread holds."""
+
+        def end() -> None:
+            log.warning("ended_in_a_call", action="a call of the store hangs; the next tierd waits for its end")
+            os._exit(0)
+
+        timer = threading.Timer(END_S_MAX, end)
+        timer.daemon = True
+        timer.start()
 
     async def _feed_watchdog(self) -> None:
         interval_s = watchdog_interval_s()
@@ -208,37 +299,47 @@ class Daemon:
             for path in sorted(self.host.guests_dir.glob(f"*{SUFFIX}")):
                 nursery.start_soon(self._adopt, path)
         for unfinished in self.host.guests_dir.glob("*.new"):
-            unfinished.unlink()  # an attach that died before its first registration
+            with contextlib.suppress(OSError):  # what is no file is in the way of its guest only, which is told then
+                unfinished.unlink()  # an attach that died before its first registration
+        for key in self._resumed.kept_fds.keys() - self._guests.keys():
+            self._forget_kept(key)
+
+    def _forget_kept(self, key: str) -> None:
+        """A descriptor that the service manager kept for a guest that is gone or was left."""
+        fd = self._resumed.kept_fds.pop(key, None)
+        if fd is not None:
+            os.close(fd)
+            self._tell(self.notifier.remove_fds, key)
 
     async def _adopt(self, path: Path) -> None:
         try:
             guest = await trio.to_thread.run_sync(self._guest_of_state, path)
         except Stale as stale:
             log.info("state_swept", why=str(stale))
-            path.unlink()
+            with contextlib.suppress(OSError):  # the next start tries again
+                stale.sweep()
             return
-        except (StateError, OSError) as error:
+        except (StateError, Refused, OSError) as error:
             log.error("state_refused", path=str(path), error=str(error))
             return
         self._guests[guest.key] = guest
         self._nursery.start_soon(self._run_guest, guest)
-        await guest.begun.wait()
+        with trio.move_on_after(ADOPT_S_MAX):  # one whose store or predecessor hangs does not hold up the others
+            await guest.begun.wait()
 
     def _guest_of_state(self, path: Path) -> Guest:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            identity, _ = table_read(fd)
-        except KernelError as error:
-            newer = error.errno == errno.EPROTONOSUPPORT
-            why = "was written by a newer tierd: start that one" if newer else f"is broken ({error})"
-            raise StateError(f"{path} {why}; nothing was touched") from error
-        finally:
-            os.close(fd)
-        if identity.boot_id != self.host.boot_id or start_ticks(identity.pid) != identity.start_ticks:
-            raise Stale(f"{path}: its VMM, process {identity.pid} ({identity.name}), is gone")
-        spec = read_spec(identity.pid, identity.name)
-        policy = self.config.match(identity.name, identity.pid, " ".join(spec.cmdline)) or self.config.defaults
-        return Guest(spec, policy, self.host, state_path=path)
+        left = read_state(path, self.host.boot_id)
+        spec = left.spec
+        policy = self.config.match(spec.name, spec.pid, " ".join(spec.cmdline)) or self.config.defaults
+        key = key_of(spec)
+        return Guest(
+            spec,
+            policy,
+            self.host,
+            state_path=path,
+            resumed=self._resumed.served.pop(key, None),
+            kept_uffd=self._resumed.kept_fds.get(key),
+        )
 
     async def _discover(self) -> None:
         """Look for new VMMs. One pass over /proc reads only the processes that are new."""
@@ -294,9 +395,15 @@ class Daemon:
         while True:
             try:
                 ending = await guest.run()
+            except Stale as stale:  # between the look at its state file and the adoption
+                log.info("state_swept", why=str(stale))
+                stale.sweep()
+                self._guests.pop(guest.key, None)
+                self._forget_kept(guest.key)
+                return str(stale)
             except Exception as error:
                 guest.refuse(str(error) or type(error).__name__)
-                expected = isinstance(error, Refused | StateError | StoreError | OSError | Stale)
+                expected = isinstance(error, Refused | StateError | StoreError | OSError)
                 if not path.exists():
                     if not expected:
                         log.exception(
@@ -319,10 +426,19 @@ class Daemon:
                 told, tries = str(error), tries + 1
                 await trio.sleep(delay_s)
                 paused = guest.paused or self._stopping  # what stopping has brought back stays there
-                guest = self._guests[guest.key] = Guest(guest.spec, guest.policy, self.host, path, paused)
+                guest = self._guests[guest.key] = Guest(
+                    guest.spec,
+                    guest.policy,
+                    self.host,
+                    path,
+                    paused,
+                    kept_uffd=self._resumed.kept_fds.get(guest.key),
+                )
                 continue
             if ending is Ending.DETACHED:
                 self._left.add(guest.key)
+            if ending is not Ending.KEPT:
+                self._forget_kept(guest.key)
             self._guests.pop(guest.key, None)
             return None
 
@@ -405,7 +521,7 @@ class Daemon:
         await self._tell_ready()
 
     def status(self) -> DaemonStatus:
-        store = self.host.store
+        store, (used_bytes, free_bytes), reasons = self.host.store, self._store_figures, self._store_reasons()
         return DaemonStatus(
             version=__version__,
             engine=self.host.engine.name,
@@ -416,29 +532,13 @@ class Daemon:
                 StoreStatus(
                     name="file",
                     path=str(store.path),
-                    capacity_bytes=store.used_bytes() + store.free_bytes(),
-                    used_bytes=store.used_bytes(),
-                    healthy=not self.host.store_trouble,
-                    reason="; ".join(sorted(set(self.host.store_trouble.values()))),
+                    capacity_bytes=used_bytes + free_bytes,
+                    used_bytes=used_bytes,
+                    healthy=not reasons,
+                    reason="; ".join(reasons),
                 )
             ],
         )
-
-
-def lock_runtime_dir(path: Path) -> int:
-    """One daemon a runtime directory. Returns the locked descriptor; AlreadyRunning names the holder."""
-    fd = os.open(path / "tierd.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(fd)
-        raise AlreadyRunning(
-            f"another tierd (process {holder}) works on {path}; stop it, or give this one its own runtime_dir"
-        ) from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
 
 
 # without the values of local variables: they may hold guests' bytes
@@ -462,34 +562,51 @@ def configure_logging(level: str, format: str) -> None:
     )
 
 
-async def _run(config: Config, config_path: Path) -> None:
+async def _run(config: Config, config_path: Path, resumed: Resumed) -> None:
+    notifier = Notifier.from_environment()
+    if resumed.runtime_dir != config.runtime_dir:
+        resumed.close()
     guests_dir = prepare_runtime_dir(config.runtime_dir)
-    lock = lock_runtime_dir(config.runtime_dir)
+    lock = resumed.lock if resumed.lock is not None else lock_runtime_dir(config.runtime_dir)
     try:
-        store = FileStore(config.store.path, config.store.capacity, config.store.direct)
-        host = Host(choose(config.engine), store, guests_dir, boot_id(), HolderScan())
-        await Daemon(config, config_path, host, Notifier.from_environment()).run()
+        store = await _open_store(config, notifier)
+        if store.trouble:
+            log.error("store_cannot_be_written", error=store.trouble, action="what is in it is served")
+        host = Host(choose(config.engine), store, guests_dir, boot_id(), HolderScan(), notifier)
+        await Daemon(config, config_path, host, resumed).run()
     finally:
+        resumed.close()
         os.close(lock)
 
 
-def fill_standard_descriptors() -> None:
-    """One that was closed would be given to the next file that is opened, a guest's memory perhaps; and whoever prints to
-    it (the C library when it aborts) would print there."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(fd, True)
-    os.close(fd)
-    # None where Python found them closed
-    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+async def _open_store(config: Config, notifier: Notifier) -> FileStore:
+    """A store that hangs is waited for, and the manager is told so: guests that were resumed are served meanwhile."""
+
+    async def tell() -> None:
+        await trio.sleep(STORE_ANSWERS_S)
+        log.error("store_hangs", path=str(config.store.path), action="see to the store; waiting for it to start")
+        while True:
+            with contextlib.suppress(OSError):  # told again in a moment
+                notifier.extend_timeout(10 * STORE_ANSWERS_S)
+                notifier.status(f"waiting for the store {config.store.path}, which does not answer")
+            await trio.sleep(STORE_ANSWERS_S)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tell)
+        store = await trio.to_thread.run_sync(
+            FileStore, config.store.path, config.store.capacity, config.store.direct, abandon_on_cancel=True
+        )
+        nursery.cancel_scope.cancel()
+    return store
 
 
-def main(config_path: Path) -> int:
-    """Run the daemon until it is told to stop; the exit status. One line on stderr says what keeps it from starting."""
-    fill_standard_descriptors()
+def main(config_path: Path, resumed: Resumed) -> int:
+    """Run the daemon until it is told to stop; the exit status. One line on stderr says what keeps it from starting.
+    `resumed` is taken over, and closed at the end."""
     config = load(config_path)  # ConfigErrors: the CLI prints them all
     configure_logging(config.log.level, config.log.format)
     try:
-        trio.run(_run, config, config_path)
+        trio.run(_run, config, config_path, resumed)
     except (StateError, StoreError, EngineUnavailable, AlreadyRunning, BaseExceptionGroup) as error:
         cause: BaseException = error
         while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:

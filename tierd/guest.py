@@ -9,12 +9,13 @@ restore, detach) come from API tasks; everything that touches pages runs in work
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import os
 import random
-import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,16 @@ from tierd.native import STATES, STORE_WRITE, KernelError, NativeGuest
 from tierd.serve import PAGE_BYTES, Served, Tuning, adopt, attach, key_of
 from tierd.store import StoreError
 from tierd.store.file import FileStore
+from tierd.systemd import Notifier
 from tierd.view import GuestStatus, Progress, RequestRefused, State
 
 HUNG_S = 0.25  # a fault in service for longer: another thread takes over
 HUNG_TOLD_S = 2.0  # and for longer than this: an operator is told
+LOST_TOLD_MAX = 32  # addresses in one line of the log
+THREADS_MAX = 3  # of Python, a guest at once: a store that hangs holds the threads of its guests, not those of others
 RESTORE_STEP_PAGES = (16 << 20) // PAGE_BYTES
 BACK_OFF_S_MAX = 300.0
-STORED = STATES.index("stored")
+STORED, LOST = STATES.index("stored"), STATES.index("lost")
 CAPACITY_UNLIMITED_PAGES = 1 << 62
 
 
@@ -51,6 +55,7 @@ class Host:
     guests_dir: Path
     boot_id: str
     holders: HolderScan
+    notifier: Notifier
     store_trouble: dict[str, str] = field(default_factory=dict)  # guest's key -> why the store did not take its pages
 
 
@@ -68,13 +73,21 @@ class Guest:
     """A guest that tierd serves. All methods belong to the trio thread."""
 
     def __init__(
-        self, spec: GuestSpec, policy: Policy, host: Host, state_path: Path | None = None, paused: bool = False
+        self,
+        spec: GuestSpec,
+        policy: Policy,
+        host: Host,
+        state_path: Path | None = None,
+        paused: bool = False,
+        resumed: Future[Served] | None = None,
+        kept_uffd: int | None = None,
     ) -> None:
-        """`state_path`: adopt what a predecessor left there, instead of attaching."""
+        """`state_path`: adopt what a predecessor left there, instead of attaching. `resumed`: that is under way.
+        `kept_uffd`: the service manager kept the guest's userfaultfd; it stays the caller's."""
         self.spec, self.policy = spec, policy
         self.key = key_of(spec)
         self._host = host
-        self._state_path = state_path
+        self._state_path, self._resumed, self._kept_uffd = state_path, resumed, kept_uffd
         self._log = structlog.get_logger().bind(guest=spec.name, pid=spec.pid)
         self._state: State = "attaching"
         self._reason = ""
@@ -82,6 +95,10 @@ class Guest:
         self._trouble: str | None = None
         self._failures = 0
         self._store_hangs = False
+        self._lost_told = 0
+        self._uffd_kept = kept_uffd is not None
+        self._fragile = self._fragile_told = False
+        self._threads = trio.CapacityLimiter(THREADS_MAX)
         self._not_before = -1e9
         self._cycles = 0
         self._worker = trio.Lock()
@@ -117,13 +134,14 @@ class Guest:
         """Refused, StoreError, StateError or OSError: the guest is not served, and nothing of us is in its VMM. Cancelled:
         like KEPT. Returns when the guest is gone or left."""
         try:
-            served = self._served = await trio.to_thread.run_sync(self._begin)
+            served = self._served = await self._in_worker(self._begin)
         except BaseException as error:
             self.refuse(str(error))
             raise
         finally:
             self.begun.set()
         self._state = "paused" if self._paused else "active"
+        self._apply_reads(served)
         self._log.info(
             "guest_adopted" if served.adoption else "guest_attached",
             engine=self._host.engine.name,
@@ -138,7 +156,7 @@ class Guest:
                 async with self._worker:
                     self._served = None
                     try:
-                        await trio.to_thread.run_sync(self._end, served)
+                        await self._in_worker(self._end, served)
                     except Exception as error:
                         self._end_failure = error
                         raise
@@ -157,17 +175,16 @@ class Guest:
             read_deadline_s=policy.read_deadline_s,
             hold_lost=policy.on_lost == "hold",
         )
+        if self._resumed is not None:
+            return self._resumed.result()
         swappable = swap_can_receive(self.spec.pid)
         if self._state_path is not None:
             return adopt(
                 self._state_path,
                 engine=host.engine,
-                store=host.store,
-                tuning=tuning,
                 swap_can_receive=swappable,
-                capacity_pages=self._capacity_pages(0),
                 boot_id=host.boot_id,
-                pause=time.sleep,
+                kept_uffd=self._kept_uffd,
             )
         preflight(self.spec, policy, host.holders)
         return attach(
@@ -189,6 +206,7 @@ class Guest:
             "stored_pages": adoption.stored_pages,
             "corrected_pages": adoption.corrected_pages,
             "lost_pages": adoption.lost_pages,
+            "quarantined_pages": adoption.quarantined_pages,
             "adoption_us": adoption.ns // 1000,
         }
 
@@ -206,12 +224,19 @@ class Guest:
     def _end(self, served: Served) -> None:
         """Teardown, backwards. Worker thread. KEPT leaves the state file and the store for the next tierd."""
         with served:
-            if self._ending is Ending.DETACHED:
-                served.leave()
-        if self._ending in (Ending.DETACHED, Ending.EXITED):
+            if self._ending is Ending.DETACHED and not served.leave():
+                self._log.warning(
+                    "descriptor_left_behind",
+                    descriptor=served.uffd_in_vmm,
+                    action="none: the VMM could not be entered to close it, and nothing is registered with it",
+                )
+        if self._ending is Ending.EXITED:
             served.forget()
+        if self._uffd_kept and self._ending is not Ending.KEPT:
+            with contextlib.suppress(OSError):  # a manager that does not listen keeps a descriptor of no use
+                self._host.notifier.remove_fds(self.key)
         self._host.store_trouble.pop(self.key, None)
-        self._host.store_trouble.pop(f"{self.key} read", None)
+        self._host.store_trouble.pop(f"{self.key} hangs", None)
 
     async def _watch_exit(self, served: Served) -> None:
         await trio.lowlevel.wait_readable(served.pidfd)
@@ -238,13 +263,15 @@ class Guest:
             return
         evicted = 0
         try:
-            await _in_worker(self._recheck)
-            await _in_worker(cycle.scan_and_deactivate, served.native, self.phases, trio.from_thread.check_cancelled)
-            decision = policies.decide(self.policy, await _in_worker(self._sample, served))
+            await self._in_worker(self._recheck)
+            await self._in_worker(
+                cycle.scan_and_deactivate, served.native, self.phases, trio.from_thread.check_cancelled
+            )
+            decision = policies.decide(self.policy, await self._in_worker(self._sample, served))
             self._reason = decision.reason
             if decision.evict_bytes_max and not self._paused and trio.current_time() >= self._not_before:
                 evicted = await self._evict(served, decision.min_idle_s, decision.evict_bytes_max)
-            await _in_worker(cycle.discard_fetched, served.native, self.phases, trio.from_thread.check_cancelled)
+            await self._in_worker(cycle.discard_fetched, served.native, self.phases, trio.from_thread.check_cancelled)
         except Refused as refused:
             await self._give_up(served, refused)
         except (OSError, StoreError) as error:
@@ -259,11 +286,48 @@ class Guest:
         recheck(self.spec, self.policy, self._host.holders)
         if self._served is not None:
             self._served.adapt(swap_can_receive(self.spec.pid))
+            if not self._served.vmm_holds_uffd():
+                self._secure(self._served)
+
+    def _secure(self, served: Served) -> None:
+        """The VMM closed its copy of the userfaultfd: ours is the last, and with us every stored page would turn into zeros.
+        Worker."""
+        self._fragile = True
+        if self._uffd_kept:
+            return
+        try:
+            served.give_uffd_back()
+        except OSError as error:
+            trouble = str(error)
+        else:
+            self._fragile = False
+            self._log.warning("userfaultfd_put_back", descriptor=served.uffd_in_vmm, why="the VMM had closed its copy")
+            return
+        if self._host.notifier.keeps_fds:
+            self._host.notifier.store_fds(self.key, [served.uffd])
+            self._uffd_kept = True
+            self._log.warning("userfaultfd_kept", by="the service manager", why=f"the VMM closed its copy; {trouble}")
+        elif not self.policy.allow_fragile:
+            raise Refused(
+                "fragile",
+                "the VMM closed its copy of the userfaultfd: if tierd died now, stored pages would read as zeros",
+                f"pid {self.pid}: descriptor {served.uffd_in_vmm}; {trouble}",
+                "run tierd as a systemd service with FileDescriptorStoreMax=, or set allow_fragile: true",
+            )
+        elif not self._fragile_told:
+            self._fragile_told = True
+            self._log.error(
+                "guest_is_fragile", why="the VMM closed its copy of the userfaultfd", action="do not stop tierd"
+            )
+
+    def ends_with_us(self, restart: bool) -> bool:
+        """Whether stored pages would turn into zeros if we ended now: ours is the last copy of the userfaultfd, or the service
+        manager's is, which it drops when we do not start again at once."""
+        return self._fragile and not (restart and self._uffd_kept)
 
     def _sample(self, served: Served) -> policies.Sample:
         stored = served.space.used_bytes()
         served.native.set_limits(self.policy.readahead_pages, self._capacity_pages(stored))
-        served.native.set_reads(self.policy.read_deadline_s, self.policy.on_lost == "hold")
         return policies.Sample(
             resident_bytes=served.resident_bytes(),
             stored_bytes=stored,
@@ -288,7 +352,7 @@ class Guest:
                 bytes_per_s=self.policy.evict_rate_max,
             )
 
-        evicted: int = await _in_worker(work)
+        evicted: int = await self._in_worker(work)
         if evicted:
             self._log.debug("evicted", bytes=evicted, min_idle_s=min_idle_s)
         return evicted
@@ -339,21 +403,39 @@ class Guest:
             overdue or health.hung_threads == health.fault_threads
         ):
             self._take_over(native)
-        hangs = max(health.oldest_busy_ns, health.overdue_ns) > HUNG_TOLD_S * 1e9
+        if health.pages_lost > self._lost_told:
+            self._tell_lost(native, health.pages_lost)
+        hangs = max(health.oldest_busy_ns, health.overdue_ns, health.worker_io_ns) > HUNG_TOLD_S * 1e9
         if hangs and not self._store_hangs:
-            trouble = f"faults of guest {self.name} have waited for a read of the store for more than {HUNG_TOLD_S:g} s"
-            self._host.store_trouble[f"{self.key} read"] = trouble
+            call = "read" if health.worker_io_ns <= HUNG_TOLD_S * 1e9 else "call"
+            trouble = f"guest {self.name} has waited for a {call} of the store for more than {HUNG_TOLD_S:g} s"
+            self._host.store_trouble[f"{self.key} hangs"] = trouble
             self._log.error(
                 "store_hangs",
-                threads=health.fault_threads,
-                hung=health.hung_threads,
+                fault_threads=health.fault_threads,
+                hung_threads=health.hung_threads,
                 waiting_pages=health.parked_pages,
+                eviction_hangs=health.worker_io_ns > HUNG_TOLD_S * 1e9,
                 action="see to the store; faults that do not need it are served",
             )
         elif self._store_hangs and not hangs:
-            self._host.store_trouble.pop(f"{self.key} read", None)
-            self._log.info("store_answers_again", threads=health.fault_threads)
+            self._host.store_trouble.pop(f"{self.key} hangs", None)
+            self._log.info("store_answers_again", fault_threads=health.fault_threads)
         self._store_hangs = hangs
+
+    def _tell_lost(self, native: NativeGuest, pages_lost: int) -> None:
+        addresses = native.lost_addresses(LOST_TOLD_MAX)
+        self._log.error(
+            "pages_lost",
+            new_pages=pages_lost - self._lost_told,
+            addresses=[f"{address:#x}" for address in addresses],
+            more=len(addresses) == LOST_TOLD_MAX,
+            guest_sees="a memory error at these addresses of the VMM"
+            if self.policy.on_lost == "poison"
+            else "its threads that touch these addresses of the VMM stay blocked",
+            action="repair the store, then `tierd retry`",
+        )
+        self._lost_told = pages_lost
 
     def _take_over(self, native: NativeGuest) -> None:
         try:
@@ -373,9 +455,14 @@ class Guest:
         return self._served
 
     def set_policy(self, policy: Policy) -> None:
-        """From the next cycle on."""
+        """From the next cycle on; what concerns faults, at once."""
         self.policy = policy
+        if self._served is not None:
+            self._apply_reads(self._served)
         self._wake.set()
+
+    def _apply_reads(self, served: Served) -> None:
+        served.native.set_reads(self.policy.read_deadline_s, self.policy.on_lost == "hold")
 
     async def pause(self) -> None:
         self._paused, self._state = True, "paused" if self._state == "active" else self._state
@@ -398,8 +485,10 @@ class Guest:
             )
         floor = policies.clamp_min_idle(self.policy, min_idle_s)
         async with self._worker:
-            await _in_worker(self._recheck)
-            await _in_worker(cycle.scan_and_deactivate, served.native, self.phases, trio.from_thread.check_cancelled)
+            await self._in_worker(self._recheck)
+            await self._in_worker(
+                cycle.scan_and_deactivate, served.native, self.phases, trio.from_thread.check_cancelled
+            )
             wanted = sum(n for edge, n in self._idle(served) if edge >= floor)
             total = min(wanted, max_bytes) if max_bytes is not None else wanted
             evicted = await self._evict(served, floor, total)
@@ -423,7 +512,7 @@ class Guest:
         """After a repair of the store: read lost pages again. (recovered, still lost) bytes."""
         served = self._must_serve()
         async with self._worker:
-            recovered, still_lost = await _in_worker(served.native.retry)
+            recovered, still_lost = await self._in_worker(served.native.retry)
         self._log.info("lost_pages_retried", recovered_pages=recovered, lost_pages=still_lost)
         return recovered * PAGE_BYTES, still_lost * PAGE_BYTES
 
@@ -435,6 +524,7 @@ class Guest:
         async with self._worker:
             try:
                 await self._restore_all(served, progress)
+                self._must_not_be_lost(served)
             except BaseException:
                 self._state = before
                 raise
@@ -446,6 +536,15 @@ class Guest:
                 f"every page of guest {self.name} is back, but its VMM could not be left ({self._end_failure})",
                 "if the VMM is stopped or frozen, let it run, and try again; tierd goes on serving it",
             ) from self._end_failure
+
+    def _must_not_be_lost(self, served: Served) -> None:
+        """Left, a page that could not be read would turn from a memory error into zeros."""
+        lost = served.native.counters()["state_pages"][LOST]
+        if lost:
+            raise RequestRefused(
+                f"{lost} pages of guest {self.name} are lost: without tierd they would read as zeros",
+                "repair the store and `tierd retry` it, or end the VM",
+            )
 
     def refuse(self, reason: str) -> None:
         """Not served, for a reason that an operator can see in `tierd status`."""
@@ -464,7 +563,7 @@ class Guest:
         while stored_pages:
             page = 0
             while page < served.native.pages:
-                page, restored = await _in_worker(served.native.restore, page, RESTORE_STEP_PAGES)
+                page, restored = await self._in_worker(served.native.restore, page, RESTORE_STEP_PAGES)
                 done += restored * PAGE_BYTES
                 progress(min(done, total), total)
             before, stored_pages = stored_pages, served.native.counters()["state_pages"][STORED]
@@ -483,6 +582,10 @@ class Guest:
                 "memory that the host has left",
                 "free memory on the host, or stop tierd with on_stop: keep and start it again",
             )
+
+    async def _in_worker(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run in a thread; a cancellation waits for it (each call covers a bounded stretch, unless the store hangs)."""
+        return await trio.to_thread.run_sync(function, *args, limiter=self._threads)
 
     # --- what others see --------------------------------------------------------------------------------------------------
 
@@ -518,11 +621,6 @@ class Guest:
             phase_s=dict(self.phases.seconds),
             cycles=self._cycles,
         )
-
-
-async def _in_worker(function: Callable[..., Any], *args: Any) -> Any:
-    """Run in a thread; a cancellation waits for it (bounded: each call covers a bounded stretch)."""
-    return await trio.to_thread.run_sync(function, *args)
 
 
 def _memory_available_bytes() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 import time
@@ -17,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierd.attach import GuestSpec, Region
-from tierd.attach.procfs import open_memfd, start_ticks
-from tierd.attach.ptrace import close_in_vmm, pick_thread, pidfd_getfd, take_userfaultfd
+from tierd.attach.procfs import cmdline_of, filtered, open_memfd, start_ticks
+from tierd.attach.ptrace import close_in_vmm, pick_thread, pidfd_getfd, put_into_vmm, take_userfaultfd
 from tierd.engine import Engine
 from tierd.native import (
     STATES,
@@ -26,19 +27,22 @@ from tierd.native import (
     Identity,
     KernelError,
     NativeGuest,
+    Serving,
     TableRegion,
     Tier,
     Zap,
+    table_away,
     table_create,
     table_lock,
     table_read,
 )
-from tierd.store.file import FileSpace, FileStore, file_system_of
+from tierd.store.file import FileSpace, FileStore, file_system_of, open_ours, reopen
 
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 SUFFIX = ".state"
 EPOCH_S_MAX, EPOCH_S_MIN = 8.0, 0.05
 LEAVE_S_MAX = 10.0
+UFFD_LINK = "anon_inode:[userfaultfd]"
 
 
 class StateError(Exception):
@@ -102,13 +106,37 @@ class Served:
             self.native.set_zap(zap, pick_thread(self.spec.pid) if zap is Zap.INJECT else 0)
             self.zap = zap
 
-    def leave(self) -> None:
-        """Give the guest back to its VMM: unregister, close the VMM's userfaultfd. KernelError EBUSY while a page is
-        stored: restore first. Blocks for as long as faults are in service, at most LEAVE_S_MAX."""
+    def vmm_holds_uffd(self) -> bool:
+        """Whether the VMM's own copy of the userfaultfd is still open. Without it our death is the end of the context, and
+        then evicted pages read as zeros."""
+        return _is_userfaultfd(self.spec.pid, self.uffd_in_vmm)
+
+    def give_uffd_back(self) -> None:
+        """Put a copy into the VMM again. OSError: it cannot be entered now. Worker."""
+        if filtered(self.spec.pid, self.spec.cmdline):
+            raise PermissionError(
+                errno.EPERM, f"process {self.spec.pid} has a seccomp filter that may kill it for our call"
+            )
+        self.uffd_in_vmm = put_into_vmm(self.spec.pid, self.pidfd, self.uffd)
+        self.native.set_uffd_in_vmm(self.uffd_in_vmm)
+
+    def leave(self) -> bool:
+        """Give the guest back to its VMM: unregister, remove what we kept of it, close the VMM's userfaultfd. KernelError
+        EBUSY while a page is not with the guest: restore first. Blocks while faults are in service, at most LEAVE_S_MAX.
+
+        A death before the state file is gone: a successor finds every page with the guest and serves it on. After that, or
+        when the VMM cannot be entered (False), a userfaultfd stays open in it that nothing is registered with.
+        """
         self._disarm()
-        self.state_path.unlink(missing_ok=True)  # before its userfaultfd goes, without which nobody could adopt it
+        self.forget()
         self.native.stop()
-        close_in_vmm(self.spec.pid, self.uffd_in_vmm)
+        try:
+            if filtered(self.spec.pid, self.spec.cmdline):
+                return False
+            close_in_vmm(self.spec.pid, self.uffd_in_vmm)
+        except OSError:
+            return False
+        return True
 
     def _disarm(self) -> None:
         """A guest goes on faulting: a page that a fault thread owns just now is busy, too, but only for a moment. Nothing
@@ -124,17 +152,55 @@ class Served:
                 time.sleep(0.001)
 
     def forget(self) -> None:
-        """Remove the state file and the stored pages. Only for a guest that is gone or was left."""
+        """Remove the state file and the stored pages. Only for a guest that is gone or needs none of them."""
         self.state_path.unlink(missing_ok=True)
         self.space.delete()
 
 
+class AlreadyRunning(Exception):
+    """Another tierd works on this runtime directory."""
+
+
+def lock_runtime_dir(path: Path) -> int:
+    """One daemon a runtime directory. Returns the locked descriptor; AlreadyRunning names the holder."""
+    lock = path / "tierd.lock"
+    try:
+        if not os.path.lexists(lock):
+            os.close(os.open(lock, os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        fd = open_ours(lock, os.O_RDWR)
+    except OSError as error:
+        raise StateError(f"{lock} cannot be used: {error.strerror}; move it away, or set runtime_dir") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise AlreadyRunning(
+            f"another tierd (process {holder}) works on {path}; stop it, or give this one its own runtime_dir"
+        ) from None
+    with contextlib.suppress(OSError):  # a full file system must not keep us from the guests: it is only for people
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
 def prepare_runtime_dir(path: Path) -> Path:
     """Make `path` and its guests/ usable: ours, 0700, on tmpfs. StateError says what to do."""
-    path.mkdir(mode=0o755, parents=True, exist_ok=True)
     guests = path / "guests"
-    guests.mkdir(mode=0o700, exist_ok=True)
-    info = guests.lstat()
+    try:
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        above = path.stat()
+        if above.st_uid != os.geteuid() or above.st_mode & 0o022:
+            raise StateError(
+                f"{path} must be a directory of user {os.geteuid()} that nobody else may write to: who can, could put other "
+                "page tables there; chown and chmod it, or set runtime_dir"
+            )
+        guests.mkdir(mode=0o700, exist_ok=True)
+        info = guests.lstat()
+    except OSError as error:
+        raise StateError(
+            f"{error.filename or guests} cannot be a directory of tierd's: {error.strerror}; make it one, or set runtime_dir"
+        ) from error
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077:
         raise StateError(f"{guests} must be a directory of user {os.geteuid()} with mode 0700; fix or remove it")
     if file_system_of(guests) not in ("tmpfs", "ramfs"):
@@ -162,7 +228,7 @@ def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive
             pagemap_fd=pagemap,
             regions=_table_regions(spec.regions),
             memfds=served.memfds,
-            tier=Tier(space.fd, space.direct, space.drop_cache, capacity_pages),
+            tier=Tier(space.fd, space.direct, space.drop_cache, capacity_pages, space.late),
             zap=served.zap,
             inject_tid=pick_thread(spec.pid) if served.zap is Zap.INJECT else 0,
             use_pagemap=engine.use_pagemap,
@@ -217,9 +283,7 @@ def attach(
         served.uffd, served.uffd_in_vmm = served._own(taken.uffd), taken.uffd_in_vmm
         os.close(taken.pidfd)
         on_error.callback(_close_in_vmm_quietly, spec.pid, taken.uffd_in_vmm)
-        served.space = store.open(
-            key_of(spec), sum(r.bytes for r in spec.regions) // PAGE_BYTES, PAGE_BYTES, create=True
-        )
+        served.space = store.create(key_of(spec), sum(r.bytes for r in spec.regions) // PAGE_BYTES, PAGE_BYTES)
         served._undo.callback(served.space.close)
         on_error.callback(served.space.delete)
         served.table_fd = _create_state(served, tuning)
@@ -240,8 +304,15 @@ def _close_in_vmm_quietly(pid: int, fd: int) -> None:
 def _create_state(served: Served, tuning: Tuning) -> int:
     spec, path = served.spec, served.state_path
     unfinished = path.with_suffix(".new")
-    unfinished.unlink(missing_ok=True)
-    fd = served._own(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    if os.path.lexists(path):  # not ours: pids and start times do not come back
+        raise StateError(f"{path} is in the way of this guest's page table; look at what it is, then move it away")
+    try:
+        unfinished.unlink(missing_ok=True)
+        fd = served._own(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise StateError(
+            f"{unfinished} cannot be made: {error.strerror}; see to the file system of runtime_dir, remove what is in the way"
+        ) from error
     identity = Identity(
         pid=spec.pid,
         start_ticks=spec.start_ticks,
@@ -254,7 +325,13 @@ def _create_state(served: Served, tuning: Tuning) -> int:
     try:
         if not table_lock(fd):
             raise StateError(f"{unfinished} is locked by another process, though it was made just now")
-        table_create(fd, identity, _table_regions(spec.regions))
+        try:
+            table_create(fd, identity, _table_regions(spec.regions))
+        except KernelError as error:
+            raise StateError(
+                f"the page table of {spec.name} does not fit: {error}; give the file system of {path.parent} more space "
+                "(0.2 % of guest memory)"
+            ) from error
         os.rename(unfinished, path)  # complete, or not there at all
     except BaseException:
         unfinished.unlink(missing_ok=True)
@@ -262,8 +339,35 @@ def _create_state(served: Served, tuning: Tuning) -> int:
     return fd
 
 
+def open_state(path: Path, flags: int) -> int:
+    """StateError: what has this name is no state file of ours. It was not touched, and not even opened."""
+    try:
+        return open_ours(path, flags)
+    except OSError as error:
+        raise StateError(f"{path} cannot be used: {error.strerror}; nothing was touched, move it away") from error
+
+
+def check_name(path: Path, identity: Identity) -> None:
+    """A copy of a state file under another name would be a second page table of the same memory, with a lock of its own."""
+    if path.name != f"{identity.pid}-{identity.start_ticks}{SUFFIX}":
+        raise StateError(
+            f"{path} is the page table of {identity.pid}-{identity.start_ticks}, a copy perhaps; nothing was touched, move "
+            "it away"
+        )
+
+
 class Stale(Exception):
-    """A state file of a VMM (or a boot) that is gone: it can be removed."""
+    """A state file that nobody needs: its VMM (or the boot) is gone, or nothing of the guest is left in our hands."""
+
+    def __init__(self, text: str, state_path: Path, store_path: str) -> None:
+        super().__init__(text)
+        self._state_path, self._store_path = state_path, Path(store_path)
+
+    def sweep(self) -> None:
+        """Remove the state file and the stored pages that belong to it."""
+        self._state_path.unlink(missing_ok=True)
+        if self._state_path.stem in self._store_path.name:
+            self._store_path.unlink(missing_ok=True)
 
 
 def wait_for_lock(fd: int, path: Path, pause: Callable[[float], None], wait_s_max: float = 60.0) -> None:
@@ -288,49 +392,81 @@ def _lock_holder(path: Path) -> str:
     return "a process that /proc/locks does not name"
 
 
-def adopt(
-    state_path: Path,
-    *,
-    engine: Engine,
-    store: FileStore,
-    tuning: Tuning,
-    swap_can_receive: bool,
-    capacity_pages: int,
-    boot_id: str,
-    pause: Callable[[float], None],
-) -> Served:
-    """Go on with what a predecessor left. Stale: the VMM is gone. StateError: not touched, an operator must look."""
-    fd = os.open(state_path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+@dataclass(frozen=True)
+class Left:
+    """What a state file says about a guest that a predecessor left."""
+
+    spec: GuestSpec
+    identity: Identity
+    serving: Serving
+
+
+def read_state(path: Path, boot_id: str) -> Left:
+    """Changes nothing. Stale: the VMM is gone. StateError: broken, or of a newer tierd. Blocks for a moment."""
+    fd = open_state(path, os.O_RDONLY)
     try:
-        identity, regions = table_read(fd)
-        if identity.boot_id != boot_id or start_ticks(identity.pid) != identity.start_ticks:
-            raise Stale(f"{state_path}: its VMM, process {identity.pid} ({identity.name}), is gone")
-        wait_for_lock(fd, state_path, pause)
+        return _read_state(fd, path, boot_id)
+    finally:
+        os.close(fd)
+
+
+def _read_state(fd: int, path: Path, boot_id: str) -> Left:
+    try:
+        identity, regions, serving = table_read(fd)
+        check_name(path, identity)
     except KernelError as error:
-        os.close(fd)
-        if error.errno == errno.EPROTONOSUPPORT:
-            raise StateError(
-                f"{state_path} was written by a newer tierd; start that one, this one touches nothing"
-            ) from error
-        raise StateError(f"{state_path} is broken ({error}); nothing was touched") from error
-    except BaseException:
-        os.close(fd)
-        raise
+        newer = error.errno == errno.EPROTONOSUPPORT
+        why = "was written by a newer tierd: start that one" if newer else f"is broken ({error})"
+        raise StateError(f"{path} {why}; nothing was touched") from error
+    if identity.boot_id != boot_id or start_ticks(identity.pid) != identity.start_ticks:
+        text = f"{path}: its VMM, process {identity.pid} ({identity.name}), is gone"
+        raise Stale(text, path, identity.store_path)
     spec = GuestSpec(
         name=identity.name,
         pid=identity.pid,
         start_ticks=identity.start_ticks,
         boot_id=boot_id,
-        cmdline=(),
+        cmdline=cmdline_of(identity.pid),
         regions=tuple(Region(r.address, r.bytes, r.offset, r.device, r.inode) for r in regions),
     )
+    return Left(spec, identity, serving)
+
+
+def adopt(
+    state_path: Path,
+    *,
+    engine: Engine,
+    swap_can_receive: bool,
+    boot_id: str,
+    capacity_pages: int = 0,
+    kept_uffd: int | None = None,
+    lock_s_max: float = 60.0,
+    pause: Callable[[float], None] = time.sleep,
+) -> Served:
+    """Go on with what a predecessor left, as it did: what the configuration says now comes later. Stale: nobody needs the
+    file. StateError, StoreError, OSError: not touched, an operator must look.
+
+    `kept_uffd`: a userfaultfd of this guest that the service manager kept, used (duplicated) where the VMM has none.
+    `capacity_pages`: what may be stored before set_limits says otherwise. `lock_s_max`: how long the predecessor's last
+    thread is waited for.
+    """
+    fd = open_state(state_path, os.O_RDWR)
+    try:
+        left = _read_state(fd, state_path, boot_id)
+        wait_for_lock(fd, state_path, pause, lock_s_max)
+    except BaseException:
+        os.close(fd)
+        raise
+    spec, serving = left.spec, left.serving
+    tuning = Tuning(0.0, serving.readahead_pages, read_deadline_s=serving.read_deadline_s, hold_lost=serving.hold_lost)
     served = Served(spec, state_path, engine)
     served.table_fd = served._own(fd)
     with _undone_on_error(served):
         _take_descriptors(served)
-        served.uffd_in_vmm = identity.uffd_in_vmm
-        served.uffd = served._own(_userfaultfd_again(served.pidfd, identity))
-        served.space = store.open(key_of(spec), sum(r.bytes for r in regions) // PAGE_BYTES, PAGE_BYTES, create=False)
+        served.uffd_in_vmm = left.identity.uffd_in_vmm if serving.uffd_in_vmm is None else serving.uffd_in_vmm
+        served.uffd = served._own(_userfaultfd_again(served, left.identity, kept_uffd))
+        pages = sum(r.bytes for r in spec.regions) // PAGE_BYTES
+        served.space = reopen(Path(left.identity.store_path), pages, PAGE_BYTES, direct=serving.store_direct)
         served._undo.callback(served.space.close)
         _open_guest(served, engine, tuning, swap_can_receive, capacity_pages)
         served.adoption = served.native.adopt()
@@ -338,11 +474,23 @@ def adopt(
     return served
 
 
-def _userfaultfd_again(pidfd: int, identity: Identity) -> int:
-    link = os.readlink(f"/proc/{identity.pid}/fd/{identity.uffd_in_vmm}")
-    if link != "anon_inode:[userfaultfd]":
-        raise StateError(
-            f"descriptor {identity.uffd_in_vmm} of process {identity.pid} ({identity.name}) is {link}, not the userfaultfd "
-            "that tierd made there: its evicted pages cannot be served; do not stop tierd's store, restart the guest"
-        )
-    return pidfd_getfd(pidfd, identity.uffd_in_vmm)
+def _is_userfaultfd(pid: int, fd: int) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{fd}") == UFFD_LINK
+    except FileNotFoundError:
+        return False
+
+
+def _userfaultfd_again(served: Served, identity: Identity, kept_uffd: int | None) -> int:
+    if _is_userfaultfd(identity.pid, served.uffd_in_vmm):
+        return pidfd_getfd(served.pidfd, served.uffd_in_vmm)
+    if kept_uffd is not None:
+        return fcntl.fcntl(kept_uffd, fcntl.F_DUPFD_CLOEXEC, 0)
+    away = table_away(served.table_fd)
+    if not away:
+        text = f"{served.state_path}: {identity.name} was left, every page is with it"
+        raise Stale(text, served.state_path, identity.store_path)
+    raise StateError(
+        f"the userfaultfd that tierd made in process {identity.pid} ({identity.name}) as descriptor {served.uffd_in_vmm} is "
+        f"closed: {away} pages that are stored read as zeros there now; restart that VM"
+    )

@@ -29,10 +29,10 @@ from rich.table import Table
 
 from tests.kernel.vmm import MIB, PAGE, wait_for
 from tierd import cycle
-from tierd.attach.procfs import read_spec
+from tierd.attach.procfs import boot_id, read_spec
 from tierd.engine import choose
 from tierd.native import KernelError
-from tierd.serve import PAGE_BYTES, Served, Tuning, attach, prepare_runtime_dir
+from tierd.serve import PAGE_BYTES, Served, Tuning, adopt, attach, prepare_runtime_dir
 from tierd.store.file import FileStore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -391,8 +391,60 @@ def row_g(bench: Bench) -> None:
         )
 
 
+def row_h(bench: Bench) -> None:
+    """From the SIGKILL of the real daemon to the first fault that its successor serves; systemd's RestartSec= comes on top."""
+    from tests.daemon.process import Daemon
+
+    took = []
+    with bench.load(64 * MIB, -1) as load, Daemon(bench.shm / "h", bench.disk / "h") as daemon:
+        load.ask("fill")
+        everything = {"min_idle_s": 0.2, "unsafe_min_idle": True, "interval_s": 0.1}
+        daemon.write(guests=[{"pid": load.process.pid, **everything}])
+        daemon.start()
+        daemon.tierd("attach", str(load.process.pid))
+        for i in range(bench.pairs):
+            bench.tell(f"h: kill {i + 1} of {bench.pairs}")
+            wait_for(lambda: daemon.guests() and _stored_bytes(daemon) > 60 * MIB, "the guest is evicted")
+            assert daemon.process is not None
+            daemon.process.kill()
+            began = time.monotonic()
+            thread = threading.Thread(target=load.ask, args=("random", i + 1))  # the last of them is stored
+            thread.start()
+            daemon.process.wait()
+            daemon.spawn()
+            thread.join()
+            took.append(time.monotonic() - began)
+            daemon.wait_told("READY=1")
+    bench.add("h kill -9 to the first fault served", "ms", 1000 * median(took), 300, 1.0)
+
+
+def _stored_bytes(daemon: Any) -> int:
+    (guest,) = daemon.guests().values()
+    return sum(guest["stored_bytes"].values())
+
+
+def row_i(bench: Bench) -> None:
+    """Every fourth page was used; of these every other one is stored, so that all must be asked of the kernel by itself."""
+    size, took = (1 if bench.quick else 16) * 1024 * MIB, []
+    with bench.load(size, -1) as load:
+        bench.tell(f"i: a guest of {size >> 30} GiB")
+        load.ask("stride", 4)
+        with bench.served(load, direct="on") as served:
+            evict_all(served)
+            load.ask("stride", 8)
+            path, engine = served.state_path, choose()
+        for _ in range(3):
+            began = time.monotonic()
+            served = adopt(path, engine=engine, swap_can_receive=False, boot_id=boot_id())
+            took.append((time.monotonic() - began) * (16 * 1024 * MIB / size))
+            stored = served.native.counters()["state_pages"][4]
+            assert stored > 0.9 * size / PAGE / 8, f"only {stored} pages are stored"
+            served.close()
+    bench.add("i adoption of 16 GiB", "ms", 1000 * median(took), 1000, 1.0)
+
+
 ROWS: dict[str, Callable[[Bench], None]] = {
-    "a": row_a, "b": row_b, "c": row_c, "d": row_d, "e": row_e, "f": row_f, "g": row_g,
+    "a": row_a, "b": row_b, "c": row_c, "d": row_d, "e": row_e, "f": row_f, "g": row_g, "h": row_h, "i": row_i,
 }  # fmt: skip
 
 
@@ -407,7 +459,7 @@ def show(rows: list[Row], console: Console) -> None:
 
 
 @click.command()
-@click.option("--rows", default="a,b,c,d,e,f,g", show_default=True)
+@click.option("--rows", default="a,b,c,d,e,f,g,h,i", show_default=True)
 @click.option("--quick", is_flag=True, help="Smaller and fewer: for a look, not for a figure.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON instead of a table.")
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "build" / "bench.json")
@@ -420,7 +472,9 @@ def main(rows: str, quick: bool, as_json: bool, output: Path) -> None:
         tempfile.TemporaryDirectory(prefix="tierd-bench-", dir="/var/tmp") as disk,
         console.status("") as status,
     ):
-        (Path(shm) / "f").mkdir()
+        for name in ("f", "h"):
+            (Path(shm) / name).mkdir()
+            (Path(disk) / name).mkdir()
         bench = Bench(Path(directory), Path(shm), Path(disk), quick, status.update)
         for name in rows.split(","):
             ROWS[name](bench)

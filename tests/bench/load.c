@@ -4,7 +4,8 @@
  *
  *   load BYTES CPU      one memfd of that size; the thread that touches is pinned to CPU (-1: nowhere)
  *
- * Commands on stdin, one answer a line: fill | random COUNT -> p50 p99 | walk COUNT -> ns | touch -> ns | fresh COUNT -> ns
+ * Commands on stdin, one answer a line: fill | random COUNT -> p50 p99 | walk COUNT -> ns | touch -> ns | fresh COUNT -> ns |
+ * stride PAGES -> ns
  */
 #include "load.h"
 
@@ -38,6 +39,9 @@ int main(int argc, char **argv)
 			touch_randomly(memory, bytes / page_bytes, page_bytes, count, &p50, &p99);
 		else if (!strcmp(name, "walk") || !strcmp(name, "touch"))
 			for (uint64_t i = 0; i < (count ? count : bytes / page_bytes); i++)
+				(void)*(volatile uint64_t *)(memory + i * page_bytes);
+		else if (!strcmp(name, "stride"))
+			for (uint64_t i = 0; i < bytes / page_bytes; i += count)
 				(void)*(volatile uint64_t *)(memory + i * page_bytes);
 		else if (!strcmp(name, "fresh"))
 			for (uint64_t i = 0; i < count; i++)

@@ -24,6 +24,19 @@ POLICY = {"min_idle_s": 0.2, "unsafe_min_idle": True, "interval_s": 0.1, "idle_i
 Boot = Callable[..., Vmm]
 
 
+def guests_at(path: Path) -> dict[str, dict[str, Any]]:
+    """By name, of the tierd whose API is there."""
+    # not the CLI's client, which takes 20 times the CPU: this is called until something has happened
+    connection = http.client.HTTPConnection("tierd")
+    with contextlib.closing(connection):
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(20)
+        connection.sock.connect(str(path))
+        connection.request("GET", "/guests")
+        guests = json.load(connection.getresponse())["guests"]
+    return {guest["name"]: guest for guest in guests}
+
+
 class Daemon:
     """`with` ends it (by its pid), however the test went."""
 
@@ -53,13 +66,16 @@ class Daemon:
         self.config.write_text(yaml.safe_dump(usual | settings))
 
     def start(self, through: Sequence[str] = ()) -> None:
-        """`through`: a command that executes the one it is given."""
+        """Returns when it is ready. `through`: a command that executes the one it is given."""
+        self.spawn(through)
+        self.wait_told("READY=1")
+
+    def spawn(self, through: Sequence[str] = ()) -> None:
         environment = {**os.environ, "NOTIFY_SOCKET": str(self.notify_path), "WATCHDOG_USEC": "400000"}
         daemon = [sys.executable, "-m", "tierd", "run", "--config", str(self.config)]
         command = ["setpriv", "--pdeathsig", "KILL", *through, *daemon]  # it ends with us, however we end
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-        self.wait_told("READY=1")
 
     def wait_told(self, wanted: str) -> str:
         """The next notification with `wanted` in it."""
@@ -77,15 +93,7 @@ class Daemon:
 
     def guests(self) -> dict[str, dict[str, Any]]:
         """By name, without what ends all of them."""
-        # not the CLI's client, which takes 20 times the CPU: this is called until something has happened
-        connection = http.client.HTTPConnection("tierd")
-        with contextlib.closing(connection):
-            connection.sock = socket.socket(socket.AF_UNIX)
-            connection.sock.settimeout(20)
-            connection.sock.connect(str(self.socket))
-            connection.request("GET", "/guests")
-            guests = json.load(connection.getresponse())["guests"]
-        return {guest["name"].removesuffix(OURS): guest for guest in guests}
+        return {name.removesuffix(OURS): guest for name, guest in guests_at(self.socket).items()}
 
     def stored_bytes(self, name: str) -> int:
         guest = self.guests().get(name)

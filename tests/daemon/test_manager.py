@@ -14,7 +14,7 @@ import pytest
 
 from tests.daemon.process import Boot, Daemon, evicted
 from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
-from tests.kernel.vmm import wait_for
+from tests.kernel.vmm import userfaultfds, wait_for
 
 
 @pytest.fixture
@@ -60,6 +60,29 @@ def test_a_life_as_the_manager_sees_it(daemon: Daemon, boot: Boot) -> None:
     assert "STATUS=engine stock: 1 guests served, 0 not" in ready
     assert "STATUS=on_stop: restore" in stopping
     assert int(extended.partition("=")[2]) > 300e6  # stop_timeout_s, and some time for the rest
+    vmm.verify()
+
+
+@pytest.mark.parametrize("why", ["on_restart", "configuration is wrong", "another runtime_dir"])
+def test_a_restart_that_nobody_could_adopt_after_restores(daemon: Daemon, boot: Boot, disk_dir: Path, why: str) -> None:
+    """RestartKillSignal= of the unit. What the next tierd would be is in the configuration file, which is read again."""
+    vmm = boot("web")
+    daemon.write(on_restart="restore" if why == "on_restart" else "keep", on_stop="keep")
+    daemon.start()
+    evicted(daemon, "web", vmm)
+    if why == "configuration is wrong":
+        daemon.config.write_text("on_stop: kep")
+    elif why == "another runtime_dir":
+        daemon.write(runtime_dir=str(disk_dir / "other"))
+    daemon.signal(signal.SIGUSR1)
+    stopping = daemon.wait_told("STOPPING=1")
+    assert daemon.wait() == 0
+    assert "STATUS=on_restart: " in stopping
+    if why != "on_restart":
+        (told,) = daemon.logged("restart_restores")
+        assert ("did you mean keep?" if why == "configuration is wrong" else f"{disk_dir}/other") in told["why"]
+    assert not list((daemon.runtime_dir / "guests").iterdir())
+    assert not userfaultfds(vmm.pid)
     vmm.verify()
 
 
@@ -116,3 +139,26 @@ def test_another_tierd_leaves_a_guest_to_the_first(
     vmm.verify()
     evicted(daemon, "web", vmm)
     vmm.verify()
+
+
+def test_a_restart_with_another_store_keeps(daemon: Daemon, boot: Boot, disk_dir: Path) -> None:
+    """What is stored stays where it is, as its state file says; what leaves from now on goes to the new store."""
+    vmm, new = boot("web"), disk_dir / "other"
+    daemon.write(on_restart="keep")
+    daemon.start()
+    evicted(daemon, "web", vmm)
+    daemon.write(on_restart="keep", store={"path": str(new)})
+    daemon.signal(signal.SIGUSR1)
+    assert daemon.wait() == 0
+    daemon.start()
+    assert daemon.logged("guest_adopted")
+    vmm.verify()
+    later = boot("later")
+    evicted(daemon, "later", later)
+    assert [path.name.partition("-")[2].partition("-")[0] for path in new.iterdir()] == [str(later.pid)]
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    assert not list(new.iterdir())
+    assert not list(daemon.store_dir.iterdir())
+    vmm.verify()
+    later.verify()

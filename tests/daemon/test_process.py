@@ -63,7 +63,7 @@ def test_sigterm_brings_everything_back(daemon: Daemon, boot: Boot) -> None:
     vmm.verify()
 
 
-@pytest.mark.parametrize("how", ["keep", "kill", "second signal"])
+@pytest.mark.parametrize("how", ["keep", "kill", "second signal", "restart"])
 def test_a_successor_adopts(daemon: Daemon, boot: Boot, how: str) -> None:
     vmm = boot("web", 128 * MIB if how == "second signal" else 16 * MIB)
     daemon.write(on_stop="keep" if how == "keep" else "restore")
@@ -72,7 +72,7 @@ def test_a_successor_adopts(daemon: Daemon, boot: Boot, how: str) -> None:
     if how == "kill":
         daemon.kill()
     else:
-        daemon.signal(signal.SIGTERM)
+        daemon.signal(signal.SIGUSR1 if how == "restart" else signal.SIGTERM)
         if how == "second signal":
             daemon.wait_told("STOPPING=1")
             daemon.signal(signal.SIGTERM)

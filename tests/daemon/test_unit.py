@@ -87,6 +87,7 @@ def test_nothing_newer_than_systemd_252_and_no_start_limit() -> None:
     assert settings("FileDescriptorStorePreserve") == []
     assert settings("StartLimitIntervalSec") == ["0"]
     assert settings("RuntimeDirectoryPreserve") == ["yes"]
+    assert settings("RestartKillSignal") == ["SIGUSR1"]
 
 
 def test_systemd_waits_longer_than_the_daemon() -> None:

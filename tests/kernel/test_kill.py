@@ -16,11 +16,10 @@ import pytest
 
 from tests.kernel.sanitized import SANITIZERS, sanitized_python
 from tests.kernel.torture import torture
-from tests.kernel.vmm import MIB, PAGE, SAFE, ForcedEngine, Host, Options, Vmm, wait_for
+from tests.kernel.vmm import MIB, PAGE, ForcedEngine, Host, Options, Vmm, wait_for
 from tierd.attach.procfs import boot_id
-from tierd.attach.ptrace import close_in_vmm
 from tierd.native import KernelError
-from tierd.serve import StateError, Tuning, adopt, wait_for_lock
+from tierd.serve import StateError, adopt, wait_for_lock
 
 Start = Callable[..., Vmm]
 KILLS = int(os.environ.get("TIERD_KILLS", "0"))
@@ -54,27 +53,6 @@ def test_torture_under_a_sanitizer(vmm_binary: Path, tmp_path: Path, sanitizer: 
     # the sanitizers' own memory would be the first to be short
     check(torture(vmm_binary, kills=1 << 30, seconds=SANITIZED_S, seed=5, guests=2, python=python, memory_limit=0))
     assert not [log.read_text() for log in logs.iterdir()]
-
-
-def test_a_death_while_leaving_leaves_nothing_to_adopt(
-    start_vmm: Start, host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed when the VMM has no userfaultfd of ours any more, but a state file were still there: nobody could adopt it, and
-    nobody would attach to the guest anew."""
-    vmm = start_vmm(f"bytes={4 * MIB}")
-    vmm.ask("fill")
-    with host.attached(vmm) as tiered:
-        tiered.evict_all()
-        tiered.restore_all()
-        with monkeypatch.context() as patch:
-            patch.setattr("tierd.serve.close_in_vmm", lambda pid, fd: (close_in_vmm(pid, fd), 1 / 0))
-            with pytest.raises(ZeroDivisionError):
-                tiered.served.leave()
-        assert not tiered.served.state_path.exists()
-    with host.attached(vmm) as tiered:
-        tiered.evict_all()
-        vmm.verify()
-        tiered.leave()
 
 
 def test_a_page_that_does_not_verify_is_a_memory_error(start_vmm: Start, host: Host) -> None:
@@ -122,7 +100,7 @@ def test_a_state_file_of_a_newer_tierd_is_not_touched(start_vmm: Start, host: Ho
     for offset, value, says in ((8, b"\x63\0\0\0", "newer"), (0, b"garbage!", "broken")):
         path.write_bytes(good[:offset] + value + good[offset + len(value) :])
         before = path.read_bytes()
-        with pytest.raises(StateError, match=f"{says}.*nothing|{says}.*touches nothing"), host.adopted(vmm):
+        with pytest.raises(StateError, match=f"{says}.*nothing was touched"), host.adopted(vmm):
             pass
         assert path.read_bytes() == before
     path.write_bytes(good)
@@ -154,14 +132,10 @@ def test_a_successor_waits_for_the_last_thread_of_its_predecessor(start_vmm: Sta
             with pytest.raises(StateError, match=f"process {holder.pid}"):
                 wait_for_lock(fd, path, lambda _: None, wait_s_max=0.1)
             os.close(fd)
-            options = Options()
             served = adopt(
                 path,
-                engine=ForcedEngine(options),
-                store=host.store(options),
-                tuning=Tuning(SAFE.min_idle_s, 16),
+                engine=ForcedEngine(Options()),
                 swap_can_receive=False,
-                capacity_pages=1 << 40,
                 boot_id=boot_id(),
                 pause=pause,
             )

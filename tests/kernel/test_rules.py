@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -20,6 +19,7 @@ from typing import Literal
 
 import pytest
 
+from tests.kernel.disks import loop_disk
 from tests.kernel.vmm import MIB, PAGE, SAFE, Host, Tiered, Vmm, userfaultfds, vm_flags, wait_for
 from tests.need import need
 from tierd.attach import Refused
@@ -102,25 +102,6 @@ def _large_folios_kb(pid: int) -> int:
 # --- 5: a write that returned is not stored ----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def small_disk(directory: Path, image: Path) -> Iterator[Path]:
-    """An ext4 on a loop device over `image`. What uses it must have ended."""
-    need("root", os.geteuid() == 0, "mounting needs root")
-    for program in ("mkfs.ext4", "losetup"):
-        need("kernel", shutil.which(program) is not None, f"{program} is missing")
-    mount = directory / "disk"
-    mount.mkdir()
-    with contextlib.ExitStack() as undo:
-        subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
-        loop = subprocess.run(["losetup", "--find", "--show", image], capture_output=True, text=True)
-        need("kernel", loop.returncode == 0, f"no loop device: {loop.stderr.strip()}")
-        device = loop.stdout.strip()
-        undo.callback(subprocess.run, ["losetup", "--detach", device], check=True)
-        subprocess.run(["mount", "-o", "errors=continue", device, mount], check=True)
-        undo.callback(subprocess.run, ["umount", mount], check=True)
-        yield mount
-
-
 DIRECT = pytest.mark.parametrize("direct", ["on", "off"])
 
 
@@ -132,7 +113,7 @@ def test_a_file_system_that_is_full_loses_nothing(
     image = disk_dir / "image"
     with image.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, 32 * MIB)
-    with small_disk(disk_dir, image) as mount, Vmm(vmm_binary, f"bytes={48 * MIB}") as vmm:
+    with loop_disk(disk_dir, image) as mount, Vmm(vmm_binary, f"bytes={48 * MIB}") as vmm:
         vmm.ask("fill")
         with Host(tmpfs_dir, mount).attached(vmm, direct=direct) as tiered:
             assert tiered.served.space.direct == (direct == "on")
@@ -168,7 +149,7 @@ def test_a_device_that_lies_is_a_memory_error(
         image = pool / "image"
         with image.open("wb") as file:
             file.truncate(128 * MIB)
-        with small_disk(disk_dir, image) as mount, Vmm(vmm_binary, f"bytes={48 * MIB}") as vmm:
+        with loop_disk(disk_dir, image) as mount, Vmm(vmm_binary, f"bytes={48 * MIB}") as vmm:
             vmm.ask("fill")
             with Host(tmpfs_dir, mount).attached(vmm, direct=direct) as tiered:
                 tiered.scan()

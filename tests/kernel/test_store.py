@@ -51,8 +51,6 @@ def test_while_one_read_is_tried_again_others_are_served(start_vmm: Start, host:
     with host.attached(vmm, direct="off", read_deadline_s=60.0, readahead_pages=1) as tiered:
         tiered.evict_all()
         _destroy(tiered, 700)
-        with start_vmm(f"bytes={4 * MIB}") as _:
-            pass
         vmm.send("verify", 700, 1)
         wait_for(lambda: tiered.counters()["parked_pages"] == 1, "the page is parked")
         tiered.native.restore(0, 512)  # a store that cannot give one page gives the others

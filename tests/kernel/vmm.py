@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from tierd import cycle
 from tierd.attach import GuestSpec
@@ -32,8 +32,9 @@ WNOTHREAD = 0x20000000  # wait(2): only children of the calling thread
 SAFE = Policy(min_idle_s=0.1, unsafe_min_idle=True, interval_s=0.1)
 
 
-def compile_child(output: Path, *sources: str) -> Path:
+def compile_child(output: Path, *sources: str, static: bool = False) -> Path:
     command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", *(str(HERE / name) for name in sources)]
+    command += ["-static"] if static else []
     done = subprocess.run([*command, "-o", str(output), "-pthread"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output
@@ -129,7 +130,7 @@ class Vmm:
                 os.waitid(os.P_PID, self.pid, os.WEXITED | WNOTHREAD)
             self.process.returncode = -signal.SIGKILL
 
-    def __enter__(self) -> Vmm:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -276,18 +277,20 @@ class Host:
             yield Tiered(vmm, served, options)
 
     @contextlib.contextmanager
-    def adopted(self, vmm: Vmm, **changes: Any) -> Iterator[Tiered]:
+    def adopted(
+        self, vmm: Vmm, *, kept_uffd: int | None = None, lock_s_max: float = 60.0, **changes: Any
+    ) -> Iterator[Tiered]:
+        """As the predecessor was, but for what is said here of the engine and the capacity."""
         options = Options(**changes)
         (path,) = (self.tmpfs_dir / "guests").glob("*.state")
         served = adopt(
             path,
             engine=ForcedEngine(options),
-            store=self.store(options),
-            tuning=options.tuning(SAFE.min_idle_s),
             swap_can_receive=swap_can_receive(vmm.pid),
             capacity_pages=options.capacity_pages,
             boot_id=boot_id(),
-            pause=time.sleep,
+            kept_uffd=kept_uffd,
+            lock_s_max=lock_s_max,
         )
         with served:
             yield Tiered(vmm, served, options)

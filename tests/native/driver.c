@@ -29,9 +29,7 @@ enum {
 	COROUTINES_MAX = 16,
 	ALLOCATIONS_MAX = 4096,
 	QUIESCE_STEPS = 200000,
-	GUEST_THREADS_MAX = 6,
-	/* flags of a tier whose requests outlive who made them */
-	SPACE_LATE = 0
+	GUEST_THREADS_MAX = 6
 };
 
 enum kind { GUEST, DAEMON };
@@ -474,7 +472,7 @@ static void daemon_start(bool adopted)
 	args.tiers[1] = (struct tierd_tier){
 		.fd = FD_STORE, .flags = M.direct ? TIERD_SPACE_DIRECT : 0, .capacity_pages = M.pages - below(4)};
 	if (M.late_io)
-		args.tiers[1].flags |= SPACE_LATE;
+		args.tiers[1].flags |= TIERD_SPACE_LATE;
 	if (!adopted) {
 		struct tierd_identity identity = {.pid = 1, .epoch_ns = 1000000};
 

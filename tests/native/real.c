@@ -268,6 +268,7 @@ static struct tierd_guest *create_guest(int table_fd)
 {
 	char path[64];
 	struct tierd_identity identity;
+	struct tierd_serving serving;
 	struct tierd_guest *g;
 	struct tierd_guest_args args = {
 		.table_fd = table_fd,
@@ -283,7 +284,7 @@ static struct tierd_guest *create_guest(int table_fd)
 
 	snprintf(path, sizeof(path), "/proc/%d/pagemap", getppid());
 	args.pagemap_fd = must(open(path, O_RDONLY | O_CLOEXEC), path);
-	if (tierd_table_read(table_fd, &identity, args.regions, &args.region_count))
+	if (tierd_table_read(table_fd, &identity, args.regions, &args.region_count, &serving))
 		script_fail("the state file cannot be read");
 	for (uint32_t i = 0; i < args.region_count; i++)
 		args.regions[i].memfd = shared->memfd[i];

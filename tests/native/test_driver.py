@@ -27,6 +27,13 @@ def test_seeds(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
+def test_seeds_with_a_store_that_outlives_its_callers(tmp_path: Path) -> None:
+    """Rule 11: what a killed daemon had in flight lands at any later time, over the life of its successors."""
+    figures = run_seeds(build_driver(tmp_path / "driver", ["-O2"]), max(SEEDS // 4, 100), "--late-io")
+    assert figures["kills"] > 0
+
+
+@pytest.mark.timeout(900)
 def test_seeds_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     run_seeds(build_driver(tmp_path / "driver", flags), max(SEEDS // 20, 100), first=1000000)

@@ -104,8 +104,8 @@ MUTATIONS = [
     Mutation(
         "late_discard",  # rule 11: the store space of a page that has left again
         "evict.c",
-        "	return word_state(w) == RESIDENT && word_copy(w);",
-        "	return (word_state(w) == RESIDENT || word_state(w) == STORED) && word_copy(w);",
+        "	return word_state(w) == RESIDENT && word_copy(w) && !quarantined(g, page);",
+        "	return (word_state(w) == RESIDENT || word_state(w) == STORED) && word_copy(w) && !quarantined(g, page);",
     ),
     Mutation(
         "hold_error_ignored",  # rule 14: a prefix may be held, the rest is not; together with the second scan's test gone
@@ -162,6 +162,12 @@ MUTATIONS = [
         "	if (schedule_retry(w->g, p, sys_now_ns()))\n		return p->pause_us > 1000 ? 0 : fetch_later(w, p);",
     ),
     Mutation(
+        "late_write_lands_in_used_space",  # rule 11: of a dead predecessor
+        "evict.c",
+        " ||\n		    quarantined(g, page))\n			continue;",
+        ")\n			continue;",
+    ),
+    Mutation(
         "claimed_neighbours_not_woken",
         "fault.c",
         "	wake(w->g, page + from, to - from);",
@@ -188,8 +194,8 @@ MUTATIONS = [
     Mutation(
         "younger_than_min_idle_leaves",  # rule 8
         "evict.c",
-        "word_untouched(w) || page_age(now, w) < min_age)",
-        "word_untouched(w) || page_age(now, w) + 2 < min_age)",
+        "word_untouched(w) || page_age(now, w) < min_age ||",
+        "word_untouched(w) || page_age(now, w) + 2 < min_age ||",
     ),
     Mutation(
         "owned_page_is_deactivated",  # rule 8: its owner may have read the clock before the guest's last access
@@ -233,6 +239,12 @@ MUTATIONS = [
         "					  UFFDIO_REGISTER_MODE_MISSING);",
     ),
 ]
+# What the driver must be told, for a mutation that shows only then.
+MORE = {
+    "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle
+    "late_write_lands_in_used_space": ("--late-io",),
+    "parked_page_read_whatever_its_tier": ("--from", "37400"),  # it takes a page that leaves again between two looks
+}
 # Two walls stand behind each other here: one alone holds, so both are broken.
 ALSO = {
     "hold_error_ignored": Mutation(
@@ -292,7 +304,7 @@ def _caught(mutation: Mutation, directory: Path) -> str:
         _write(also, directory / also.file, directory)
     flags = ["-O1", "-Wno-error"]
     binary = build_driver(directory / "driver", flags, native=directory, here=directory)
-    done = run_driver(binary, "--seeds", str(SEEDS_MAX))
+    done = run_driver(binary, "--seeds", str(SEEDS_MAX), *MORE.get(mutation.name, ()))
     return "" if done.returncode == 0 else done.stdout or f"aborted ({done.returncode})"
 
 

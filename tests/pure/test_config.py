@@ -146,6 +146,7 @@ def test_the_safe_defaults() -> None:
     assert not policy.allow_nested
     assert policy.cold_s == 300
     assert Config().on_stop == "restore"
+    assert Config().on_restart == "keep"
     assert Config().metrics.listen is None
     assert Config().api.mode == 0o660
 
@@ -161,6 +162,7 @@ def test_everything(loaded: Load) -> None:
         engine: stock
         discover_interval_s: 500ms
         on_stop: keep
+        on_restart: restore
         stop_timeout_s: 2min
         guests_dir: guests.d
         defaults: {interval_s: 5s, resident_min: 64MiB, evict_rate_max: 100MiB/s}
@@ -178,6 +180,7 @@ def test_everything(loaded: Load) -> None:
         "engine": "stock",
         "discover_interval_s": 0.5,
         "on_stop": "keep",
+        "on_restart": "restore",
         "stop_timeout_s": 120.0,
         "guests_dir": Path("guests.d"),
     }
@@ -650,6 +653,7 @@ def test_the_example_takes_no_guest_of_anybody_and_weakens_nothing() -> None:
         ("engine", None, ["auto", "stock"]),
         ("direct", "store", ["auto", "on", "off"]),
         ("on_stop", None, ["restore", "keep"]),
+        ("on_restart", None, ["keep", "restore"]),
     ],
 )
 def test_the_comments_of_the_shipped_configuration_name_real_choices(

@@ -25,6 +25,7 @@ ORDER = [
     "engine",
     "cycle",
     "serve",
+    "resume",
     "guest",
     "metrics",
     "routes",

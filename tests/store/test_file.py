@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tierd.store import StoreError
-from tierd.store.file import FileStore, file_system_of
+from tierd.store.file import FileStore, file_system_of, reopen
 
 PAGE = os.sysconf("SC_PAGESIZE")
 KEY = "4711-123456"
@@ -35,7 +35,7 @@ def shm() -> Iterator[Path]:
 def test_a_page_is_at_its_number(disk: Path, direct: str) -> None:
     store = FileStore(disk / "store", None, direct)  # type: ignore[arg-type]
     assert store.direct == (direct != "off"), "this file system should take O_DIRECT"
-    space = store.open(KEY, 64, PAGE, create=True)
+    space = store.create(KEY, 64, PAGE)
     try:
         info = os.fstat(space.fd)
         assert (info.st_size, info.st_blocks) == (64 * PAGE, 0), "sparse"
@@ -44,7 +44,7 @@ def test_a_page_is_at_its_number(disk: Path, direct: str) -> None:
         assert space.drop_cache == (not space.direct)
     finally:
         space.close()
-    again = store.open(KEY, 64, PAGE, create=False)
+    again = reopen(disk / "store" / f"guest-{KEY}.pages", 64, PAGE, direct=store.direct)
     assert os.fstat(again.fd).st_ino == info.st_ino
     again.close()
     again.delete()
@@ -87,10 +87,10 @@ def test_what_is_not_a_directory_is_refused(disk: Path) -> None:
 def test_adoption_takes_only_a_file_of_the_right_size(disk: Path) -> None:
     store = FileStore(disk / "store", None, "off")
     with pytest.raises(StoreError, match="cannot be opened"):
-        store.open(KEY, 64, PAGE, create=False)
-    store.open(KEY, 64, PAGE, create=True).close()
+        reopen(disk / "store" / f"guest-{KEY}.pages", 64, PAGE, direct=store.direct)
+    store.create(KEY, 64, PAGE).close()
     with pytest.raises(StoreError, match="nothing was touched"):
-        store.open(KEY, 65, PAGE, create=False)
+        reopen(disk / "store" / f"guest-{KEY}.pages", 65, PAGE, direct=store.direct)
     assert os.stat(disk / "store" / f"guest-{KEY}.pages").st_size == 64 * PAGE
 
 
@@ -100,8 +100,8 @@ def test_a_link_in_place_of_the_file_is_not_followed(disk: Path) -> None:
     victim.write_bytes(b"x" * 64 * PAGE)
     (disk / "store" / f"guest-{KEY}.pages").symlink_to(victim)
     with pytest.raises(StoreError):
-        store.open(KEY, 64, PAGE, create=False)
-    space = store.open(KEY, 64, PAGE, create=True)  # a leftover is replaced, not written through
+        reopen(disk / "store" / f"guest-{KEY}.pages", 64, PAGE, direct=store.direct)
+    space = store.create(KEY, 64, PAGE)  # a leftover is replaced, not written through
     space.close()
     assert victim.read_bytes() == b"x" * 64 * PAGE
 
@@ -110,7 +110,7 @@ def test_sweep_asks_before_it_removes(disk: Path) -> None:
     """The store's file of a VMM that lives is the only copy of its evicted pages, whoever serves it or nobody."""
     store = FileStore(disk / "store", None, "off")
     for key in ("1-1", "2-2", "3-3"):
-        store.open(key, 4, PAGE, create=True).close()
+        store.create(key, 4, PAGE).close()
     (disk / "store" / "guest-notes.pages").touch()
     (disk / "store" / "something else").touch()
     (disk / "store" / "guest-9-9.pages").symlink_to(disk / "nowhere")
@@ -129,7 +129,7 @@ def test_sweep_asks_before_it_removes(disk: Path) -> None:
 def test_capacity_counts_all_guests(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tierd.store.file.USED_CACHE_S", 0.0)
     store = FileStore(disk / "store", 64 * PAGE, "off")
-    a, b = (store.open(key, 64, PAGE, create=True) for key in ("1-1", "2-2"))
+    a, b = (store.create(key, 64, PAGE) for key in ("1-1", "2-2"))
     try:
         assert (store.used_bytes(), store.free_bytes()) == (0, 64 * PAGE)
         os.pwrite(a.fd, b"a" * 16 * PAGE, 8 * PAGE)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+EVIDENCE_CHARS_MAX = 1000
+
 
 @dataclass(frozen=True)
 class Region:
@@ -33,5 +35,7 @@ class Refused(Exception):
     """A guest that tierd will not touch: which check, the cause, the evidence, and what the operator can do."""
 
     def __init__(self, check: str, cause: str, evidence: str, remedy: str) -> None:
+        # names and arguments that a VMM chose are in there: not on somebody's terminal as they are
+        evidence = "".join(c if c.isprintable() else "\ufffd" for c in evidence[:EVIDENCE_CHARS_MAX])
         super().__init__(f"{cause} [{check}: {evidence}]; {remedy}")
         self.check, self.cause, self.evidence, self.remedy = check, cause, evidence, remedy

@@ -16,10 +16,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tierd.attach import GuestSpec, Refused
-from tierd.attach.procfs import Mapping, maps_of, option_values, ram_regions, split_options, start_ticks
-from tierd.config import Policy
+from tierd.attach.procfs import Mapping, filtered, maps_of, option_values, ram_regions, split_options, start_ticks
+
+if TYPE_CHECKING:  # adoption comes before the configuration
+    from tierd.config import Policy
 
 HOLDER_SCAN_S = 1.0
 MEMCG_HEADROOM_BYTES = 64 << 20
@@ -142,13 +145,7 @@ def tracer(s: Subject) -> None:
 
 
 def seccomp(s: Subject) -> None:
-    """A call made inside the VMM that a filter does not allow would kill it. QEMU's own sandbox is a deny-list that allows
-    what tierd calls; other filters are unknown."""
-    if status_field(s.spec.pid, "Seccomp") != 2:
-        return
-    if os.path.basename(s.spec.cmdline[0] if s.spec.cmdline else "").startswith("qemu") and option_values(
-        s.spec.cmdline, "sandbox"
-    ):
+    if not filtered(s.spec.pid, s.spec.cmdline):
         return
     raise Refused(
         "seccomp",
@@ -283,7 +280,7 @@ def large_folios(s: Subject) -> None:
 
 
 def _tmpfs_huge(s: Subject) -> None:
-    for line in _read("/proc/self/mountinfo").splitlines():
+    for line in _read("/proc/self/mountinfo").split("\n")[:-1]:
         fields = line.split()
         major, minor = fields[2].split(":")
         if os.makedev(int(major), int(minor)) not in {device for device, _ in s.files}:
@@ -301,7 +298,7 @@ def _tmpfs_huge(s: Subject) -> None:
 def backing(s: Subject) -> None:
     """Files on a disk or of hugetlbfs are not shmem: a punch there means something else."""
     kinds = {}
-    for line in _read("/proc/self/mountinfo").splitlines():
+    for line in _read("/proc/self/mountinfo").split("\n")[:-1]:
         fields = line.split()
         major, minor = fields[2].split(":")
         kinds[os.makedev(int(major), int(minor))] = fields[fields.index("-") + 1]
@@ -354,7 +351,7 @@ def memory_cgroup(s: Subject) -> None:
 def _cgroup_limits(pid: int) -> list[tuple[Path, int, int]]:
     """(cgroup, limit, used) in bytes for every level that has a limit; version 1 and 2."""
     found = []
-    for line in _read(f"/proc/{pid}/cgroup").splitlines():
+    for line in _read(f"/proc/{pid}/cgroup").split("\n")[:-1]:
         _, controllers, name = line.split(":", 2)
         if controllers == "":
             base, limit_file, used_file = _cgroup2_root(), "memory.max", "memory.current"
@@ -494,7 +491,7 @@ def swap_can_receive(pid: int) -> bool:
     total = re.search(r"^SwapTotal:\s+(\d+) kB", _read("/proc/meminfo"), re.M)
     if not total or int(total[1]) == 0:
         return False
-    for line in _read(f"/proc/{pid}/cgroup").splitlines():
+    for line in _read(f"/proc/{pid}/cgroup").split("\n")[:-1]:
         _, controllers, name = line.split(":", 2)
         if controllers == "":
             path = _cgroup2_root() / name.lstrip("/")

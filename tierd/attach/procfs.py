@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import re
@@ -19,6 +20,7 @@ VMM = re.compile(r"qemu-system-.*|qemu-kvm|kvm|cloud-hypervisor|firecracker")
 # memfds that hold guest RAM, by the name that the VMM gave them
 RAM_MEMFD = re.compile(r"/memfd:(memory-backend-memfd|ch_ram|guest_mem|guest-ram|pc\.ram|ram)[^/]* \(deleted\)")
 RAM_BYTES_MIN = 1 << 20
+NAME_BYTES_MAX = 255  # TIERD_NAME_BYTES
 MEMFD_REMEDY = (
     "give the VM shared memory: -object memory-backend-memfd,id=ram,size=<its size>,share=on -machine memory-backend=ram; "
     "in libvirt <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
@@ -45,8 +47,8 @@ class Mapping:
 def parse_maps(text: str) -> list[Mapping]:
     """/proc/PID/maps (proc_pid_maps(5))."""
     found = []
-    for line in text.splitlines():
-        fields = line.split(None, 5)
+    for line in text.split("\n"):  # the kernel escapes only this one: others may stand in a name that a VMM chose
+        fields = line.split(" ", 5)
         if len(fields) < 5:
             continue
         start, end = (int(part, 16) for part in fields[0].split("-"))
@@ -59,7 +61,7 @@ def parse_maps(text: str) -> list[Mapping]:
                 int(fields[2], 16),
                 os.makedev(major, minor),
                 int(fields[4]),
-                fields[5] if len(fields) > 5 else "",
+                fields[5].lstrip(" ") if len(fields) > 5 else "",
             )
         )
     return found
@@ -81,6 +83,19 @@ def start_ticks(pid: int) -> int | None:
 
 def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def filtered(pid: int, cmdline: tuple[str, ...]) -> bool:
+    """Whether the VMM has a seccomp filter that may kill it for a call of ours. QEMU's own sandbox is a deny-list that allows
+    what tierd calls; other filters are unknown."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    if not re.search(r"^Seccomp:\s+2", status, re.M):
+        return False
+    qemu = os.path.basename(cmdline[0] if cmdline else "").startswith("qemu")
+    return not (qemu and option_values(cmdline, "sandbox"))
 
 
 def cmdline_of(pid: int) -> tuple[str, ...]:
@@ -107,8 +122,18 @@ def split_options(text: str) -> list[str]:
     return parts
 
 
+def clean_name(text: str) -> str:
+    """A name as it may stand in a log, a metric, the state file and on a terminal: printable, of bounded length."""
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text[:NAME_BYTES_MAX])
+    return text.encode(errors="replace")[:NAME_BYTES_MAX].decode(errors="ignore")
+
+
 def name_of(pid: int, cmdline: tuple[str, ...]) -> str:
     """`-name NAME` or `-name guest=NAME,...` of QEMU, `--id`  of Firecracker; else pid-N."""
+    return clean_name(_given_name(cmdline)) or f"pid-{pid}"
+
+
+def _given_name(cmdline: tuple[str, ...]) -> str:
     for flag, value in itertools.pairwise(cmdline):
         if flag in ("-name", "--name"):
             for i, part in enumerate(split_options(value)):
@@ -119,7 +144,7 @@ def name_of(pid: int, cmdline: tuple[str, ...]) -> str:
                     return part
         if flag == "--id":
             return value
-    return f"pid-{pid}"
+    return ""
 
 
 def option_values(cmdline: tuple[str, ...], flag: str) -> list[str]:
@@ -138,7 +163,7 @@ def _backend_files(cmdline: tuple[str, ...]) -> set[str]:
         if parts[0] in ("memory-backend-file", "qom-type=memory-backend-file"):
             files.update(part.partition("=")[2] for part in parts if part.startswith("mem-path="))
     files.update(option_values(cmdline, "mem-path"))
-    return files
+    return files - {"", "/"}  # everything would be in there
 
 
 def _is_ram(mapping: Mapping, files: set[str]) -> bool:
@@ -189,7 +214,7 @@ def read_spec(pid: int, name: str | None = None) -> GuestSpec:
         raise Refused("anonymous-memory", "the guest's memory is not shared (memfd or tmpfs)", evidence, MEMFD_REMEDY)
     if start_ticks(pid) != ticks:
         raise ProcessLookupError(3, f"process {pid} ended")
-    return GuestSpec(name or name_of(pid, cmdline), pid, ticks, boot_id(), cmdline, regions)
+    return GuestSpec(clean_name(name or "") or name_of(pid, cmdline), pid, ticks, boot_id(), cmdline, regions)
 
 
 def open_memfd(pid: int, region: Region) -> int:
@@ -209,12 +234,14 @@ def open_memfd(pid: int, region: Region) -> int:
                     os.close(fd)
     finally:
         os.close(pidfd)
-    mapping = next(m for m in maps_of(pid) if m.start <= region.address < m.end)
+    mapping = next((m for m in maps_of(pid) if m.start <= region.address < m.end), None)
+    if mapping is None:
+        raise OSError(errno.ESTALE, f"process {pid} has no memory at {region.address:#x} any more")
     fd = os.open(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}", os.O_RDWR | os.O_CLOEXEC)
     ours = os.fstat(fd)
     if (ours.st_dev, ours.st_ino) != wanted:
         os.close(fd)
-        raise OSError(116, f"the mapping at {region.address:#x} of process {pid} changed while it was opened")
+        raise OSError(errno.ESTALE, f"the mapping at {region.address:#x} of process {pid} changed while it was opened")
     return fd
 
 

@@ -114,11 +114,24 @@ def _make(tid: int, pidfd: int) -> int:
 
 
 def _make_from_device(tid: int, pidfd: int, flags: int) -> int:
+    device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        received = _hand_over(tid, pidfd, device)
+    finally:
+        os.close(device)
+    try:
+        return inject(tid, "USERFAULTFD_IOC_NEW", NUMBER["ioctl"], received, USERFAULTFD_IOC_NEW, flags).result
+    finally:
+        inject(tid, "close", NUMBER["close"], received)
+
+
+def put_into_vmm(pid: int, pidfd: int, fd: int) -> int:
+    """Give the VMM a duplicate of our descriptor `fd`; its number there. On OSError nothing of ours stays in the VMM."""
+    return _hand_over(pick_thread(pid), pidfd, fd)
+
+
+def _hand_over(tid: int, pidfd: int, fd: int) -> int:
     with contextlib.ExitStack() as in_vmm:
-
-        def close_later(fd: int) -> None:
-            in_vmm.callback(inject, tid, "close", NUMBER["close"], fd)
-
         pair = inject(
             tid,
             "socketpair",
@@ -130,17 +143,11 @@ def _make_from_device(tid: int, pidfd: int, flags: int) -> int:
             scratch=bytes(8),
         )
         ours, theirs = struct.unpack("ii", pair.scratch)
-        close_later(ours)
-        close_later(theirs)
-        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            with socket.socket(fileno=pidfd_getfd(pidfd, ours)) as channel:
-                channel.sendmsg([b"u"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [device]))])
-        finally:
-            os.close(device)
-        received = _receive(tid, theirs)
-        close_later(received)
-        return inject(tid, "USERFAULTFD_IOC_NEW", NUMBER["ioctl"], received, USERFAULTFD_IOC_NEW, flags).result
+        for end in (ours, theirs):
+            in_vmm.callback(inject, tid, "close", NUMBER["close"], end)
+        with socket.socket(fileno=pidfd_getfd(pidfd, ours)) as channel:
+            channel.sendmsg([b"u"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+        return _receive(tid, theirs)
 
 
 def _receive(tid: int, fd: int) -> int:

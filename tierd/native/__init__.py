@@ -18,6 +18,8 @@ from tierd.native._native import ffi, lib
 
 TIERS = int(lib.TIERD_TIERS)
 REGIONS_MAX = int(lib.TIERD_REGIONS_MAX)
+READAHEAD_PAGES_MAX = 512
+READ_DEADLINE_S_MAX = 366 * 86400.0
 STATES = ("resident", "resolving", "leaving", "dropping", "stored", "moving", "arriving", "lost")
 
 
@@ -69,6 +71,17 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Serving:
+    """What a successor must know before it has read its configuration: kept in the state file while the guest is served."""
+
+    read_deadline_s: float = 30.0
+    hold_lost: bool = False
+    readahead_pages: int = 16
+    store_direct: bool = False
+    uffd_in_vmm: int | None = None  # the VMM has it under this number now; None: as Identity says
+
+
+@dataclass(frozen=True)
 class Tier:
     """An open space of a store: a sparse file addressed by page number."""
 
@@ -76,6 +89,7 @@ class Tier:
     direct: bool
     drop_cache: bool
     capacity_pages: int
+    late: bool = False  # what a killed process had in flight may still land
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,7 @@ class Adoption:
     stored_pages: int
     corrected_pages: int
     lost_pages: int
+    quarantined_pages: int
     ns: int
 
 
@@ -128,6 +143,8 @@ class Health:
     parked_pages: int
     oldest_busy_ns: int
     overdue_ns: int
+    worker_io_ns: int
+    pages_lost: int
 
 
 @dataclass(frozen=True)
@@ -175,20 +192,21 @@ def table_create(fd: int, identity: Identity, regions: Sequence[TableRegion]) ->
     c.pid, c.start_ticks, c.uffd_in_vmm = identity.pid, identity.start_ticks, identity.uffd_in_vmm
     c.epoch_ns = identity.epoch_ns
     c.boot_id = identity.boot_id.encode()[: lib.TIERD_BOOT_ID_BYTES - 1]
-    c.name = identity.name.encode()[: lib.TIERD_NAME_BYTES - 1]
-    path = identity.store_path.encode()
+    c.name = identity.name.encode(errors="replace")[: lib.TIERD_NAME_BYTES - 1]
+    path = os.fsencode(identity.store_path)
     if len(path) >= lib.TIERD_PATH_BYTES:
         raise KernelError(errno.ENAMETOOLONG, f"store path {identity.store_path}")
     c.store_path = path
     check(lib.tierd_table_create(fd, c, _c_regions(regions, [-1] * len(regions)), len(regions)), "state file")
 
 
-def table_read(fd: int) -> tuple[Identity, tuple[TableRegion, ...]]:
+def table_read(fd: int) -> tuple[Identity, tuple[TableRegion, ...], Serving]:
     """Read a state file's header. KernelError EBADMSG: broken or not ours; EPROTONOSUPPORT: written by a newer tierd."""
     c = ffi.new("struct tierd_identity *")
     regions = ffi.new("struct tierd_region[]", REGIONS_MAX)
     count = ffi.new("uint32_t *")
-    check(lib.tierd_table_read(fd, c, regions, count), "state file")
+    serving = ffi.new("struct tierd_serving *")
+    check(lib.tierd_table_read(fd, c, regions, count, serving), "state file")
     identity = Identity(
         pid=c.pid,
         start_ticks=c.start_ticks,
@@ -196,10 +214,30 @@ def table_read(fd: int) -> tuple[Identity, tuple[TableRegion, ...]]:
         name=ffi.string(c.name).decode(errors="replace"),
         uffd_in_vmm=c.uffd_in_vmm,
         epoch_ns=c.epoch_ns,
-        store_path=ffi.string(c.store_path).decode(),
+        store_path=os.fsdecode(ffi.string(c.store_path)),
     )
     found = tuple(TableRegion(r.address, r.bytes, r.offset, r.device, r.inode) for r in regions[0 : count[0]])
-    return identity, found
+    return identity, found, _serving(serving)
+
+
+def _serving(c: Any) -> Serving:
+    """Outside of the checksum, so no value is trusted beyond its bounds."""
+    if not c.known:
+        return Serving()
+    return Serving(
+        read_deadline_s=min(c.read_deadline_ns / 1e9, READ_DEADLINE_S_MAX),
+        hold_lost=c.on_lost == lib.TIERD_LOST_HOLD,
+        readahead_pages=min(max(c.readahead_pages, 1), READAHEAD_PAGES_MAX),
+        store_direct=bool(c.store_flags & lib.TIERD_SPACE_DIRECT),
+        uffd_in_vmm=c.uffd_moved - 1 if c.uffd_moved > 0 else None,
+    )
+
+
+def table_away(fd: int) -> int:
+    """Pages that are not with the guest, by a table that `table_read` has accepted. With the lock held."""
+    out = ffi.new("uint64_t *")
+    check(lib.tierd_table_away(fd, out), "state file")
+    return int(out[0])
 
 
 def table_lock(fd: int) -> bool:
@@ -300,8 +338,10 @@ class NativeGuest:
         if tier is not None:
             c = args.tiers[1]
             c.fd, c.capacity_pages = tier.fd, tier.capacity_pages
-            c.flags = (lib.TIERD_SPACE_DIRECT if tier.direct else 0) | (
-                lib.TIERD_SPACE_DROP_CACHE if tier.drop_cache else 0
+            c.flags = (
+                (lib.TIERD_SPACE_DIRECT if tier.direct else 0)
+                | (lib.TIERD_SPACE_DROP_CACHE if tier.drop_cache else 0)
+                | (lib.TIERD_SPACE_LATE if tier.late else 0)
             )
         out = ffi.new("struct tierd_guest **")
         check(lib.tierd_guest_create(args, out), "guest tables (is LimitMEMLOCK high enough?)")
@@ -353,6 +393,17 @@ class NativeGuest:
         lib.tierd_guest_health(self._g, int(hung_s * 1e9), out)
         result: Health = _fields(out, Health)
         return result
+
+    def set_uffd_in_vmm(self, uffd_in_vmm: int) -> None:
+        """The VMM has the userfaultfd under this number now: a successor looks for it there."""
+        lib.tierd_guest_set_uffd_in_vmm(self._g, uffd_in_vmm)
+
+    def lost_addresses(self, addresses_max: int) -> list[int]:
+        """Addresses in the VMM of pages that are LOST, ascending. Reads the table: 0.1 ms per GiB."""
+        next_page, count = ffi.new("uint64_t *"), ffi.new("uint32_t *")
+        out = ffi.new("uint64_t[]", addresses_max)
+        check(lib.tierd_guest_lost(self._g, next_page, out, addresses_max, count), "lost pages")
+        return list(out[0 : count[0]])
 
     def set_store_faults(self, **faults: int) -> None:
         """For tests: the store misbehaves as struct tierd_store_faults says."""

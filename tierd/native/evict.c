@@ -112,7 +112,8 @@ static void select_pages(struct tierd_batch *b, uint64_t page, uint32_t min_age,
 		page_word w = page_load(g, page), leaving;
 		int error;
 
-		if (word_state(w) != RESIDENT || word_untouched(w) || page_age(now, w) < min_age)
+		if (word_state(w) != RESIDENT || word_untouched(w) || page_age(now, w) < min_age ||
+		    quarantined(g, page))
 			continue;
 		/* before the page can leave: a punched page without MISSING would silently read as zeros */
 		error = missing_register(g, page);
@@ -364,7 +365,9 @@ int tierd_batch_write(struct tierd_batch *b, uint32_t tier, struct tierd_batch_r
 		error = -ENOSPC; /* by policy: nothing was tried, so nothing is wrong with the store */
 	} else {
 		mark_copies(b);
+		worker_io_begin(g);
 		error = write_runs(b, ret);
+		worker_io_end(g);
 		if (error)
 			count_error(g, &g->count.store_write_errors, error);
 	}
@@ -550,9 +553,9 @@ int tierd_batch_cancel(struct tierd_batch *b, struct tierd_batch_result *ret)
 
 /* --- store space of pages that were fetched since ----------------------------------------------------------------------- */
 
-static bool stale(page_word w)
+static bool stale(struct tierd_guest *g, uint64_t page, page_word w)
 {
-	return word_state(w) == RESIDENT && word_copy(w);
+	return word_state(w) == RESIDENT && word_copy(w) && !quarantined(g, page);
 }
 
 int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint64_t *discarded)
@@ -569,17 +572,20 @@ int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint64_t *dis
 		while (page + n < g->pages && n < max_pages - *discarded) {
 			page_word next = page_load(g, page + n);
 
-			if (!stale(next) || word_tier(next) != word_tier(w))
+			if (!stale(g, page + n, next) || word_tier(next) != word_tier(w))
 				break;
 			n++;
 		}
-		if (n)
+		if (n) {
+			worker_io_begin(g);
 			error = store_discard(g, word_tier(w), page, n);
+			worker_io_end(g);
+		}
 		for (uint64_t i = page; !error && i < page + n; i++) {
 			page_word now = page_load(g, i);
 
 			/* a page that a fault is resolving just now keeps its bit: its space is discarded again, later */
-			if (stale(now) && page_move(g, i, now, word_with_copy(now, false))) {
+			if (stale(g, i, now) && page_move(g, i, now, word_with_copy(now, false))) {
 				g->copy_pages--;
 				(*discarded)++;
 			}

@@ -583,6 +583,9 @@ void tierd_guest_set_reads(struct tierd_guest *g, uint64_t read_deadline_ns, uin
 	uint32_t before = atomic_exchange(&g->on_lost, on_lost);
 
 	atomic_store(&g->read_deadline_ns, read_deadline_ns);
+	g->header->serving.read_deadline_ns = read_deadline_ns;
+	g->header->serving.on_lost = on_lost;
+	g->header->serving.known = 1;
 	if (before != TIERD_LOST_HOLD || on_lost != TIERD_LOST_POISON)
 		return;
 	for (uint64_t page = 0; page < g->pages; page++) /* who was left blocked faults again, and is told */
@@ -646,9 +649,12 @@ int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max
 		uint32_t claimed = 0;
 		int64_t n = 0;
 
-		if (word_state(page_load(g, *next_page)) == STORED)
+		if (word_state(page_load(g, *next_page)) == STORED) {
+			worker_io_begin(g);
 			n = fetch_run(g->restorer, *next_page, left < UINT32_MAX ? (uint32_t)left : UINT32_MAX,
 				      &claimed);
+			worker_io_end(g);
+		}
 		if (n == UNREADABLE) { /* nobody waits for it: a fault, or the next try, decides */
 			give_back(g->restorer, *next_page, 0, 1);
 			n = 0;

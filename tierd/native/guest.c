@@ -129,6 +129,8 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	error = table_map(g);
 	if (error)
 		return error;
+	g->header->serving.store_flags = args->tiers[1].flags;
+	g->header->serving.readahead_pages = g->readahead_max;
 	for (uint64_t page = 0; page < g->pages; page++)
 		g->copy_pages += word_copy(atomic_load_explicit(&g->words[page], memory_order_relaxed));
 	g->chunks = g->pages / g->chunk_pages + 1;
@@ -139,6 +141,11 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	g->present = sys_alloc(bitmap_bytes(g->chunk_pages));
 	if (!g->missing || !g->present)
 		return -ENOMEM;
+	if (args->tiers[1].flags & TIERD_SPACE_LATE) {
+		g->quarantine = sys_alloc(bitmap_bytes(g->pages));
+		if (!g->quarantine)
+			return -ENOMEM;
+	}
 	return tierd_worker_create(g, &g->restorer);
 }
 
@@ -185,6 +192,8 @@ void tierd_guest_destroy(struct tierd_guest *g)
 		sys_free(g->missing, g->chunks);
 	if (g->present)
 		sys_free(g->present, bitmap_bytes(g->chunk_pages));
+	if (g->quarantine)
+		sys_free(g->quarantine, bitmap_bytes(g->pages));
 	parking_destroy(g);
 	table_unmap(g);
 	pthread_mutex_destroy(&g->threads_lock);
@@ -193,10 +202,27 @@ void tierd_guest_destroy(struct tierd_guest *g)
 
 void tierd_guest_set_limits(struct tierd_guest *g, uint32_t readahead_pages, uint64_t capacity_pages)
 {
+	g->header->serving.readahead_pages = readahead_pages; /* a successor's buffers may be larger */
 	if (readahead_pages > g->readahead_max)
 		readahead_pages = g->readahead_max;
 	atomic_store(&g->readahead_pages, readahead_pages ? readahead_pages : 1);
 	atomic_store(&g->capacity_pages, capacity_pages);
+}
+
+void tierd_guest_set_uffd_in_vmm(struct tierd_guest *g, int32_t uffd_in_vmm)
+{
+	g->header->serving.uffd_moved = uffd_in_vmm + 1;
+}
+
+int tierd_guest_lost(struct tierd_guest *g, uint64_t *next_page, uint64_t *addresses, uint32_t max, uint32_t *count)
+{
+	uint64_t page = *next_page;
+
+	for (*count = 0; page < g->pages && *count < max; page++)
+		if (word_state(page_load(g, page)) == LOST)
+			addresses[(*count)++] = address_of(g, page);
+	*next_page = page;
+	return 0;
 }
 
 /* MISSING for the chunk of `page`, before its first page may leave: a chunk nobody evicted from costs nothing on first
@@ -314,6 +340,13 @@ static page_word adopted_word(page_word w, bool cached)
 	}
 }
 
+/* Whether the predecessor may have had a write or a discard of the page's space in flight: a write marks the word before it
+ * begins, a discard only after it has ended. A page that stays quarantined keeps its mark, for the successor's successor. */
+static bool in_flight(page_word w)
+{
+	return word_copy(w) && (word_state(w) == RESIDENT || word_state(w) == RESOLVING || word_state(w) == LEAVING);
+}
+
 /* A page that is DROPPING and still in the page cache was not punched yet, or in vain (evict.c, settle_dropped): then it holds
  * zeros, and its bytes are in the store. `bytes` is room for a page. */
 static int repair_unpunched(struct tierd_guest *g, uint64_t page, page_word w, void *bytes)
@@ -348,6 +381,11 @@ static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct 
 {
 	page_word w = page_load(g, page), to = adopted_word(w, cached);
 
+	if (g->quarantine && in_flight(w)) {
+		bit_set(g->quarantine, page);
+		atomic_fetch_add(&g->quarantined_pages, 1);
+		ret->quarantined_pages++;
+	}
 	if (word_state(w) == DROPPING && cached && word_tier(w) != TIER_ZERO) {
 		int error = adopt_unpunched(g, page, w);
 
@@ -476,6 +514,7 @@ void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret)
 	for (int i = 0; i < TIERD_LATENCY_BUCKETS; i++)
 		COPY(latency_buckets[i]);
 #undef COPY
+	ret->quarantined_pages = atomic_load(&g->quarantined_pages);
 	ret->missing_chunks = atomic_load(&g->missing_chunks);
 	ret->parked_pages = atomic_load(&g->parked_pages);
 	ret->fault_threads = atomic_load(&g->thread_count);

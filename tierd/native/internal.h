@@ -103,6 +103,7 @@ struct table_header {
 	struct tierd_identity identity;
 	struct tierd_region regions[TIERD_REGIONS_MAX];
 	uint32_t checksum; /* of everything between magic and this */
+	struct tierd_serving serving;
 };
 
 enum { TABLE_HEADER_BYTES = 65536 }; /* a multiple of every page size we run on */
@@ -162,6 +163,10 @@ struct tierd_guest {
 	uint64_t chunks;
 	_Atomic uint64_t missing_chunks;
 	uint64_t *present; /* bitmap of one chunk; the worker's own */
+	uint64_t *
+		quarantine; /* bitmap of the guest: adoption's, then only read by the worker; NULL: nothing lands late */
+	_Atomic uint64_t quarantined_pages;
+	_Atomic uint64_t worker_io_since_ns;
 	struct tierd_worker *restorer;
 
 	struct parking *parking;
@@ -212,6 +217,17 @@ int missing_register(struct tierd_guest *g, uint64_t page);
 /* length of the run of consecutive pages in pages[0..count): the same region, neighbours in it */
 uint32_t run_length(struct tierd_guest *g, const uint64_t *pages, uint32_t count);
 
+/* around the worker's calls of the store, for the watchdog */
+static inline void worker_io_begin(struct tierd_guest *g)
+{
+	atomic_store_explicit(&g->worker_io_since_ns, sys_now_ns(), memory_order_relaxed);
+}
+
+static inline void worker_io_end(struct tierd_guest *g)
+{
+	atomic_store_explicit(&g->worker_io_since_ns, 0, memory_order_relaxed);
+}
+
 static inline void count_add(_Atomic uint64_t *counter, uint64_t n)
 {
 	atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
@@ -253,6 +269,11 @@ void tierd_worker_retry(struct tierd_worker *w, uint64_t *next_due_ns);
  * UNREADABLE the first page is still ARRIVING, and the caller's. */
 enum { UNREADABLE = -ENODATA };
 int64_t fetch_run(struct tierd_worker *w, uint64_t page, uint32_t count, uint32_t *claimed);
+
+static inline bool quarantined(struct tierd_guest *g, uint64_t page)
+{
+	return g->quarantine && bit_get(g->quarantine, page);
+}
 
 /* store.c */
 int store_read(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_t count, void *to);

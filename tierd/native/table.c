@@ -15,6 +15,8 @@
 
 #include "internal.h"
 
+/* as much as x86-64 has addresses for: sums of 32 regions cannot overflow */
+static const uint64_t REGION_BYTES_MAX = 1ull << 57;
 static const char MAGIC[8] = "tierd\0\0";
 
 #define TO(state) (1u << (state))
@@ -120,6 +122,37 @@ int tierd_table_create(int fd, const struct tierd_identity *identity, const stru
 	return 0;
 }
 
+static bool ends(const char *text, size_t bytes)
+{
+	return memchr(text, 0, bytes);
+}
+
+/* A checksum that is right says who wrote the file, perhaps, and not that all of it can be used. */
+static bool identity_sane(const struct tierd_identity *identity)
+{
+	return identity->pid > 0 && identity->uffd_in_vmm >= 0 && identity->epoch_ns &&
+	       identity->page_bytes == sys_page_bytes() && ends(identity->boot_id, sizeof(identity->boot_id)) &&
+	       ends(identity->name, sizeof(identity->name)) && ends(identity->store_path, sizeof(identity->store_path));
+}
+
+static bool regions_sane(const struct table_header *h)
+{
+	uint64_t pages = 0;
+
+	if (!h->region_count || h->region_count > TIERD_REGIONS_MAX)
+		return false;
+	for (uint32_t i = 0; i < h->region_count; i++) {
+		const struct tierd_region *r = &h->regions[i];
+
+		if (!r->bytes || (r->bytes | r->address | r->offset) % sys_page_bytes() ||
+		    r->bytes > REGION_BYTES_MAX || r->address > UINT64_MAX - r->bytes ||
+		    r->offset > INT64_MAX - r->bytes)
+			return false;
+		pages += r->bytes / sys_page_bytes();
+	}
+	return pages == h->pages;
+}
+
 static int header_check(int fd, const struct table_header *h)
 {
 	struct stat st;
@@ -130,14 +163,15 @@ static int header_check(int fd, const struct table_header *h)
 		return -EPROTONOSUPPORT;
 	if (h->version != TIERD_TABLE_VERSION || h->checksum != header_checksum(h))
 		return -EBADMSG;
-	if (h->identity.page_bytes != sys_page_bytes() || !h->identity.epoch_ns)
+	if (!identity_sane(&h->identity) || !regions_sane(h))
 		return -EBADMSG;
 	if (fstat(fd, &st))
 		return -errno;
 	return (uint64_t)st.st_size == table_bytes(h->pages) ? 0 : -EBADMSG;
 }
 
-int tierd_table_read(int fd, struct tierd_identity *identity, struct tierd_region *regions, uint32_t *count)
+int tierd_table_read(int fd, struct tierd_identity *identity, struct tierd_region *regions, uint32_t *count,
+		     struct tierd_serving *serving)
 {
 	struct table_header h;
 	ssize_t n = pread(fd, &h, sizeof(h), 0);
@@ -153,6 +187,29 @@ int tierd_table_read(int fd, struct tierd_identity *identity, struct tierd_regio
 	*identity = h.identity;
 	memcpy(regions, h.regions, sizeof(h.regions));
 	*count = h.region_count;
+	*serving = h.serving;
+	return 0;
+}
+
+int tierd_table_away(int fd, uint64_t *pages)
+{
+	struct table_header *h;
+	const page_word *words;
+	struct stat st;
+
+	*pages = 0;
+	if (fstat(fd, &st))
+		return -errno;
+	h = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
+	if (h == MAP_FAILED)
+		return -errno;
+	words = (const page_word *)((const char *)h + TABLE_HEADER_BYTES);
+	for (uint64_t i = 0; i < h->pages; i++) {
+		enum page_state state = word_state(words[i]);
+
+		*pages += state != RESIDENT && state != RESOLVING && state != LEAVING;
+	}
+	munmap(h, (size_t)st.st_size);
 	return 0;
 }
 

@@ -263,10 +263,12 @@ void tierd_guest_stop(struct tierd_guest *g)
 
 void tierd_guest_health(struct tierd_guest *g, uint64_t hung_ns, struct tierd_health *ret)
 {
-	uint64_t now_ns = sys_now_ns();
+	uint64_t io_since_ns = atomic_load(&g->worker_io_since_ns), now_ns = sys_now_ns();
 
 	*ret = (struct tierd_health){.parked_pages = atomic_load(&g->parked_pages),
-				     .overdue_ns = parking_overdue_ns(g, now_ns)};
+				     .overdue_ns = parking_overdue_ns(g, now_ns),
+				     .worker_io_ns = io_since_ns ? now_ns - io_since_ns : 0,
+				     .pages_lost = atomic_load(&g->count.pages_lost)};
 	pthread_mutex_lock(&g->threads_lock);
 	for (struct tierd_thread *t = g->threads; t; t = t->next) {
 		uint64_t since_ns = tierd_worker_busy_since(t->worker);

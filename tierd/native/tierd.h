@@ -24,8 +24,9 @@ enum { TIERD_ZAP_PAGEOUT = 1, TIERD_ZAP_INJECT = 2 };
 /* what becomes of a page that cannot be read within the deadline */
 enum { TIERD_LOST_POISON = 0, TIERD_LOST_HOLD = 1 };
 
-/* flags of struct tierd_tier */
-enum { TIERD_SPACE_DIRECT = 1, TIERD_SPACE_DROP_CACHE = 2 };
+/* flags of struct tierd_tier. LATE: a write or discard of a process that was killed may still land, at any time (FUSE, network
+ * file systems): what a predecessor may have had in flight is not used again. */
+enum { TIERD_SPACE_DIRECT = 1, TIERD_SPACE_DROP_CACHE = 2, TIERD_SPACE_LATE = 4 };
 
 /* What the state file says about the VMM: adoption compares all of it before it touches anything. */
 struct tierd_identity {
@@ -38,6 +39,18 @@ struct tierd_identity {
 	char boot_id[40];      /* /proc/sys/kernel/random/boot_id, NUL-terminated */
 	char name[256];        /* the guest's name, NUL-terminated, for people */
 	char store_path[1024]; /* the file that holds the guest's stored pages, NUL-terminated */
+};
+
+/* What a successor must know before it has read its configuration. In the state file, outside of the header's checksum: each
+ * field is changed by itself while the guest is served. */
+struct tierd_serving {
+	uint32_t known; /* 0: nothing of this was ever said */
+	uint32_t on_lost;
+	uint64_t read_deadline_ns;
+	uint32_t readahead_pages;
+	uint32_t store_flags; /* TIERD_SPACE_* of tier 1 */
+	int32_t uffd_moved;   /* not 0: the userfaultfd's number in the VMM is uffd_moved - 1 by now */
+	uint32_t reserved;
 };
 
 struct tierd_region {
@@ -76,20 +89,21 @@ struct tierd_guest_args {
 
 /* Counters since tierd_guest_create. One snapshot; each number is exact, the set is not taken at one instant. */
 struct tierd_counters {
-	uint64_t pages;           /* size of the guest */
-	uint64_t state_pages[8];  /* by enum page_state, from the table */
-	uint64_t tier_pages[16];  /* STORED by tier */
-	uint64_t untouched_pages; /* RESIDENT and never seen touched */
-	uint64_t stale_pages;     /* RESIDENT, store space not yet given back */
-	uint64_t faults_fetch;    /* STORED: brought back from a tier */
-	uint64_t faults_zero;     /* hole, or tier 0 */
-	uint64_t faults_cancel;   /* took a page away from an eviction */
-	uint64_t faults_resolve;  /* lifted a hold from a page that stays */
-	uint64_t faults_wait;     /* left to the owner of the page */
-	uint64_t faults_failed;   /* could not be served (now LOST or to be retried) */
-	uint64_t pages_fetched;   /* by faults, read-ahead included */
-	uint64_t pages_readahead; /* of these, not asked for by the guest itself */
-	uint64_t pages_restored;  /* by tierd_guest_restore */
+	uint64_t pages;             /* size of the guest */
+	uint64_t state_pages[8];    /* by enum page_state, from the table */
+	uint64_t tier_pages[16];    /* STORED by tier */
+	uint64_t untouched_pages;   /* RESIDENT and never seen touched */
+	uint64_t stale_pages;       /* RESIDENT, store space not yet given back */
+	uint64_t quarantined_pages; /* not evicted again: a predecessor's I/O may still land in their space */
+	uint64_t faults_fetch;      /* STORED: brought back from a tier */
+	uint64_t faults_zero;       /* hole, or tier 0 */
+	uint64_t faults_cancel;     /* took a page away from an eviction */
+	uint64_t faults_resolve;    /* lifted a hold from a page that stays */
+	uint64_t faults_wait;       /* left to the owner of the page */
+	uint64_t faults_failed;     /* could not be served (now LOST or to be retried) */
+	uint64_t pages_fetched;     /* by faults, read-ahead included */
+	uint64_t pages_readahead;   /* of these, not asked for by the guest itself */
+	uint64_t pages_restored;    /* by tierd_guest_restore */
 	uint64_t pages_evicted;
 	uint64_t pages_evicted_zero; /* of these, all zeros: no store needed */
 	uint64_t pages_cancelled;    /* LEAVING and back: touched meanwhile, or an error */
@@ -118,6 +132,8 @@ struct tierd_health {
 	uint32_t reserved;
 	uint64_t oldest_busy_ns; /* for how long the oldest fault is in service; 0: none is */
 	uint64_t overdue_ns;     /* for how long a parked fault has been due; 0: none is */
+	uint64_t worker_io_ns;   /* for how long the worker has been in one call of the store; 0: it is in none */
+	uint64_t pages_lost;     /* so far */
 };
 
 /* For tests: how often, in 1/1000 of the calls, the guest's store misbehaves. The pages of a call that hangs or is slow are
@@ -155,6 +171,7 @@ struct tierd_batch_result {
 struct tierd_adoption {
 	uint64_t resident_pages, stored_pages, corrected_pages;
 	uint64_t lost_pages;
+	uint64_t quarantined_pages;
 	uint64_t ns;
 };
 
@@ -168,7 +185,11 @@ struct tierd_batch;
 int tierd_table_create(int fd, const struct tierd_identity *identity, const struct tierd_region *regions,
 		       uint32_t count);
 /* Reads a header back. -EBADMSG: broken or not ours; -EPROTONOSUPPORT: written by a newer tierd. Changes nothing. */
-int tierd_table_read(int fd, struct tierd_identity *identity, struct tierd_region *regions, uint32_t *count);
+int tierd_table_read(int fd, struct tierd_identity *identity, struct tierd_region *regions, uint32_t *count,
+		     struct tierd_serving *serving);
+/* Pages that are not with the guest, by the table (which may lag behind the kernel): 0 means that nothing is needed to leave
+ * it. With the lock held. */
+int tierd_table_away(int fd, uint64_t *pages);
 /* flock(LOCK_EX|LOCK_NB) on fd: free only when the last thread of a predecessor is gone. -EWOULDBLOCK while it is held. */
 int tierd_table_lock(int fd);
 
@@ -197,6 +218,11 @@ void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret);
 void tierd_guest_set_reads(struct tierd_guest *g, uint64_t read_deadline_ns, uint32_t on_lost);
 /* hung: in service for longer than hung_ns. Takes a lock that is never held over I/O. */
 void tierd_guest_health(struct tierd_guest *g, uint64_t hung_ns, struct tierd_health *ret);
+/* The VMM has the userfaultfd under another number now. */
+void tierd_guest_set_uffd_in_vmm(struct tierd_guest *g, int32_t uffd_in_vmm);
+/* Addresses in the VMM of pages that are LOST, from *next_page on, at most max of them. *next_page == pages of the guest when
+ * there are no more. Reads the table only. */
+int tierd_guest_lost(struct tierd_guest *g, uint64_t *next_page, uint64_t *addresses, uint32_t max, uint32_t *count);
 void tierd_guest_set_store_faults(struct tierd_guest *g, const struct tierd_store_faults *faults);
 /* Pages that are RESIDENT and touched, by idle time: ret[i] counts pages idle at least edges_s[i] seconds and less than
  * edges_s[i + 1] (the last one is open). edges_s ascends. Reads the table only. */

@@ -25,6 +25,11 @@ class Space(Protocol):
         ...
 
     @property
+    def late(self) -> bool:
+        """What a process that was killed had in flight may still land: such pages are not evicted again (quarantine)."""
+        ...
+
+    @property
     def drop_cache(self) -> bool:
         """Written pages stay in the page cache, which would give nothing back: to be dropped after a sync."""
         ...
@@ -42,8 +47,8 @@ class Space(Protocol):
 class Store(Protocol):
     """A place for the spaces of many guests."""
 
-    def open(self, key: str, pages: int, page_bytes: int, *, create: bool) -> Space:
-        """The space of guest `key` (PID-STARTTICKS). StoreError. Blocks."""
+    def create(self, key: str, pages: int, page_bytes: int) -> Space:
+        """A new space for guest `key` (PID-STARTTICKS). StoreError. Blocks."""
         ...
 
     def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:

@@ -21,10 +21,13 @@ from typing import Literal
 from tierd.store import StoreError
 
 PREFIX, SUFFIX = "guest-", ".pages"
-KEY = re.compile(r"\d+-\d+")
+KEY = re.compile(r"[0-9]{1,10}-[0-9]{1,20}")
 RESERVE_BYTES = 256 << 20  # of the file system, for others; and so that a full disk is our decision, not an error
 USED_CACHE_S = 1.0
 MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
+# where a thread that is killed in a read or write is gone only when the I/O is: on others (FUSE, NFS) a request that the
+# kernel has given up may still land
+LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "jfs", "nilfs2"})
 
 
 class FileSpace:
@@ -33,6 +36,7 @@ class FileSpace:
     def __init__(self, fd: int, path: Path, direct: bool) -> None:
         self.fd, self.path, self.direct = fd, path, direct
         self.drop_cache = not direct
+        self.late = file_system_of(path.parent) not in LOCAL_FILE_SYSTEMS
 
     def used_bytes(self) -> int:
         return os.fstat(self.fd).st_blocks * 512
@@ -53,6 +57,7 @@ class FileStore:
         self.path = path
         self._capacity_bytes = capacity_bytes
         self._used_at, self._used = -1e9, 0
+        self.trouble = ""  # why it cannot be written now, where guests' pages are in it all the same
         self._prepare()
         self.direct = self._choose_direct(direct)
 
@@ -86,7 +91,14 @@ class FileStore:
     def _choose_direct(self, wanted: Literal["auto", "on", "off"]) -> bool:
         if wanted == "off":
             return False
-        problem = self._try_direct()
+        try:
+            problem = self._try_direct()
+        except StoreError as error:
+            if not any(self.path.glob(f"{PREFIX}*{SUFFIX}")):
+                raise
+            # full, or read-only after an error: evicting must wait, but those who wait for their pages must not
+            self.trouble = str(error)
+            return wanted == "on"
         if problem and wanted == "on":
             raise StoreError(f"{self.path} does not take O_DIRECT ({problem}); set store.direct to auto or off")
         return problem is None
@@ -95,9 +107,11 @@ class FileStore:
         """None when one page written with O_DIRECT is read back; else why not."""
         scratch = self.path / f".tierd-direct-{os.getpid()}"
         try:
+            scratch.unlink(missing_ok=True)  # of a tierd that died just here; in a container all have the same pid
             fd = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            scratch.unlink(missing_ok=True)  # some file systems create the file before they refuse the flag
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)  # some file systems create the file before they refuse the flag
             if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
                 return "open(2) refuses it"
             raise StoreError(
@@ -122,37 +136,22 @@ class FileStore:
             os.close(fd)
             scratch.unlink()
 
-    def open(self, key: str, pages: int, page_bytes: int, *, create: bool) -> FileSpace:
+    def create(self, key: str, pages: int, page_bytes: int) -> FileSpace:
         path = self.path / f"{PREFIX}{key}{SUFFIX}"
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_DIRECT if self.direct else 0)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            if create:  # a file of that name can only be a leftover: pids and start times do not come back
-                path.unlink(missing_ok=True)
-                flags |= os.O_CREAT | os.O_EXCL
-            fd = os.open(path, flags, 0o600)
+            path.unlink(missing_ok=True)  # it can only be a leftover: pids and start times do not come back
+            fd = os.open(path, flags | (os.O_DIRECT if self.direct else 0), 0o600)
         except OSError as error:
-            raise StoreError(
-                f"{path} cannot be opened: {error.strerror}; see the directory's owner and mode"
-            ) from error
+            raise StoreError(f"{path} cannot be made: {error.strerror}; see the directory's owner and mode") from error
         try:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
-                raise StoreError(f"{path} is not a file of user {os.geteuid()}; nothing was touched, move it away")
-            if create:
-                os.ftruncate(fd, pages * page_bytes)
-            elif info.st_size != pages * page_bytes:
-                raise StoreError(
-                    f"{path} has {info.st_size} bytes, {pages * page_bytes} were expected; nothing was touched"
-                )
+            os.ftruncate(fd, pages * page_bytes)
         except OSError as error:
             os.close(fd)
-            path.unlink(missing_ok=create)
+            path.unlink(missing_ok=True)
             raise StoreError(
                 f"{path} cannot be sized: {error.strerror}; does the file system take sparse files?"
             ) from error
-        except StoreError:
-            os.close(fd)
-            raise
         return FileSpace(fd, path, self.direct)
 
     def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
@@ -160,7 +159,10 @@ class FileStore:
         for path in sorted(self.path.glob(f"{PREFIX}*{SUFFIX}")):
             key = path.name[len(PREFIX) : -len(SUFFIX)]
             if KEY.fullmatch(key) and path.is_file() and not path.is_symlink() and not may_be_needed(key):
-                path.unlink()
+                try:
+                    path.unlink()
+                except OSError:  # a file system that is read-only now: the next sweep tries again
+                    continue
                 swept.append(key)
         return swept
 
@@ -180,6 +182,58 @@ class FileStore:
         if self._capacity_bytes is not None:
             free = min(free, max(self._capacity_bytes - self.used_bytes(), 0))
         return free
+
+
+def reopen(path: Path, pages: int, page_bytes: int, *, direct: bool) -> FileSpace:
+    """The space that a predecessor made at `path`, wherever new ones are made now. StoreError: it is not what was left
+    there. Blocks."""
+    o_direct = os.O_DIRECT if direct else 0
+    try:
+        try:
+            fd = open_ours(path, os.O_RDWR | o_direct)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            fd = open_ours(path, os.O_RDONLY | o_direct)  # what is in there can still be read
+    except OSError as error:
+        raise StoreError(f"{path} cannot be opened: {error.strerror}; nothing was touched") from error
+    try:
+        info = os.fstat(fd)
+        if info.st_size != pages * page_bytes:
+            raise StoreError(
+                f"{path} has {info.st_size} bytes, {pages * page_bytes} were expected; nothing was touched"
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return FileSpace(fd, path, direct)
+
+
+def open_ours(path: Path, flags: int) -> int:
+    """Open a file that exists and that only this user can have put there. Never waits: what is not a regular file (a FIFO
+    waits for its other end, a device may do anything) is looked at, not opened. OSError says what it is."""
+    looked_at = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        info = os.fstat(looked_at)
+        if not stat.S_ISREG(info.st_mode):
+            raise OSError(
+                errno.EPERM, f"it is {_KINDS.get(stat.S_IFMT(info.st_mode), 'not a file')}, not a regular file"
+            )
+        if info.st_uid != os.geteuid():
+            raise OSError(errno.EPERM, f"it belongs to user {info.st_uid}, tierd runs as {os.geteuid()}")
+        return os.open(f"/proc/self/fd/{looked_at}", flags | os.O_CLOEXEC)
+    finally:
+        os.close(looked_at)
+
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def file_system_of(path: Path) -> str:

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A store that hangs or lies, under the real daemon: who does not need it does not notice, and the operator is told."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+from tests.daemon.process import OURS, POLICY, Boot, Daemon, evicted
+from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
+from tests.kernel.disks import frozen_at_will, hanging_disk, in_the_kernel
+from tests.kernel.vmm import MIB, PAGE, wait_for
+
+
+def on_disk(daemon: Daemon, mount: Path, **settings: object) -> None:
+    daemon.write(store={"path": str(mount / "store")}, **settings)
+
+
+def healthy(daemon: Daemon) -> dict[str, object]:
+    began = time.monotonic()
+    done = daemon.tierd("status", "--json")
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 20, "the answer does not wait for the store"
+    store: dict[str, object] = json.loads(done.stdout)["stores"][0]
+    return store
+
+
+def test_a_disk_that_takes_no_writes(daemon: Daemon, boot: Boot, disk_dir: Path) -> None:
+    """The eviction hangs in the kernel. That is told once; faults, API and watchdog go on; a stop does not wait, the lock of
+    the thread that hangs makes the successor wait."""
+    with frozen_at_will(disk_dir, 512 * MIB) as disk:
+        on_disk(daemon, disk.mount, on_stop="keep")
+        cold, busy = boot("cold", 64 * MIB), boot("busy")
+        busy.ask("hot", 0, 1000)
+        busy.ask("run", 1000, 50)
+        daemon.start()
+        assert daemon.process is not None
+        evicted(daemon, "cold", cold)
+        disk.hang()
+        wait_for(lambda: in_the_kernel(daemon.process.pid, "percpu_rwsem_wait"), "an eviction hangs")
+        wait_for(lambda: daemon.logged("store_hangs"), "it is told")
+        assert daemon.logged("store_hangs")[0]["eviction_hangs"]
+        cold.verify()  # reads go on
+        store = healthy(daemon)
+        assert not store["healthy"]
+        assert "has waited for a call of the store" in str(store["reason"])
+        while daemon.notify.recv(4096).decode() != "WATCHDOG=1":
+            pass
+        daemon.signal(signal.SIGTERM)
+        wait_for(lambda: daemon.logged("ended_in_a_call"), "it does not wait for the call")
+        disk.go_on()
+        daemon.wait()
+        daemon.start()
+        busy.ask("stop")
+        busy.verify()
+        cold.verify()
+        assert healthy(daemon)["healthy"]
+        on_disk(daemon, disk.mount, on_stop="restore")
+        daemon.signal(signal.SIGHUP)
+        wait_for(lambda: daemon.logged("reloaded"), "reloaded")
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 0
+
+
+def test_a_store_that_does_not_answer_at_all(daemon: Daemon, boot: Boot, disk_dir: Path) -> None:
+    """Reads hang, too, and so does every question about the file system. The daemon answers and says so, threads take over, a
+    killed daemon is succeeded by one that waits for the store; when it answers again, everybody goes on."""
+    with hanging_disk(disk_dir, 512 * MIB) as disk:
+        on_disk(daemon, disk.mount, guests=[{"name": f"*{OURS}", **POLICY, "fault_threads_max": 3}])
+        web = boot("web")
+        daemon.start()
+        evicted(daemon, "web", web)
+        disk.hang()
+        web.send("verify")
+        wait_for(lambda: daemon.logged("store_hangs"), "it is told")
+        wait_for(lambda: not healthy(daemon)["healthy"], "the store is ill")
+        wait_for(lambda: "has not answered" in str(healthy(daemon)["reason"]), "nor does it say how full it is", 30)
+        counters = daemon.guests()["web"]["counters"]
+        assert counters["fault_threads"] > 1, "another one took over"
+        daemon.signal(signal.SIGKILL)  # whose thread in the kernel ends with the call that hangs
+        disk.go_on()
+        daemon.wait()
+        disk.hang()
+        daemon.spawn()
+        daemon.wait_told("EXTEND_TIMEOUT_USEC")
+        disk.go_on()
+        daemon.wait_told("READY=1")
+        wait_for(web.answered, "everything was verified", 60)
+        web.verify()
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 0
+
+
+def test_a_lost_page_is_told_with_its_address(daemon: Daemon, boot: Boot) -> None:
+    """on_lost: hold. The guest waits, the operator repairs the store and says `retry`. A page that is lost is not left."""
+    daemon.write(
+        store={"path": str(daemon.store_dir), "direct": "off"},
+        guests=[{"name": f"*{OURS}", **POLICY, "on_lost": "hold", "read_deadline_s": 0.2}],
+    )
+    web = boot("web")
+    daemon.start()
+    evicted(daemon, "web", web)
+    page = 77
+    wait_for(lambda: daemon.stored_bytes("web") == web.pages * PAGE, "all of it")
+    (path,) = daemon.store_dir.iterdir()
+    with path.open("r+b") as store:
+        store.seek(page * PAGE)
+        good = store.read(8)
+        store.seek(page * PAGE)
+        store.write(bytes(8))
+    web.send("verify", page, 1)
+    (entry,) = wait_for(lambda: daemon.logged("pages_lost"), "it is told")
+    assert entry["addresses"] == [f"{web.addresses[0] + page * PAGE:#x}"]
+    assert "stay blocked" in entry["guest_sees"]
+    done = daemon.tierd("detach", f"web{OURS}")
+    assert done.returncode == 1
+    assert "1 pages" in done.stderr
+    assert "tierd retry" in done.stderr
+    with path.open("r+b") as store:
+        store.seek(page * PAGE)
+        store.write(good)
+    done = daemon.tierd("retry", f"web{OURS}", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["recovered_bytes"] == PAGE
+    wait_for(web.answered, "the guest goes on")
+    web.verify()
+    assert daemon.tierd("detach", f"web{OURS}").returncode == 0
+    web.verify()
