@@ -17,6 +17,7 @@ import pytest
 from tests.kernel.sanitized import SANITIZERS, sanitized_python
 from tests.kernel.torture import torture
 from tests.kernel.vmm import MIB, PAGE, ForcedEngine, Host, Options, Vmm, wait_for
+from tierd.attach import Refused
 from tierd.attach.procfs import boot_id
 from tierd.native import KernelError
 from tierd.serve import StateError, adopt, wait_for_lock
@@ -146,6 +147,30 @@ def test_a_successor_waits_for_the_last_thread_of_its_predecessor(start_vmm: Sta
         vmm.verify()
 
 
+def test_a_guest_whose_state_file_is_gone_is_left_blocked(start_vmm: Start, host: Host) -> None:
+    """Rule 10: its holes may be pages that are stored. Attaching anew would serve them as zeros, so it is refused; the guest's
+    thread waits, and goes on when the state file is found again."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.evict_all()
+        path = tiered.served.state_path
+    kept = path.rename(path.with_suffix(".kept"))
+    with pytest.raises(Refused, match="state file is gone"), host.attached(vmm):
+        pass
+    vmm.send("verify")
+    wait_for(lambda: blocked(vmm), "the guest's thread waits in the kernel")
+    kept.rename(path)
+    with host.adopted(vmm):
+        assert vmm._answer()[1:] == [str(vmm.pages), "0"]
+
+
+def blocked(vmm: Vmm) -> bool:
+    """A thread of the VMM waits for a page."""
+    tasks = Path(f"/proc/{vmm.pid}/task")
+    return any("handle_userfault" in (tasks / tid / "wchan").read_text() for tid in os.listdir(tasks))
+
+
 def test_faults_wait_for_the_successor(start_vmm: Start, host: Host) -> None:
     """While nobody serves, the guest's thread waits; it is never given zeros."""
     vmm = start_vmm(f"bytes={4 * MIB}")
@@ -153,14 +178,7 @@ def test_faults_wait_for_the_successor(start_vmm: Start, host: Host) -> None:
     with host.attached(vmm) as tiered:
         tiered.evict_all()
     vmm.send("verify")
-
-    def blocked() -> bool:
-        return any(
-            "handle_userfault" in Path(f"/proc/{vmm.pid}/task/{tid}/wchan").read_text()
-            for tid in os.listdir(f"/proc/{vmm.pid}/task")
-        )
-
-    wait_for(blocked, "the guest's thread waits in the kernel")
+    wait_for(lambda: blocked(vmm), "the guest's thread waits in the kernel")
     began = time.monotonic()
     with host.adopted(vmm):
         assert vmm._answer()[1:] == [str(vmm.pages), "0"]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.build import HERE, NATIVE, build_driver, run_driver
+from tests.native.build import HERE, NATIVE, ROOT, build_driver, run_driver
 
 SEEDS_MAX = 20000
 
@@ -286,6 +287,19 @@ DRIVER_MUTATIONS = [
         "	spawn(DAEMON, run_fault_worker, 7);\n	spawn(DAEMON, run_worker, adopted);",
     ),
 ]
+
+
+def test_the_table_of_rules_names_what_is_there() -> None:
+    """README.md: each of the sixteen rules, and for each but the third a mutation or a test that exists."""
+    rows = re.findall(r"^\| (\d+) .*$", (ROOT / "README.md").read_text(), re.M)
+    assert rows == [str(rule) for rule in range(1, 17)]
+    there = {mutation.name for mutation in MUTATIONS + DRIVER_MUTATIONS}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        there.update(re.findall(r"^def (test_\w+)", path.read_text(), re.M))
+    for row in re.findall(r"^\| \d+ .*$", (ROOT / "README.md").read_text(), re.M):
+        names = re.findall(r"`(\w+)`", row.split("|", 2)[2])
+        assert set(names) <= there, row
+        assert names or row.startswith("| 3 "), row
 
 
 def _write(mutation: Mutation, source: Path, to: Path) -> None:
