@@ -19,7 +19,6 @@ from tests.kernel.torture import torture
 from tests.kernel.vmm import MIB, PAGE, ForcedEngine, Host, Options, Vmm, wait_for
 from tierd.attach import Refused
 from tierd.attach.procfs import boot_id
-from tierd.attach.ptrace import close_in_vmm
 from tierd.native import KernelError
 from tierd.serve import StateError, adopt, wait_for_lock
 
@@ -55,27 +54,6 @@ def test_torture_under_a_sanitizer(vmm_binary: Path, tmp_path: Path, sanitizer: 
     # the sanitizers' own memory would be the first to be short
     check(torture(vmm_binary, kills=1 << 30, seconds=SANITIZED_S, seed=5, guests=2, python=python, memory_limit=0))
     assert not [log.read_text() for log in logs.iterdir()]
-
-
-def test_a_death_while_leaving_leaves_nothing_to_adopt(
-    start_vmm: Start, host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed when the VMM has no userfaultfd of ours any more, but a state file were still there: nobody could adopt it, and
-    nobody would attach to the guest anew."""
-    vmm = start_vmm(f"bytes={4 * MIB}")
-    vmm.ask("fill")
-    with host.attached(vmm) as tiered:
-        tiered.evict_all()
-        tiered.restore_all()
-        with monkeypatch.context() as patch:
-            patch.setattr("tierd.serve.close_in_vmm", lambda pid, fd: (close_in_vmm(pid, fd), 1 / 0))
-            with pytest.raises(ZeroDivisionError):
-                tiered.served.leave()
-        assert not tiered.served.state_path.exists()
-    with host.attached(vmm) as tiered:
-        tiered.evict_all()
-        vmm.verify()
-        tiered.leave()
 
 
 def test_a_page_that_does_not_verify_is_a_memory_error(start_vmm: Start, host: Host) -> None:

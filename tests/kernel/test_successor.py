@@ -173,7 +173,7 @@ def test_a_predecessor_that_hangs_in_its_store_is_waited_for(vmm_binary: Path, d
             str(tmpfs_dir),
             str(disk.mount),
             "1",
-            "calm",
+            "honest",
         ]
         worker = subprocess.Popen(command, stdout=subprocess.PIPE)
         try:

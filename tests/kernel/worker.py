@@ -22,7 +22,7 @@ from tierd import cycle
 from tierd.attach.preflight import HolderScan, preflight, swap_can_receive
 from tierd.attach.procfs import boot_id, read_spec
 from tierd.native import KernelError, Zap
-from tierd.serve import PAGE_BYTES, Served, Tuning, adopt, attach, prepare_runtime_dir
+from tierd.serve import PAGE_BYTES, Served, Stale, Tuning, adopt, attach, prepare_runtime_dir
 from tierd.store.file import FileStore
 
 READ_DEADLINE_S = 8.0  # fifteen tries: a page that is only misread now and then is never given up
@@ -32,24 +32,23 @@ def say(*words: object) -> None:
     print(*words, flush=True)
 
 
-def serve(pid: int, tmpfs_dir: Path, disk_dir: Path, options: Options, read_deadline_s: float) -> Served:
-    engine, store = ForcedEngine(options), FileStore(disk_dir / "store", None, options.direct)
-    tuning = Tuning(0.1, 16, read_deadline_s=read_deadline_s)
-    guests_dir, swap = prepare_runtime_dir(tmpfs_dir), swap_can_receive(pid)
+def serve(pid: int, tmpfs_dir: Path, disk_dir: Path, options: Options) -> Served:
+    engine, guests_dir, swap = ForcedEngine(options), prepare_runtime_dir(tmpfs_dir), swap_can_receive(pid)
     for path in guests_dir.glob("*.state"):
         say("adopting")
-        served = adopt(path, engine=engine, swap_can_receive=swap, capacity_pages=1 << 40, boot_id=boot_id())
-        served.native.set_reads(read_deadline_s, hold=False)
-        return served
+        try:
+            return adopt(path, engine=engine, swap_can_receive=swap, capacity_pages=1 << 40, boot_id=boot_id())
+        except Stale:
+            path.unlink()
     spec = read_spec(pid, "test")
     preflight(spec, SAFE, HolderScan())
     say("attaching")
     return attach(
         spec,
         engine=engine,
-        store=store,
+        store=FileStore(disk_dir / "store", None, options.direct),
         guests_dir=guests_dir,
-        tuning=tuning,
+        tuning=Tuning(0.1, 16),
         swap_can_receive=swap,
         capacity_pages=1 << 40,
     )
@@ -91,7 +90,6 @@ def leave(served: Served) -> None:
         with contextlib.suppress(KernelError):  # a read that failed: tried again
             served.native.restore(0, 1 << 40)
     served.leave()
-    served.forget()
     say("left")
 
 
@@ -106,7 +104,8 @@ def main() -> None:
         readahead_pages=chance.choice([1, 4, 16]),
     )
     stay_s = chance.random() * 0.3 if order == "leave" else float("inf")
-    with serve(pid, tmpfs_dir, disk_dir, options, 0.0 if order in ("honest", "spoilt") else READ_DEADLINE_S) as served:
+    with serve(pid, tmpfs_dir, disk_dir, options) as served:
+        served.native.set_reads(0.0 if order in ("honest", "spoilt") else READ_DEADLINE_S, hold=False)
         if order != "honest":
             served.native.set_store_faults(**misbehaviour(chance, misread=order != "spoilt"))
         say("ready", served.adoption.stored_pages if served.adoption else 0)

@@ -268,6 +268,7 @@ static struct tierd_guest *create_guest(int table_fd)
 {
 	char path[64];
 	struct tierd_identity identity;
+	struct tierd_serving serving;
 	struct tierd_guest *g;
 	struct tierd_serving serving;
 	struct tierd_guest_args args = {
