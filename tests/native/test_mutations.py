@@ -244,7 +244,6 @@ MUTATIONS = [
 MORE = {
     "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle
     "late_write_lands_in_used_space": ("--late-io",),
-    "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle
     "parked_page_read_whatever_its_tier": ("--from", "37400"),  # it takes a page that leaves again between two looks
 }
 # Two walls stand behind each other here: one alone holds, so both are broken.
