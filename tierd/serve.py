@@ -13,12 +13,13 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tierd.attach import GuestSpec, Region
-from tierd.attach.procfs import cmdline_of, filtered, open_memfd, start_ticks, still_mapped
+from tierd.attach.preflight import HolderScan
+from tierd.attach.procfs import Mapping, cmdline_of, filtered, maps_of, open_memfd, start_ticks, still_mapped
 from tierd.attach.ptrace import close_in_vmm, pick_thread, pidfd_getfd, put_into_vmm, take_userfaultfd
 from tierd.engine import Engine
 from tierd.native import (
@@ -97,7 +98,7 @@ class Served:
 
     def resident_bytes(self) -> int:
         """Memory that the guest's files occupy now (blocks, not RSS: deactivation alone empties RSS)."""
-        return sum(os.fstat(fd).st_blocks * 512 for fd in self.memfds)
+        return sum(os.fstat(fd).st_blocks * 512 for fd in self.memfds if fd >= 0)
 
     def adapt(self, swap_can_receive: bool) -> None:
         """Before every pass: swap may have come, or gone, since the last one. Worker."""
@@ -247,13 +248,23 @@ def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive
     served.native.set_reads(tuning.read_deadline_s, tuning.hold_lost)
 
 
-def _take_descriptors(served: Served) -> None:
+def _still_has(maps: Sequence[Mapping], region: Region) -> bool:
+    return any((m.device, m.inode) == (region.device, region.inode) for m in maps)
+
+
+def _take_descriptors(served: Served, maps: Sequence[Mapping] = ()) -> None:
+    """`maps`: in an adoption, by which memory that the VMM has given up since is told from what cannot be had."""
     spec = served.spec
     served.pidfd = served._own(os.pidfd_open(spec.pid))
     if start_ticks(spec.pid) != spec.start_ticks:
         raise ProcessLookupError(errno.ESRCH, f"process {spec.pid} is not the VMM of {spec.name} any more")
     for region in spec.regions:
-        served.memfds.append(served._own(open_memfd(spec.pid, region)))
+        try:
+            served.memfds.append(served._own(open_memfd(spec.pid, region)))
+        except OSError as error:
+            if error.errno != errno.ESTALE or not maps or _still_has(maps, region):
+                raise
+            served.memfds.append(-1)  # the VMM has neither the mapping nor the file: nobody can read it again
 
 
 @contextlib.contextmanager
@@ -467,7 +478,10 @@ def adopt(
     served = Served(spec, state_path, engine)
     served.table_fd = served._own(fd)
     with _undone_on_error(served):
-        _take_descriptors(served)
+        _take_descriptors(served, maps_of(spec.pid))
+        if all(fd < 0 for fd in served.memfds) and not holders_of(spec.regions):
+            text = f"{state_path}: process {spec.pid} executed another program, the memory of {spec.name} is gone"
+            raise Stale(text, state_path, left.identity.store_path)
         served.uffd_in_vmm = left.identity.uffd_in_vmm if serving.uffd_in_vmm is None else serving.uffd_in_vmm
         served.uffd = served._own(_userfaultfd_again(served, left.identity, kept_uffd))
         pages = sum(r.bytes for r in spec.regions) // PAGE_BYTES
@@ -486,12 +500,19 @@ def _is_userfaultfd(pid: int, fd: int) -> bool:
         return False
 
 
+def holders_of(regions: Sequence[Region]) -> bool:
+    """Whether any process but us has one of these files."""
+    return bool(HolderScan().holders({(region.device, region.inode) for region in regions}, set()))
+
+
 def _userfaultfd_again(served: Served, identity: Identity, kept_uffd: int | None) -> int:
     if _is_userfaultfd(identity.pid, served.uffd_in_vmm):
         return pidfd_getfd(served.pidfd, served.uffd_in_vmm)
     if kept_uffd is not None:
         return fcntl.fcntl(kept_uffd, fcntl.F_DUPFD_CLOEXEC, 0)
     away = table_away(served.table_fd)
+    if not os.listdir(f"/proc/{identity.pid}/fd"):  # its first thread has ended, and with it what can be seen of it
+        raise StateError(f"nothing can be seen of process {identity.pid} ({identity.name}): did its main thread end?")
     if not away:
         text = f"{served.state_path}: {identity.name} was left, every page is with it"
         raise Stale(text, served.state_path, identity.store_path)

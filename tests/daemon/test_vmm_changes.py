@@ -36,6 +36,41 @@ def test_another_program_under_the_same_pid(daemon: Daemon, boot: Boot) -> None:
     assert daemon.wait() == 0
 
 
+def test_another_program_while_no_tierd_runs(daemon: Daemon, boot: Boot) -> None:
+    vmm, other = boot("web"), boot("other")
+    daemon.start()
+    evicted(daemon, "web", vmm)
+    evicted(daemon, "other", other)
+    daemon.kill()
+    vmm.send("exec")
+    wait_for(lambda: "sleep" in Path(f"/proc/{vmm.pid}/comm").read_text(), "it is another program")
+    daemon.start()
+    assert any("executed another program" in entry["why"] for entry in daemon.logged("state_swept"))
+    assert not [path for path in daemon.store_dir.iterdir() if str(vmm.pid) in path.name]
+    assert not [path for path in (daemon.runtime_dir / "guests").iterdir() if str(vmm.pid) in path.name]
+    other.verify()
+
+
+def test_memory_whose_file_is_gone_too(daemon: Daemon, vmm_binary: Path, tmp_path: Path) -> None:
+    """A DIMM was unplugged while no tierd ran: nobody has its bytes, nobody can want them. The rest is served."""
+    with two_regions(daemon, vmm_binary, tmp_path, "close") as vmm:
+        vmm.ask("fill")
+        half = vmm.pages // 2
+        daemon.start()
+        wait_for(lambda: daemon.stored_bytes("web") == vmm.pages * vmm.page_bytes, "all of it")
+        daemon.kill()
+        vmm.ask("unmap", half, half)
+        daemon.start()
+        assert daemon.logged("guest_adopted")
+        vmm.ask("verify", 0, half)
+        assert not vmm.wrong
+        wait_for(lambda: not daemon.stored_bytes("web"), "everything is back")
+        assert daemon.tierd("detach", f"web{OURS}").returncode == 0
+        assert not userfaultfds(vmm.pid)
+        assert not list(daemon.store_dir.iterdir())
+        vmm.ask("verify", 0, half)
+
+
 def test_a_vmm_whose_first_thread_has_ended_lives(tmp_path: Path) -> None:
     """/proc/PID/stat says Z of it; to call it gone would be to delete its stored pages."""
     script = (
@@ -74,16 +109,16 @@ def test_a_hazard_that_appears(daemon: Daemon, boot: Boot, hazard: str, undo: st
     wait_for(lambda: not daemon.stored_bytes("web"), "everything is back")
     vmm.verify()
     vmm.ask(undo)
-    assert daemon.tierd("detach", f"web{OURS}").returncode == 0
+    assert daemon.tierd("detach", str(vmm.pid)).returncode == 0
     assert not userfaultfds(vmm.pid)
     vmm.verify()
 
 
-def two_regions(daemon: Daemon, vmm_binary: Path, tmp_path: Path) -> Vmm:
+def two_regions(daemon: Daemon, vmm_binary: Path, tmp_path: Path, *more: str) -> Vmm:
     qemu = tmp_path / "qemu-system-test"
     qemu.symlink_to(vmm_binary)
     return Vmm(
-        vmm_binary, f"bytes={8 * MIB}", "regions=2", "-name", f"guest=web{OURS},debug-threads=on", arg0=str(qemu)
+        vmm_binary, f"bytes={8 * MIB}", "regions=2", *more, "-name", f"guest=web{OURS},debug-threads=on", arg0=str(qemu)
     )
 
 

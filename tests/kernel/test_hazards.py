@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from tierd.attach import GuestSpec, Refused
 from tierd.attach import preflight as checks
 from tierd.attach.preflight import CHECKS, HolderScan, findings, preflight, recheck, swap_can_receive
 from tierd.attach.procfs import read_spec
-from tierd.native import Zap
+from tierd.native import KernelError, Zap
 
 Start = Callable[..., Vmm]
 
@@ -399,5 +400,21 @@ def test_a_stopped_vmm_stays_stopped(start_vmm: Start, host: Host) -> None:
     wait_for(lambda: state() == "T", "stopped again, as a tracer leaves it")
     os.kill(vmm.pid, signal.SIGCONT)
     with host.attached(vmm) as tiered:
+        vmm.verify()
+        tiered.leave()
+
+
+def test_a_stopped_vmm_makes_nobody_wait_inside(start_vmm: Start, host: Host) -> None:
+    """Where pages are deactivated by calls inside the VMM, its stop is an error of that pass, not a worker that spins."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm, zap=Zap.INJECT) as tiered:
+        os.kill(vmm.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, vmm.pid, os.WSTOPPED)
+        with pytest.raises(KernelError) as caught:
+            tiered.scan()
+        assert caught.value.errno == errno.EAGAIN
+        os.kill(vmm.pid, signal.SIGCONT)
+        tiered.evict_all()
         vmm.verify()
         tiered.leave()

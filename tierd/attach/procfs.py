@@ -263,9 +263,9 @@ def open_memfd(pid: int, region: Region) -> int:
                     os.close(fd)
     finally:
         os.close(pidfd)
-    mapping = next((m for m in maps_of(pid) if m.start <= region.address < m.end), None)
+    mapping = next((m for m in maps_of(pid) if (m.device, m.inode) == wanted), None)
     if mapping is None:
-        raise OSError(errno.ESTALE, f"process {pid} has no memory at {region.address:#x} any more")
+        raise OSError(errno.ESTALE, f"process {pid} has nothing of the memory at {region.address:#x} any more")
     fd = os.open(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}", os.O_RDWR | os.O_CLOEXEC)
     ours = os.fstat(fd)
     if (ours.st_dev, ours.st_ino) != wanted:

@@ -358,7 +358,7 @@ static uint32_t put_into_file(struct tierd_guest *g, uint64_t page, uint32_t n, 
 		uint64_t offset = mem_offset_of(r, page + i);
 		const void *bytes = from ? from + (size_t)(skip + i) * g->page_bytes : zeros;
 
-		if (sys_mem_seek_data(r->memfd, offset) == (int64_t)offset)
+		if (r->memfd < 0 || sys_mem_seek_data(r->memfd, offset) == (int64_t)offset)
 			continue;
 		if (sys_mem_write(r->memfd, bytes, g->page_bytes, offset) != (ssize_t)g->page_bytes)
 			return i;

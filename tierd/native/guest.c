@@ -76,10 +76,10 @@ static int regions_take(struct tierd_guest *g, const struct tierd_guest_args *ar
 		r->pages = r->bytes / g->page_bytes;
 		r->first_page = g->pages;
 		g->pages += r->pages;
-		r->memfd = sys_dup(args->regions[i].memfd);
+		r->memfd = args->regions[i].memfd < 0 ? -1 : sys_dup(args->regions[i].memfd);
 		g->mapped[g->mapped_count++] = (struct tierd_range){r->address, r->bytes};
 		g->region_count++;
-		if (r->memfd < 0)
+		if (r->memfd < 0 && args->regions[i].memfd >= 0)
 			return r->memfd;
 	}
 	return 0;
@@ -311,13 +311,10 @@ int tierd_guest_arm(struct tierd_guest *g)
 
 int tierd_guest_gone(struct tierd_guest *g, int32_t *ret)
 {
-	int error = guest_enter(g);
+	uint64_t entry;
 
-	if (error)
-		return error;
-	/* no batch is under way, so there is no hold that this could lift */
-	*ret = sys_uffd_unprotect(g->uffd, g->regions[0].address, g->page_bytes) == -ESRCH;
-	guest_leave(g);
+	/* the descriptor is bound to the address space: of one that is no more there is nothing to read */
+	*ret = sys_pagemap_read(g->pagemap, &entry, 1, g->regions[0].address) == 0;
 	return 0;
 }
 
@@ -442,7 +439,7 @@ static int adopt_region(struct tierd_guest *g, struct region *r, struct tierd_ad
 
 		if (word_state(page_load(g, page)) != RESIDENT) {
 			if (data < (int64_t)offset) {
-				data = sys_mem_seek_data(r->memfd, offset);
+				data = r->memfd < 0 ? -ENXIO : sys_mem_seek_data(r->memfd, offset);
 				if (data == -ENXIO)
 					data = INT64_MAX;
 				if (data < 0)

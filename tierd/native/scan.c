@@ -114,8 +114,14 @@ static int zap_ranges(struct tierd_guest *g, struct iovec *ranges, size_t count,
 
 		if (g->zap == TIERD_ZAP_INJECT) {
 			uint64_t stopped_ns = 0;
-			int error = sys_zap_inside(g->inject_tid, (uint64_t)(uintptr_t)ranges[first].iov_base,
-						   ranges[first].iov_len, &stopped_ns);
+			int32_t gone = 0;
+			int error = tierd_guest_gone(g, &gone);
+
+			if (!error)
+				error = gone ? -ESRCH /* never in a program that the VMM has executed meanwhile */
+					     : sys_zap_inside(g->inject_tid,
+							      (uint64_t)(uintptr_t)ranges[first].iov_base,
+							      ranges[first].iov_len, &stopped_ns);
 
 			count_add(&g->count.inject_stops, 1);
 			count_add(&g->count.inject_stopped_ns, stopped_ns);
@@ -124,7 +130,8 @@ static int zap_ranges(struct tierd_guest *g, struct iovec *ranges, size_t count,
 			n = sys_pageout(g->pidfd, ranges + first, count - first);
 		}
 		ret->zap_calls++;
-		if (n == -EINTR || n == -EAGAIN)
+		/* from inside, EAGAIN is a VMM that is stopped (SIGSTOP), for as long as somebody likes */
+		if (n == -EINTR || (n == -EAGAIN && g->zap != TIERD_ZAP_INJECT))
 			continue;
 		if (n <= 0)
 			return n ? (int)n : -EIO;

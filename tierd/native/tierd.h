@@ -60,7 +60,7 @@ struct tierd_region {
 	uint64_t offset;  /* of `address` in the file */
 	uint64_t device;  /* st_dev and st_ino of the file: its identity across a restart */
 	uint64_t inode;
-	int32_t memfd; /* our descriptor; -1 in what tierd_table_read gives back */
+	int32_t memfd; /* our descriptor; -1: nobody has the file any more (and in what tierd_table_read gives back) */
 	int32_t reserved;
 };
 
@@ -213,7 +213,7 @@ int tierd_guest_arm(struct tierd_guest *g);
  * lock held and before tierd_guest_start. Blocks. */
 int tierd_guest_adopt(struct tierd_guest *g, const struct tierd_range *mapped, uint32_t count,
 		      struct tierd_adoption *ret);
-/* 1 when the VMM's memory is gone: it exited, or executed another program. Worker's, between batches. */
+/* 1 when the VMM's memory is gone: it exited, or executed another program. */
 int tierd_guest_gone(struct tierd_guest *g, int32_t *ret);
 /* Unregisters every region. -EBUSY while a page is not RESIDENT: an evicted page would then read as zeros. Blocks. */
 int tierd_guest_disarm(struct tierd_guest *g);
