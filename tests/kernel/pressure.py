@@ -83,7 +83,7 @@ def _fill(group: Path, limit: int) -> None:
             cached = next(int(row[1]) for row in rows if row[0] in ("cache", "file"))  # gives way
             if int(in_use.read_text()) - cached > limit - HEADROOM - STEP:
                 break
-            area = mmap.mmap(-1, STEP)
+            area = mmap.mmap(-1, STEP, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             area.write(b"\1" * STEP)
             taken.append(area)
             time.sleep(0.001)
