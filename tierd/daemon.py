@@ -151,6 +151,7 @@ class Daemon:
         async for number in signals:
             if number in (*STOP, RESTART):
                 log.warning("second_signal", signal=signal.Signals(number).name, action="keep what is stored, stop now")
+                self._end_at_last()
                 scope.cancel()
                 return
 
@@ -171,6 +172,7 @@ class Daemon:
         if not guests:
             return
         self._tell(self.notifier.extend_timeout, timeout_s + STOP_GRACE_S)
+        self._end_at_last(timeout_s + END_S_MAX)
         with trio.move_on_after(timeout_s) as limit:
             async with trio.open_nursery() as nursery:
                 for guest in guests:
@@ -242,15 +244,15 @@ class Daemon:
             reasons.append(f"{self.host.store.path} has not answered for {silent_s:.0f} s")
         return reasons
 
-    def _end_at_last(self) -> None:
-        """Every guest is left or kept by now. A call of the store that hangs is not waited for: to be kept, a guest needs
+    def _end_at_last(self, seconds: float = END_S_MAX) -> None:
+        """By then every guest is left or kept. A call of the store that hangs is not waited for: to be kept, a guest needs
         nothing of us, and its successor waits for the lock that our last thread holds."""
 
         def end() -> None:
             log.warning("ended_in_a_call", action="a call of the store hangs; the next tierd waits for its end")
             os._exit(0)
 
-        timer = threading.Timer(END_S_MAX, end)
+        timer = threading.Timer(seconds, end)
         timer.daemon = True
         timer.start()
 
@@ -301,12 +303,15 @@ class Daemon:
         for unfinished in self.host.guests_dir.glob("*.new"):
             with contextlib.suppress(OSError):  # what is no file is in the way of its guest only, which is told then
                 unfinished.unlink()  # an attach that died before its first registration
-        for key in self._resumed.kept_fds.keys() - self._guests.keys():
-            self._forget_kept(key)
+        for key in self.host.kept_uffds.keys() - self._guests.keys():
+            pid, _, ticks = key.partition("-")
+            # a guest that lives may have been refused, or be of another runtime_dir: its pages hang on this descriptor
+            if pid.isdecimal() and f"{start_ticks(int(pid))}" != ticks:
+                self._forget_kept(key)
 
     def _forget_kept(self, key: str) -> None:
         """A descriptor that the service manager kept for a guest that is gone or was left."""
-        fd = self._resumed.kept_fds.pop(key, None)
+        fd = self.host.kept_uffds.pop(key, None)
         if fd is not None:
             os.close(fd)
             self._tell(self.notifier.remove_fds, key)
@@ -338,7 +343,7 @@ class Daemon:
             self.host,
             state_path=path,
             resumed=self._resumed.served.pop(key, None),
-            kept_uffd=self._resumed.kept_fds.get(key),
+            kept_uffd=self.host.kept_uffds.get(key),
         )
 
     async def _discover(self) -> None:
@@ -397,7 +402,8 @@ class Daemon:
                 ending = await guest.run()
             except Stale as stale:  # between the look at its state file and the adoption
                 log.info("state_swept", why=str(stale))
-                stale.sweep()
+                with contextlib.suppress(OSError):  # the next start tries again
+                    stale.sweep()
                 self._guests.pop(guest.key, None)
                 self._forget_kept(guest.key)
                 return str(stale)
@@ -432,7 +438,7 @@ class Daemon:
                     self.host,
                     path,
                     paused,
-                    kept_uffd=self._resumed.kept_fds.get(guest.key),
+                    kept_uffd=self.host.kept_uffds.get(guest.key),
                 )
                 continue
             if ending is Ending.DETACHED:
@@ -444,8 +450,9 @@ class Daemon:
 
     async def _bury(self, guest: Guest, path: Path) -> None:
         """The VMM ended while its guest was not served: remove what was stored of it."""
-        path.unlink(missing_ok=True)
-        await trio.to_thread.run_sync(self.host.store.sweep, self._may_be_needed)
+        with contextlib.suppress(OSError):  # the next start tries again
+            path.unlink(missing_ok=True)
+            await trio.to_thread.run_sync(self.host.store.sweep, self._may_be_needed)
         self._guests.pop(guest.key, None)
         log.info("guest_ended", guest=guest.name, pid=guest.pid, how="the VMM ended while it was not served")
 
@@ -566,13 +573,14 @@ async def _run(config: Config, config_path: Path, resumed: Resumed) -> None:
     notifier = Notifier.from_environment()
     if resumed.runtime_dir != config.runtime_dir:
         resumed.close()
+        resumed.lock = None
     guests_dir = prepare_runtime_dir(config.runtime_dir)
     lock = resumed.lock if resumed.lock is not None else lock_runtime_dir(config.runtime_dir)
     try:
         store = await _open_store(config, notifier)
         if store.trouble:
             log.error("store_cannot_be_written", error=store.trouble, action="what is in it is served")
-        host = Host(choose(config.engine), store, guests_dir, boot_id(), HolderScan(), notifier)
+        host = Host(choose(config.engine), store, guests_dir, boot_id(), HolderScan(), notifier, resumed.kept_fds)
         await Daemon(config, config_path, host, resumed).run()
     finally:
         resumed.close()

@@ -31,7 +31,7 @@ from tierd.attach.procfs import grown, start_ticks
 from tierd.config import Policy
 from tierd.engine import Engine
 from tierd.native import STATES, STORE_WRITE, KernelError, NativeGuest
-from tierd.serve import PAGE_BYTES, Served, Tuning, adopt, attach, key_of
+from tierd.serve import PAGE_BYTES, Served, Tuning, adopt, attach, holders_of, key_of
 from tierd.store import StoreError
 from tierd.store.file import FileStore
 from tierd.systemd import Notifier
@@ -57,6 +57,7 @@ class Host:
     boot_id: str
     holders: HolderScan
     notifier: Notifier
+    kept_uffds: dict[str, int] = field(default_factory=dict)  # by key: a copy that outlives whatever befalls a Guest
     store_trouble: dict[str, str] = field(default_factory=dict)  # guest's key -> why the store did not take its pages
 
 
@@ -257,6 +258,8 @@ class Guest:
 
     async def _cycle(self, served: Served) -> None:
         """One cycle. The only frame that survives an error of the world: it is logged once, and eviction backs off."""
+        if not await self._hold_uffd(served):
+            return
         if self._state == "refused":
             await self._bring_back(served)
             return
@@ -288,8 +291,6 @@ class Guest:
         recheck(self.spec, self.policy, self._host.holders)
         if self._served is not None:
             self._served.adapt(swap_can_receive(self.spec.pid))
-            if not self._served.vmm_holds_uffd():
-                self._secure(self._served)
             self._tell_grown()
 
     def _tell_grown(self) -> None:
@@ -300,10 +301,29 @@ class Guest:
             )
         self._grown_told = more
 
+    async def _hold_uffd(self, served: Served) -> bool:
+        """Whatever the state and the policy: somebody besides us must hold the userfaultfd. False: refused for it just now."""
+
+        def look() -> None:
+            if (
+                not served.vmm_holds_uffd() and not served.native.gone()
+            ):  # never into a program that the VMM has executed
+                self._secure(served)
+
+        try:
+            await self._in_worker(look)
+        except Refused as refused:
+            if self._state != "refused":
+                await self._give_up(served, refused)
+                return False
+        return True
+
     def _secure(self, served: Served) -> None:
         """The VMM closed its copy of the userfaultfd: ours is the last, and with us every stored page would turn into zeros.
         Worker."""
         self._fragile = True
+        if self.key not in self._host.kept_uffds:
+            self._host.kept_uffds[self.key] = os.dup(served.uffd)
         if self._uffd_kept:
             return
         try:
@@ -312,6 +332,7 @@ class Guest:
             trouble = str(error)
         else:
             self._fragile = False
+            os.close(self._host.kept_uffds.pop(self.key))
             self._log.warning("userfaultfd_put_back", descriptor=served.uffd_in_vmm, why="the VMM had closed its copy")
             return
         if self._host.notifier.keeps_fds:
@@ -334,7 +355,9 @@ class Guest:
     def ends_with_us(self, restart: bool) -> bool:
         """Whether stored pages would turn into zeros if we ended now: ours is the last copy of the userfaultfd, or the service
         manager's is, which it drops when we do not start again at once."""
-        return self._fragile and not (restart and self._uffd_kept)
+        if self._served is None or self._served.vmm_holds_uffd():
+            return False
+        return not (restart and self._uffd_kept)
 
     def _sample(self, served: Served) -> policies.Sample:
         stored = served.space.used_bytes()
@@ -393,9 +416,20 @@ class Guest:
             return True  # _watch_exit ends the guest
         if not await self._in_worker(served.native.gone):
             return False
-        self._ending = self._ending or Ending.EXITED
-        self._scope.cancel()
+        await self._memory_gone()
         return True
+
+    async def _memory_gone(self) -> None:
+        """What was stored is of no use to anybody, unless somebody still has the file of the memory."""
+        self._ending = self._ending or Ending.EXITED
+        if await self._in_worker(holders_of, self.spec.regions):
+            self._ending = Ending.KEPT
+            self._log.error(
+                "guest_memory_held",
+                why="the VMM executed another program, and somebody still has the file of its guest's memory",
+                action="its stored pages are kept; remove the state file when nobody needs them",
+            )
+        self._scope.cancel()
 
     async def _give_up(self, served: Served, refused: Refused) -> None:
         """A hazard appeared after the attach: no more evictions, and everything comes back."""
@@ -407,8 +441,7 @@ class Guest:
         """Of a refused guest: everything that can be had now; the rest is tried again in the next cycle."""
         if not served.native.counters()["state_pages"][STORED]:
             if await self._in_worker(served.native.gone):
-                self._ending = self._ending or Ending.EXITED
-                self._scope.cancel()
+                await self._memory_gone()
             return
         try:
             await self._restore_all(served, no_progress)
@@ -479,6 +512,11 @@ class Guest:
             )
         return self._served
 
+    def _must_still_serve(self, served: Served) -> None:
+        """After waiting for the worker: the guest may have ended meanwhile, and its tables with it."""
+        if self._served is not served:
+            raise RequestRefused(f"guest {self.name} has ended", "see `tierd status`")
+
     def set_policy(self, policy: Policy) -> None:
         """From the next cycle on; what concerns faults, at once."""
         self.policy = policy
@@ -510,6 +548,7 @@ class Guest:
             )
         floor = policies.clamp_min_idle(self.policy, min_idle_s)
         async with self._worker:
+            self._must_still_serve(served)
             await self._in_worker(self._recheck)
             await self._in_worker(
                 cycle.scan_and_deactivate, served.native, self.phases, trio.from_thread.check_cancelled
@@ -531,12 +570,14 @@ class Guest:
         served = self._must_serve()
         await self.pause()
         async with self._worker:
+            self._must_still_serve(served)
             return await self._restore_all(served, progress)
 
     async def retry(self) -> tuple[int, int]:
         """After a repair of the store: read lost pages again. (recovered, still lost) bytes."""
         served = self._must_serve()
         async with self._worker:
+            self._must_still_serve(served)
             recovered, still_lost = await self._in_worker(served.native.retry)
         self._log.info("lost_pages_retried", recovered_pages=recovered, lost_pages=still_lost)
         return recovered * PAGE_BYTES, still_lost * PAGE_BYTES
@@ -548,6 +589,7 @@ class Guest:
         self._state = "detaching"
         async with self._worker:
             try:
+                self._must_still_serve(served)
                 await self._restore_all(served, progress)
                 self._must_not_be_lost(served)
             except BaseException:

@@ -293,6 +293,10 @@ def attach(
 ) -> Served:
     """Begin to serve a guest that passed preflight. On any error nothing of it stays, in the VMM neither."""
     served = Served(spec, guests_dir / (key_of(spec) + SUFFIX), engine)
+    if os.path.lexists(served.state_path):  # pages of it may be stored: before anything of that is replaced
+        raise StateError(
+            f"{served.state_path} is in the way; nothing was touched, move it away if it is not a page table"
+        )
     with _undone_on_error(served), contextlib.ExitStack() as on_error:
         _take_descriptors(served)
         taken = take_userfaultfd(spec.pid)

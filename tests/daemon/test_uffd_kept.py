@@ -69,6 +69,14 @@ def test_the_service_manager_keeps_it(daemon: Daemon, boot: Boot, monkeypatch: p
     try:
         wait_for(lambda: daemon.logged("userfaultfd_kept"), "it is told")
         daemon.kill()
+        (state,) = (daemon.runtime_dir / "guests").iterdir()
+        good = state.read_bytes()
+        state.write_bytes(good[:24] + bytes([good[24] ^ 1]) + good[25:])
+        start_with(daemon, kept, name)
+        assert daemon.logged("state_refused")
+        daemon.kill()
+        assert not [text for text in daemon.told if "FDSTOREREMOVE" in text], "the pages of a refused guest hang on it"
+        state.write_bytes(good)
         start_with(daemon, kept, name)
         assert daemon.logged("guest_adopted")
         vmm.verify()

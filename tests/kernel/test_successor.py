@@ -8,12 +8,14 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.kernel.disks import frozen_at_will, in_the_kernel
 from tests.kernel.vmm import MIB, PAGE, Host, Tiered, Vmm, userfaultfds, wait_for
+from tierd.attach.procfs import maps_of, still_mapped
 from tierd.attach.ptrace import close_in_vmm
 from tierd.native import STATES
 from tierd.serve import Stale, StateError, read_state
@@ -278,3 +280,19 @@ def test_a_state_file_without_the_policy_is_served_with_defaults(start_vmm: Star
     with host.adopted(vmm) as tiered:
         assert not tiered.served.space.direct, "buffered and synced is right everywhere"
         vmm.verify()
+
+
+def test_a_guest_in_many_mappings_is_one_range(start_vmm: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that are registered MISSING and others that are not are mappings of their own, thousands in a large guest."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    spec = vmm.spec()
+    (region,) = spec.regions
+    (mapping,) = [m for m in maps_of(vmm.pid) if m.inode == region.inode]
+    pieces = [
+        replace(mapping, start=at, end=at + PAGE, offset=at - mapping.start + mapping.offset)
+        for at in range(mapping.start, mapping.end, PAGE)
+    ]
+    monkeypatch.setattr("tierd.attach.procfs.maps_of", lambda pid: pieces)
+    assert still_mapped(spec) == [(region.address, region.bytes)]
+    del pieces[5]
+    assert still_mapped(spec) == [(region.address, 5 * PAGE), (region.address + 6 * PAGE, region.bytes - 6 * PAGE)]

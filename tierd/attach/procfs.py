@@ -208,12 +208,16 @@ def ram_regions(maps: list[Mapping], cmdline: tuple[str, ...]) -> tuple[Region, 
 def still_mapped(spec: GuestSpec) -> list[tuple[int, int]]:
     """(address, bytes) of the parts of a guest's regions that its VMM maps still, as they were: the same bytes of the same file
     at the same addresses. What lies between them may be anything by now."""
-    found = []
+    found: list[tuple[int, int]] = []
     for m in maps_of(spec.pid):
         for r in spec.regions:
             start, end = max(m.start, r.address), min(m.end, r.address + r.bytes)
             same = (m.device, m.inode) == (r.device, r.inode) and m.offset - m.start == r.offset - r.address
-            if start < end and same and m.shared_ram:
+            if not (start < end and same and m.shared_ram):
+                continue
+            if found and sum(found[-1]) == start:  # registered differently, so two mappings of one region
+                found[-1] = (found[-1][0], end - found[-1][0])
+            else:
                 found.append((start, end - start))
     return found
 

@@ -249,7 +249,7 @@ static int read_run(struct tierd_batch *b, uint32_t first, uint32_t n)
 	return 0;
 }
 
-static bool all_zero(const uint8_t *page, size_t bytes)
+bool all_zero(const uint8_t *page, size_t bytes)
 {
 	uint64_t first;
 

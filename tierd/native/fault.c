@@ -333,7 +333,10 @@ static void poison_lost(struct tierd_guest *g, uint64_t page, page_word lost)
 	atomic_fetch_sub(&g->poisoning, 1);
 	if (error && error != -EEXIST)
 		count_error(g, &g->count.kernel_errors, error);
-	wake(g, page, 1);
+	if (error == -EINVAL || error == -ENOTTY)
+		atomic_store(&g->on_lost, TIERD_LOST_HOLD); /* no such call here: to wake would be to fault for ever */
+	else
+		wake(g, page, 1);
 }
 
 /* Nothing can bring the page back: an honest memory error, never zeros or stale bytes; or, by policy and without

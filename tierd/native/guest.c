@@ -371,7 +371,8 @@ static bool in_flight(page_word w)
 }
 
 /* A page that is DROPPING and still in the page cache was not punched yet, or in vain (evict.c, settle_dropped): then it holds
- * zeros, and its bytes are in the store. `bytes` is room for a page. */
+ * zeros, and its bytes are in the store. Anything else is the kernel's truth. `bytes` is room for a page. -ENODATA: the store
+ * cannot give them. */
 static int repair_unpunched(struct tierd_guest *g, uint64_t page, page_word w, void *bytes)
 {
 	struct region *r = region_of_page(g, page);
@@ -380,13 +381,15 @@ static int repair_unpunched(struct tierd_guest *g, uint64_t page, page_word w, v
 
 	if (sys_mem_read(r->memfd, bytes, g->page_bytes, offset) != (ssize_t)g->page_bytes)
 		return -EIO;
-	if (checksum(bytes, g->page_bytes) == g->checksums[page])
+	if (!all_zero(bytes, g->page_bytes) || checksum(bytes, g->page_bytes) == g->checksums[page])
 		return 0;
 	error = store_read(g, word_tier(w), page, 1, bytes);
 	if (error)
-		return error;
-	if (checksum(bytes, g->page_bytes) != g->checksums[page])
-		return -EBADMSG;
+		count_error(g, &g->count.store_read_errors, error);
+	else if (checksum(bytes, g->page_bytes) != g->checksums[page])
+		count_error(g, &g->count.checksum_errors, error = -EBADMSG);
+	if (error)
+		return -ENODATA;
 	return sys_mem_write(r->memfd, bytes, g->page_bytes, offset) == (ssize_t)g->page_bytes ? 0 : -EIO;
 }
 
@@ -398,6 +401,17 @@ static int adopt_unpunched(struct tierd_guest *g, uint64_t page, page_word w)
 	if (bytes)
 		sys_free(bytes, g->page_bytes);
 	return error;
+}
+
+static int punch_again(struct tierd_guest *g, uint64_t page)
+{
+	struct region *r = region_of_page(g, page);
+	uint64_t offset = mem_offset_of(r, page);
+	int error = sys_mem_punch(r->memfd, offset, g->page_bytes);
+
+	if (error)
+		return error;
+	return sys_mem_seek_data(r->memfd, offset) == (int64_t)offset ? -EBUSY : 0;
 }
 
 static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct tierd_adoption *ret)
@@ -412,6 +426,10 @@ static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct 
 	if (word_state(w) == DROPPING && cached && word_tier(w) != TIER_ZERO) {
 		int error = adopt_unpunched(g, page, w);
 
+		if (error == -ENODATA) { /* one page, not the guest: the punch again, and then it waits for its bytes */
+			error = punch_again(g, page);
+			to = word_with_state(w, STORED);
+		}
 		if (error)
 			return error;
 	}

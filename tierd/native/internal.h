@@ -207,6 +207,9 @@ void table_unmap(struct tierd_guest *g);
 uint64_t table_bytes(uint64_t pages);
 uint32_t checksum(const void *page, size_t bytes);
 
+/* evict.c */
+bool all_zero(const uint8_t *page, size_t bytes);
+
 /* guest.c */
 struct region *region_of_page(struct tierd_guest *g, uint64_t page);
 int64_t page_of_address(struct tierd_guest *g, uint64_t address);

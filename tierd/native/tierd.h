@@ -10,7 +10,7 @@
 enum {
 	TIERD_TABLE_VERSION = 1,
 	TIERD_REGIONS_MAX = 32,
-	TIERD_RANGES_MAX = 128,
+	TIERD_RANGES_MAX = 1024,
 	TIERD_TIERS =
 		16, /* tier 0 is "all zeros", needs no store; 15 marks a RESIDENT page that was never seen touched */
 	TIERD_LATENCY_BUCKETS = 40, /* bucket i counts service times below 2^i ns (and not below 2^(i-1)) */
