@@ -73,6 +73,7 @@ class Daemon:
         self._began = trio.current_time()
         self._nursery: trio.Nursery
         self._stopping = self._manager_deaf = False
+        self._fds_to_remove: set[str] = set()  # by key: of the manager's, of guests that are gone or were left
         self._store_asked_at = trio.current_time()
         self._store_figures = (0, 0)  # used, free; in bytes
 
@@ -261,6 +262,8 @@ class Daemon:
         while True:
             if interval_s:
                 self._tell(self.notifier.watchdog)
+            # again for as long as the manager is busy: it keeps what it is not told to give up
+            self._fds_to_remove = {key for key in self._fds_to_remove if not self._told_to_remove(key)}
             self._tell(self.notifier.status, self._summary())
             await trio.sleep(interval_s or 10)
 
@@ -309,12 +312,15 @@ class Daemon:
             if pid.isdecimal() and f"{start_ticks(int(pid))}" != ticks:
                 self._forget_kept(key)
 
+    def _told_to_remove(self, key: str) -> bool:
+        return not self.notifier.address or self._tell(self.notifier.remove_fds, key)
+
     def _forget_kept(self, key: str) -> None:
         """A descriptor that the service manager kept for a guest that is gone or was left."""
         fd = self.host.kept_uffds.pop(key, None)
         if fd is not None:
             os.close(fd)
-            self._tell(self.notifier.remove_fds, key)
+            self._fds_to_remove.add(key)
 
     async def _adopt(self, path: Path) -> None:
         try:

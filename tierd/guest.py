@@ -9,7 +9,6 @@ restore, detach) come from API tasks; everything that touches pages runs in work
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import errno
 import os
@@ -234,9 +233,6 @@ class Guest:
                 )
         if self._ending is Ending.EXITED:
             served.forget()
-        if self._uffd_kept and self._ending is not Ending.KEPT:
-            with contextlib.suppress(OSError):  # a manager that does not listen keeps a descriptor of no use
-                self._host.notifier.remove_fds(self.key)
         self._host.store_trouble.pop(self.key, None)
         self._host.store_trouble.pop(f"{self.key} hangs", None)
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tests.kernel.vmm import Vmm, wait_for
 OURS = f".{os.getpid()}"  # ends the names of guests of this run: another run on this host has its own
 POLICY = {"min_idle_s": 0.2, "unsafe_min_idle": True, "interval_s": 0.1, "idle_intervals": 2}
 Boot = Callable[..., Vmm]
+TOLD_S_MAX = 90.0
 
 
 def guests_at(path: Path) -> dict[str, dict[str, Any]]:
@@ -79,7 +81,9 @@ class Daemon:
 
     def wait_told(self, wanted: str) -> str:
         """The next notification with `wanted` in it."""
+        until = time.monotonic() + TOLD_S_MAX
         while True:
+            assert time.monotonic() < until, f"not told within {TOLD_S_MAX:g} s: {wanted}"
             text = self.notify.recv(4096).decode()
             self.told.append(text)
             if wanted in text:
