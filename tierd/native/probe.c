@@ -6,6 +6,7 @@
 #include <linux/userfaultfd.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -76,8 +77,11 @@ static int try_pageout(struct trial *t)
 static int try_write_protect(struct trial *t)
 {
 	uint64_t entry;
-	int error = sys_uffd_protect(t->uffd, (uintptr_t)t->memory, t->page_bytes);
+	int error;
 
+	if (madvise(t->memory, t->page_bytes, MADV_DONTNEED)) /* not mapped, whatever the trial of PAGEOUT said */
+		return -errno;
+	error = sys_uffd_protect(t->uffd, (uintptr_t)t->memory, t->page_bytes);
 	if (error)
 		return error;
 	if (!page_entry(t, 0, &entry) || entry >> 63 || !(entry >> 57 & 1))
@@ -169,12 +173,37 @@ static void trial_close(struct trial *t)
 			close(fds[i]);
 }
 
+/* A new page waits in a batch of the CPU that made it, and PAGEOUT passes over it unless it is called there: on a busy host the
+ * trial failed now and then. */
+static void stay_on_this_cpu(cpu_set_t *before)
+{
+	cpu_set_t here;
+	int cpu = sched_getcpu();
+
+	if (sched_getaffinity(0, sizeof(*before), before) || cpu < 0) {
+		CPU_ZERO(before);
+		return;
+	}
+	CPU_ZERO(&here);
+	CPU_SET(cpu, &here);
+	sched_setaffinity(0, sizeof(here), &here);
+}
+
+static void go_anywhere_again(const cpu_set_t *before)
+{
+	if (CPU_COUNT(before))
+		sched_setaffinity(0, sizeof(*before), before);
+}
+
 int tierd_probe(struct tierd_probe *ret)
 {
+	cpu_set_t cpus;
 	struct trial t = {.uffd = -1, .memfd = -1, .pidfd = -1, .pagemap = -1, .page_bytes = sys_page_bytes()};
 	uint8_t *page = sys_alloc(t.page_bytes);
-	int error = page ? trial_open(&t) : -ENOMEM;
+	int error;
 
+	stay_on_this_cpu(&cpus);
+	error = page ? trial_open(&t) : -ENOMEM;
 	memset(ret, 0, sizeof(*ret));
 	ret->page_bytes = t.page_bytes;
 	ret->userfaultfd = t.uffd = open_uffd(ret);
@@ -194,5 +223,6 @@ int tierd_probe(struct tierd_probe *ret)
 	if (page)
 		sys_free(page, t.page_bytes);
 	trial_close(&t);
+	go_anywhere_again(&cpus);
 	return error;
 }
