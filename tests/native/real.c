@@ -270,7 +270,6 @@ static struct tierd_guest *create_guest(int table_fd)
 	struct tierd_identity identity;
 	struct tierd_serving serving;
 	struct tierd_guest *g;
-	struct tierd_serving serving;
 	struct tierd_guest_args args = {
 		.table_fd = table_fd,
 		.uffd = shared->uffd,
