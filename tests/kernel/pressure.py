@@ -70,9 +70,13 @@ def _remove(group: Path) -> None:
             time.sleep(0.01)
 
 
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _fill(group: Path, limit: int) -> None:
     """Takes memory up to the limit and gives it back, for ever."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _die_with_parent()
     (group / "cgroup.procs").write_text(str(os.getpid()))
     Path("/proc/self/oom_score_adj").write_text("1000")  # if somebody has to go
     in_use = next(group / name for name in ("memory.usage_in_bytes", "memory.current") if (group / name).exists())
@@ -95,6 +99,7 @@ def _fill(group: Path, limit: int) -> None:
 
 def main() -> None:
     """Sees to it that one process fills the cgroup, whoever kills it."""
+    _die_with_parent()
     while True:
         child = os.fork()
         if not child:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.kernel.sanitized import SANITIZERS, sanitized_python
-from tests.kernel.torture import torture
+from tests.kernel.torture import ROOT, torture
 from tests.kernel.vmm import MIB, PAGE, ForcedEngine, Host, Options, Vmm, wait_for
 from tierd.attach import Refused
 from tierd.attach.procfs import boot_id
@@ -45,6 +45,21 @@ def test_torture(vmm_binary: Path) -> None:
     assert result["poisoned_pages"] > 0
     for moment in ("kills_at_start", "kills_in_attach", "kills_in_adoption", "kills_in_detach"):
         assert result[moment] > 0, moment
+
+
+def test_a_torture_run_that_is_ended_leaves_nothing() -> None:
+    """Neither processes nor a cgroup: another run may go on beside it, so only what bears its pid is looked at."""
+    command = [sys.executable, "-m", "tests.kernel.torture", "--guests", "1"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, bufsize=0) as run:
+        assert run.stdout is not None
+        assert b"kills" in run.stdout.readline()
+        children = {int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()}
+        groups = list(Path("/sys/fs/cgroup").glob(f"**/tierd-torture-{run.pid}-*"))
+        run.terminate()
+        assert run.wait(timeout=60) == 143
+    assert children
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), "its processes are gone")
+    assert not [group for group in groups if group.exists()]
 
 
 @pytest.mark.parametrize("sanitizer", list(SANITIZERS))

@@ -17,6 +17,7 @@ import os
 import random
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -250,7 +251,7 @@ def torture(
             tortured.append(Tortured(vmm, shm, disk, random.Random(f"{seed} {i}"), python, cgroup, destroyed))
             vmm.ask("fill")
             vmm.ask("run", 2000, 50)
-        cleanup.callback(lambda: [one.kill() for one in tortured if one.worker is not None])
+        cleanup.callback(lambda: [one.worker.kill() for one in tortured if one.worker is not None])
         began, failed = time.monotonic(), threading.Event()
 
         def so_far() -> int:
@@ -268,10 +269,14 @@ def torture(
 
         with ThreadPoolExecutor(guests) as pool:
             running = [pool.submit(run, one) for one in tortured]
-            while not all(one.done() for one in running):
-                time.sleep(1)
-                faults = sum(one.faults for one in tortured)
-                tell(f"{time.monotonic() - began:5.0f} s: {so_far()} kills, {faults} faults, 0 wrong")
+            try:
+                while not all(one.done() for one in running):
+                    time.sleep(1)
+                    faults = sum(one.faults for one in tortured)
+                    tell(f"{time.monotonic() - began:5.0f} s: {so_far()} kills, {faults} faults, 0 wrong")
+            except BaseException:  # we are told to end: so are they, or they would be waited for
+                failed.set()
+                raise
             for one in running:
                 one.result()
         stats = [one.vmm.stats() for one in tortured]
@@ -301,6 +306,7 @@ def torture(
 @click.option("--guests", default=3, show_default=True)
 def main(kills: int, seed: int, guests: int) -> None:
     """Kill tierd many times and verify every byte."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through what cleans up
     with tempfile.TemporaryDirectory() as directory:
         binary = compile_child(Path(directory) / "vmm", "vmm.c", "vmm_hazards.c", "child.c")
         result = torture(binary, kills=kills, seed=seed, guests=guests, tell=lambda line: print(line, flush=True))
