@@ -186,7 +186,7 @@ class Tortured:
         stored = [
             n for n, w in enumerate(words) if w & 15 == STORED and w >> 4 & 15 and self._in_vmm(n) not in self.destroyed
         ]
-        (store,) = (path for path in (self.disk_dir / "store").iterdir() if path.is_file())
+        (store,) = (self.disk_dir / "store").glob("guest-*.pages")  # not what a death in the trial of O_DIRECT left
         with store.open("r+b") as file:
             for page in self.chance.sample(stored, min(most, len(stored))):
                 at = page * PAGE + self.chance.randrange(PAGE)
