@@ -141,7 +141,7 @@ MUTATIONS = [
     Mutation(
         "adoption_wakes_nobody",  # neither by lifting holds nor by itself
         "guest.c",
-        "		error = sys_uffd_wake(g->uffd, g->regions[i].address, g->regions[i].bytes);",
+        "		error = sys_uffd_wake(g->uffd, mapped[i].address, mapped[i].bytes);",
         "		error = 0;",
     ),
     Mutation(
@@ -189,8 +189,8 @@ MUTATIONS = [
     Mutation(
         "adoption_takes_zeros_left_by_a_punch",  # rule 6, and killed before the bytes are written back
         "guest.c",
-        "	if (checksum(bytes, g->page_bytes) == g->checksums[page])\n		return 0;\n	error",
-        "	if (bytes)\n		return 0;\n	error",
+        "	if (!all_zero(bytes, g->page_bytes) || checksum(bytes, g->page_bytes) == g->checksums[page])",
+        "	if (bytes)",
     ),
     Mutation(
         "younger_than_min_idle_leaves",  # rule 8
@@ -207,11 +207,11 @@ MUTATIONS = [
     Mutation(
         "copy_passes_over_a_lost_page",  # rule 13: COPY overwrites poison, so a run ends before a LOST page
         "fault.c",
-        "	placed = place(g, page, n, from, &error);\n	for (uint32_t i = 0; i < placed; i++)\n		settle",
+        "	placed = place(g, page, n, from, &error);\n	if (error == -ENOENT",
         "	bool over = n < g->readahead_max && region_of_page(g, page + n) == region_of_page(g, page) &&\n"
         "		    word_state(page_load(g, page + n)) == LOST;\n\n"
         "	placed = place(g, page, n + over, from, &error);\n	if (placed > n)\n		placed = n;\n"
-        "	for (uint32_t i = 0; i < placed; i++)\n		settle",
+        "	if (error == -ENOENT",
     ),
     Mutation(
         "zeros_pass_over_a_lost_page",  # rule 13, read-ahead of zeros
@@ -236,8 +236,8 @@ MUTATIONS = [
     Mutation(
         "missing_registered_alone",  # rule 14
         "guest.c",
-        "					  UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING);",
-        "					  UFFDIO_REGISTER_MODE_MISSING);",
+        "					UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING);",
+        "					UFFDIO_REGISTER_MODE_MISSING);",
     ),
 ]
 # What the driver must be told, for a mutation that shows only then.
@@ -268,7 +268,7 @@ ALSO = {
     "adoption_wakes_nobody": Mutation(
         "adoption_does_not_clear_holds",
         "guest.c",
-        "		error = sys_uffd_unprotect(g->uffd, g->regions[i].address, g->regions[i].bytes);",
+        "		error = sys_uffd_unprotect(g->uffd, mapped[i].address, mapped[i].bytes);",
         "		error = 0;",
     ),
 }
