@@ -90,6 +90,42 @@ def kernel_findings(found: Probe) -> list[Finding]:
     return findings
 
 
+# engine: what it is, for people
+_ENGINES = {
+    "rwp": "Linux's own working set tracking (userfaultfd RWP, 7.3): reads are seen and held, nothing runs inside a VMM",
+    "rfc": "the working set tracking of April 2026 (UFFDIO_DEACTIVATE): reads are seen and held, nothing runs inside a VMM",
+    "stock": "what every kernel from 5.19 on has; Linux 7.3 (RWP) tracks without unmapping",
+}
+# engine: what becomes of NUMA balancing where it is on
+_NUMA = {
+    "rwp": "NUMA balancing is on and goes on: its hints and the protection of untouched pages know of each other",
+    "rfc": "NUMA balancing is on: a hint in shared memory may reach tierd as a fault while pages leave, and is answered",
+    "stock": "NUMA balancing is on: its hints make no difference, an untouched page is not mapped",
+}
+
+
+def engine_findings(found: Probe, wanted: str = "auto", root: Path = Path("/")) -> list[Finding]:
+    """Which engine it is and why not another; what it does to NUMA balancing."""
+    from tierd.engine import EngineUnavailable, choose, trial_failed
+
+    try:
+        name = choose(wanted, found).name
+    except EngineUnavailable as error:
+        return [Finding("engine", False, True, str(error), "set engine: auto, or boot another kernel")]
+    why_not = [
+        trial_failed(other, error, step)
+        for other, error, step in (("rwp", found.rwp, found.rwp_step), ("rfc", found.rfc, found.rfc_step))
+        if error and step > 1  # offered, so it should work
+    ]
+    # the kernels offer each other's feature bits: what is not the chosen one is missing, not broken
+    broken = why_not if name == "stock" else []
+    says = "; ".join([f"{name}: {_ENGINES[name]}", *broken])
+    findings = [Finding("engine", not broken, False, says, "report this to whoever made the kernel")]
+    if _read(root / "proc/sys/kernel/numa_balancing").strip() not in ("", "0"):
+        findings.append(Finding("NUMA balancing", True, False, _NUMA[name]))
+    return findings
+
+
 def host_findings(root: Path = Path("/")) -> list[Finding]:
     """What the host is set to, from /proc and /sys below `root`."""
     return [_capabilities(root), _ptrace_scope(root), _large_folios(root), _swap(root)]

@@ -242,11 +242,12 @@ def check(options: Options, pid: int | None, as_json: bool) -> None:
 
 
 def _check_host() -> list[Finding]:
-    from tierd.check import host_findings, kernel_findings
+    from tierd.check import engine_findings, host_findings, kernel_findings
     from tierd.native import probe
 
     try:
-        return kernel_findings(probe()) + host_findings()
+        found = probe()
+        return engine_findings(found) + kernel_findings(found) + host_findings()
     except OSError as error:
         raise Failure(f"the trial pages could not be made ({_one_line(error)}); run this as root") from error
 

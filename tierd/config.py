@@ -160,6 +160,8 @@ class Policy(Frozen):
     readahead_pages: Annotated[int, Field(ge=1, le=512)] = 16
     read_deadline_s: Seconds = 30.0  # a stored page that cannot be read is tried again for so long; then on_lost
     on_lost: Literal["poison", "hold"] = "poison"  # a memory error for the guest; or it waits for `tierd retry`
+    # rwp and rfc: while pages leave, an access to any untouched page costs the guest a round trip; for so long at a time
+    hold_ms_max: Annotated[int, Field(ge=1, le=1000)] = 20
     fault_threads_max: Annotated[int, Field(ge=2, le=64)] = 4  # where the store hangs, others take over
     allow_nested: bool = False  # tier guests that may run guests of their own
     allow_fragile: bool = False  # serve guests whose stored pages would be gone with tierd
@@ -254,7 +256,7 @@ class Config(Frozen):
     metrics: Metrics = Metrics()
     store: FileStoreConfig = FileStoreConfig()
     log: Log = Log()
-    engine: Literal["auto", "stock"] = "auto"
+    engine: Literal["auto", "rwp", "rfc", "stock"] = "auto"
     discover_interval_s: Interval = 1.0
     on_stop: Literal["restore", "keep"] = "restore"
     on_restart: Literal["keep", "restore"] = "keep"  # SIGUSR1: a tierd starts as soon as we are gone

@@ -3,6 +3,10 @@
 
     scan -> deactivate what was touched -> (policy) -> per batch: select, hold, copy, write, drop, release -> discard
 
+With an engine that has a sync mode the copy is made before the hold, so that the guest is held for the punches only: per
+batch select, copy, write, and then windows, each of which holds (sync mode, and a look whether the copy is still right),
+drops and releases.
+
 Seen from a page that is the loop of the design: deactivated, slept on for the interval, scanned, held, evicted, released.
 Only pages found present are deactivated again, so no access falls between a scan and the next deactivation (scan.c).
 Everything here runs in the guest's one worker thread and blocks; a call covers a bounded stretch, and between calls `check`
@@ -38,32 +42,44 @@ class Touched:
     """What a pass over the whole guest found."""
 
     pages: int
-    present_pages: int
+    touched_pages: int
 
 
 def scan_and_deactivate(guest: NativeGuest, phases: Phases, check: Callable[[], None]) -> Touched:
     """One pass over the guest in stretches of at most 64 MiB, so that the VMM's mmap_lock is never held for long."""
-    page = present = 0
+    page = touched = 0
     while page < guest.pages:
         check()
         seen = guest.run_pass(page)
         phases.seconds["scan"] += seen.scan_ns / 1e9
         phases.seconds["deactivate"] += seen.zap_ns / 1e9
-        present += seen.present_pages
+        touched += seen.touched_pages
         page = seen.next_page
-    return Touched(guest.pages, present)
+    return Touched(guest.pages, touched)
 
 
-def evict_batch(batch: NativeBatch, first_page: int, min_idle_s: float, max_pages: int, phases: Phases) -> BatchResult:
+@dataclass(frozen=True)
+class Evicted:
+    """What became of a batch."""
+
+    pages: int
+    next_page: int
+
+
+def evict_batch(
+    batch: NativeBatch, first_page: int, min_idle_s: float, max_pages: int, hold_ms_max: float | None, phases: Phases
+) -> Evicted:
     """The way of a batch out of the guest. On KernelError the batch is cancelled: nothing that was not yet dropped leaves.
 
-    Returns the last step's result with `evicted_pages` and `next_page` filled in.
+    `hold_ms_max`: of a sync window; None: the engine has none.
     """
     try:
         selected = batch.select(first_page, min_idle_s, max_pages)
         phases.add_batch(selected)
         if not selected.selected_pages:
-            return selected
+            return Evicted(0, selected.next_page)
+        if hold_ms_max is not None:
+            return Evicted(_drop_in_windows(batch, hold_ms_max, phases), selected.next_page)
         phases.add_batch(batch.hold())  # LEAVING came first: a fault in between takes the page back
         phases.add_batch(batch.copy())
         phases.add_batch(batch.write(FILE_TIER))  # durable from here on
@@ -73,7 +89,19 @@ def evict_batch(batch: NativeBatch, first_page: int, min_idle_s: float, max_page
     except OSError:
         batch.cancel()
         raise
-    return BatchResult(**{**vars(dropped), "next_page": selected.next_page, "selected_pages": selected.selected_pages})
+    return Evicted(dropped.evicted_pages, selected.next_page)
+
+
+def _drop_in_windows(batch: NativeBatch, hold_ms_max: float, phases: Phases) -> int:
+    phases.add_batch(batch.copy())  # the guest may touch these pages meanwhile: the window sees who was
+    phases.add_batch(batch.write(FILE_TIER))  # durable from here on
+    evicted_pages = 0
+    while True:
+        done = batch.window(hold_ms_max)
+        phases.add_batch(done)
+        evicted_pages += done.evicted_pages
+        if not done.left_pages:
+            return evicted_pages
 
 
 def evict(
@@ -82,18 +110,20 @@ def evict(
     min_idle_s: float,
     max_bytes: int,
     page_bytes: int,
+    hold_ms_max: float,
     phases: Phases,
     check: Callable[[], None],
     bytes_per_s: float | None = None,
 ) -> int:
     """Evict pages idle at least `min_idle_s`, at most `max_bytes` of them, at `bytes_per_s`. Returns bytes evicted."""
     page, evicted_pages, began = 0, 0, time.monotonic()
+    window_ms_max = hold_ms_max if guest.has_sync_mode else None
     max_pages = max_bytes // page_bytes
     with guest.batch(BATCH_BYTES // page_bytes) as batch:
         while page < guest.pages and evicted_pages < max_pages:
             check()
-            done = evict_batch(batch, page, min_idle_s, max_pages - evicted_pages, phases)
-            evicted_pages += done.evicted_pages
+            done = evict_batch(batch, page, min_idle_s, max_pages - evicted_pages, window_ms_max, phases)
+            evicted_pages += done.pages
             page = done.next_page
             if bytes_per_s:
                 ahead_s = evicted_pages * page_bytes / bytes_per_s - (time.monotonic() - began)

@@ -145,7 +145,7 @@ class Guest:
         self._apply_reads(served)
         self._log.info(
             "guest_adopted" if served.adoption else "guest_attached",
-            engine=self._host.engine.name,
+            engine=served.engine.name,
             bytes=served.native.pages * PAGE_BYTES,
             zap=served.zap.name.lower(),
             **self._adoption_facts(),
@@ -377,6 +377,7 @@ class Guest:
                 min_idle_s=min_idle_s,
                 max_bytes=max_bytes,
                 page_bytes=PAGE_BYTES,
+                hold_ms_max=self.policy.hold_ms_max,
                 phases=self.phases,
                 check=trio.from_thread.check_cancelled,
                 bytes_per_s=self.policy.evict_rate_max,

@@ -104,6 +104,12 @@ _COUNTERS: tuple[_Family, ...] = (
     ("pages_fetched", "Pages brought back by faults, read-ahead included.", (), _counter("pages_fetched")),
     ("pages_zero", "Evicted pages that were all zeros and need no store.", (), _counter("pages_evicted_zero")),
     ("pages_lost", "Pages that could not be brought back.", (), _counter("pages_lost")),
+    (
+        "window_faults",
+        "Faults in sync windows on pages that did not leave: each cost the guest a round trip.",
+        (),
+        _counter("faults_window"),
+    ),
     ("inject_stops", "Times that a thread of the VMM was stopped to run a call in it.", (), _counter("inject_stops")),
     ("cycles", "Cycles completed.", (), lambda g: _nothing_more(g.cycles)),
     (
@@ -116,19 +122,18 @@ _COUNTERS: tuple[_Family, ...] = (
 )
 
 
-def _latency(guests: Sequence[GuestStatus]) -> HistogramMetricFamily:
-    family = HistogramMetricFamily(
-        "tierd_guest_fault_latency_seconds", "From reading a fault to the page being in place.", labels=LABELS
-    )
+def _histogram(guests: Sequence[GuestStatus], name: str, text: str, field: str) -> HistogramMetricFamily:
+    """`field`: the part before _buckets and _sum_ns of its counters."""
+    family = HistogramMetricFamily(f"tierd_guest_{name}_seconds", text, labels=LABELS)
     for guest in guests:
         if not guest.counters:
             continue
-        counts = guest.counters["latency_buckets"]
+        counts = guest.counters[f"{field}_buckets"]
         # bucket i holds times below 2^i ns and the ones before it: cumulated, as Prometheus wants them
         buckets = [(f"{2**i / 1e9!r}", float(sum(counts[: i + 1]))) for i in range(LATENCY_FIRST, LATENCY_LAST + 1)]
-        # the count is taken from the buckets: latency_count is read at another moment
+        # the count is taken from the buckets: one of its own would be read at another moment
         buckets.append(("+Inf", float(sum(counts))))
-        family.add_metric(_labels(guest), buckets, guest.counters["latency_sum_ns"] / 1e9)
+        family.add_metric(_labels(guest), buckets, guest.counters[f"{field}_sum_ns"] / 1e9)
     return family
 
 
@@ -167,7 +172,8 @@ def _guests(guests: Sequence[GuestStatus]) -> Iterable[Metric]:
                 for values, value in samples(guest):
                     family.add_metric((*_labels(guest), *values), value)
             yield family
-    yield _latency(guests)
+    yield _histogram(guests, "fault_latency", "From reading a fault to the page being in place.", "latency")
+    yield _histogram(guests, "sync_window", "Sync windows of engines rwp and rfc: while pages leave.", "window")
 
 
 def _stores(status: DaemonStatus) -> Iterable[Metric]:

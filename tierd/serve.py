@@ -21,7 +21,7 @@ from tierd.attach import GuestSpec, Region
 from tierd.attach.preflight import HolderScan
 from tierd.attach.procfs import Mapping, cmdline_of, filtered, maps_of, open_memfd, start_ticks, still_mapped
 from tierd.attach.ptrace import close_in_vmm, pick_thread, pidfd_getfd, put_into_vmm, take_userfaultfd
-from tierd.engine import Engine
+from tierd.engine import Engine, engine_of
 from tierd.native import (
     STATES,
     Adoption,
@@ -72,7 +72,7 @@ class Served:
 
     def __init__(self, spec: GuestSpec, state_path: Path, engine: Engine) -> None:
         self.spec = spec
-        self._engine = engine
+        self.engine = engine
         self.state_path = state_path
         self.zap, self._inject_tid = Zap.PAGEOUT, 0
         self.adoption: Adoption | None = None
@@ -102,7 +102,7 @@ class Served:
 
     def adapt(self, swap_can_receive: bool) -> None:
         """Before every pass: swap may have come, or gone, since the last one. Worker."""
-        zap = self._engine.zap(swap_can_receive)
+        zap = self.engine.zap(swap_can_receive)
         if zap is not self.zap:
             self._inject_tid = pick_thread(self.spec.pid) if zap is Zap.INJECT else 0
             self.native.set_zap(zap, self._inject_tid)
@@ -235,6 +235,7 @@ def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive
             regions=_table_regions(spec.regions),
             memfds=served.memfds,
             tier=Tier(space.fd, space.direct, space.drop_cache, capacity_pages, space.late),
+            engine=engine.number,
             zap=served.zap,
             inject_tid=served._inject_tid,
             use_pagemap=engine.use_pagemap,
@@ -299,7 +300,7 @@ def attach(
         )
     with _undone_on_error(served), contextlib.ExitStack() as on_error:
         _take_descriptors(served)
-        taken = take_userfaultfd(spec.pid)
+        taken = take_userfaultfd(spec.pid, engine.features)
         served.uffd, served.uffd_in_vmm = served._own(taken.uffd), taken.uffd_in_vmm
         os.close(taken.pidfd)
         on_error.callback(_close_in_vmm_quietly, spec.pid, taken.uffd_in_vmm)
@@ -479,6 +480,8 @@ def adopt(
         raise
     spec, serving = left.spec, left.serving
     tuning = Tuning(0.0, serving.readahead_pages, read_deadline_s=serving.read_deadline_s, hold_lost=serving.hold_lost)
+    if serving.engine is not engine.number:  # the configuration may name another one by now
+        engine = engine_of(serving.engine, engine.found)
     served = Served(spec, state_path, engine)
     served.table_fd = served._own(fd)
     with _undone_on_error(served):

@@ -147,7 +147,13 @@ def evict_all(served: Served) -> None:
         cycle.scan_and_deactivate(served.native, phases, lambda: None)
         with contextlib.suppress(KernelError):
             cycle.evict(
-                served.native, min_idle_s=0, max_bytes=1 << 50, page_bytes=PAGE, phases=phases, check=lambda: None
+                served.native,
+                min_idle_s=0,
+                max_bytes=1 << 50,
+                page_bytes=PAGE,
+                hold_ms_max=20,
+                phases=phases,
+                check=lambda: None,
             )
         c = served.native.counters()
         return bool(c["state_pages"][0] <= c["untouched_pages"])
@@ -316,6 +322,7 @@ def row_d(bench: Bench) -> None:
                     min_idle_s=0,
                     max_bytes=1 << 50,
                     page_bytes=PAGE_BYTES,
+                    hold_ms_max=20,
                     phases=phases,
                     check=lambda: None,
                 )

@@ -27,6 +27,9 @@ def two_guests() -> FakeDaemon:
         latency_count=4,
         latency_sum_ns=3_000_000,
         latency_buckets=LATENCIES,
+        faults_window=7,
+        window_sum_ns=2_000_000,
+        window_buckets=(*(0,) * 20, 3, *(0,) * 19),
     )
     daemon = FakeDaemon(FakeGuest("web", 10, "10-1", counters=busy), FakeGuest("db", 11, "11-1", state="paused"))
     daemon.refuse("nested guests")
@@ -55,7 +58,8 @@ def test_every_name_that_is_promised() -> None:
         "size_bytes resident_bytes stored_bytes hole_bytes idle_bytes faults_total fault_latency_seconds_bucket "
         "fault_latency_seconds_count fault_latency_seconds_sum pages_evicted_total pages_cancelled_total "
         "pages_fetched_total pages_zero_total pages_lost_total cycle_seconds_total cycles_total errors_total state "
-        "inject_stops_total parked_pages fault_threads"
+        "inject_stops_total parked_pages fault_threads window_faults_total sync_window_seconds_bucket "
+        "sync_window_seconds_count sync_window_seconds_sum"
     )
     promised = {f"tierd_guest_{name}" for name in guest.split()} | {
         "tierd_build_info",
@@ -77,6 +81,9 @@ def test_values_and_labels() -> None:
     assert found[of("pages_zero_total", "web", 10)] == 40
     assert found[of("errors_total", "web", 10, kind="checksum")] == 1
     assert found[of("cycle_seconds_total", "web", 10, phase="write")] == 1.25
+    assert found[of("window_faults_total", "web", 10)] == 7
+    assert found[of("sync_window_seconds_count", "web", 10)] == 3
+    assert found[of("sync_window_seconds_sum", "web", 10)] == pytest.approx(0.002)
     assert found[of("state", "db", 11, state="paused")] == 1
     assert found[of("state", "db", 11, state="active")] == 0
     assert found[("tierd_store_used_bytes", (("store", "file"),))] == GIB

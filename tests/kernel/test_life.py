@@ -179,6 +179,7 @@ def test_a_vmm_that_is_killed_in_mid_eviction(start_vmm: Start, host: Host) -> N
                     min_idle_s=0,
                     max_bytes=1 << 40,
                     page_bytes=PAGE,
+                    hold_ms_max=20,
                     phases=tiered.options.phases,
                     check=kill_soon,
                 )

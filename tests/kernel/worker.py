@@ -80,6 +80,7 @@ def one_cycle(served: Served, options: Options) -> None:
             min_idle_s=0.0,
             max_bytes=1 << 40,
             page_bytes=PAGE_BYTES,
+            hold_ms_max=20,
             phases=options.phases,
             check=lambda: None,
         )

@@ -2,7 +2,7 @@
 /*
  * driver.c: the data plane against the model kernel, under a seeded scheduler.
  *
- *   driver [--seeds N] [--from S] [--steps K] [--late-io] [-v]
+ *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--engine stock|rwp|rfc] [-v]
  *
  * Guest threads read and write, fault workers serve, one worker evicts, a killer kills the daemon and starts another, an
  * operator repairs what was destroyed. Every page-table access and every piece of a system call is a point where somebody else
@@ -63,6 +63,7 @@ struct coroutine {
 static struct coroutine coroutines[COROUTINES_MAX], *current;
 static struct context scheduler;
 static uint64_t seed, step;
+static uint32_t engine; /* TIERD_ENGINE_* */
 static uint32_t stall_chance, guest_threads;
 static void (*staller)(uint32_t); /* who stalls; NULL: anybody */
 static bool verbose, late_io, guests_stop, stopping, daemon_done, adopting, repaired;
@@ -309,11 +310,18 @@ static enum page_state state_of(uint32_t page)
 	return word_state(atomic_load(&guest->words[page]));
 }
 
-/* Readers are not held, so they may see it. That is why guests with large folios are refused; the daemon writes the bytes back
+static bool looks_untouched(uint32_t page)
+{
+	return !M.present[page] || M.rwp_protected[page];
+}
+
+/* Where readers are not held (by the stock engine; by rfc once a successor is back in async mode) they may see it. That is why guests with large folios are refused; the daemon writes the bytes back
  * before the page is anything else than DROPPING. */
 bool world_zeroed(uint32_t page)
 {
-	return M.zeroed[page] && state_of(page) == DROPPING;
+	bool held = M.generation == TIERD_ENGINE_RWP || (M.generation == TIERD_ENGINE_RFC && !M.async);
+
+	return !held && M.zeroed[page] && state_of(page) == DROPPING;
 }
 
 void world_settled(uint32_t page)
@@ -362,7 +370,7 @@ void world_before_pass(void)
 void world_selected(double min_idle_s)
 {
 	for (uint32_t page = 0; page < S.pages; page++)
-		if (state_of(page) == LEAVING && !M.present[page] && !S.giving_back[page] &&
+		if (state_of(page) == LEAVING && looks_untouched(page) && !S.giving_back[page] &&
 		    M.now_ns - touched_ns[page] < (uint64_t)(min_idle_s * 1e9))
 			model_fail("page %u leaves %lu ns after the guest touched it", page,
 				   M.now_ns - touched_ns[page]);
@@ -457,7 +465,8 @@ static void daemon_start(bool adopted)
 		.pidfd = FD_PIDFD,
 		.pagemap_fd = FD_PAGEMAP,
 		.zap = TIERD_ZAP_PAGEOUT,
-		.use_pagemap = seed % 2,
+		.engine = engine,
+		.use_pagemap = engine == TIERD_ENGINE_STOCK && seed % 2,
 		.chunk_bytes = 8 * MODEL_PAGE_BYTES,
 		.region_count = M.regions,
 		.readahead_pages = 1u << seed % 4,
@@ -516,8 +525,8 @@ static void daemon_kill(void)
 			schedule();
 	}
 	for (uint32_t page = 0; page < S.pages; page++)
-		if (!M.present
-			     [page]) /* by a pass that was to stamp it once more at its end: as old as the pass was long */
+		if (looks_untouched(
+			    page)) /* by a pass that was to stamp it once more at its end: as old as the pass was long */
 			touched_ns[page] = 0;
 	munmap(guest->header, guest->table_bytes);
 	free_everything();
@@ -559,6 +568,8 @@ static void set_up(void)
 	if (!below(4))
 		M.faults.punch_stays = below(300);
 	M.late_io = late_io;
+	M.generation = engine;
+	M.async = true;
 	S.pages = M.pages;
 	S.failures = faulty;
 	S.losses = faulty != 2 && !below(3);
@@ -645,6 +656,10 @@ static void run_seed(uint64_t steps)
 	repaired = below(2);
 	for (uint32_t page = 0; page < S.pages && repaired; page++)
 		model_repair(page);
+	/* a death in a retry leaves the poison on a page that is STORED again: nobody would ask for it */
+	for (uint32_t page = 0; page < S.pages; page++)
+		if (M.poisoned[page] && state_of(page) == STORED)
+			model_zap(page);
 	stopping = true;
 	for (uint32_t i = 0; i < guest_threads; i++)
 		spawn(GUEST, run_final_read, i);
@@ -670,6 +685,8 @@ int main(int count, char **arguments)
 			verbose = true;
 		else if (!strcmp(arguments[i], "--late-io"))
 			late_io = true;
+		else if (i + 1 < count && !strcmp(arguments[i], "--engine") && script_engine(arguments[i + 1], &engine))
+			i++;
 		else if (i + 1 < count && !strcmp(arguments[i], "--seeds"))
 			seeds = strtoull(arguments[++i], NULL, 10);
 		else if (i + 1 < count && !strcmp(arguments[i], "--from"))
@@ -677,7 +694,8 @@ int main(int count, char **arguments)
 		else if (i + 1 < count && !strcmp(arguments[i], "--steps"))
 			steps = strtoull(arguments[++i], NULL, 10);
 		else
-			return fprintf(stderr, "usage: driver [--seeds N] [--from S] [--steps K] [--late-io] [-v]\n"),
+			return fprintf(stderr, "usage: driver [--seeds N] [--from S] [--steps K] [--late-io] [--engine "
+					       "stock|rwp|rfc] [-v]\n"),
 			       2;
 	}
 	for (seed = from; seed < from + seeds; seed++) {

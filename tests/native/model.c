@@ -6,6 +6,7 @@
 
 #include "model.h"
 #include "sys.h"
+#include "tierd.h"
 
 struct model M;
 
@@ -51,7 +52,7 @@ static void unmap(uint32_t page)
 {
 	if (M.present[page] && M.protected[page])
 		M.marker[page] = true; /* zapping a protected page of shmem leaves a marker */
-	M.present[page] = M.protected[page] = false;
+	M.present[page] = M.protected[page] = M.rwp_protected[page] = false;
 }
 
 /* --- the guest ---------------------------------------------------------------------------------------------------------- */
@@ -64,8 +65,43 @@ static enum model_access wait_for(uint32_t thread, uint32_t page, uint64_t flags
 	return ACCESS_WAITS;
 }
 
+/* A fault that the kernel resolves by itself because of async mode, under the lock of the VMA only: others run meanwhile. */
+static void fault_under_way(void)
+{
+	M.under_way++;
+	for (uint32_t i = 0; i < 8 && model_chance(700); i++)
+		model_pause();
+	M.under_way--;
+}
+
+/* True when nothing is in the way of the access any more; false: look again, or *waits. */
+static bool native_fault(uint32_t thread, uint32_t page, uint64_t write, bool *waits)
+{
+	bool present = M.present[page], marker = M.marker[page];
+
+	*waits = false;
+	if (present ? !M.rwp_protected[page] : !M.cached[page] || !M.minor[page])
+		return true;
+	if (!M.async || (!present && M.generation == TIERD_ENGINE_RWP)) { /* RWP_ASYNC is not about MINOR faults */
+		wait_for(thread, page, write | (present ? SYS_RWP_FAULT : UFFD_PAGEFAULT_FLAG_MINOR));
+		*waits = true;
+		return false;
+	}
+	fault_under_way();
+	if (M.present[page] != present || M.marker[page] != marker || !M.cached[page])
+		return false; /* the entry has changed: the fault is taken again */
+	M.rwp_protected[page] = false;
+	return true;
+}
+
 enum model_access model_access(uint32_t thread, uint32_t page, bool write, uint64_t *value)
 {
+	bool waits = false;
+
+	while (M.generation != TIERD_ENGINE_STOCK && !M.poisoned[page] &&
+	       !native_fault(thread, page, write ? UFFD_PAGEFAULT_FLAG_WRITE : 0, &waits))
+		if (waits)
+			return ACCESS_WAITS;
 	if (!M.present[page]) {
 		if (M.poisoned[page]) /* an entry of the page table, so it is seen before the page cache */
 			return ACCESS_POISONED;
@@ -153,14 +189,19 @@ int sys_uffd_register(int uffd, uint64_t address, uint64_t bytes, uint64_t mode)
 {
 	uint32_t count, first = range(address, bytes, &count);
 	bool wp = mode & UFFDIO_REGISTER_MODE_WP, missing = mode & UFFDIO_REGISTER_MODE_MISSING;
+	bool minor = mode & UFFDIO_REGISTER_MODE_MINOR, rwp = mode & SYS_RWP_REGISTER_MODE;
 
+	if (rwp && (wp || M.generation != TIERD_ENGINE_RWP))
+		return -EINVAL;
 	(void)uffd;
 	model_enter();
 	for (uint32_t p = first; p < first + count; p++) {
-		if ((M.wp[p] || !wp) && (M.missing[p] || !missing))
+		if ((M.wp[p] || !wp) && (M.missing[p] || !missing) && (M.minor[p] || !minor) && (M.rwp[p] || !rwp))
 			continue; /* has all of these modes: skipped, others stay */
 		M.wp[p] = wp;
 		M.missing[p] = missing;
+		M.minor[p] = minor;
+		M.rwp[p] = rwp;
 	}
 	model_exit();
 	return 0;
@@ -173,7 +214,8 @@ int sys_uffd_unregister(int uffd, uint64_t address, uint64_t bytes)
 	(void)uffd;
 	model_enter();
 	for (uint32_t p = first; p < first + count; p++)
-		M.wp[p] = M.missing[p] = M.protected[p] = M.marker[p] = false;
+		M.wp[p] = M.missing[p] = M.minor[p] = M.rwp[p] = M.protected[p] = M.rwp_protected[p] = M.marker[p] =
+			false;
 	wake(first, count);
 	model_exit();
 	return 0;
@@ -236,7 +278,7 @@ int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, 
 	for (; n < count && !error; n += !error) {
 		uint32_t p = first + n;
 
-		if (!M.wp[p] && !M.missing[p])
+		if (!M.wp[p] && !M.missing[p] && !M.minor[p] && !M.rwp[p])
 			error = -ENOENT;
 		else if (model_chance(M.faults.copy_nomem))
 			error = -ENOMEM;
@@ -247,7 +289,7 @@ int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, 
 		if (error)
 			continue;
 		M.cached[p] = M.present[p] = true;
-		M.protected[p] = M.marker[p] = M.poisoned[p] = false;
+		M.protected[p] = M.rwp_protected[p] = M.marker[p] = M.poisoned[p] = false;
 		memcpy(M.bytes[p], (const char *)from + n * MODEL_PAGE_BYTES, MODEL_PAGE_BYTES);
 		M.arrived[p] = M.bytes[p][0];
 		model_pause();
@@ -256,6 +298,110 @@ int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, 
 	wake(first, n);
 	model_exit();
 	return n == count ? 0 : n ? -EAGAIN : error;
+}
+
+int sys_uffd_continue(int uffd, uint64_t address, uint64_t bytes)
+{
+	uint32_t count, first = range(address, bytes, &count);
+	int error = 0;
+
+	(void)uffd;
+	model_enter();
+	for (uint32_t p = first; p < first + count && !error; p++) {
+		if (!M.minor[p])
+			error = -EINVAL;
+		else if (M.present[p] || M.poisoned[p])
+			error = -EEXIST;
+		else if (!M.cached[p])
+			error = -EFAULT;
+		else
+			M.present[p] = true;
+		if (!error)
+			M.protected[p] = M.marker[p] = false;
+	}
+	if (!error)
+		wake(first, count);
+	model_exit();
+	return error;
+}
+
+static int rwp_protect(uint64_t address, uint64_t bytes, bool on)
+{
+	uint32_t count, first = range(address, bytes, &count);
+	int error = 0;
+
+	model_enter();
+	for (uint32_t p = first; p < first + count && !error; p++)
+		if (!M.rwp[p])
+			error = -ENOENT;
+	if (!error && on && model_chance(M.faults.protect_fails))
+		error = -EAGAIN;
+	for (uint32_t p = first; p < first + count && !error; p++) {
+		M.rwp_protected[p] = on && M.present[p];
+		if (p % 4 == 3)
+			model_pause();
+	}
+	if (!on && !error)
+		wake(first, count);
+	model_exit();
+	return error;
+}
+
+int sys_rwp_protect(int uffd, uint64_t address, uint64_t bytes)
+{
+	(void)uffd;
+	return rwp_protect(address, bytes, true);
+}
+
+int sys_rwp_unprotect(int uffd, uint64_t address, uint64_t bytes)
+{
+	(void)uffd;
+	return rwp_protect(address, bytes, false);
+}
+
+int sys_rfc_deactivate(int uffd, uint64_t address, uint64_t bytes)
+{
+	uint32_t count, first = range(address, bytes, &count);
+	int error = 0;
+
+	(void)uffd;
+	model_enter();
+	if (model_chance(M.faults.protect_fails))
+		error = -EAGAIN;
+	for (uint32_t p = first; p < first + count && !error; p++) {
+		if (!M.minor[p])
+			error = -ENOENT;
+		else if (M.present[p])
+			unmap(p);
+		model_pause();
+	}
+	model_exit();
+	return error;
+}
+
+/* rwp waits for faults that have seen the old mode; rfc does not. */
+int sys_rwp_set_async(int uffd, bool async)
+{
+	(void)uffd;
+	model_enter();
+	M.async = async;
+	while (M.under_way)
+		model_pause();
+	if (async)
+		wake(0, M.pages);
+	model_exit();
+	return 0;
+}
+
+int sys_rfc_set_async(int uffd, bool async)
+{
+	(void)uffd;
+	model_enter();
+	M.async = async;
+	if (async)
+		wake(0, M.pages);
+	model_exit();
+	return 0;
 }
 
 int sys_uffd_poison(int uffd, uint64_t address, uint64_t bytes)
@@ -317,11 +463,14 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t any
 		bool swapped = M.marker[first + i] || M.poisoned[first + i];
 		uint64_t is = M.present[first + i] ? SYS_PAGE_PRESENT : swapped ? SYS_PAGE_SWAPPED : 0;
 
+		if (is && M.rwp[first + i] && !M.rwp_protected[first + i])
+			is |= SYS_RWP_ACCESSED;
+
 		*walk_end = at;
 		if (n == count && is & any_of)
 			break;
 		if (is & any_of)
-			regions[n++] = (struct sys_page_region){at, at + MODEL_PAGE_BYTES, is};
+			regions[n++] = (struct sys_page_region){at, at + MODEL_PAGE_BYTES, is & any_of};
 		*walk_end = at + MODEL_PAGE_BYTES;
 		if (i % 4 == 3)
 			model_pause();

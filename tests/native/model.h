@@ -3,7 +3,8 @@
  * model.h: a kernel small enough to be believed, behind the seam of tierd/native/sys.h.
  *
  * One VMM address space, its memory files, one userfaultfd and one store, at page granularity. What each call does is what
- * userfaultfd(2), ioctl_userfaultfd(2), PAGEMAP_SCAN and experiments on Linux 6.18 say. Every call yields to the scheduler
+ * userfaultfd(2), ioctl_userfaultfd(2), PAGEMAP_SCAN and experiments on Linux 6.18 say; for rwp and rfc, what their
+ * descriptions and the kernels of tests/kernels say. Every call yields to the scheduler
  * before, after and between pages; a daemon that is killed inside a call goes on in the kernel until the call ends.
  */
 #ifndef TIERD_MODEL_H
@@ -48,7 +49,12 @@ struct model {
 	/* page table of the VMM */
 	uint64_t arrived[MODEL_PAGES_MAX]; /* what the last COPY brought */
 	bool present[MODEL_PAGES_MAX], protected[MODEL_PAGES_MAX], marker[MODEL_PAGES_MAX], poisoned[MODEL_PAGES_MAX];
+	bool rwp_protected[MODEL_PAGES_MAX];
 	bool wp[MODEL_PAGES_MAX], missing[MODEL_PAGES_MAX]; /* registered modes */
+	bool minor[MODEL_PAGES_MAX], rwp[MODEL_PAGES_MAX];
+	uint32_t generation; /* TIERD_ENGINE_*: what kind of kernel it is */
+	bool async;          /* RWP_ASYNC or MINOR_ASYNC is on */
+	uint32_t under_way;  /* faults that have seen the mode and are not done */
 	/* the store: what reads give, what is on the device, what of the former is not yet on the latter */
 	uint64_t store[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8], device[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
 	bool dirty[MODEL_PAGES_MAX], sync_error;

@@ -2,7 +2,7 @@
 /*
  * real.c: the data plane on the real kernel, under the same script as in the model (script.h).
  *
- *   real [--seeds N] [--from S] [--store DIRECTORY] [-v]
+ *   real [--engine stock|rwp|rfc] [--slowness N] [--seeds N] [--from S] [--store DIRECTORY] [-v]
  *
  * This process is the guest: its threads read, write and give back pages of memfds, and check what they read. The daemon is
  * another process (this program again, with --daemon), with the real sys.c, a real userfaultfd and a store file. It is killed
@@ -43,6 +43,7 @@ enum phase { STARTING, ADOPTING, SERVING, LEAVING_IT, LEFT };
 struct shared {
 	uint64_t seed;
 	uint32_t life, pages, region_count;
+	uint32_t engine;
 	bool failures, losses, direct, use_pagemap, inside;
 	int uffd, table_fd, store_fd, memfd[REGIONS_MAX], inject_tid;
 	_Atomic bool guests_stop, finish, repaired, all_read;
@@ -274,6 +275,7 @@ static struct tierd_guest *create_guest(int table_fd)
 		.table_fd = table_fd,
 		.uffd = shared->uffd,
 		.pidfd = must((int)syscall(SYS_pidfd_open, getppid(), 0), "pidfd_open"),
+		.engine = shared->engine,
 		.zap = shared->inside ? TIERD_ZAP_INJECT : TIERD_ZAP_PAGEOUT,
 		.inject_tid = shared->inject_tid,
 		.use_pagemap = shared->use_pagemap,
@@ -387,6 +389,8 @@ static int daemon_main(void)
 
 static bool verbose;
 static const char *store_directory = "/var/tmp";
+static uint32_t engine;       /* TIERD_ENGINE_* */
+static uint32_t slowness = 1; /* of the machine: lives last so much longer */
 static pid_t daemon_pid;
 static uint64_t kills[LEFT + 1], accesses, faults, evicted, errors_seen, lost_pages;
 static _Atomic bool over;
@@ -414,6 +418,9 @@ static int userfaultfd_create(void)
 					     UFFD_FEATURE_THREAD_ID | 1ull << 12 /* WP_HUGETLBFS_SHMEM, 5.19 */ |
 					     1ull << 14 /* POISON, 6.6 */};
 
+	if (engine != TIERD_ENGINE_STOCK)
+		api.features |=
+			1ull << 10 /* MINOR_SHMEM */ | 1ull << 17 | 1ull << 18 /* tracking, and its async mode */;
 	must(ioctl(uffd, UFFDIO_API, &api), "UFFDIO_API");
 	return uffd;
 }
@@ -484,7 +491,8 @@ static void set_up(void)
 	shared->failures = S.failures = below(3);
 	shared->losses = S.losses = !below(3);
 	shared->direct = below(2);
-	shared->use_pagemap = below(2);
+	shared->use_pagemap = below(2) && engine == TIERD_ENGINE_STOCK;
+	shared->engine = engine;
 	shared->inside = !below(4) || swap_is_on();
 	shared->uffd = userfaultfd_create();
 	make_state_and_store();
@@ -677,12 +685,12 @@ static void run_seed(uint64_t seed)
 	while (--lives) {
 		if (below(3)) /* else: before it serves, mostly */
 			wait_until_served();
-		usleep(below(below(3) ? 15000 : 2500));
+		usleep(slowness * below(below(3) ? 15000 : 2500));
 		if (!daemon_end(true))
 			script_fail("the daemon ended before it was asked to");
 		next_life();
 	}
-	usleep(below(20000));
+	usleep(slowness * below(20000));
 	atomic_store(&shared->guests_stop, true);
 	join(guests, count);
 	atomic_store(&shared->repaired, below(2));
@@ -691,7 +699,7 @@ static void run_seed(uint64_t seed)
 	atomic_store(&shared->finish, true);
 	start(guests, 2, run_final_read);
 	for (lives = below(3); lives; lives--) { /* killed while it brings everything back and leaves */
-		usleep(below(1500));
+		usleep(slowness * below(1500));
 		if (!daemon_end(true))
 			break;
 		shared->life++;
@@ -757,6 +765,11 @@ int main(int count, char **arguments)
 		} else if (i + 1 < count && !strcmp(arguments[i], "--daemon")) {
 			shared = map_shared(atoi(arguments[i + 1]));
 			return daemon_main();
+		} else if (i + 1 < count && !strcmp(arguments[i], "--engine") &&
+			   script_engine(arguments[i + 1], &engine)) {
+			i++;
+		} else if (i + 1 < count && !strcmp(arguments[i], "--slowness")) {
+			slowness = (uint32_t)atoi(arguments[++i]);
 		} else if (i + 1 < count && !strcmp(arguments[i], "--seeds")) {
 			seeds = strtoull(arguments[++i], NULL, 10);
 		} else if (i + 1 < count && !strcmp(arguments[i], "--from")) {
@@ -764,7 +777,9 @@ int main(int count, char **arguments)
 		} else if (i + 1 < count && !strcmp(arguments[i], "--store")) {
 			store_directory = arguments[++i];
 		} else {
-			return fprintf(stderr, "usage: real [--seeds N] [--from S] [--store DIRECTORY] [-v]\n"), 2;
+			return fprintf(stderr, "usage: real [--engine stock|rwp|rfc] [--seeds N] [--from S] [--store "
+					       "DIRECTORY] [-v]\n"),
+			       2;
 		}
 	}
 	guest_main(from, seeds);

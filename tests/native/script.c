@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* script.c: see script.h. */
+#include <string.h>
+
 #include "script.h"
 #include "internal.h"
 
@@ -12,6 +14,17 @@ uint32_t below(uint32_t n)
 	script_random ^= script_random >> 7;
 	script_random ^= script_random << 17;
 	return (uint32_t)((script_random * 0x2545f4914f6cdd1dull >> 16) % n);
+}
+
+bool script_engine(const char *name, uint32_t *ret)
+{
+	static const char *const names[] = {
+		[TIERD_ENGINE_STOCK] = "stock", [TIERD_ENGINE_RWP] = "rwp", [TIERD_ENGINE_RFC] = "rfc"};
+
+	for (*ret = 0; *ret < sizeof(names) / sizeof(names[0]); (*ret)++)
+		if (!strcmp(names[*ret], name))
+			return true;
+	return false;
 }
 
 static bool chance(uint32_t thousandths)
@@ -143,7 +156,25 @@ static bool cancelled_at_will(struct tierd_batch *b, struct tierd_batch_result *
 	return true;
 }
 
-static void evict_batch(struct tierd_batch *b, uint64_t *page)
+/* The engine's windows: all of them, or as many as the daemon likes. */
+static void drop_in_windows(struct tierd_batch *b, struct tierd_batch_result *r)
+{
+	uint64_t window_ns_max = below(2) ? 0 : below(1000000); /* 0: a run a window */
+
+	do {
+		int error = tierd_batch_window(b, window_ns_max, r);
+
+		S.evicted += r->evicted_pages;
+		if (failed(error, "window") || (r->left_pages && chance(40))) {
+			tierd_batch_cancel(b, r);
+			return;
+		}
+		if (r->left_pages && below(2))
+			world_rest(below(20));
+	} while (r->left_pages);
+}
+
+static void evict_batch(struct tierd_guest *g, struct tierd_batch *b, uint64_t *page)
 {
 	struct tierd_batch_result r;
 	double min_idle_s = below(2) ? 0 : 0.002;
@@ -157,12 +188,19 @@ static void evict_batch(struct tierd_batch *b, uint64_t *page)
 	world_selected(min_idle_s);
 	if (cancelled_at_will(b, &r))
 		return;
-	if (failed(tierd_batch_hold(b, &r), "hold") || cancelled_at_will(b, &r) ||
-	    failed(tierd_batch_copy(b, &r), "copy") || cancelled_at_will(b, &r)) {
+	if (!g->engine->set_async && (failed(tierd_batch_hold(b, &r), "hold") || cancelled_at_will(b, &r))) {
+		tierd_batch_cancel(b, &r);
+		return;
+	}
+	if (failed(tierd_batch_copy(b, &r), "copy") || cancelled_at_will(b, &r)) {
 		tierd_batch_cancel(b, &r);
 		return;
 	}
 	error = tierd_batch_write(b, 1, &r);
+	if (!error && g->engine->set_async) {
+		drop_in_windows(b, &r);
+		return;
+	}
 	if ((error != -ENOSPC && failed(error, "write")) || error || cancelled_at_will(b, &r) ||
 	    failed(tierd_batch_drop(b, &r), "drop")) {
 		tierd_batch_cancel(b, &r);
@@ -188,7 +226,7 @@ void script_cycle(struct tierd_guest *g)
 	if (tierd_batch_create(g, BATCH_PAGES_MAX, &b))
 		script_fail("no batch");
 	for (page = 0; page < g->pages;)
-		evict_batch(b, &page);
+		evict_batch(g, b, &page);
 	tierd_batch_destroy(b);
 	page = 0;
 	if (chance(100))

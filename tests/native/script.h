@@ -37,6 +37,9 @@ extern _Thread_local uint64_t script_random; /* who runs draws from it: a seed s
 uint32_t below(uint32_t n);
 _Noreturn void script_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+/* TIERD_ENGINE_* by name; false: there is no such engine */
+bool script_engine(const char *name, uint32_t *ret);
+
 /* --- the guest --- */
 void script_guest(uint32_t thread); /* until world_stopped */
 void script_read(uint32_t thread, uint32_t page);

@@ -26,6 +26,17 @@ def test_seeds(tmp_path: Path) -> None:
     assert figures["memory errors"] > 0, "no stored copy was destroyed"
 
 
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("engine", ["rwp", "rfc"])
+def test_seeds_of_an_engine_with_a_sync_mode(tmp_path: Path, engine: str) -> None:
+    """The same on the model of a kernel that has the interface. 20,000 of rwp's seeds were not enough: hence the start."""
+    binary = build_driver(tmp_path / "driver", ["-O2"])
+    figures = run_seeds(binary, max(SEEDS // 2, 100), "--engine", engine, first=20001)
+    assert figures["pages evicted"] > SEEDS / 4
+    assert figures["repaired"] > 0, "no punch left its page in the cache"
+    assert figures["memory errors"] > 0, "no stored copy was destroyed"
+
+
 @pytest.mark.timeout(900)
 def test_seeds_with_a_store_that_outlives_its_callers(tmp_path: Path) -> None:
     """Rule 11: what a killed daemon had in flight lands at any later time, over the life of its successors."""

@@ -84,9 +84,8 @@ MUTATIONS = [
     Mutation(
         "nobody_woken_after_the_punch",
         "evict.c",
-        "			error = sys_uffd_unprotect(g->uffd, address_of(g, b->held[i].page),\n"
-        "						   (uint64_t)b->held[i].count * g->page_bytes);",
-        "			error = 0;",
+        "		int error = g->engine->release(g, b->held[i].page, b->held[i].count);",
+        "		int error = 0;",
     ),
     Mutation(
         "dropping_served_early",  # a page fetched into a range that is being punched
@@ -201,8 +200,8 @@ MUTATIONS = [
     Mutation(
         "owned_page_is_deactivated",  # rule 8: its owner may have read the clock before the guest's last access
         "scan.c",
-        "			bit_clear(g->present, i);",
-        "			bit_get(g->present, i);",
+        "			bit_clear(g->touched, i);",
+        "			bit_get(g->touched, i);",
     ),
     Mutation(
         "copy_passes_over_a_lost_page",  # rule 13: COPY overwrites poison, so a run ends before a LOST page
@@ -235,35 +234,114 @@ MUTATIONS = [
     ),
     Mutation(
         "missing_registered_alone",  # rule 14
-        "guest.c",
-        "					UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING);",
-        "					UFFDIO_REGISTER_MODE_MISSING);",
+        "engine.c",
+        "	.mode_missing = UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING,",
+        "	.mode_missing = UFFDIO_REGISTER_MODE_MISSING,",
     ),
 ]
+# Of the engines that have a sync mode; the name begins with the engine's.
+NATIVE_ENGINES = [
+    Mutation(
+        "rwp_window_not_in_sync_mode",
+        "evict.c",
+        "	failed = g->engine->set_async(g->uffd, false);",
+        "	failed = 0;",
+    ),
+    Mutation(
+        "rwp_sync_mode_left_before_the_punch",  # rule 3
+        "evict.c",
+        "		int failed = drop_slots(b, first, claim_dropping(b, first, kept - first), ret);\n",
+        "		uint32_t dropping = claim_dropping(b, first, kept - first);\n"
+        "		int failed = g->engine->set_async(g->uffd, true) + drop_slots(b, first, dropping, ret);\n",
+    ),
+    Mutation(
+        "rwp_window_believes_the_scan_before_it",  # rule 1 of sync mode: a page touched since the copy
+        "evict.c",
+        "	if (bit_get(b->touched, bit))\n		return 0;\n	if (b->g->engine->holds_mapped && bit_get(b->other, bit)) {",
+        "	if (b->g->engine->holds_mapped && bit_get(b->other, bit)) {",
+    ),
+    Mutation(
+        "rwp_unmapped_page_not_compared",  # touched and unmapped again since the copy
+        "evict.c",
+        "	*ret = !error && !memcmp(b->again,",
+        "	*ret = !error || !memcmp(b->again,",
+    ),
+    Mutation(
+        "rwp_minor_not_registered",
+        "engine.c",
+        "	.mode_missing = SYS_RWP_REGISTER_MODE | UFFDIO_REGISTER_MODE_MINOR | UFFDIO_REGISTER_MODE_MISSING,",
+        "	.mode_missing = SYS_RWP_REGISTER_MODE | UFFDIO_REGISTER_MODE_MISSING,",
+    ),
+    Mutation(
+        "rwp_whole_stretch_protected",  # rule 8: an access between the scan and the protection leaves no trace
+        "scan.c",
+        "		while (i + n < pages && bit_get(g->touched, i + n))",
+        "		while (i + n < pages)",
+    ),
+    Mutation(
+        "rwp_window_left_before_it_is_decided",  # a successor: zeros that the guest writes look like a punch that failed
+        "guest.c",
+        "		error = leave_window(g, ret);",
+        "		error = g->engine->set_async(g->uffd, true);",
+    ),
+    Mutation(
+        "rwp_minor_fault_not_resolved",
+        "engine.c",
+        "	if (flags & UFFD_PAGEFAULT_FLAG_MINOR) /* in the cache",
+        "	if (flags & UFFD_PAGEFAULT_FLAG_MINOR && !g) /* in the cache",
+    ),
+    Mutation(
+        "rfc_no_marker",  # SET_MODE does not wait for faults that have seen async mode
+        "evict.c",
+        "	if (!b->g->engine->holds_mapped && !bit_get(b->other, bit))\n		return 0; /* no marker */",
+        "",
+    ),
+    Mutation(
+        "rfc_unmapped_page_not_compared",
+        "evict.c",
+        "	*ret = !error && !memcmp(b->again,",
+        "	*ret = !error || !memcmp(b->again,",
+    ),
+    Mutation(
+        "rwp_nobody_woken_when_there_is_nothing_to_map",
+        "engine.c",
+        "		error = sys_uffd_wake(g->uffd, address_of(g, page), g->page_bytes);\n	return error;",
+        "		error = 0;\n	return error;",
+    ),
+]
+MUTATIONS += NATIVE_ENGINES
 # What the driver must be told, for a mutation that shows only then.
 MORE = {
     "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle
     "late_write_lands_in_used_space": ("--late-io",),
     "parked_page_read_whatever_its_tier": ("--from", "37400"),  # it takes a page that leaves again between two looks
+    **{mutation.name: ("--engine", mutation.name[:3]) for mutation in NATIVE_ENGINES},
+    "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--from", "20001"),
 }
 # Two walls stand behind each other here: one alone holds, so both are broken.
 ALSO = {
     "hold_error_ignored": Mutation(
         "second_scan_skipped",
         "evict.c",
-        "		if (bit_get(b->marked, i) && !bit_get(b->present, i))",
+        "		if (bit_get(b->other, i) && !bit_get(b->touched, i))",
         "		if (first + i < UINT32_MAX)",
     ),
     "leaving_set_after_hold_and_scan": Mutation(
         "scan_sets_leaving",
         "evict.c",
-        "		if (bit_get(b->marked, i) && !bit_get(b->present, i))\n",
+        "		if (bit_get(b->other, i) && !bit_get(b->touched, i))\n",
         "		page_word w = page_load(b->g, b->pages[first + i]);\n\n"
-        "		if (bit_get(b->marked, i) && !bit_get(b->present, i) && word_state(w) == RESIDENT &&\n"
+        "		if (bit_get(b->other, i) && !bit_get(b->touched, i) && word_state(w) == RESIDENT &&\n"
         "		    page_move(b->g, b->pages[first + i], w, b->words[first + i]))\n",
     ),
     "checksum_not_verified_and_no_sync": Mutation(
         "no_sync", "store.c", "		error = sys_store_sync(t->fd);", "		error = 0;"
+    ),
+    "rfc_no_marker": Mutation(
+        "marker_not_set",
+        "engine.c",
+        "	return again(sys_uffd_protect, g, page, count);",
+        "	(void)page, (void)count;\n	return g->engine->set_async ? 0 : again(sys_uffd_protect, g, page, count);",
     ),
     "adoption_wakes_nobody": Mutation(
         "adoption_does_not_clear_holds",

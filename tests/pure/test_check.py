@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tierd.attach import Refused
-from tierd.check import Finding, guest_findings, host_findings, kernel_findings, passed
+from tierd.check import Finding, engine_findings, guest_findings, host_findings, kernel_findings, passed
 
 
 @dataclass
@@ -24,6 +24,10 @@ class Probe:
     pagemap_scan: int = 0
     poison: int = 0
     self_zap: int = 0
+    rwp: int = errno.EINVAL
+    rfc: int = errno.EINVAL
+    rwp_step: int = 1
+    rfc_step: int = 1
 
 
 def failing(**trials: int) -> list[Finding]:
@@ -115,3 +119,36 @@ def test_a_guest_in_words() -> None:
     fine, not_fine = guest_findings([("large_folios", None), ("vfio", refused)])
     assert (fine.name, fine.ok) == ("large folios", True)
     assert (not_fine.ok, not_fine.says, not_fine.remedy) == (False, "a device (pid 5: VmPin 8 kB)", "remove it")
+
+
+def engine(host: Path, wanted: str = "auto", **trials: int) -> list[Finding]:
+    return engine_findings(Probe(**trials), wanted, host)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("trials", "name"), [({}, "stock"), ({"rfc": 0}, "rfc"), ({"rwp": 0}, "rwp"), ({"rwp": 0, "rfc": 0}, "rwp")]
+)
+def test_the_engine_and_why(host: Path, trials: dict[str, int], name: str) -> None:
+    (finding,) = engine(host, **trials)
+    assert finding.ok
+    assert finding.says.startswith(f"{name}: ")
+
+
+def test_an_interface_that_misbehaves_is_told(host: Path) -> None:
+    """The next engine is taken, and what was wrong is said."""
+    (finding,) = engine(host, rwp=errno.EILSEQ, rwp_step=4)
+    assert not finding.ok and not finding.needed
+    assert finding.says.startswith("stock: ")
+    assert "the scan for untouched pages did something else than it should" in finding.says
+
+
+def test_an_engine_that_is_forced_and_does_not_work(host: Path) -> None:
+    (finding,) = engine(host, wanted="rfc")
+    assert not finding.ok and finding.needed
+    assert "does not offer" in finding.says
+
+
+@pytest.mark.parametrize("trials", [{}, {"rfc": 0}, {"rwp": 0}])
+def test_what_becomes_of_numa_balancing(host: Path, trials: dict[str, int]) -> None:
+    (host / "proc/sys/kernel/numa_balancing").write_text("1\n")
+    assert [finding.name for finding in engine(host, **trials)] == ["engine", "NUMA balancing"]

@@ -314,7 +314,7 @@ def test_guests_dir(tmp_path: Path) -> None:
         # values
         ("on_stop: off", "on_stop", "it must be 'restore' or 'keep' (YAML reads a bare on, off, yes or no as"),
         ("on_stop: restor", "on_stop", "did you mean restore?"),
-        ("engine: rwp", "engine", "it must be 'auto' or 'stock'"),
+        ("engine: rfk", "engine", "it must be 'auto', 'rwp', 'rfc' or 'stock'"),
         ("log: {level: warn}", "log.level", "did you mean warning?"),
         ("store: {direct: maybe}", "store.direct", "it must be 'auto', 'on' or 'off'"),
         ("store: {capacity: 10%}", "store.capacity", "'10%' is not a size"),

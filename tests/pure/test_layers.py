@@ -13,6 +13,7 @@ PACKAGE = ROOT / "tierd"
 # What each module may import of the package at module level, besides what stands left of it in the order.
 ORDER = [
     "native",
+    "engine",
     "config",
     "systemd",
     "view",
@@ -22,7 +23,6 @@ ORDER = [
     "show",
     "store",
     "policy",
-    "engine",
     "cycle",
     "serve",
     "resume",

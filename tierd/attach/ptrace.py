@@ -80,8 +80,10 @@ def close_in_vmm(pid: int, fd: int) -> None:
     inject(pick_thread(pid), "close", NUMBER["close"], fd)
 
 
-def take_userfaultfd(pid: int) -> Taken:
-    """Make a userfaultfd in the VMM and duplicate it. On OSError no descriptor of ours stays in the VMM."""
+def take_userfaultfd(pid: int, features: int = 0) -> Taken:
+    """Make a userfaultfd in the VMM and duplicate it. On OSError no descriptor of ours stays in the VMM.
+
+    `features`: what the engine needs beyond what all of them need."""
     tid = pick_thread(pid)
     pidfd = os.pidfd_open(pid)
     try:
@@ -89,7 +91,7 @@ def take_userfaultfd(pid: int) -> Taken:
         try:
             uffd = pidfd_getfd(pidfd, in_vmm)
             try:
-                features = _handshake(uffd)
+                agreed = _handshake(uffd, FEATURES_NEEDED | features)
             except BaseException:
                 os.close(uffd)
                 raise
@@ -99,7 +101,7 @@ def take_userfaultfd(pid: int) -> Taken:
     except BaseException:
         os.close(pidfd)
         raise
-    return Taken(uffd, in_vmm, features, pidfd)
+    return Taken(uffd, in_vmm, agreed, pidfd)
 
 
 def _make(tid: int, pidfd: int) -> int:
@@ -165,18 +167,17 @@ def _receive(tid: int, fd: int) -> int:
     return int(received)
 
 
-def _handshake(uffd: int) -> int:
+def _handshake(uffd: int, needed: int) -> int:
     """UFFDIO_API on the VMM's context. It works from any process: the context belongs to the one that made it."""
-    wanted = FEATURES_NEEDED | FEATURE_POISON
-    for features in (wanted, FEATURES_NEEDED):  # POISON is from 6.6 on
+    for features in (needed | FEATURE_POISON, needed):  # POISON is from 6.6 on
         buffer = bytearray(struct.pack("QQQ", UFFD_API, features, 0))
         try:
             fcntl.ioctl(uffd, UFFDIO_API, buffer)
         except OSError as error:
-            if error.errno != errno.EINVAL or features == FEATURES_NEEDED:
+            if error.errno != errno.EINVAL or features == needed:
                 raise OSError(
                     error.errno,
-                    "UFFDIO_API: the kernel lacks write-protection of shared memory (Linux 5.19 or newer is needed)",
+                    f"UFFDIO_API: the kernel lacks a feature of {needed:#x} (all engines need Linux 5.19 or newer)",
                 ) from error
         else:
             return features

@@ -7,9 +7,11 @@ engine's name.
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import Protocol
 
-from tierd.native import Probe, Zap, probe
+from tierd.native import TRIAL_STEPS, EngineNumber, Probe, Zap, probe
 
 
 class Engine(Protocol):
@@ -18,6 +20,21 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """As in `engine:` of the configuration, in `tierd check` and in the build-info metric."""
+        ...
+
+    @property
+    def number(self) -> EngineNumber:
+        """As the data plane and the state files call it."""
+        ...
+
+    @property
+    def found(self) -> Probe:
+        """The trials that it was chosen by."""
+        ...
+
+    @property
+    def features(self) -> int:
+        """UFFD_FEATURE_* that a guest's userfaultfd must have, beyond those that every engine needs."""
         ...
 
     @property
@@ -32,7 +49,7 @@ class Engine(Protocol):
 
     @property
     def holds_reads(self) -> bool:
-        """Whether readers wait, too, while a page is being evicted."""
+        """Whether readers wait, too, while a page is being evicted: there is a sync mode, and windows of it."""
         ...
 
     @property
@@ -49,12 +66,42 @@ class EngineUnavailable(Exception):
     """This kernel lacks something; the text says what and which kernel has it."""
 
 
+ENGINES = ("rwp", "rfc", "stock")  # in the order in which they are tried
+
+
+def trial_failed(engine: str, error: int, step: int) -> str:
+    """What was wrong, for people. `error`: errno of the trial."""
+    if step == TRIAL_STEPS.index("api"):
+        return f"this kernel does not offer the interface of engine {engine}"
+    what = "did something else than it should" if error == errno.EILSEQ else f"said: {os.strerror(error)}"
+    return f"this kernel offers the interface of engine {engine}, but in its trial {TRIAL_STEPS[step].replace('_', ' ')} {what}"
+
+
+def engine_of(number: EngineNumber, found: Probe) -> Engine:
+    """The engine that a state file names. EngineUnavailable: it does not work here, which an operator must look at."""
+    return _make(number.name.lower(), found)
+
+
+def _make(name: str, found: Probe) -> Engine:
+    from tierd.engine.rfc import RfcEngine
+    from tierd.engine.rwp import RwpEngine
+    from tierd.engine.stock import StockEngine
+
+    engines: dict[str, type[Engine]] = {"rwp": RwpEngine, "rfc": RfcEngine, "stock": StockEngine}
+    return engines[name](found)  # type: ignore[call-arg]
+
+
 def choose(wanted: str = "auto", found: Probe | None = None) -> Engine:
     """The engine for this kernel, by trial on scratch pages (some milliseconds). EngineUnavailable: none, or not the one
     that the configuration forces."""
-    from tierd.engine.stock import StockEngine
-
     found = found or probe()
-    if wanted not in ("auto", "stock"):
-        raise EngineUnavailable(f"engine {wanted!r} is not known; use auto or stock")
-    return StockEngine(found)
+    if wanted not in ("auto", *ENGINES):
+        raise EngineUnavailable(f"engine {wanted!r} is not known; use auto, {' or '.join(ENGINES)}")
+    if wanted != "auto":
+        return _make(wanted, found)
+    for name in ENGINES[:-1]:
+        try:
+            return _make(name, found)
+        except EngineUnavailable:
+            continue  # `tierd check` says what was wrong
+    return _make("stock", found)

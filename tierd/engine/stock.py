@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from tierd.engine import EngineUnavailable
-from tierd.native import Probe, Zap
+from tierd.native import EngineNumber, Probe, Zap
 
 # trial -> what to tell the operator when it fails
 _NEEDED = {
@@ -22,6 +22,8 @@ _NEEDED = {
 
 class StockEngine:
     name = "stock"
+    number = EngineNumber.STOCK
+    features = 0
     backings = frozenset({"shmem"})
     sees_reads = True
     holds_reads = False
@@ -32,12 +34,12 @@ class StockEngine:
             error = getattr(found, trial)
             if error:
                 raise EngineUnavailable(f"the stock engine needs {needs}; the trial said: {os.strerror(error)}")
-        self._found = found
+        self.found = found
 
     @property
     def use_pagemap(self) -> bool:
-        return self._found.pagemap_scan != 0
+        return self.found.pagemap_scan != 0
 
     def zap(self, swap_can_receive: bool) -> Zap:
         """From outside where nothing can be swapped out by it; else inside the VMM, at the price of ptrace stops."""
-        return Zap.INJECT if swap_can_receive or self._found.pageout else Zap.PAGEOUT
+        return Zap.INJECT if swap_can_receive or self.found.pageout else Zap.PAGEOUT

@@ -20,6 +20,21 @@ TIERS = int(lib.TIERD_TIERS)
 REGIONS_MAX = int(lib.TIERD_REGIONS_MAX)
 READAHEAD_PAGES_MAX = 512
 READ_DEADLINE_S_MAX = 366 * 86400.0
+# of tierd_trial_step
+TRIAL_STEPS = (
+    "",
+    "api",
+    "registration",
+    "deactivation",
+    "the scan for untouched pages",
+    "a touch in async mode",
+    "the scan after it",
+    "the change to sync mode",
+    "a touch in sync mode",
+    "the answer to it",
+    "the change to async mode",
+)
+TRIALS = ("userfaultfd", "write_protect", "missing", "pageout", "pagemap_scan", "poison", "self_zap", "rwp", "rfc")
 STATES = ("resident", "resolving", "leaving", "dropping", "stored", "moving", "arriving", "lost")
 
 
@@ -39,11 +54,20 @@ def check(result: int, noun: str) -> None:
         raise KernelError(-result, noun)
 
 
+class EngineNumber(enum.IntEnum):
+    """What is asked of the kernel to track and hold pages: tierd.engine, engine.c."""
+
+    STOCK = lib.TIERD_ENGINE_STOCK
+    RWP = lib.TIERD_ENGINE_RWP
+    RFC = lib.TIERD_ENGINE_RFC
+
+
 class Zap(enum.IntEnum):
-    """How untouched pages are made visible on a stock kernel."""
+    """How pages are deactivated: the first two on a stock kernel."""
 
     PAGEOUT = lib.TIERD_ZAP_PAGEOUT  # process_madvise from outside; only where swap cannot receive the pages
     INJECT = lib.TIERD_ZAP_INJECT  # madvise(MADV_DONTNEED) executed inside the VMM
+    USERFAULTFD = 0  # the engine's own call
 
 
 @dataclass(frozen=True)
@@ -79,6 +103,7 @@ class Serving:
     readahead_pages: int = 16
     store_direct: bool = False
     uffd_in_vmm: int | None = None  # the VMM has it under this number now; None: as Identity says
+    engine: EngineNumber = EngineNumber.STOCK
 
 
 @dataclass(frozen=True)
@@ -97,7 +122,7 @@ class Pass:
     """One stretch looked at: see struct tierd_pass."""
 
     pages: int
-    present_pages: int
+    touched_pages: int
     zapped_pages: int
     scan_ns: int
     zap_ns: int
@@ -116,6 +141,7 @@ class BatchResult:
     evicted_pages: int
     cancelled_pages: int
     next_page: int
+    left_pages: int
     select_ns: int
     hold_ns: int
     copy_ns: int
@@ -160,6 +186,10 @@ class Probe:
     pagemap_scan: int
     poison: int
     self_zap: int
+    rwp: int
+    rfc: int
+    rwp_step: int
+    rfc_step: int
 
 
 def _fields(struct: Any, cls: type[Any]) -> Any:
@@ -170,11 +200,9 @@ def probe() -> Probe:
     """Try on a few pages of our own what this kernel can do. Blocks for some milliseconds; leaves nothing behind."""
     out = ffi.new("struct tierd_probe *")
     check(lib.tierd_probe(out), "trial pages")
-    trials = {
-        name: -getattr(out, name)
-        for name in ("userfaultfd", "write_protect", "missing", "pageout", "pagemap_scan", "poison", "self_zap")
-    }
-    return Probe(features=out.features, page_bytes=out.page_bytes, **trials)
+    trials = {name: -getattr(out, name) for name in TRIALS}
+    steps = {name: getattr(out, name) for name in ("rwp_step", "rfc_step")}
+    return Probe(features=out.features, page_bytes=out.page_bytes, **trials, **steps)
 
 
 def _c_regions(regions: Sequence[TableRegion], memfds: Sequence[int]) -> Any:
@@ -230,6 +258,7 @@ def _serving(c: Any) -> Serving:
         readahead_pages=min(max(c.readahead_pages, 1), READAHEAD_PAGES_MAX),
         store_direct=bool(c.store_flags & lib.TIERD_SPACE_DIRECT),
         uffd_in_vmm=c.uffd_moved - 1 if c.uffd_moved > 0 else None,
+        engine=EngineNumber(c.engine) if c.engine in list(EngineNumber) else EngineNumber.STOCK,
     )
 
 
@@ -299,6 +328,11 @@ class NativeBatch:
         """Lift the hold and wake whoever waited. The batch is empty afterwards."""
         return self._done(lib.tierd_batch_release(self._b, self._result), "release of a hold")
 
+    def window(self, hold_ms_max: float) -> BatchResult:
+        """With a sync mode: hold, scan again, drop and release in one go, for about so long. What it had no time for
+        (`left_pages`) is left to another window."""
+        return self._done(lib.tierd_batch_window(self._b, int(hold_ms_max * 1e6), self._result), "sync window")
+
     def cancel(self) -> BatchResult:
         """Everything that is still LEAVING goes back; the hold is lifted. Legal after any step."""
         return self._done(lib.tierd_batch_cancel(self._b, self._result), "cancel")
@@ -318,6 +352,7 @@ class NativeGuest:
         regions: Sequence[TableRegion],
         memfds: Sequence[int],
         tier: Tier | None,
+        engine: EngineNumber = EngineNumber.STOCK,
         zap: Zap = Zap.PAGEOUT,
         inject_tid: int = 0,
         use_pagemap: bool = False,
@@ -328,7 +363,7 @@ class NativeGuest:
     ) -> None:
         args = ffi.new("struct tierd_guest_args *")
         args.table_fd, args.uffd, args.pidfd, args.pagemap_fd = table_fd, uffd, pidfd, pagemap_fd
-        args.zap, args.inject_tid, args.use_pagemap = int(zap), inject_tid, use_pagemap
+        args.engine, args.zap, args.inject_tid, args.use_pagemap = int(engine), int(zap), inject_tid, use_pagemap
         args.chunk_bytes, args.readahead_pages = chunk_bytes, readahead_pages
         args.spin_us_max, args.follow, args.region_count = spin_us_max, follow, len(regions)
         c_regions = _c_regions(regions, memfds)
@@ -346,6 +381,7 @@ class NativeGuest:
         out = ffi.new("struct tierd_guest **")
         check(lib.tierd_guest_create(args, out), "guest tables (is LimitMEMLOCK high enough?)")
         self._g = out[0]
+        self.has_sync_mode = engine is not EngineNumber.STOCK
         self.pages = sum(region.bytes for region in regions) // os.sysconf("SC_PAGESIZE")
 
     def __enter__(self) -> NativeGuest:

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * evict.c: one batch of pages on its way out: select, hold, copy, write, drop, release.
+ * evict.c: one batch of pages on its way out: select, hold, copy, write, drop, release. With an engine that has a sync mode:
+ * select, copy, write, and windows, each of which holds, drops and releases.
  *
  * The steps must come in this order (a batch in the wrong step answers -EINVAL), and a batch can be cancelled between any
  * two. Until a page is DROPPING its truth is guest memory, so cancelling is free; from then on it is the tier's, durably.
@@ -9,8 +10,6 @@
 #include <string.h>
 
 #include "internal.h"
-
-enum { AGAIN_MAX = 1000 };
 
 enum batch_step { EMPTY, SELECTED, HELD, COPIED, WRITTEN, DROPPED };
 
@@ -23,13 +22,15 @@ struct tierd_batch {
 	struct tierd_guest *g;
 	enum batch_step step;
 	uint32_t max_pages, count, held_runs;
+	uint32_t first; /* of those that are still to leave in a window */
 	unsigned int tier;
 	uint64_t *pages;  /* ascending; all LEAVING (or, in drop, DROPPING) unless a fault took them */
 	page_word *words; /* what we expect the page's word to be */
 	uint8_t *zero;    /* all zeros: needs no store */
 	uint8_t *bytes;   /* the copy: slot i belongs to pages[i] */
 	struct held_run *held;
-	uint64_t *present, *marked; /* bitmaps of a run */
+	uint64_t *touched, *other; /* bitmaps of a run */
+	uint8_t *again;            /* a page, read once more */
 	size_t page_bytes;
 };
 
@@ -46,10 +47,11 @@ int tierd_batch_create(struct tierd_guest *g, uint32_t max_pages, struct tierd_b
 	b->words = sys_alloc(max_pages * sizeof(*b->words));
 	b->zero = sys_alloc(max_pages);
 	b->held = sys_alloc(max_pages * sizeof(*b->held));
-	b->present = sys_alloc(bitmap_bytes(max_pages));
-	b->marked = sys_alloc(bitmap_bytes(max_pages));
+	b->touched = sys_alloc(bitmap_bytes(max_pages));
+	b->other = sys_alloc(bitmap_bytes(max_pages));
 	b->bytes = sys_alloc((size_t)max_pages * b->page_bytes);
-	if (!b->pages || !b->words || !b->zero || !b->held || !b->present || !b->marked || !b->bytes) {
+	b->again = sys_alloc(b->page_bytes);
+	if (!b->again || !b->pages || !b->words || !b->zero || !b->held || !b->touched || !b->other || !b->bytes) {
 		tierd_batch_destroy(b);
 		return -ENOMEM;
 	}
@@ -75,8 +77,9 @@ void tierd_batch_destroy(struct tierd_batch *b)
 	release_memory(b->words, b->max_pages * sizeof(*b->words));
 	release_memory(b->zero, b->max_pages);
 	release_memory(b->held, b->max_pages * sizeof(*b->held));
-	release_memory(b->present, bitmap_bytes(b->max_pages));
-	release_memory(b->marked, bitmap_bytes(b->max_pages));
+	release_memory(b->touched, bitmap_bytes(b->max_pages));
+	release_memory(b->other, bitmap_bytes(b->max_pages));
+	release_memory(b->again, b->page_bytes);
 	release_memory(b->bytes, (size_t)b->max_pages * b->page_bytes);
 	sys_free(b, sizeof(*b));
 }
@@ -145,7 +148,7 @@ int tierd_batch_select(struct tierd_batch *b, uint64_t first_page, double min_id
 		return error;
 	age = min_age < 0xf000 ? (uint32_t)min_age : 0xf000;
 	age += age < min_age;
-	b->count = b->held_runs = 0;
+	b->count = b->held_runs = b->first = 0;
 	select_pages(b, first_page, age, max_pages < b->max_pages ? (uint32_t)max_pages : b->max_pages,
 		     &ret->next_page);
 	b->step = b->count ? SELECTED : EMPTY;
@@ -157,16 +160,11 @@ int tierd_batch_select(struct tierd_batch *b, uint64_t first_page, double min_id
 
 /* --- hold --------------------------------------------------------------------------------------------------------------- */
 
-/* Write-protects a run; afterwards b->held covers whatever may be held, also when only a prefix was. */
+/* Afterwards b->held covers whatever may be held, also when only a prefix was. */
 static int hold_run(struct tierd_batch *b, uint64_t page, uint32_t count)
 {
-	struct tierd_guest *g = b->g;
-	int error = -EAGAIN;
-
 	b->held[b->held_runs++] = (struct held_run){page, count};
-	for (int i = 0; error == -EAGAIN && i < AGAIN_MAX; i++)
-		error = sys_uffd_protect(g->uffd, address_of(g, page), (uint64_t)count * g->page_bytes);
-	return error;
+	return b->g->engine->hold(b->g, page, count);
 }
 
 /* A page that was touched, or does not carry the hold's marker, stays with the guest. */
@@ -179,12 +177,12 @@ static void turn_back(struct tierd_guest *g, uint64_t page, page_word leaving)
 
 static int rescan_run(struct tierd_batch *b, uint32_t first, uint32_t n, uint32_t *kept)
 {
-	int error = scan_range(b->g, b->pages[first], n, b->present, b->marked);
+	int error = scan_range(b->g, b->pages[first], n, b->touched, SYS_PAGE_SWAPPED, b->other);
 
 	if (error)
 		return error;
 	for (uint32_t i = 0; i < n; i++) {
-		if (bit_get(b->marked, i) && !bit_get(b->present, i))
+		if (bit_get(b->other, i) && !bit_get(b->touched, i))
 			keep(b, (*kept)++, first + i);
 		else
 			turn_back(b->g, b->pages[first + i], b->words[first + i]);
@@ -230,15 +228,13 @@ int tierd_batch_hold(struct tierd_batch *b, struct tierd_batch_result *ret)
 
 /* --- copy --------------------------------------------------------------------------------------------------------------- */
 
-static int read_run(struct tierd_batch *b, uint32_t first, uint32_t n)
+static int read_pages(struct tierd_batch *b, uint64_t page, uint32_t n, uint8_t *to)
 {
-	struct tierd_guest *g = b->g;
-	struct region *r = region_of_page(g, b->pages[first]);
+	struct region *r = region_of_page(b->g, page);
 	size_t bytes = n * b->page_bytes, done = 0;
 
 	while (done < bytes) {
-		ssize_t got = sys_mem_read(r->memfd, b->bytes + first * b->page_bytes + done, bytes - done,
-					   mem_offset_of(r, b->pages[first]) + done);
+		ssize_t got = sys_mem_read(r->memfd, to + done, bytes - done, mem_offset_of(r, page) + done);
 
 		if (got == -EINTR)
 			continue;
@@ -262,13 +258,13 @@ int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret)
 	struct tierd_guest *g = b->g;
 	uint64_t began_ns = sys_now_ns();
 	uint32_t n;
-	int error = batch_enter(b, HELD, ret);
+	int error = batch_enter(b, g->engine->set_async ? SELECTED : HELD, ret);
 
 	if (error)
 		return error;
 	for (uint32_t i = 0; !error && i < b->count; i += n) {
 		n = run_length(g, b->pages + i, b->count - i);
-		error = read_run(b, i, n);
+		error = read_pages(b, b->pages[i], n, b->bytes + i * b->page_bytes);
 	}
 	for (uint32_t i = 0; !error && i < b->count; i++) {
 		const uint8_t *page = b->bytes + i * b->page_bytes;
@@ -380,11 +376,12 @@ int tierd_batch_write(struct tierd_batch *b, uint32_t tier, struct tierd_batch_r
 
 /* --- drop --------------------------------------------------------------------------------------------------------------- */
 
-static void claim_dropping(struct tierd_batch *b)
+/* Of the slots [first, first + n): those that are DROPPING now are the first ones, this many. */
+static uint32_t claim_dropping(struct tierd_batch *b, uint32_t first, uint32_t n)
 {
-	uint32_t kept = 0;
+	uint32_t kept = first;
 
-	for (uint32_t i = 0; i < b->count; i++) {
+	for (uint32_t i = first; i < first + n; i++) {
 		page_word to = word_with_state(b->words[i], DROPPING);
 
 		if (b->zero[i])
@@ -394,8 +391,8 @@ static void claim_dropping(struct tierd_batch *b)
 		b->words[i] = to;
 		keep(b, kept++, i);
 	}
-	count_add(&b->g->count.pages_cancelled, b->count - kept);
-	b->count = kept;
+	count_add(&b->g->count.pages_cancelled, first + n - kept);
+	return kept - first;
 }
 
 /* A punch can fail silently: in a large folio with an extra reference it zeroes the bytes and leaves them cached. Such a page
@@ -471,23 +468,34 @@ static int discard_zeroed(struct tierd_batch *b)
 	return first;
 }
 
+/* The slots [first, first + n), all DROPPING. Goes on after an error: a page that is DROPPING must not stay so. */
+static int drop_slots(struct tierd_batch *b, uint32_t first, uint32_t n, struct tierd_batch_result *ret)
+{
+	int error = 0, failed;
+	uint32_t run;
+
+	for (uint32_t i = first; i < first + n; i += run) {
+		run = run_length(b->g, b->pages + i, first + n - i);
+		failed = drop_run(b, i, run, ret);
+		if (failed && !error)
+			error = failed;
+	}
+	return error;
+}
+
 int tierd_batch_drop(struct tierd_batch *b, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
 	uint64_t began_ns = sys_now_ns();
-	uint32_t n;
 	int error = batch_enter(b, WRITTEN, ret), first;
 
 	if (error)
 		return error;
 	first = discard_zeroed(b);
-	claim_dropping(b);
-	for (uint32_t i = 0; i < b->count; i += n) {
-		n = run_length(g, b->pages + i, b->count - i);
-		error = drop_run(b, i, n, ret);
-		if (error && !first)
-			first = error;
-	}
+	b->count = claim_dropping(b, 0, b->count);
+	error = drop_slots(b, 0, b->count, ret);
+	if (!first)
+		first = error;
 	if (first)
 		count_error(g, &g->count.kernel_errors, first);
 	b->count = 0;
@@ -506,16 +514,12 @@ static int release_runs(struct tierd_batch *b)
 	int first = 0;
 
 	for (uint32_t i = 0; i < b->held_runs; i++) {
-		int error = -EAGAIN;
+		int error = g->engine->release(g, b->held[i].page, b->held[i].count);
 
-		for (int k = 0; error == -EAGAIN && k < AGAIN_MAX; k++)
-			error = sys_uffd_unprotect(g->uffd, address_of(g, b->held[i].page),
-						   (uint64_t)b->held[i].count * g->page_bytes);
 		if (error && !first)
 			first = error;
 	}
 	b->held_runs = 0;
-	b->step = EMPTY;
 	if (first && first != -ESRCH)
 		count_error(g, &g->count.kernel_errors, first);
 	return first;
@@ -529,6 +533,7 @@ int tierd_batch_release(struct tierd_batch *b, struct tierd_batch_result *ret)
 	if (error)
 		return error;
 	error = release_runs(b);
+	b->step = EMPTY;
 	ret->release_ns = sys_now_ns() - began_ns;
 	guest_leave(b->g);
 	return error;
@@ -541,12 +546,131 @@ int tierd_batch_cancel(struct tierd_batch *b, struct tierd_batch_result *ret)
 
 	if (error)
 		return error;
-	for (uint32_t i = 0; i < b->count; i++)
+	for (uint32_t i = b->first; i < b->count; i++)
 		page_move(g, b->pages[i], b->words[i], word_with_state(b->words[i], RESIDENT));
-	ret->cancelled_pages = b->count;
-	count_add(&g->count.pages_cancelled, b->count);
-	b->count = 0;
+	ret->cancelled_pages = b->count - b->first;
+	count_add(&g->count.pages_cancelled, b->count - b->first);
+	b->count = b->first = 0;
 	error = release_runs(b);
+	b->step = EMPTY;
+	guest_leave(g);
+	return error;
+}
+
+/* --- a sync window ------------------------------------------------------------------------------------------------------ */
+
+/*
+ * What was copied before the window is what the page holds now, because nobody touched it since:
+ *
+ *   mapped, and untouched: it was protected before it was copied, and only the worker protects.
+ *   not mapped: it may have been mapped, written and unmapped again (reclaim, the VMM itself), so the bytes are compared.
+ *
+ * From here to the end of the window an access waits: at the protection, as MINOR (both modes are registered for the chunk
+ * before a page is selected), or at the marker.
+ */
+static int still_cold(struct tierd_batch *b, uint32_t slot, uint32_t bit, bool *ret)
+{
+	int error;
+
+	*ret = false;
+	if (bit_get(b->touched, bit))
+		return 0;
+	if (b->g->engine->holds_mapped && bit_get(b->other, bit)) {
+		*ret = true;
+		return 0;
+	}
+	if (!b->g->engine->holds_mapped && !bit_get(b->other, bit))
+		return 0; /* no marker */
+	error = read_pages(b, b->pages[slot], 1, b->again);
+	*ret = !error && !memcmp(b->again, b->bytes + slot * b->page_bytes, b->page_bytes);
+	return error;
+}
+
+/* The run of slots [first, first + n): all of it has been decided when this returns. */
+static int window_run(struct tierd_batch *b, uint32_t first, uint32_t n, struct tierd_batch_result *ret)
+{
+	struct tierd_guest *g = b->g;
+	uint32_t kept = first;
+	int error = hold_run(b, b->pages[first], n);
+
+	if (!error)
+		error = scan_range(g, b->pages[first], n, b->touched,
+				   g->engine->holds_mapped ? SYS_PAGE_PRESENT : SYS_PAGE_SWAPPED, b->other);
+	for (uint32_t i = first; i < first + n; i++) {
+		bool cold = false;
+
+		if (!error)
+			error = still_cold(b, i, i - first, &cold);
+		if (cold)
+			keep(b, kept++, i);
+		else
+			turn_back(g, b->pages[i], b->words[i]);
+	}
+	count_add(&g->count.pages_cancelled, first + n - kept);
+	ret->cancelled_pages += first + n - kept;
+	ret->held_pages += kept - first;
+	if (kept > first) {
+		int failed = drop_slots(b, first, claim_dropping(b, first, kept - first), ret);
+
+		if (!error)
+			error = failed;
+	}
+	return error;
+}
+
+/*
+ * The one way out of sync mode. No page is DROPPING any more (but one whose bytes could not be written back: it stays the
+ * worker's, and no access of the guest can be lost on it), so nothing is punched after it; what is still LEAVING is looked at
+ * again in the next window before anything is done to it.
+ */
+static int window_end(struct tierd_batch *b, uint64_t began_ns)
+{
+	struct tierd_guest *g = b->g;
+	int first = release_runs(b), error;
+	uint64_t ns;
+
+	error = g->engine->set_async(g->uffd, true);
+	atomic_store(&g->in_window, false);
+	ns = sys_now_ns() - began_ns;
+	count_add(&g->count.windows, 1);
+	count_add(&g->count.window_sum_ns, ns);
+	count_add(&g->count.window_buckets[bucket_of(ns)], 1);
+	return first ? first : error;
+}
+
+int tierd_batch_window(struct tierd_batch *b, uint64_t window_ns_max, struct tierd_batch_result *ret)
+{
+	struct tierd_guest *g = b->g;
+	uint64_t began_ns;
+	uint32_t n;
+	int error = batch_enter(b, WRITTEN, ret), failed;
+
+	if (error)
+		return error;
+	if (!b->first)
+		error = discard_zeroed(b); /* an I/O of the store: before the guest is held */
+	began_ns = sys_now_ns();
+	atomic_store(&g->in_window, true);
+	failed = g->engine->set_async(g->uffd, false);
+	if (!error)
+		error = failed;
+	for (; !error && b->first < b->count; b->first += n) {
+		n = run_length(g, b->pages + b->first, b->count - b->first);
+		error = window_run(b, b->first, n, ret);
+		if (sys_now_ns() - began_ns >= window_ns_max) {
+			b->first += n;
+			break;
+		}
+	}
+	ret->hold_ns = sys_now_ns() - began_ns;
+	failed = window_end(b, began_ns);
+	if (!error)
+		error = failed;
+	ret->left_pages = b->count - b->first;
+	if (error)
+		count_error(g, &g->count.kernel_errors, error);
+	else if (!ret->left_pages)
+		b->step = EMPTY;
 	guest_leave(g);
 	return error;
 }

@@ -20,6 +20,9 @@ enum {
 	ZERO_BYTES = 65536,
 };
 
+/* the page is there: something is to be lifted from it, or it is to be mapped */
+enum { STAYS = UFFD_PAGEFAULT_FLAG_WP | UFFD_PAGEFAULT_FLAG_MINOR | SYS_RWP_FAULT };
+
 static uint8_t zeros[ZERO_BYTES] __attribute__((aligned(ZERO_BYTES)));
 
 struct stream {
@@ -229,18 +232,20 @@ static int resolve(struct tierd_worker *w, uint64_t page, page_word word, uint64
 	uint64_t waits = waits_now(g);
 	int error;
 
-	if (!(flags & UFFD_PAGEFAULT_FLAG_WP)) {
+	if (!(flags & STAYS)) {
 		error = resolve_missing(w, page, owned);
 	} else {
-		error = sys_uffd_unprotect(g->uffd, address_of(g, page), g->page_bytes);
+		error = g->engine->resolve(g, page, flags);
 		settle(g, page, owned);
 		wake_waiters(g, page, 1, waits);
 	}
 	if (!error) /* each fault is of one kind */
-		count_add(word_state(word) == LEAVING      ? &g->count.faults_cancel
-			  : flags & UFFD_PAGEFAULT_FLAG_WP ? &g->count.faults_resolve
-							   : &g->count.faults_zero,
+		count_add(word_state(word) == LEAVING ? &g->count.faults_cancel
+			  : flags & STAYS             ? &g->count.faults_resolve
+						      : &g->count.faults_zero,
 			  1);
+	if (!error && atomic_load_explicit(&g->in_window, memory_order_relaxed))
+		count_add(&g->count.faults_window, 1);
 	return error;
 }
 
@@ -486,11 +491,7 @@ static int serve_page(struct tierd_worker *w, uint64_t page, uint64_t flags, uin
 
 static void observe_latency(struct tierd_guest *g, uint64_t ns)
 {
-	int bucket = 64 - __builtin_clzll(ns | 1);
-
-	if (bucket >= TIERD_LATENCY_BUCKETS)
-		bucket = TIERD_LATENCY_BUCKETS - 1;
-	count_add(&g->count.latency_buckets[bucket], 1);
+	count_add(&g->count.latency_buckets[bucket_of(ns)], 1);
 	count_add(&g->count.latency_count, 1);
 	count_add(&g->count.latency_sum_ns, ns);
 }

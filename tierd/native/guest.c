@@ -111,7 +111,10 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 
 	g->page_bytes = (uint32_t)sys_page_bytes();
 	g->chunk_pages = (args->chunk_bytes ? args->chunk_bytes : CHUNK_BYTES) / g->page_bytes;
-	g->zap = args->zap;
+	g->engine = engine_of(args->engine);
+	if (!g->engine)
+		return -EPROTONOSUPPORT;
+	g->zap = g->engine->set_async ? 0 : args->zap;
 	g->inject_tid = args->inject_tid;
 	g->use_pagemap = args->use_pagemap;
 	g->spin_us_max = args->spin_us_max;
@@ -130,6 +133,7 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	error = table_map(g);
 	if (error)
 		return error;
+	g->header->serving.engine = args->engine;
 	g->header->serving.store_flags = args->tiers[1].flags;
 	g->header->serving.readahead_pages = g->readahead_max;
 	for (uint64_t page = 0; page < g->pages; page++)
@@ -139,8 +143,8 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	if (error)
 		return error;
 	g->missing = sys_alloc(g->chunks);
-	g->present = sys_alloc(bitmap_bytes(g->chunk_pages));
-	if (!g->missing || !g->present)
+	g->touched = sys_alloc(bitmap_bytes(g->chunk_pages));
+	if (!g->missing || !g->touched)
 		return -ENOMEM;
 	if (args->tiers[1].flags & TIERD_SPACE_LATE) {
 		g->quarantine = sys_alloc(bitmap_bytes(g->pages));
@@ -191,8 +195,8 @@ void tierd_guest_destroy(struct tierd_guest *g)
 			sys_close(g->tiers[i].fd);
 	if (g->missing)
 		sys_free(g->missing, g->chunks);
-	if (g->present)
-		sys_free(g->present, bitmap_bytes(g->chunk_pages));
+	if (g->touched)
+		sys_free(g->touched, bitmap_bytes(g->chunk_pages));
 	if (g->quarantine)
 		sys_free(g->quarantine, bitmap_bytes(g->pages));
 	parking_destroy(g);
@@ -241,7 +245,7 @@ static int register_mapped(struct tierd_guest *g, uint64_t address, uint64_t byt
 }
 
 /* MISSING for the chunk of `page`, before its first page may leave: a chunk nobody evicted from costs nothing on first
- * touch. Always WP|MISSING: REGISTER replaces the modes that it knows. */
+ * touch. Always all modes: REGISTER replaces those that it knows. */
 int missing_register(struct tierd_guest *g, uint64_t page)
 {
 	uint64_t chunk = page / g->chunk_pages, first = chunk * g->chunk_pages, end = first + g->chunk_pages;
@@ -257,8 +261,7 @@ int missing_register(struct tierd_guest *g, uint64_t page)
 		if (from >= to)
 			continue;
 		error = register_mapped(g, r->address + (from - r->first_page) * g->page_bytes,
-					(to - from) * g->page_bytes,
-					UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING);
+					(to - from) * g->page_bytes, g->engine->mode_missing);
 		if (error)
 			return error;
 	}
@@ -269,7 +272,7 @@ int missing_register(struct tierd_guest *g, uint64_t page)
 
 static int register_all(struct tierd_guest *g)
 {
-	return register_mapped(g, 0, UINT64_MAX, UFFDIO_REGISTER_MODE_WP);
+	return register_mapped(g, 0, UINT64_MAX, g->engine->mode);
 }
 
 /* What the file already holds counts as touched now; the rest was never touched and needs no eviction. */
@@ -472,6 +475,34 @@ static int adopt_region(struct tierd_guest *g, struct region *r, struct tierd_ad
 	return 0;
 }
 
+/*
+ * First of all: killed in a window, the predecessor left the guest to wait at every page that it had not touched lately. But a
+ * page that is DROPPING is decided while the guest waits still: what it writes to a page that is not punched yet would be
+ * taken for a punch's doing if it wrote zeros. These are a batch at most.
+ */
+static int leave_window(struct tierd_guest *g, struct tierd_adoption *ret)
+{
+	struct tierd_adoption early = {0};
+
+	for (uint64_t page = 0; page < g->pages; page++) {
+		struct region *r;
+		int64_t data;
+		int error;
+
+		if (word_state(page_load(g, page)) != DROPPING)
+			continue;
+		r = region_of_page(g, page);
+		data = r->memfd < 0 ? -ENXIO : sys_mem_seek_data(r->memfd, mem_offset_of(r, page));
+		if (data < 0 && data != -ENXIO)
+			return (int)data;
+		error = adopt_page(g, page, data == (int64_t)mem_offset_of(r, page), &early);
+		if (error)
+			return error;
+	}
+	ret->corrected_pages += early.corrected_pages;
+	return g->engine->set_async(g->uffd, true);
+}
+
 int tierd_guest_adopt(struct tierd_guest *g, const struct tierd_range *mapped, uint32_t count,
 		      struct tierd_adoption *ret)
 {
@@ -487,11 +518,15 @@ int tierd_guest_adopt(struct tierd_guest *g, const struct tierd_range *mapped, u
 	}
 	memmove(g->mapped, mapped, count * sizeof(*mapped));
 	g->mapped_count = count;
-	error = register_all(g);
+	if (g->engine->set_async)
+		error = leave_window(g, ret);
+	if (!error)
+		error = register_all(g);
 	for (uint32_t i = 0; !error && i < g->region_count; i++)
 		error = adopt_region(g, &g->regions[i], ret);
-	for (uint32_t i = 0; !error && i < count; i++)
-		error = sys_uffd_unprotect(g->uffd, mapped[i].address, mapped[i].bytes);
+	if (!g->engine->holds_mapped)
+		for (uint32_t i = 0; !error && i < count; i++)
+			error = sys_uffd_unprotect(g->uffd, mapped[i].address, mapped[i].bytes);
 	/* messages that the predecessor had read are not delivered again until a wake */
 	for (uint32_t i = 0; !error && i < count; i++)
 		error = sys_uffd_wake(g->uffd, mapped[i].address, mapped[i].bytes);
@@ -557,10 +592,15 @@ void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret)
 	COPY(last_errno);
 	COPY(inject_stops);
 	COPY(inject_stopped_ns);
+	COPY(faults_window);
+	COPY(windows);
+	COPY(window_sum_ns);
 	COPY(latency_count);
 	COPY(latency_sum_ns);
 	for (int i = 0; i < TIERD_LATENCY_BUCKETS; i++)
 		COPY(latency_buckets[i]);
+	for (int i = 0; i < TIERD_LATENCY_BUCKETS; i++)
+		COPY(window_buckets[i]);
 #undef COPY
 	ret->quarantined_pages = atomic_load(&g->quarantined_pages);
 	ret->missing_chunks = atomic_load(&g->missing_chunks);

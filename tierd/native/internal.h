@@ -121,7 +121,24 @@ struct counters {
 	_Atomic uint64_t pages_evicted, pages_evicted_zero, pages_cancelled, pages_lost, pages_repaired;
 	_Atomic uint64_t store_read_errors, store_write_errors, checksum_errors, kernel_errors, last_errno;
 	_Atomic uint64_t inject_stops, inject_stopped_ns;
+	_Atomic uint64_t faults_window, windows, window_sum_ns, window_buckets[TIERD_LATENCY_BUCKETS];
 	_Atomic uint64_t latency_count, latency_sum_ns, latency_buckets[TIERD_LATENCY_BUCKETS];
+};
+
+enum { AGAIN_MAX = 1000 };
+
+struct tierd_guest;
+
+/* What an engine does to pages: engine.c. Runs in the worker, but for `resolve`. */
+struct engine {
+	uint64_t mode, mode_missing; /* of UFFDIO_REGISTER: at attach, and for a chunk whose pages may leave */
+	uint64_t touched;            /* PAGEMAP_SCAN: the category of a page that was touched since its deactivation */
+	bool holds_mapped;           /* a page that is mapped and was not touched waits in sync mode */
+	int (*deactivate)(struct tierd_guest *g, struct iovec *ranges, size_t count, struct tierd_pass *ret);
+	int (*hold)(struct tierd_guest *g, uint64_t page, uint64_t count);
+	int (*release)(struct tierd_guest *g, uint64_t page, uint64_t count); /* wakes, too */
+	int (*resolve)(struct tierd_guest *g, uint64_t page, uint64_t flags); /* a fault on a page that stays; wakes */
+	int (*set_async)(int uffd, bool async); /* NULL: there is no sync mode, and no window */
 };
 
 struct tierd_thread; /* a fault thread: thread.c */
@@ -137,6 +154,7 @@ struct parked {
 };
 
 struct tierd_guest {
+	const struct engine *engine;
 	int uffd, pidfd, pagemap, table_fd;
 	int zap, inject_tid;
 	bool use_pagemap;
@@ -164,7 +182,7 @@ struct tierd_guest {
 	uint8_t *missing;    /* one a chunk: MISSING is registered; the worker's own */
 	uint64_t chunks;
 	_Atomic uint64_t missing_chunks;
-	uint64_t *present; /* bitmap of one chunk; the worker's own */
+	uint64_t *touched; /* bitmap of one chunk; the worker's own */
 	uint64_t *
 		quarantine; /* bitmap of the guest: adoption's, then only read by the worker; NULL: nothing lands late */
 	_Atomic uint64_t quarantined_pages;
@@ -180,6 +198,7 @@ struct tierd_guest {
 	_Atomic bool store_faults_on;
 	_Atomic uint64_t store_faults_state;
 
+	_Atomic bool in_window;
 	_Atomic uint64_t waits; /* faults that were left to the owner of their page: fault.c, wake_waiters */
 	struct counters count;
 	pthread_mutex_t threads_lock;
@@ -238,8 +257,21 @@ static inline void count_add(_Atomic uint64_t *counter, uint64_t n)
 	atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
 }
 
-/* scan.c: bits of `present` and, where wanted, of `marked` (the hold's marker is there and the page is not present) */
-int scan_range(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint64_t *present, uint64_t *marked);
+/* engine.c */
+const struct engine *engine_of(uint32_t number); /* NULL: no such engine */
+
+/* of latency_buckets and window_buckets */
+static inline int bucket_of(uint64_t ns)
+{
+	int bucket = 64 - __builtin_clzll(ns | 1);
+
+	return bucket < TIERD_LATENCY_BUCKETS ? bucket : TIERD_LATENCY_BUCKETS - 1;
+}
+
+/* scan.c: bits of `touched` since the deactivation and, where wanted, of `other`: pages of category SYS_PAGE_PRESENT or
+ * SYS_PAGE_SWAPPED (a hold's marker, where the page is not present) */
+int scan_range(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint64_t *touched, uint64_t other_category,
+	       uint64_t *other);
 
 static inline size_t bitmap_bytes(uint64_t bits)
 {

@@ -18,6 +18,8 @@
 #include "sys.h"
 #include "tierd.h"
 
+void tierd_probe_native(struct tierd_probe *ret); /* probe_native.c */
+
 enum { PAGES = 4, FAULT_TIMEOUT_MS = 2000, FILLED = 0x5a, FETCHED = 0xa5 };
 
 struct trial {
@@ -220,6 +222,7 @@ int tierd_probe(struct tierd_probe *ret)
 		ret->missing = try_missing(&t, page);
 		ret->poison = try_poison(&t);
 	}
+	tierd_probe_native(ret);
 	if (page)
 		sys_free(page, t.page_bytes);
 	trial_close(&t);

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * scan.c: which pages were touched, and deactivation (stock engine).
+ * scan.c: which pages were touched, and their deactivation.
  *
- * Exactly the pages found present are deactivated. A page that was not present and is touched between the scan and the
- * deactivation stays mapped, so the next pass sees it: there is no gap in which an access leaves no trace, and the age of
- * a page (min_idle_s, rule 8 of direct I/O in flight) counts from the deactivation after its last access.
+ * Exactly the pages found touched are deactivated, with every engine. A page that was not and is touched between the scan and
+ * the deactivation stays as it is, so the next pass sees it: there is no gap in which an access leaves no trace, and the age
+ * of a page (min_idle_s, rule 8 of direct I/O in flight) counts from the deactivation after its last access. (One RWPROTECT
+ * of the whole stretch would be a call less, and would wipe out those accesses.)
  */
 #include <string.h>
 
@@ -18,13 +19,14 @@ static void region_mark(uint64_t *bits, uint64_t base, uint64_t page_bytes, cons
 		bit_set(bits, (at - base) / page_bytes);
 }
 
-static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, uint64_t *present, uint64_t *marked)
+static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, uint64_t *touched,
+			 uint64_t other_category, uint64_t *other)
 {
 	struct sys_page_region found[VECTOR];
-	uint64_t at = start;
+	uint64_t at = start, any_of = g->engine->touched | other_category;
 
 	while (at < end) {
-		uint64_t any_of = SYS_PAGE_PRESENT | (marked ? SYS_PAGE_SWAPPED : 0), walk_end = at;
+		uint64_t walk_end = at;
 		ssize_t n = sys_pagemap_scan(g->pagemap, at, end, any_of, found, VECTOR, &walk_end);
 
 		if (n == -EINTR)
@@ -32,10 +34,10 @@ static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, ui
 		if (n < 0)
 			return (int)n;
 		for (ssize_t i = 0; i < n; i++) {
-			if (found[i].categories & SYS_PAGE_PRESENT)
-				region_mark(present, start, g->page_bytes, &found[i]);
-			else if (marked && found[i].categories & SYS_PAGE_SWAPPED)
-				region_mark(marked, start, g->page_bytes, &found[i]);
+			if (found[i].categories & g->engine->touched)
+				region_mark(touched, start, g->page_bytes, &found[i]);
+			if (found[i].categories & other_category)
+				region_mark(other, start, g->page_bytes, &found[i]);
 		}
 		if (walk_end <= at)
 			return n ? -EIO : -ESRCH; /* the walk does not go on: the VMM's memory is gone */
@@ -44,8 +46,8 @@ static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, ui
 	return 0;
 }
 
-/* Kernels before 6.7: the same answer from 64-bit entries. Bit 63 present, 62 swap entry (a marker too), 57 uffd-wp. */
-static int scan_by_reading(struct tierd_guest *g, uint64_t start, uint64_t end, uint64_t *present, uint64_t *marked)
+/* Kernels before 6.7, so with the stock engine: the same answer from 64-bit entries. Bit 63 present, 62 swap entry (a marker too), 57 uffd-wp. */
+static int scan_by_reading(struct tierd_guest *g, uint64_t start, uint64_t end, uint64_t *touched, uint64_t *marked)
 {
 	uint64_t entries[ENTRIES];
 	uint64_t at = start;
@@ -62,7 +64,7 @@ static int scan_by_reading(struct tierd_guest *g, uint64_t start, uint64_t end, 
 			return -ESRCH;
 		for (size_t i = 0; i < (size_t)n / sizeof(entries[0]); i++, at += g->page_bytes) {
 			if (entries[i] >> 63)
-				bit_set(present, (at - start) / g->page_bytes);
+				bit_set(touched, (at - start) / g->page_bytes);
 			else if (marked && (entries[i] >> 62 & 1) && (entries[i] >> 57 & 1))
 				bit_set(marked, (at - start) / g->page_bytes);
 		}
@@ -70,18 +72,19 @@ static int scan_by_reading(struct tierd_guest *g, uint64_t start, uint64_t end, 
 	return 0;
 }
 
-int scan_range(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint64_t *present, uint64_t *marked)
+int scan_range(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint64_t *touched, uint64_t other_category,
+	       uint64_t *other)
 {
 	uint64_t start = address_of(g, first_page), end = start + pages * g->page_bytes;
 
-	memset(present, 0, bitmap_bytes(pages));
-	if (marked)
-		memset(marked, 0, bitmap_bytes(pages));
-	return g->use_pagemap ? scan_by_reading(g, start, end, present, marked)
-			      : scan_by_ioctl(g, start, end, present, marked);
+	memset(touched, 0, bitmap_bytes(pages));
+	if (other)
+		memset(other, 0, bitmap_bytes(pages));
+	return g->use_pagemap ? scan_by_reading(g, start, end, touched, other)
+			      : scan_by_ioctl(g, start, end, touched, other_category, other);
 }
 
-/* Stamps present pages as touched and keeps the ages of the others from wrapping. */
+/* Stamps touched pages as touched and keeps the ages of the others from wrapping. */
 static void stamp(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint16_t epoch)
 {
 	for (uint64_t i = 0; i < pages; i++) {
@@ -90,8 +93,8 @@ static void stamp(struct tierd_guest *g, uint64_t first_page, uint64_t pages, ui
 		/* its owner dates it when it is done, and may have read the clock before the guest's last access: it stays
 		 * mapped, so the next pass sees it */
 		if (word_state(w) != RESIDENT)
-			bit_clear(g->present, i);
-		if (word_state(w) == RESIDENT && bit_get(g->present, i)) {
+			bit_clear(g->touched, i);
+		if (word_state(w) == RESIDENT && bit_get(g->touched, i)) {
 			to = word_with_epoch(w, epoch);
 			if (word_tier(to) == TIER_UNTOUCHED)
 				to = word_with_tier(to, TIER_ZERO);
@@ -105,50 +108,9 @@ static void stamp(struct tierd_guest *g, uint64_t first_page, uint64_t pages, ui
 	}
 }
 
-static int zap_ranges(struct tierd_guest *g, struct iovec *ranges, size_t count, struct tierd_pass *ret)
-{
-	size_t first = 0;
-
-	while (first < count) {
-		ssize_t n;
-
-		if (g->zap == TIERD_ZAP_INJECT) {
-			uint64_t stopped_ns = 0;
-			int32_t gone = 0;
-			int error = tierd_guest_gone(g, &gone);
-
-			if (!error)
-				error = gone ? -ESRCH /* never in a program that the VMM has executed meanwhile */
-					     : sys_zap_inside(g->inject_tid,
-							      (uint64_t)(uintptr_t)ranges[first].iov_base,
-							      ranges[first].iov_len, &stopped_ns);
-
-			count_add(&g->count.inject_stops, 1);
-			count_add(&g->count.inject_stopped_ns, stopped_ns);
-			n = error ? error : (ssize_t)ranges[first].iov_len;
-		} else {
-			n = sys_pageout(g->pidfd, ranges + first, count - first);
-		}
-		ret->zap_calls++;
-		/* from inside, EAGAIN is a VMM that is stopped (SIGSTOP), for as long as somebody likes */
-		if (n == -EINTR || (n == -EAGAIN && g->zap != TIERD_ZAP_INJECT))
-			continue;
-		if (n <= 0)
-			return n ? (int)n : -EIO;
-		ret->zapped_pages += (uint64_t)n / g->page_bytes;
-		while (first < count && (size_t)n >= ranges[first].iov_len)
-			n -= (ssize_t)ranges[first++].iov_len;
-		if (first < count && n) {
-			ranges[first].iov_base = (char *)ranges[first].iov_base + n;
-			ranges[first].iov_len -= (size_t)n;
-		}
-	}
-	return 0;
-}
-
-/* Deactivates exactly the runs of present pages. Inside the VMM a call costs a stop of one of its threads, so there the
+/* Deactivates exactly the runs of touched pages. Inside the VMM a call costs a stop of one of its threads, so there the
  * runs are limited; what is left stays mapped and counts as touched. */
-static int zap_present(struct tierd_guest *g, uint64_t first_page, uint64_t pages, struct tierd_pass *ret)
+static int deactivate_touched(struct tierd_guest *g, uint64_t first_page, uint64_t pages, struct tierd_pass *ret)
 {
 	struct iovec ranges[VECTOR];
 	size_t count = 0, calls_left = g->zap == TIERD_ZAP_INJECT ? INSIDE_CALLS_MAX : SIZE_MAX;
@@ -158,7 +120,7 @@ static int zap_present(struct tierd_guest *g, uint64_t first_page, uint64_t page
 		uint64_t n = 0;
 		int error;
 
-		while (i + n < pages && bit_get(g->present, i + n))
+		while (i + n < pages && bit_get(g->touched, i + n))
 			n++;
 		if (!n) {
 			i++;
@@ -170,12 +132,12 @@ static int zap_present(struct tierd_guest *g, uint64_t first_page, uint64_t page
 		i += n;
 		if (count < VECTOR)
 			continue;
-		error = zap_ranges(g, ranges, count, ret);
+		error = g->engine->deactivate(g, ranges, count, ret);
 		if (error)
 			return error;
 		count = 0;
 	}
-	return count ? zap_ranges(g, ranges, count, ret) : 0;
+	return count ? g->engine->deactivate(g, ranges, count, ret) : 0;
 }
 
 static int pass(struct tierd_guest *g, uint64_t first_page, struct tierd_pass *ret)
@@ -192,17 +154,17 @@ static int pass(struct tierd_guest *g, uint64_t first_page, struct tierd_pass *r
 	ret->pages = end - first_page;
 	ret->next_page = end;
 	began_ns = sys_now_ns();
-	error = scan_range(g, first_page, ret->pages, g->present, NULL);
+	error = scan_range(g, first_page, ret->pages, g->touched, 0, NULL);
 	if (error)
 		return error;
 	for (uint64_t i = 0; i < ret->pages; i++)
-		ret->present_pages += bit_get(g->present, i);
+		ret->touched_pages += bit_get(g->touched, i);
 	/* before the deactivation, so that a crash in between can't make a touched page look idle; and again when it took
 	 * longer than a step, because idle time counts from its end */
 	epoch = epoch_next(g);
 	stamp(g, first_page, ret->pages, epoch);
 	scanned_ns = sys_now_ns();
-	error = zap_present(g, first_page, ret->pages, ret);
+	error = deactivate_touched(g, first_page, ret->pages, ret);
 	if (epoch_next(g) != epoch)
 		stamp(g, first_page, ret->pages, epoch_next(g));
 	ret->scan_ns = scanned_ns - began_ns;

@@ -139,6 +139,67 @@ int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, 
 	return error;
 }
 
+int sys_uffd_continue(int uffd, uint64_t address, uint64_t bytes)
+{
+	struct uffdio_continue c = {.range = {.start = address, .len = bytes}};
+
+	return uffd_ioctl(uffd, UFFDIO_CONTINUE, &c);
+}
+
+/* The two generations of working set tracking use the same numbers for different things; headers have neither. */
+enum { SET_MODE_ASYNC = 1 << 18 /* RWP_ASYNC, MINOR_ASYNC */ };
+
+struct set_mode {
+	uint64_t enable, disable;
+};
+
+struct rwp_protect {
+	struct uffdio_range range;
+	uint64_t mode;
+};
+
+static const unsigned long SET_MODE = _IOW(UFFDIO, 0x0a, struct set_mode),
+			   RWP_PROTECT = _IOWR(UFFDIO, 9, struct rwp_protect),
+			   RFC_DEACTIVATE = _IOR(UFFDIO, 9, struct uffdio_range);
+
+static int set_async(int uffd, bool async)
+{
+	struct set_mode m = {.enable = async ? SET_MODE_ASYNC : 0, .disable = async ? 0 : SET_MODE_ASYNC};
+
+	return uffd_ioctl(uffd, SET_MODE, &m);
+}
+
+int sys_rwp_protect(int uffd, uint64_t address, uint64_t bytes)
+{
+	struct rwp_protect p = {.range = {.start = address, .len = bytes}, .mode = 1};
+
+	return uffd_ioctl(uffd, RWP_PROTECT, &p);
+}
+
+int sys_rwp_unprotect(int uffd, uint64_t address, uint64_t bytes)
+{
+	struct rwp_protect p = {.range = {.start = address, .len = bytes}};
+
+	return uffd_ioctl(uffd, RWP_PROTECT, &p);
+}
+
+int sys_rwp_set_async(int uffd, bool async)
+{
+	return set_async(uffd, async);
+}
+
+int sys_rfc_deactivate(int uffd, uint64_t address, uint64_t bytes)
+{
+	struct uffdio_range r = {.start = address, .len = bytes};
+
+	return uffd_ioctl(uffd, RFC_DEACTIVATE, &r);
+}
+
+int sys_rfc_set_async(int uffd, bool async)
+{
+	return set_async(uffd, async);
+}
+
 int sys_uffd_poison(int uffd, uint64_t address, uint64_t bytes)
 {
 	struct uffdio_poison p = {.range = {.start = address, .len = bytes}};

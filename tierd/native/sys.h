@@ -8,6 +8,7 @@
 #ifndef TIERD_SYS_H
 #define TIERD_SYS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -18,6 +19,8 @@ struct sys_page_region { /* struct page_region of PAGEMAP_SCAN */
 	uint64_t start, end, categories;
 };
 enum { SYS_PAGE_PRESENT = 1 << 3, SYS_PAGE_SWAPPED = 1 << 4 };
+/* Only on a kernel that is rwp: on one that is rfc the same bits mean something else. */
+enum { SYS_RWP_ACCESSED = 1 << 9, SYS_RWP_REGISTER_MODE = 1 << 3, SYS_RWP_FAULT = 1 << 3 };
 
 uint64_t
 sys_now_ns(void); /* CLOCK_MONOTONIC: the same for every process of a boot, so it dates pages across a restart */
@@ -39,6 +42,14 @@ int sys_uffd_wake(int uffd, uint64_t address, uint64_t bytes);
 /* *done: bytes placed and woken, also when an error is returned after a part (then -EAGAIN, or the error that stopped it) */
 int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, uint64_t *done);
 int sys_uffd_poison(int uffd, uint64_t address, uint64_t bytes);
+int sys_uffd_continue(int uffd, uint64_t address, uint64_t bytes); /* maps what the page cache has; wakes */
+/* generation rwp (Linux 7.3) */
+int sys_rwp_protect(int uffd, uint64_t address, uint64_t bytes);
+int sys_rwp_unprotect(int uffd, uint64_t address, uint64_t bytes); /* wakes the range */
+int sys_rwp_set_async(int uffd, bool async);                       /* on: wakes everybody */
+/* generation rfc (2026-04) */
+int sys_rfc_deactivate(int uffd, uint64_t address, uint64_t bytes);
+int sys_rfc_set_async(int uffd, bool async); /* on: wakes everybody */
 /* number of messages read (never 0), -EAGAIN when there is none */
 ssize_t sys_uffd_read(int uffd, struct uffd_msg *messages, size_t count);
 

@@ -19,6 +19,9 @@ enum {
 	TIERD_PATH_BYTES = 1024
 };
 
+/* what the kernel is asked to do it with: engine.c */
+enum { TIERD_ENGINE_STOCK = 0, TIERD_ENGINE_RWP = 1, TIERD_ENGINE_RFC = 2 };
+
 /* how the stock engine makes untouched pages visible */
 enum { TIERD_ZAP_PAGEOUT = 1, TIERD_ZAP_INJECT = 2 };
 
@@ -51,7 +54,7 @@ struct tierd_serving {
 	uint32_t readahead_pages;
 	uint32_t store_flags; /* TIERD_SPACE_* of tier 1 */
 	int32_t uffd_moved;   /* not 0: the userfaultfd's number in the VMM is uffd_moved - 1 by now */
-	uint32_t reserved;
+	uint32_t engine; /* TIERD_ENGINE_*: with what it is registered. It cannot be changed while pages are away */
 };
 
 struct tierd_region {
@@ -82,6 +85,8 @@ struct tierd_guest_args {
 	int32_t pagemap_fd;
 	int32_t zap;        /* TIERD_ZAP_* */
 	int32_t inject_tid; /* thread of the VMM that runs TIERD_ZAP_INJECT */
+	uint32_t engine;    /* TIERD_ENGINE_*; an adoption takes what the state file says */
+	uint32_t reserved;
 	int32_t use_pagemap; /* 1: read /proc/PID/pagemap even where PAGEMAP_SCAN exists (kernels before 6.7 have only that) */
 	uint32_t chunk_bytes; /* MISSING is registered in pieces of this size; 0: 64 MiB */
 	uint32_t region_count;
@@ -125,6 +130,10 @@ struct tierd_counters {
 	uint64_t inject_stopped_ns;
 	uint64_t fault_threads;
 	uint64_t parked_pages;
+	uint64_t faults_window; /* resolved in a sync window, on a page that did not leave in it */
+	uint64_t windows;       /* in sync mode, of rwp and rfc */
+	uint64_t window_sum_ns;
+	uint64_t window_buckets[40]; /* like latency_buckets: from leaving async mode to being back in it */
 	uint64_t latency_count;
 	uint64_t latency_sum_ns;
 	uint64_t latency_buckets[40]; /* from reading the message to the page being in place */
@@ -155,7 +164,7 @@ struct tierd_store_faults {
 /* What one pass over a stretch of pages saw and did. */
 struct tierd_pass {
 	uint64_t pages;         /* looked at */
-	uint64_t present_pages; /* touched since the last pass */
+	uint64_t touched_pages; /* touched since the last pass */
 	uint64_t zapped_pages;  /* deactivated now */
 	uint64_t scan_ns;
 	uint64_t zap_ns;
@@ -170,7 +179,8 @@ struct tierd_batch_result {
 	uint64_t zero_pages;
 	uint64_t evicted_pages;
 	uint64_t cancelled_pages;
-	uint64_t next_page; /* select: where to look next; == pages of the guest at the end */
+	uint64_t next_page;  /* select: where to look next; == pages of the guest at the end */
+	uint64_t left_pages; /* window: still to leave, in another one */
 	uint64_t select_ns, hold_ns, copy_ns, write_ns, drop_ns, release_ns;
 };
 
@@ -253,7 +263,8 @@ int tierd_guest_retry(struct tierd_guest *g, uint64_t *recovered, uint64_t *stil
 /* Gives back store space of pages that were fetched since. */
 int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint64_t *discarded);
 
-/* --- eviction: select, hold, copy, write, drop, release, in this order; cancel is legal at any point ------------------ */
+/* --- eviction: select, hold, copy, write, drop, release, in this order; cancel is legal at any point. With an engine that
+ * has a sync mode: select, copy, write, window until no page is left ------------------------------------------------- */
 
 int tierd_batch_create(struct tierd_guest *g, uint32_t max_pages, struct tierd_batch **ret);
 /* Cancels what is still LEAVING, releases what is still held. NULL is fine. */
@@ -272,6 +283,11 @@ int tierd_batch_write(struct tierd_batch *b, uint32_t tier, struct tierd_batch_r
 int tierd_batch_drop(struct tierd_batch *b, struct tierd_batch_result *ret);
 /* Lifts the hold, which wakes whoever waited. The batch is empty afterwards and can be used again. */
 int tierd_batch_release(struct tierd_batch *b, struct tierd_batch_result *ret);
+/* One sync window of at most about window_ns_max (one run is finished): sync mode, scan again, LEAVING -> DROPPING for what was
+ * touched neither before nor since the copy, punch, see the hole, STORED, wake, async mode. One call, because Python might
+ * wait for its lock with guests held. What it had no time for is still LEAVING; when nothing is, the batch is empty. On an
+ * error async mode is back, and the batch is to be cancelled. */
+int tierd_batch_window(struct tierd_batch *b, uint64_t window_ns_max, struct tierd_batch_result *ret);
 /* LEAVING -> RESIDENT, and release. */
 int tierd_batch_cancel(struct tierd_batch *b, struct tierd_batch_result *ret);
 
@@ -298,6 +314,20 @@ int tierd_inject(int32_t tid, struct tierd_call *call, void *scratch, uint32_t s
 
 /* --- what this kernel can do ---------------------------------------------------------------------------------------- */
 
+/* steps of the trials of rwp and rfc */
+enum {
+	TIERD_TRIAL_API = 1,
+	TIERD_TRIAL_REGISTER,
+	TIERD_TRIAL_DEACTIVATE,
+	TIERD_TRIAL_SCAN,
+	TIERD_TRIAL_ASYNC_TOUCH,
+	TIERD_TRIAL_SCAN_TOUCHED,
+	TIERD_TRIAL_SYNC,
+	TIERD_TRIAL_SYNC_TOUCH,
+	TIERD_TRIAL_RESOLVE,
+	TIERD_TRIAL_ASYNC
+};
+
 struct tierd_probe {
 	uint64_t features; /* uffdio_api.features as offered */
 	uint64_t page_bytes;
@@ -308,6 +338,10 @@ struct tierd_probe {
 	int32_t pagemap_scan;
 	int32_t poison;
 	int32_t self_zap; /* process_madvise(self, MADV_DONTNEED): several ranges in one injected call */
+	int32_t rwp;      /* -EILSEQ: it does something else than it should */
+	int32_t rfc;
+	uint32_t rwp_step; /* TIERD_TRIAL_*: where the trial ended, if it failed */
+	uint32_t rfc_step;
 	int32_t reserved;
 };
 

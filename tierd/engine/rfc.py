@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine `rfc`: the interface of the series of April 2026 (UFFDIO_DEACTIVATE), shared guest memory.
+
+Deactivation unmaps, a re-access is a minor fault that the kernel resolves by itself (async mode), the scan sees who is mapped
+again. While pages leave, the context is in sync mode and the pages are write-protected, too: SET_MODE does not wait for faults
+that have seen async mode, but such a fault finds the protection's marker.
+"""
+
+from __future__ import annotations
+
+from tierd.engine import EngineUnavailable, trial_failed
+from tierd.native import EngineNumber, Probe, Zap
+
+# UFFD_FEATURE_MINOR_ANON, UFFD_FEATURE_MINOR_ASYNC, UFFD_FEATURE_MINOR_SHMEM
+_FEATURES = 1 << 17 | 1 << 18 | 1 << 10
+
+
+class RfcEngine:
+    name = "rfc"
+    number = EngineNumber.RFC
+    features = _FEATURES
+    backings = frozenset({"shmem"})
+    sees_reads = True
+    holds_reads = True
+    use_pagemap = False
+
+    def __init__(self, found: Probe) -> None:
+        """EngineUnavailable when the trial failed."""
+        if found.rfc:
+            raise EngineUnavailable(trial_failed("rfc", found.rfc, found.rfc_step))
+        self.found = found
+
+    def zap(self, swap_can_receive: bool) -> Zap:
+        return Zap.USERFAULTFD

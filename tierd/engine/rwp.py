@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine `rwp`: Linux 7.3 and newer (userfaultfd read-write protection), shared guest memory.
+
+Deactivation protects a page where it is mapped; an access lifts the protection by itself (async mode), and the scan lists the
+pages that lost it. While pages leave, the context is in sync mode: any access to a page that is still protected waits.
+"""
+
+from __future__ import annotations
+
+from tierd.engine import EngineUnavailable, trial_failed
+from tierd.native import EngineNumber, Probe, Zap
+
+# UFFD_FEATURE_RWP, UFFD_FEATURE_RWP_ASYNC, UFFD_FEATURE_MINOR_SHMEM
+_FEATURES = 1 << 17 | 1 << 18 | 1 << 10
+
+
+class RwpEngine:
+    name = "rwp"
+    number = EngineNumber.RWP
+    features = _FEATURES
+    backings = frozenset({"shmem"})
+    sees_reads = True
+    holds_reads = True
+    use_pagemap = False
+
+    def __init__(self, found: Probe) -> None:
+        """EngineUnavailable when the trial failed."""
+        if found.rwp:
+            raise EngineUnavailable(trial_failed("rwp", found.rwp, found.rwp_step))
+        self.found = found
+
+    def zap(self, swap_can_receive: bool) -> Zap:
+        return Zap.USERFAULTFD
