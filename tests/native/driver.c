@@ -443,7 +443,7 @@ static void run_worker(uint32_t adopted)
 			model_fail("%s failed: error %d", adopted ? "adoption" : "arm", -error);
 	adopting = false;
 	for (uint64_t page = 0; page < guest->pages; page++)
-		maybe_arrived[page] &= word_state(atomic_load(&guest->words[page])) != RESIDENT;
+		maybe_arrived[page] &= word_state(atomic_load(&guest->words[page])) != RESIDENT || S.maybe_zero[page];
 	for (uint32_t i = 0; i < 1 + (seed % 3 != 0); i++) /* only now: adoption moves pages without asking */
 		spawn(DAEMON, run_fault_worker, i);
 	while (!guests_stop) {
@@ -658,7 +658,7 @@ static void run_seed(uint64_t steps)
 		model_repair(page);
 	/* a death in a retry leaves the poison on a page that is STORED again: nobody would ask for it */
 	for (uint32_t page = 0; page < S.pages; page++)
-		if (M.poisoned[page] && state_of(page) == STORED)
+		if (M.poisoned[page] && state_of(page) != LOST)
 			model_zap(page);
 	stopping = true;
 	for (uint32_t i = 0; i < guest_threads; i++)

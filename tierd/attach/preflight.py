@@ -325,7 +325,7 @@ def registered(s: Subject) -> None:
     """MISSING ranges of somebody else: their holes are not ours to serve. Without a state file of ours, never as zeros."""
     for region in s.spec.regions:
         flags = re.search(r"^VmFlags:(.*)$", _smaps_of(s.smaps, region.address), re.M)
-        if flags and {"um", "uw", "ui"} & set(flags[1].split()):
+        if flags and {"um", "uw", "ui", "ur"} & set(flags[1].split()):
             raise Refused(
                 "registered",
                 "the guest's memory is registered with a userfaultfd already (postcopy, a background "

@@ -116,7 +116,7 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 		return -EPROTONOSUPPORT;
 	g->zap = g->engine->set_async ? 0 : args->zap;
 	g->inject_tid = args->inject_tid;
-	g->use_pagemap = args->use_pagemap;
+	g->use_pagemap = args->use_pagemap && !g->engine->set_async;
 	g->spin_us_max = args->spin_us_max;
 	g->follow = args->follow;
 	g->readahead_max = args->readahead_pages ? args->readahead_pages : 1;
