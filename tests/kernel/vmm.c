@@ -389,6 +389,7 @@ static const struct command commands[] = {
 	{"filter", filter},
 	{"collapse", collapse},
 	{"give-back", give_back},
+	{"zap", zap},
 	{"balloon", balloon},
 	{"replace", replace_mapping},
 	{"unmap", unmap_region},

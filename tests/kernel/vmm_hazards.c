@@ -167,6 +167,13 @@ void give_back(const uint64_t *a, int count)
 	answer(madvise(page_at(a[0]), (end_of(a) - a[0]) * page_bytes, MADV_REMOVE));
 }
 
+/* FIRST COUNT: unmapped by the VMM itself; the file keeps the bytes. */
+void zap(const uint64_t *a, int count)
+{
+	(void)count;
+	answer(madvise(page_at(a[0]), (end_of(a) - a[0]) * page_bytes, MADV_DONTNEED));
+}
+
 /*
  * FIRST COUNT ROUNDS, at any time, on pages that no thread works on (see `hot`): gives each page back, reads it, writes it
  * again. It must read as zeros or, had it left the guest, as what it held: never as a mixture or as anything older.

@@ -567,6 +567,10 @@ static void set_up(void)
 						 .sync_loses = below(300)};
 	if (!below(4))
 		M.faults.punch_stays = below(300);
+	if (faulty && engine != TIERD_ENGINE_STOCK) {
+		M.faults.resolve_fails = below(200);
+		M.faults.register_fails = below(200);
+	}
 	M.late_io = late_io;
 	M.generation = engine;
 	M.async = true;

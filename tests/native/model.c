@@ -193,6 +193,8 @@ int sys_uffd_register(int uffd, uint64_t address, uint64_t bytes, uint64_t mode)
 
 	if (rwp && (wp || M.generation != TIERD_ENGINE_RWP))
 		return -EINVAL;
+	if (missing && M.faults.register_fails && model_chance(M.faults.register_fails)) /* vm.max_map_count */
+		return model_chance(500) ? -ENOMEM : -EBUSY;
 	(void)uffd;
 	model_enter();
 	for (uint32_t p = first; p < first + count; p++) {
@@ -300,13 +302,25 @@ int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, 
 	return n == count ? 0 : n ? -EAGAIN : error;
 }
 
+/* What may be answered though nothing is wrong with the page: an event that is not read yet, a mapping that changes just now. */
+static int answer_at_random(void)
+{
+	static const int answers[] = {-EAGAIN, -EEXIST, -EFAULT, -ENOENT, -EBUSY};
+
+	for (size_t i = 0; i < sizeof(answers) / sizeof(answers[0]); i++)
+		if (model_chance(M.faults.resolve_fails / 4))
+			return answers[i];
+	return 0;
+}
+
 int sys_uffd_continue(int uffd, uint64_t address, uint64_t bytes)
 {
 	uint32_t count, first = range(address, bytes, &count);
-	int error = 0;
+	int error;
 
 	(void)uffd;
 	model_enter();
+	error = answer_at_random();
 	for (uint32_t p = first; p < first + count && !error; p++) {
 		if (!M.minor[p])
 			error = -EINVAL;
@@ -335,7 +349,9 @@ static int rwp_protect(uint64_t address, uint64_t bytes, bool on)
 		if (!M.rwp[p])
 			error = -ENOENT;
 	if (!error && on && model_chance(M.faults.protect_fails))
-		error = -EAGAIN;
+		error = model_chance(500) ? -EAGAIN : -ENOENT;
+	if (!error && !on)
+		error = answer_at_random();
 	for (uint32_t p = first; p < first + count && !error; p++) {
 		M.rwp_protected[p] = on && M.present[p];
 		if (p % 4 == 3)
@@ -367,7 +383,7 @@ int sys_rfc_deactivate(int uffd, uint64_t address, uint64_t bytes)
 	(void)uffd;
 	model_enter();
 	if (model_chance(M.faults.protect_fails))
-		error = -EAGAIN;
+		error = model_chance(500) ? -EAGAIN : -ENOENT;
 	for (uint32_t p = first; p < first + count && !error; p++) {
 		if (!M.minor[p])
 			error = -ENOENT;

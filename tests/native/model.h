@@ -25,6 +25,7 @@ enum { FD_UFFD = 1000, FD_PIDFD, FD_PAGEMAP, FD_STORE, FD_MEM /* + region */ };
 struct model_faults { /* how often what goes wrong, in 1/1000 of the calls */
 	uint32_t copy_nomem, copy_again, protect_fails, store_eio, store_short, sync_loses, punch_stays;
 	uint32_t read_eio, read_short, read_flip;
+	uint32_t resolve_fails, register_fails; /* not of a stock kernel, whose seeds stay what they are */
 };
 
 enum model_access { ACCESS_MADE, ACCESS_WAITS, ACCESS_POISONED };

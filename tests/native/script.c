@@ -218,8 +218,8 @@ void script_cycle(struct tierd_guest *g)
 
 	while (page < g->pages) {
 		world_before_pass();
-		if (tierd_guest_pass(g, page, &pass))
-			script_fail("pass failed");
+		if (failed(tierd_guest_pass(g, page, &pass), "pass"))
+			break;
 		page = pass.next_page;
 	}
 	world_rest(below(80));

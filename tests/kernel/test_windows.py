@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines with a sync mode: what a guest notices of a window, and what a death in one leaves. In kernels that have such an
+interface (tests/kernels)."""
+
+from __future__ import annotations
+
+import fcntl
+import struct
+import time
+from collections.abc import Callable
+
+import pytest
+import trio
+
+from tests.kernel.vmm import PAGE, Host, Tiered, Vmm, wait_for
+from tests.need import need
+from tierd.engine import choose
+
+Start = Callable[..., Vmm]
+MIB = 1 << 20
+# UFFDIO_SET_MODE, struct uffdio_set_mode {enable, disable}; RWP_ASYNC and MINOR_ASYNC have the same number
+SET_MODE, ASYNC = 0x4010AA0A, 1 << 18
+
+
+@pytest.fixture(autouse=True)
+def sync_mode(kernel: None) -> None:
+    name = choose().name
+    need(
+        "sync-mode", choose().holds_reads, f"engine {name} has no sync mode; tests/kernels runs this where there is one"
+    )
+
+
+def set_async(tiered: Tiered, on: bool) -> None:
+    fcntl.ioctl(tiered.served.uffd, SET_MODE, struct.pack("QQ", ASYNC if on else 0, 0 if on else ASYNC))
+
+
+def test_a_touch_between_windows_costs_no_message(start_vmm: Start, host: Host) -> None:
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        for _ in range(3):
+            assert tiered.scan().touched_pages > 0
+            assert tiered.scan().touched_pages == 0, "nobody touched anything"
+            vmm.verify()
+        assert tiered.counters()["latency_count"] == 0
+        assert tiered.counters()["faults_wait"] == 0
+
+
+def test_page_exact(start_vmm: Start, host: Host) -> None:
+    """No neighbour of a touched page looks touched."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.scan()
+        assert tiered.scan().touched_pages == 0
+        for page in (5, 300, 301, 900):
+            vmm.ask("verify", page, 1)
+        assert tiered.scan().touched_pages == 4
+
+
+def test_only_what_nobody_touched_since_the_copy_leaves(start_vmm: Start, host: Host) -> None:
+    """The guest works on while its pages are copied and written; the window sees on which."""
+    vmm = start_vmm(f"bytes={2 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.scan()
+        with tiered.native.batch(512) as batch:
+            assert batch.select(0, 0.0, 512).selected_pages == 512
+            batch.copy()
+            vmm.ask("verify", 0, 16)  # a read
+            vmm.ask("fill", 100, 8)
+            batch.write(1)
+            vmm.ask("fill", 200, 4)
+            evicted = batch.window(1000).evicted_pages
+            assert evicted == 512 - 16 - 8 - 4
+        assert tiered.counters()["latency_count"] == 0, "nobody waited: async mode until the window"
+        vmm.verify()
+
+
+def test_a_page_that_was_unmapped_since_the_copy_is_compared(start_vmm: Start, host: Host) -> None:
+    """Written and unmapped again, it does not look touched."""
+    vmm = start_vmm(f"bytes={2 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.scan()
+        with tiered.native.batch(512) as batch:
+            batch.select(0, 0.0, 512)
+            batch.copy()
+            vmm.ask("fill", 100, 8)
+            assert vmm.ask("zap", 96, 16) == [0]
+            batch.write(1)
+            result = batch.window(1000)
+        assert result.evicted_pages == 512 - 8
+        vmm.verify()
+
+
+def test_a_window_does_not_wait_for_the_store(start_vmm: Start, host: Host) -> None:
+    vmm = start_vmm(f"bytes={2 * MIB}")
+    vmm.ask("fill")
+
+    async def main() -> None:
+        with host.attached(vmm, direct="off") as tiered:
+            tiered.scan()
+            tiered.native.set_store_faults(seed=1, write_hang=1000, hang_us=1_500_000)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.to_thread.run_sync, tiered.evict)
+                with trio.fail_after(30):
+                    while tiered.native.health(1.0).worker_io_ns == 0:
+                        await trio.sleep(0.001)
+                vmm.ask("verify", 0, 64)
+                assert tiered.native.health(1.0).worker_io_ns > 0, "all of it while the write hung"
+                assert tiered.counters()["latency_count"] == 0
+            assert tiered.stored_pages == vmm.pages - 64
+            vmm.verify()
+
+    trio.run(main)
+
+
+def test_windows_are_cut(start_vmm: Start, host: Host) -> None:
+    """One run a window, where a window may last no time at all; the rest of the batch leaves in the next ones."""
+    vmm = start_vmm(f"bytes={MIB}", "regions=2")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.scan()
+        with tiered.native.batch(512) as batch:
+            batch.select(0, 0.0, 512)
+            batch.copy()
+            batch.write(1)
+            first = batch.window(0)
+            assert (first.evicted_pages, first.left_pages) == (256, 256)
+            second = batch.window(0)
+            assert (second.evicted_pages, second.left_pages) == (256, 0)
+        vmm.verify()
+        assert tiered.counters()["windows"] == 2
+
+
+def test_in_sync_mode_a_page_that_stays_is_resolved_at_once(start_vmm: Start, host: Host) -> None:
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.scan()
+        set_async(tiered, False)
+        vmm.ask("verify", 0, 100)
+        assert tiered.counters()["faults_resolve"] == 100
+        vmm.ask("fill", 200, 50)
+        assert tiered.counters()["faults_resolve"] == 150
+        set_async(tiered, True)
+        vmm.verify()
+        assert tiered.counters()["faults_resolve"] == 150
+
+
+def test_a_page_in_the_cache_that_is_not_mapped(start_vmm: Start, host: Host) -> None:
+    """It has no protection; where pages may leave, its first touch is a MINOR fault in sync mode."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.scan()
+        assert tiered.evict(max_bytes=8 * PAGE) == 8  # the chunk is registered now
+        assert vmm.ask("zap", 64, 32) == [0]
+        set_async(tiered, False)
+        before = tiered.counters()["faults_resolve"]
+        vmm.ask("verify", 64, 32)
+        assert tiered.counters()["faults_resolve"] - before == 32
+        set_async(tiered, True)
+        vmm.verify()
+
+
+def test_killed_in_a_window(start_vmm: Start, host: Host, record_property: Callable[[str, object], None]) -> None:
+    """The guest waits at its first untouched page until the successor is back in async mode."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.scan()
+        tiered.native.stop()
+        set_async(tiered, False)
+    vmm.send("verify")
+    time.sleep(0.2)
+    assert not vmm.answered()
+    began = time.monotonic()
+    with host.adopted(vmm) as tiered:
+        wait_for(vmm.answered, "the guest goes on")
+        record_property("stall_ms", round((time.monotonic() - began) * 1e3, 1))
+        vmm.verify()
+        tiered.leave()
+
+
+def test_unregistered_by_the_end_of_everything(start_vmm: Start, host: Host) -> None:
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.scan()
+        set_async(tiered, False)
+        tiered.leave()
+    vmm.verify()
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_two_threads_wait_for_one_page(start_vmm: Start, host: Host, twice: bool) -> None:
+    """Both go on, whether it is resolved for one of them or for both."""
+    vmm = start_vmm(f"bytes={2 * MIB}", "threads=4")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.scan()
+        if twice:
+            tiered.native.start()
+        for _ in range(20):
+            set_async(tiered, False)
+            vmm.ask("run")
+            time.sleep(0.01)
+            tiered.scan()
+            set_async(tiered, True)
+            tiered.evict()
+            vmm.ask("stop")
+        vmm.verify()
