@@ -200,8 +200,8 @@ MUTATIONS = [
     Mutation(
         "owned_page_is_deactivated",  # rule 8: its owner may have read the clock before the guest's last access
         "scan.c",
-        "			bit_clear(g->touched, i);",
-        "			bit_get(g->touched, i);",
+        "		bit_clear(g->touched, i);\n		return;",
+        "		return;",
     ),
     Mutation(
         "copy_passes_over_a_lost_page",  # rule 13: COPY overwrites poison, so a run ends before a LOST page
@@ -275,8 +275,8 @@ NATIVE_ENGINES = [
     Mutation(
         "rwp_whole_stretch_protected",  # rule 8: an access between the scan and the protection leaves no trace
         "scan.c",
-        "		while (i + n < pages && bit_get(g->touched, i + n))",
-        "		while (i + n < pages)",
+        "		end = next_bit(g->touched, i, pages, false);",
+        "		end = pages;",
     ),
     Mutation(
         "rwp_window_left_before_it_is_decided",  # a successor: zeros that the guest writes look like a punch that failed

@@ -15,8 +15,14 @@ enum { VECTOR = 256, ENTRIES = 512, INSIDE_CALLS_MAX = 64 };
 
 static void region_mark(uint64_t *bits, uint64_t base, uint64_t page_bytes, const struct sys_page_region *found)
 {
-	for (uint64_t at = found->start; at < found->end; at += page_bytes)
-		bit_set(bits, (at - base) / page_bytes);
+	uint64_t i = (found->start - base) / page_bytes, end = (found->end - base) / page_bytes;
+
+	for (; i < end && i % 64; i++)
+		bit_set(bits, i);
+	for (; i + 64 <= end; i += 64)
+		bits[i / 64] = UINT64_MAX;
+	for (; i < end; i++)
+		bit_set(bits, i);
 }
 
 static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, uint64_t *touched,
@@ -84,28 +90,55 @@ int scan_range(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint6
 			      : scan_by_ioctl(g, start, end, touched, other_category, other);
 }
 
-/* Stamps touched pages as touched and keeps the ages of the others from wrapping. */
+static void stamp_page(struct tierd_guest *g, uint64_t first_page, uint64_t i, uint16_t epoch)
+{
+	page_word w = page_load(g, first_page + i), to;
+
+	/* its owner dates it when it is done, and may have read the clock before the guest's last access: it stays mapped, so
+	 * the next pass sees it */
+	if (word_state(w) != RESIDENT) {
+		bit_clear(g->touched, i);
+		return;
+	}
+	to = word_with_epoch(w, epoch);
+	if (word_tier(to) == TIER_UNTOUCHED)
+		to = word_with_tier(to, TIER_ZERO);
+	if (to != w)
+		page_move(g, first_page + i, w, to); /* lost to a fault: it stamps the page itself */
+}
+
+/* Stamps touched pages. */
 static void stamp(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint16_t epoch)
 {
-	for (uint64_t i = 0; i < pages; i++) {
-		page_word w = page_load(g, first_page + i), to;
+	for (uint64_t i = 0; i < pages; i += 64)
+		for (uint64_t bits = g->touched[i / 64]; bits; bits &= bits - 1)
+			stamp_page(g, first_page, i + (uint64_t)__builtin_ctzll(bits), epoch);
+}
 
-		/* its owner dates it when it is done, and may have read the clock before the guest's last access: it stays
-		 * mapped, so the next pass sees it */
-		if (word_state(w) != RESIDENT)
-			bit_clear(g->touched, i);
-		if (word_state(w) == RESIDENT && bit_get(g->touched, i)) {
-			to = word_with_epoch(w, epoch);
-			if (word_tier(to) == TIER_UNTOUCHED)
-				to = word_with_tier(to, TIER_ZERO);
-		} else if (word_state(w) == RESIDENT && page_age(epoch, w) >= 0xf000) {
-			to = word_with_epoch(w, (uint16_t)(epoch - 0xf000));
-		} else {
-			continue;
-		}
-		if (to != w)
-			page_move(g, first_page + i, w, to); /* lost to a fault: it stamps the page itself */
+/* Keeps the ages of pages that nobody touches from wrapping. */
+static void age(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint16_t epoch)
+{
+	for (uint64_t page = first_page; page < first_page + pages; page++) {
+		page_word w = page_load(g, page);
+
+		if (word_state(w) == RESIDENT && page_age(epoch, w) >= 0xf000)
+			page_move(g, page, w, word_with_epoch(w, (uint16_t)(epoch - 0xf000)));
 	}
+}
+
+/* The first bit from `from` on that is set, or that is not; `end` when there is none. */
+static uint64_t next_bit(const uint64_t *bits, uint64_t from, uint64_t end, bool set)
+{
+	while (from < end) {
+		uint64_t word = (bits[from / 64] ^ (set ? 0 : UINT64_MAX)) >> (from % 64);
+
+		if (word) {
+			from += (uint64_t)__builtin_ctzll(word);
+			return from < end ? from : end;
+		}
+		from = (from / 64 + 1) * 64;
+	}
+	return end;
 }
 
 /* Deactivates exactly the runs of touched pages. Inside the VMM a call costs a stop of one of its threads, so there the
@@ -116,20 +149,13 @@ static int deactivate_touched(struct tierd_guest *g, uint64_t first_page, uint64
 	size_t count = 0, calls_left = g->zap == TIERD_ZAP_INJECT ? INSIDE_CALLS_MAX : SIZE_MAX;
 	uint64_t base = address_of(g, first_page);
 
-	for (uint64_t i = 0; i < pages && calls_left;) {
-		uint64_t n = 0;
+	for (uint64_t i, end = 0; calls_left && (i = next_bit(g->touched, end, pages, true)) < pages;) {
 		int error;
 
-		while (i + n < pages && bit_get(g->touched, i + n))
-			n++;
-		if (!n) {
-			i++;
-			continue;
-		}
+		end = next_bit(g->touched, i, pages, false);
 		ranges[count].iov_base = (void *)(uintptr_t)(base + i * g->page_bytes);
-		ranges[count++].iov_len = n * g->page_bytes;
+		ranges[count++].iov_len = (end - i) * g->page_bytes;
 		calls_left--;
-		i += n;
 		if (count < VECTOR)
 			continue;
 		error = g->engine->deactivate(g, ranges, count, ret);
@@ -157,12 +183,13 @@ static int pass(struct tierd_guest *g, uint64_t first_page, struct tierd_pass *r
 	error = scan_range(g, first_page, ret->pages, g->touched, 0, NULL);
 	if (error)
 		return error;
-	for (uint64_t i = 0; i < ret->pages; i++)
-		ret->touched_pages += bit_get(g->touched, i);
+	for (uint64_t i = 0; i < ret->pages; i += 64)
+		ret->touched_pages += (uint64_t)__builtin_popcountll(g->touched[i / 64]);
 	/* before the deactivation, so that a crash in between can't make a touched page look idle; and again when it took
 	 * longer than a step, because idle time counts from its end */
 	epoch = epoch_next(g);
 	stamp(g, first_page, ret->pages, epoch);
+	age(g, first_page, ret->pages, epoch);
 	scanned_ns = sys_now_ns();
 	error = deactivate_touched(g, first_page, ret->pages, ret);
 	if (epoch_next(g) != epoch)
