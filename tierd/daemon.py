@@ -26,6 +26,7 @@ from tierd import __version__
 from tierd.attach import Refused
 from tierd.attach.preflight import HolderScan
 from tierd.attach.procfs import Discovery, boot_id, read_spec, start_ticks
+from tierd.check import engine_findings
 from tierd.config import Config, ConfigErrors, changes, load
 from tierd.engine import EngineUnavailable, choose
 from tierd.guest import Ending, Guest, Host
@@ -71,6 +72,7 @@ class Daemon:
         self._waiting: dict[str, trio.Event] = {}  # refused or not ready: set to try again now
         self._left: set[str] = set()  # detached by an operator: not picked up again
         self._began = trio.current_time()
+        self._engine_notes = [finding.says for finding in engine_findings(host.engine.found, config.engine)]
         self._nursery: trio.Nursery
         self._stopping = self._manager_deaf = False
         self._fds_to_remove: set[str] = set()  # by key: of the manager's, of guests that are gone or were left
@@ -98,7 +100,13 @@ class Daemon:
                 self._nursery.start_soon(self._discover)
                 self._nursery.start_soon(self._feed_watchdog)
                 await self._tell_ready()
-                log.info("ready", engine=self.host.engine.name, guests=len(self._guests), version=__version__)
+                log.info(
+                    "ready",
+                    engine=self.host.engine.name,
+                    why=self._engine_notes,
+                    guests=len(self._guests),
+                    version=__version__,
+                )
                 await self._obey(signals)
                 self._end_at_last()
                 self._nursery.cancel_scope.cancel()
@@ -538,6 +546,7 @@ class Daemon:
         return DaemonStatus(
             version=__version__,
             engine=self.host.engine.name,
+            engine_notes=self._engine_notes,
             pid=os.getpid(),
             uptime_s=trio.current_time() - self._began,
             guests=[guest.status() for guest in self._guests.values()],

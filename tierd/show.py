@@ -179,7 +179,7 @@ def summary_text(status: Mapping[str, Any]) -> str:
     guests = len(status["guests"])
     return (
         f"tierd {status['version']}, engine {status['engine']}, {guests} guest{'' if guests == 1 else 's'}"
-        f"{', ' if stores else ''}{stores}"
+        f"{', ' if stores else ''}{stores}" + "".join(f"\n{safe_text(note)}" for note in status.get("engine_notes", ()))
     )
 
 

@@ -61,6 +61,7 @@ class DaemonStatus:
     uptime_s: float
     guests: Sequence[GuestStatus] = ()
     stores: Sequence[StoreStatus] = ()
+    engine_notes: Sequence[str] = ()  # what it is, why no other, what becomes of NUMA balancing; for people
 
 
 class RequestRefused(Exception):

@@ -226,7 +226,7 @@ def test_what_is_left_of_a_dead_guest_is_swept(daemon: Daemon, boot: Boot) -> No
         ({"defaults": {"interval_s": "soon"}}, 78, "defaults.interval_s"),
         ({"runtime_dir": "/var/tmp/tierd-test-not-tmpfs"}, 1, "is not on tmpfs"),
         ({"store": {"path": "/dev/shm/tierd-test-store"}}, 1, "nothing would be given back"),
-        ({"engine": "rwp"}, 78, "engine"),
+        ({"engine": "rfk"}, 78, "engine"),
     ],
 )
 def test_what_keeps_it_from_starting(daemon: Daemon, settings: dict[str, object], status: int, says: str) -> None:
