@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import platform
 import signal
 import time
 from collections.abc import Callable
@@ -10,8 +12,10 @@ from collections.abc import Callable
 import pytest
 
 from tests.kernel.vmm import MIB, PAGE, Host, Tiered, Vmm, wait_for
+from tierd.native.inject import inject
 
 Start = Callable[..., Vmm]
+GETPID = {"x86_64": 39, "aarch64": 172}[platform.machine()]
 
 
 def _destroy(tiered: Tiered, page: int) -> bytes:
@@ -129,3 +133,24 @@ def test_a_store_that_hangs_stops_only_who_needs_it(start_vmm: Start, host: Host
         assert tiered.native.health(0.05).hung_threads == 0
         vmm.verify()
         assert tiered.counters()["pages_lost"] == 0
+
+
+def test_a_thread_that_cannot_be_stopped_now_is_let_go_when_it_can(start_vmm: Start, host: Host) -> None:
+    """The kernel waits in it for a page (vmsplice), longer than we wait for the thread: once the page is there it must go on,
+    though the process that wanted to enter it lives."""
+    vmm = start_vmm(f"bytes={2 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.evict_all()
+        tiered.native.set_store_faults(seed=1, read_hang=1000, hang_us=3_000_000)
+        vmm.send("splice", 7)
+        wait_for(lambda: tiered.native.health(0.05).hung_threads == 1, "the thread waits in the kernel")
+        with pytest.raises(OSError, match="inside the VMM") as caught:
+            inject(vmm.pid, "getpid", GETPID)
+        assert caught.value.errno == errno.ETIMEDOUT
+        assert not vmm.answered()
+        wait_for(vmm.answered, "the thread goes on", 30)
+        tiered.native.set_store_faults(seed=0)
+        assert inject(vmm.pid, "getpid", GETPID).result == vmm.pid
+        vmm.ask("unsplice")
+        vmm.verify()

@@ -346,7 +346,7 @@ ALSO = {
     "adoption_wakes_nobody": Mutation(
         "adoption_does_not_clear_holds",
         "guest.c",
-        "		error = sys_uffd_unprotect(g->uffd, mapped[i].address, mapped[i].bytes);",
+        "		error = sys_uffd_unprotect(g->uffd, at, next - at);",
         "		error = 0;",
     ),
 }

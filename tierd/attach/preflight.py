@@ -138,7 +138,8 @@ def alive(s: Subject) -> None:
 
 def tracer(s: Subject) -> None:
     pid = status_field(s.spec.pid, "TracerPid")
-    if pid:
+    # it may be a thread of ours that cannot let go yet: inject.c
+    if pid and not os.path.exists(f"/proc/self/task/{pid}"):
         raise Refused(
             "tracer", "the VMM is being traced", f"TracerPid {pid} ({_comm(pid)})", "end the debugger, then attach"
         )

@@ -503,6 +503,23 @@ static int leave_window(struct tierd_guest *g, struct tierd_adoption *ret)
 	return g->engine->set_async(g->uffd, true);
 }
 
+/* Before 6.4 WRITEPROTECT takes one mapping at a time, and chunks that are registered MISSING are mappings of their own. */
+static int unprotect_by_chunk(struct tierd_guest *g, const struct tierd_range *mapped)
+{
+	uint64_t end = mapped->address + mapped->bytes, next;
+	int error = 0;
+
+	for (uint64_t at = mapped->address; !error && at < end; at = next) {
+		uint64_t page = (uint64_t)page_of_address(g, at);
+
+		next = at + (g->chunk_pages - page % g->chunk_pages) * g->page_bytes;
+		if (next > end)
+			next = end;
+		error = sys_uffd_unprotect(g->uffd, at, next - at);
+	}
+	return error;
+}
+
 int tierd_guest_adopt(struct tierd_guest *g, const struct tierd_range *mapped, uint32_t count,
 		      struct tierd_adoption *ret)
 {
@@ -526,7 +543,7 @@ int tierd_guest_adopt(struct tierd_guest *g, const struct tierd_range *mapped, u
 		error = adopt_region(g, &g->regions[i], ret);
 	if (!g->engine->holds_mapped)
 		for (uint32_t i = 0; !error && i < count; i++)
-			error = sys_uffd_unprotect(g->uffd, mapped[i].address, mapped[i].bytes);
+			error = unprotect_by_chunk(g, &mapped[i]);
 	/* messages that the predecessor had read are not delivered again until a wake */
 	for (uint32_t i = 0; !error && i < count; i++)
 		error = sys_uffd_wake(g->uffd, mapped[i].address, mapped[i].bytes);

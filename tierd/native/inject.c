@@ -7,12 +7,15 @@
  * rt_sigreturn. Before that step nothing of the thread has changed (bytes below the red zone are nobody's); after it the
  * thread needs nobody. The system-call stops are only looked at for the result; the thread is never trapped by an int3.
  *
- * ptrace(2), sigreturn(2), sigaltstack(2). All calls of one injection come from one of our threads.
+ * ptrace(2), sigreturn(2), sigaltstack(2). All calls of one injection come from one thread, its own.
  */
 #define _GNU_SOURCE
 #include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <semaphore.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,7 +28,7 @@
 #include "inject.h"
 #include "sys.h"
 
-enum { POLL_US = 20, SIGNALS_MAX = 64, CODE_BYTES_MAX = 64 << 20 };
+enum { POLL_US = 20, SIGNALS_MAX = 64, CODE_BYTES_MAX = 64 << 20, LET_GO_NS = 500000000, STACK_BYTES = 1 << 20 };
 
 #define SYSCALL_STOP (SIGTRAP | 0x80)
 
@@ -135,15 +138,43 @@ static int stop_thread(pid_t tid, uint64_t deadline_ns, int *status)
 	return -ETIMEDOUT;
 }
 
-/* Lets go of a thread that may be running: it must stop once more to be detached, unless it is gone. */
-static void let_go(pid_t tid, bool stopped, int signal)
+/* Of a thread that stands in this stop: a signal that it was about to be given is given to it. */
+static void detach(pid_t tid, int status)
+{
+	bool signal = !event_of(status) && WSTOPSIG(status) != SYSCALL_STOP;
+
+	ptrace(PTRACE_DETACH, tid, NULL, (void *)(intptr_t)(signal ? WSTOPSIG(status) : 0));
+}
+
+/* Lets go of a thread that may be running: it must stop once more to be detached, unless it is gone. False: it did not stop. */
+static bool let_go(pid_t tid, bool stopped, int signal)
+{
+	int status, error;
+
+	if (stopped) {
+		ptrace(PTRACE_DETACH, tid, NULL, (void *)(intptr_t)signal);
+		return true;
+	}
+	if (ptrace(PTRACE_INTERRUPT, tid, NULL, NULL))
+		return true;
+	error = next_stop(tid, sys_now_ns() + LET_GO_NS, &status);
+	if (!error)
+		detach(tid, status);
+	return error != -ETIMEDOUT;
+}
+
+/* A thread in uninterruptible sleep (a page of the guest that the kernel waits for, while the store hangs) stops when that ends, and
+ * would stay stopped for as long as whoever traces it lives. */
+static void let_go_at_last(pid_t tid)
 {
 	int status;
+	pid_t got;
 
-	if (!stopped &&
-	    (ptrace(PTRACE_INTERRUPT, tid, NULL, NULL) || next_stop(tid, sys_now_ns() + 1000000000ull, &status)))
-		return; /* it never stopped: our exit or the end of its sleep detaches it */
-	ptrace(PTRACE_DETACH, tid, NULL, (void *)(intptr_t)signal);
+	do
+		got = waitpid(tid, &status, __WALL);
+	while (got < 0 && errno == EINTR);
+	if (got == tid && WIFSTOPPED(status))
+		detach(tid, status);
 }
 
 /*
@@ -244,39 +275,105 @@ static int run_stopped(pid_t tid, const struct inject_code *code, struct tierd_c
 	return error;
 }
 
+/* One call, in a thread of its own: only the thread that traces can let go, and that may take longer than the caller waits. */
+struct injection {
+	int32_t tid;
+	uint32_t scratch_bytes, timeout_ms;
+	int error;
+	struct tierd_call call;
+	uint8_t scratch[INJECT_SCRATCH_MAX];
+	struct inject_frame frame;
+	sem_t done;
+	_Atomic int users; /* the thread and the caller */
+};
+
+static void injection_release(struct injection *i)
+{
+	if (atomic_fetch_sub(&i->users, 1) != 1)
+		return;
+	sem_destroy(&i->done);
+	free(i);
+}
+
+static void *injection_main(void *argument)
+{
+	struct injection *i = argument;
+	struct inject_code code = {0};
+	uint64_t began_ns, deadline_ns = sys_now_ns() + i->timeout_ms * 1000000ull;
+	bool stopped = false, gone = true;
+	int error, status, signal = 0;
+
+	error = find_code(i->tid, &code); /* before the stop: it takes milliseconds */
+	if (!error && ptrace(PTRACE_SEIZE, i->tid, NULL, (void *)(intptr_t)PTRACE_O_TRACESYSGOOD))
+		error = errno == EPERM ? -EBUSY : -errno; /* root is refused only where somebody else traces */
+	if (!error) {
+		TIERD_INJECT_STEP(1);
+		began_ns = sys_now_ns();
+		error = stop_thread(i->tid, deadline_ns, &status);
+		TIERD_INJECT_STEP(3);
+		stopped = !error;
+		if (!error && in_group_stop(status))
+			error = -EAGAIN; /* stopped by a SIGSTOP: it would not run our call */
+		if (!error)
+			error = run_stopped(i->tid, &code, &i->call, i->scratch, i->scratch_bytes, &i->frame,
+					    deadline_ns, &stopped, &signal);
+		if (error != -ESRCH)
+			gone = let_go(i->tid, stopped, signal);
+		i->call.stopped_ns = sys_now_ns() - began_ns;
+	}
+	i->error = error;
+	sem_post(&i->done);
+	if (!gone)
+		let_go_at_last(i->tid);
+	injection_release(i);
+	return NULL;
+}
+
+static int start_thread(struct injection *i)
+{
+	pthread_attr_t attributes;
+	pthread_t thread;
+	int error = pthread_attr_init(&attributes);
+
+	if (error)
+		return -error;
+	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+	pthread_attr_setstacksize(&attributes, STACK_BYTES);
+	error = pthread_create(&thread, &attributes, injection_main, i);
+	pthread_attr_destroy(&attributes);
+	return -error;
+}
+
 int tierd_inject(int32_t tid, struct tierd_call *call, void *scratch, uint32_t scratch_bytes, uint32_t timeout_ms)
 {
-	struct inject_code code = {0};
-	uint64_t began_ns, deadline_ns = sys_now_ns() + timeout_ms * 1000000ull;
-	struct inject_frame *frame;
-	bool stopped = false;
-	int error, status, signal = 0;
+	struct injection *i;
+	int error;
 
 	if (scratch_bytes > INJECT_SCRATCH_MAX)
 		return -EINVAL;
-	error = find_code(tid, &code); /* before the stop: it takes milliseconds */
-	if (error)
-		return error;
-	frame = calloc(1, sizeof(*frame));
-	if (!frame)
+	i = calloc(1, sizeof(*i));
+	if (!i)
 		return -ENOMEM;
-	if (ptrace(PTRACE_SEIZE, tid, NULL, (void *)(intptr_t)PTRACE_O_TRACESYSGOOD)) {
-		error = errno == EPERM ? -EBUSY : -errno; /* root is refused only where somebody else traces */
-		free(frame);
+	i->tid = tid;
+	i->timeout_ms = timeout_ms;
+	i->scratch_bytes = scratch_bytes;
+	i->call = *call;
+	if (scratch_bytes)
+		memcpy(i->scratch, scratch, scratch_bytes);
+	atomic_store(&i->users, 2);
+	sem_init(&i->done, 0, 0);
+	error = start_thread(i);
+	if (error) {
+		injection_release(i);
+		injection_release(i);
 		return error;
 	}
-	TIERD_INJECT_STEP(1);
-	began_ns = sys_now_ns();
-	error = stop_thread(tid, deadline_ns, &status);
-	TIERD_INJECT_STEP(3);
-	stopped = !error;
-	if (!error && in_group_stop(status))
-		error = -EAGAIN; /* stopped by a SIGSTOP: it would not run our call */
-	if (!error)
-		error = run_stopped(tid, &code, call, scratch, scratch_bytes, frame, deadline_ns, &stopped, &signal);
-	if (error != -ESRCH)
-		let_go(tid, stopped, signal);
-	call->stopped_ns = sys_now_ns() - began_ns;
-	free(frame);
+	while (sem_wait(&i->done)) /* EINTR */
+		;
+	error = i->error;
+	*call = i->call;
+	if (scratch_bytes)
+		memcpy(scratch, i->scratch, scratch_bytes);
+	injection_release(i);
 	return error;
 }

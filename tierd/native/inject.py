@@ -33,7 +33,7 @@ def inject(
     """Run system call `number` in thread `tid`. `scratch` lies on its stack meanwhile; the 64-bit words at the byte offsets
     `pointers` of it are offsets into it that become pointers.
 
-    Blocks, at most TIMEOUT_MS, and must stay on one OS thread (it does).
+    Blocks, at most TIMEOUT_MS and half a second.
 
     OSError with `noun`: the call itself failed in the VMM, or could not be made (EBUSY: somebody else traces the thread;
     ENOTSUP: its state cannot be restored by a signal frame; ETIMEDOUT: it does not stop; EAGAIN: it is stopped by SIGSTOP).
