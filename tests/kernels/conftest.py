@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs for the kernels under test, compiled out here: in there a compiler takes minutes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.vmm import compile_child
+from tests.kernels.machine import HERE, ROOT
+from tests.native.build import build_real
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Path]:
+    """A directory that a booted kernel sees too: there /tmp is its own."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    path = Path(tempfile.mkdtemp(prefix="kernels-", dir=ROOT / "build"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def selftest(programs: Path) -> Path:
+    output = programs / "selftest"
+    sources = sorted(HERE.glob("selftest*.c"))
+    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread"]
+    done = subprocess.run(["gcc", *flags, *sources, "-o", output], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture(scope="session")
+def children(programs: Path) -> Path:
+    """A directory for TIERD_TEST_PROGRAMS: the VMM of the tests, the vCPU, the real driver."""
+    compile_child(programs / "vmm", "vmm.c", "vmm_hazards.c", "child.c")
+    compile_child(programs / "kvm_vcpu", "kvm_vcpu.c", "child.c")
+    build_real(programs / "real", ["-O2"])
+    return programs

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests do with a kernel under test, and what they make of the C self-test's answer."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tests.kernels import build
+from tests.kernels.boot import Done, boot
+from tests.need import need
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / "tests" / "kernels"
+
+
+def booted(name: str, command: str, timeout_s: float, append: str = "") -> Done:
+    """Runs it in a kernel from the cache; skips where `make kernels` has not been run."""
+    kernel = build.get(name)
+    need("kernels", kernel is not None, f"no kernel {name} in {build.cache_dir()}: make kernels builds them")
+    assert kernel is not None
+    done = boot(kernel, command, timeout_s=timeout_s, memory_mib=3072, append=append)
+    assert done.status is not None, f"{name} did not come to the end of it in {timeout_s:g} s\n{done.said}"
+    return done
+
+
+def check_selftest(status: int, output: str, said: str, may_skip: tuple[str, ...] | None) -> None:
+    """Everything passed or was skipped for a reason that is known of this kernel (of an unknown one: for any)."""
+    lines = output.splitlines()
+    failed = [line for line in lines if line.startswith("not ok ")]
+    skipped = dict(line.removeprefix("skip ").split(": ", 1) for line in lines if line.startswith("skip "))
+    print(
+        f"{lines[-1] if lines else 'nothing'}\n" + "\n".join(f"skipped {name}: {why}" for name, why in skipped.items())
+    )
+    assert not failed, "\n".join([*failed, "", said])
+    assert status == 0, said
+    assert any(line.startswith("ok ") for line in lines), said
+    if may_skip is not None:
+        strange = {name: why for name, why in skipped.items() if not any(re.fullmatch(e, why) for e in may_skip)}
+        assert not strange, said

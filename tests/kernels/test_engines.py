@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines `rwp` and `rfc` in kernels that have their interfaces: one boot each, in which everything below runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.build import PATCHED
+from tests.kernels.conftest import ROOT, Booted, check_selftest
+
+SEEDS = 40
+KILLS = 30
+# Tests of the kernel layer: all that is about an engine, and the torture. The rest does not differ from what runs outside.
+SUITE = (
+    "test_windows.py",
+    "test_life.py::test_everything_leaves_and_comes_back",
+    "test_life.py::test_a_busy_guest_reads_what_it_wrote",
+    "test_life.py::test_only_idle_pages_leave",
+    "test_life.py::test_a_balloon_reads_zeros_or_what_was_there",
+    "test_life.py::test_an_orderly_keep_and_an_adoption",
+    "test_life.py::test_two_daemons_cannot_serve_one_guest",
+    "test_life.py::test_a_real_vcpu",
+    "test_rules.py::test_missing_comes_with_write_protection_and_by_chunk",
+    "test_rules.py::test_a_balloon_under_eviction",
+    "test_rules.py::test_a_vmm_that_dies_after_a_step",
+    "test_kill.py::test_torture",
+    "test_kill.py::test_a_page_that_does_not_verify_is_a_memory_error",
+    "test_kill.py::test_faults_wait_for_the_successor",
+    "test_kill.py::test_disarm_is_refused_while_a_page_is_stored",
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    status: int
+    output: str
+
+
+@pytest.fixture(scope="module", params=PATCHED)
+def sections(request: pytest.FixtureRequest, booted: Booted, programs: Path) -> dict[str, Section]:
+    """Of one boot: what each command said, and its status."""
+    name: str = request.param
+    python = shlex.quote(sys.executable)
+    suite = " ".join(f"tests/kernel/{test}" for test in SUITE)
+    commands = {
+        "selftest": f"{programs}/selftest --system {name}",
+        "check": f"{python} -m tierd check --json",
+        "driver": f"{programs}/real --engine {name} --slowness 10 --seeds {SEEDS} --store /var/tmp",
+        "suite": f"{python} -m pytest -q --color=no -p no:cacheprovider --durations=5 {suite}",
+    }
+    variables = {
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TIERD_REQUIRE": f"root,kernel,sync-mode,kvm,{name}",
+        "TIERD_TEST_PROGRAMS": programs,
+        "TIERD_TEST_DISK": "/var/tmp",
+        "TIERD_KILLS": KILLS,
+    }
+    script = [f"cd {shlex.quote(str(ROOT))}", *(f"export {key}={value}" for key, value in variables.items())]
+    for section, command in commands.items():
+        script += [f"echo '=== {section}'", command, 'echo "=== status $?"']
+    done = booted(name, "\n".join([*script, "true"]), 1500)
+    found = re.findall(r"^=== (\w+)\n(.*?)^=== status (\d+)$", done.output, re.M | re.S)
+    assert [section for section, _, _ in found] == list(commands), done.said
+    bad = re.findall(r"(?:BUG|WARNING|Oops|general protection).*", done.console)
+    assert not bad, f"the kernel itself complained: {bad}\n{done.said}"
+    return {section: Section(int(status), output) for section, output, status in found} | {
+        "name": Section(0, name),
+    }
+
+
+pytestmark = pytest.mark.timeout(1800)
+
+
+def test_the_interface_is_what_is_described(sections: dict[str, Section]) -> None:
+    said = sections["selftest"]
+    check_selftest(said.status, said.output, said.output, ())
+
+
+def test_check_names_the_engine_and_why(sections: dict[str, Section]) -> None:
+    said = sections["check"]
+    engine = next(f for f in json.loads(said.output)["findings"] if f["name"] == "engine")
+    assert engine["ok"]
+    assert engine["says"].startswith(f"{sections['name'].output}: ")
+
+
+def test_the_seeded_driver(sections: dict[str, Section]) -> None:
+    said = sections["driver"]
+    assert said.status == 0, said.output
+    figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
+    assert figures["pages evicted"] > SEEDS, said.output
+    assert figures["kills in service"] > SEEDS, said.output
+
+
+def test_the_kernel_layer(sections: dict[str, Section]) -> None:
+    said = sections["suite"]
+    print(said.output)
+    assert said.status == 0, said.output
