@@ -32,8 +32,10 @@ from tierd.native import (
     TableRegion,
     Tier,
     Zap,
+    set_async,
     table_away,
     table_create,
+    table_dropping,
     table_lock,
     table_read,
 )
@@ -491,6 +493,9 @@ def adopt(
             raise Stale(text, state_path, left.identity.store_path)
         served.uffd_in_vmm = left.identity.uffd_in_vmm if serving.uffd_in_vmm is None else serving.uffd_in_vmm
         served.uffd = served._own(_userfaultfd_again(served, left.identity, kept_uffd))
+        # before the store is looked for, which may take long: killed in a sync window, the predecessor left the guest waiting
+        if engine.holds_reads and not table_dropping(fd):
+            set_async(engine.number, served.uffd)
         pages = sum(r.bytes for r in spec.regions) // PAGE_BYTES
         served.space = reopen(Path(left.identity.store_path), pages, PAGE_BYTES, direct=serving.store_direct)
         served._undo.callback(served.space.close)

@@ -27,7 +27,8 @@ from tierd.store.file import FileStore
 HERE = Path(__file__).parent
 PAGE = os.sysconf("SC_PAGESIZE")
 MIB = 1 << 20
-ANSWER_S_MAX = 60.0
+SLOWNESS = float(os.environ.get("TIERD_SLOWNESS", "1"))
+ANSWER_S_MAX = 60.0 * SLOWNESS
 WNOTHREAD = 0x20000000  # wait(2): only children of the calling thread
 SAFE = Policy(min_idle_s=0.1, unsafe_min_idle=True, interval_s=0.1)
 
@@ -44,8 +45,8 @@ def compile_child(output: Path, *sources: str, static: bool = False) -> Path:
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
-    """What `condition` says once it is true; fails after `seconds`."""
-    until = time.monotonic() + seconds
+    """What `condition` says once it is true; fails after `seconds` (times TIERD_SLOWNESS, of an emulated machine)."""
+    until = time.monotonic() + seconds * SLOWNESS
     while not (result := condition()):
         assert time.monotonic() < until, f"not within {seconds:g} s: {what}"
         time.sleep(0.01)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernels.build import PATCHED
-from tests.kernels.conftest import ROOT, Booted, check_selftest
+from tests.kernels.machine import ROOT, booted, check_selftest
 
 SEEDS = 40
 KILLS = 30
@@ -44,28 +44,30 @@ class Section:
 
 
 @pytest.fixture(scope="module", params=PATCHED)
-def sections(request: pytest.FixtureRequest, booted: Booted, programs: Path) -> dict[str, Section]:
+def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> dict[str, Section]:
     """Of one boot: what each command said, and its status."""
     name: str = request.param
     python = shlex.quote(sys.executable)
     suite = " ".join(f"tests/kernel/{test}" for test in SUITE)
     commands = {
-        "selftest": f"{programs}/selftest --system {name}",
         "check": f"{python} -m tierd check --json",
-        "driver": f"{programs}/real --engine {name} --slowness 10 --seeds {SEEDS} --store /var/tmp",
+        "driver": f"{children}/real --engine {name} --slowness 10 --seeds {SEEDS} --store /var/tmp",
         "suite": f"{python} -m pytest -q --color=no -p no:cacheprovider --durations=5 {suite}",
+        "selftest": f"{selftest} --system {name}",  # the last one: it changes what the system is set to
     }
     variables = {
         "PYTHONDONTWRITEBYTECODE": "1",
         "TIERD_REQUIRE": f"root,kernel,sync-mode,kvm,{name}",
-        "TIERD_TEST_PROGRAMS": programs,
+        "TIERD_TEST_PROGRAMS": children,
         "TIERD_TEST_DISK": "/var/tmp",
         "TIERD_KILLS": KILLS,
+        "TIERD_SLOWNESS": 5,
     }
-    script = [f"cd {shlex.quote(str(ROOT))}", *(f"export {key}={value}" for key, value in variables.items())]
+    cgroups = "mount -t cgroup2 none /sys/fs/cgroup && echo +memory >/sys/fs/cgroup/cgroup.subtree_control"
+    script = [cgroups, f"cd {shlex.quote(str(ROOT))}", *(f"export {key}={value}" for key, value in variables.items())]
     for section, command in commands.items():
         script += [f"echo '=== {section}'", command, 'echo "=== status $?"']
-    done = booted(name, "\n".join([*script, "true"]), 1500)
+    done = booted(name, "\n".join([*script, "true"]), 1500, append="numa=fake=2")
     found = re.findall(r"^=== (\w+)\n(.*?)^=== status (\d+)$", done.output, re.M | re.S)
     assert [section for section, _, _ in found] == list(commands), done.said
     bad = re.findall(r"(?:BUG|WARNING|Oops|general protection).*", done.console)
@@ -95,7 +97,8 @@ def test_the_seeded_driver(sections: dict[str, Section]) -> None:
     assert said.status == 0, said.output
     figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
     assert figures["pages evicted"] > SEEDS, said.output
-    assert figures["kills in service"] > SEEDS, said.output
+    assert figures["kills in service"] > 0, said.output
+    assert figures["kills in adoption"] > 0, said.output
 
 
 def test_the_kernel_layer(sections: dict[str, Section]) -> None:

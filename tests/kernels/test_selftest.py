@@ -106,6 +106,7 @@ def test_the_stock_engine_on_a_debian_kernel(children: Path, name: str) -> None:
         "PYTHONDONTWRITEBYTECODE": "1",
         "TIERD_REQUIRE": "root,kernel",
         "TIERD_TEST_DISK": "/var/tmp",
+        "TIERD_SLOWNESS": "5",
         "TIERD_TEST_PROGRAMS": str(children),
     }
     there = ["env", *(f"{key}={value}" for key, value in variables.items()), sys.executable, "-m", "pytest"]

@@ -2,7 +2,7 @@
 /*
  * driver.c: the data plane against the model kernel, under a seeded scheduler.
  *
- *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--engine stock|rwp|rfc] [-v]
+ *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--engine stock|rwp|rfc] [-v]
  *
  * Guest threads read and write, fault workers serve, one worker evicts, a killer kills the daemon and starts another, an
  * operator repairs what was destroyed. Every page-table access and every piece of a system call is a point where somebody else
@@ -66,7 +66,8 @@ static uint64_t seed, step;
 static uint32_t engine; /* TIERD_ENGINE_* */
 static uint32_t stall_chance, guest_threads;
 static void (*staller)(uint32_t); /* who stalls; NULL: anybody */
-static bool verbose, late_io, guests_stop, stopping, daemon_done, adopting, repaired;
+static uint32_t remapped;         /* nobody sees what is touched there: MODEL_PAGES_MAX: none */
+static bool remap, verbose, late_io, guests_stop, stopping, daemon_done, adopting, repaired;
 
 /* One corner is known and allowed: a daemon that is killed between the COPY of a fetch and the fetch's last move, and a page
  * that the VMM gives back before the successor has looked at it. The successor cannot tell whether the COPY was made, and
@@ -370,10 +371,29 @@ void world_before_pass(void)
 void world_selected(double min_idle_s)
 {
 	for (uint32_t page = 0; page < S.pages; page++)
-		if (state_of(page) == LEAVING && looks_untouched(page) && !S.giving_back[page] &&
+		if (page != remapped && state_of(page) == LEAVING && looks_untouched(page) && !S.giving_back[page] &&
 		    M.now_ns - touched_ns[page] < (uint64_t)(min_idle_s * 1e9))
 			model_fail("page %u leaves %lu ns after the guest touched it", page,
 				   M.now_ns - touched_ns[page]);
+}
+
+/* Once, somewhere among the pages that may leave: a mapping made anew. Of one that is with the guest: what is stored is lost to it
+ * with every engine, and what fills such a hole is the kernel. */
+static void run_remapper(uint32_t unused)
+{
+	(void)unused;
+	for (int pauses = 0; pauses < 300; pauses++)
+		model_pause();
+	while (!guests_stop) {
+		uint32_t page = below(S.pages);
+
+		if (guest && guest->words && !adopting && state_of(page) == RESIDENT && M.missing[page]) {
+			model_remap(page);
+			remapped = page;
+			break;
+		}
+		model_pause();
+	}
 }
 
 static void run_guest(uint32_t thread)
@@ -545,6 +565,7 @@ static void set_up(void)
 	memset(&S, 0, sizeof(S));
 	memset(maybe_arrived, 0, sizeof(maybe_arrived));
 	memset(touched_ns, 0, sizeof(touched_ns));
+	remapped = MODEL_PAGES_MAX;
 	guests_stop = stopping = daemon_done = adopting = repaired = false;
 	M.now_ns = 1000000000;
 	M.regions = crowded ? 1 : 1 + below(MODEL_REGIONS_MAX);
@@ -636,9 +657,13 @@ static void run_seed(uint64_t steps)
 	step = 0;
 	below(2);
 	set_up();
-	kill_chance = below(2) ? 1 + below(3) : 0; /* in 1/1000 of every hundredth step */
+	kill_chance = below(2) && !remap ? 1 + below(3) : 0; /* in 1/1000 of every hundredth step */
 	for (uint32_t i = 0; i < guest_threads; i++)
 		spawn(GUEST, run_guest, i);
+	if (remap) {
+		spawn(GUEST, run_remapper, GUEST_THREADS_MAX);
+		S.failures = true; /* it is refused, then */
+	}
 	daemon_start(false);
 	for (uint64_t i = 0; i < steps; i++) {
 		if (!schedule())
@@ -689,6 +714,8 @@ int main(int count, char **arguments)
 			verbose = true;
 		else if (!strcmp(arguments[i], "--late-io"))
 			late_io = true;
+		else if (!strcmp(arguments[i], "--remap"))
+			remap = true;
 		else if (i + 1 < count && !strcmp(arguments[i], "--engine") && script_engine(arguments[i + 1], &engine))
 			i++;
 		else if (i + 1 < count && !strcmp(arguments[i], "--seeds"))
@@ -698,7 +725,8 @@ int main(int count, char **arguments)
 		else if (i + 1 < count && !strcmp(arguments[i], "--steps"))
 			steps = strtoull(arguments[++i], NULL, 10);
 		else
-			return fprintf(stderr, "usage: driver [--seeds N] [--from S] [--steps K] [--late-io] [--engine "
+			return fprintf(stderr, "usage: driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] "
+					       "[--engine "
 					       "stock|rwp|rfc] [-v]\n"),
 			       2;
 	}

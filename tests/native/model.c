@@ -135,6 +135,13 @@ void model_zap(uint32_t page)
 	M.poisoned[page] = false;
 }
 
+void model_remap(uint32_t page)
+{
+	unmap(page);
+	M.marker[page] = M.wp[page] = M.missing[page] = M.minor[page] = M.rwp[page] = false;
+	wake(page, 1);
+}
+
 bool model_unread(void)
 {
 	for (int i = 0; i < MODEL_THREADS_MAX; i++)
@@ -502,7 +509,9 @@ ssize_t sys_pagemap_read(int pagemap, uint64_t *entries, size_t count, uint64_t 
 	(void)pagemap;
 	model_enter();
 	for (uint32_t i = 0; i < pages; i++) {
-		entries[i] = M.present[first + i]    ? 1ull << 63 | (uint64_t)M.protected[first + i] << 57
+		entries[i] = M.present[first + i]
+				     ? 1ull << 63 | (uint64_t)(M.protected[first + i] || M.rwp_protected[first + i])
+							    << 57
 			     : M.marker[first + i]   ? 1ull << 62 | 1ull << 57
 			     : M.poisoned[first + i] ? 1ull << 62
 						     : 0;

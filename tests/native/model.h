@@ -93,7 +93,8 @@ _Noreturn void model_fail(const char *format, ...) __attribute__((format(printf,
 enum model_access model_access(uint32_t thread, uint32_t page, bool write, uint64_t *value);
 void model_give_back(
 	uint32_t page); /* MADV_REMOVE by the VMM itself; always leaves a hole: no guest with large folios is served */
-void model_zap(uint32_t page); /* MADV_DONTNEED by the VMM itself: poison goes, markers of a hold stay */
+void model_zap(uint32_t page);   /* MADV_DONTNEED by the VMM itself: poison goes, markers of a hold stay */
+void model_remap(uint32_t page); /* the VMM maps the file there anew: not registered with anybody */
 bool model_unread(void);
 
 /* the store's side */

@@ -31,10 +31,19 @@ def test_seeds(tmp_path: Path) -> None:
 def test_seeds_of_an_engine_with_a_sync_mode(tmp_path: Path, engine: str) -> None:
     """The same on the model of a kernel that has the interface. 20,000 of rwp's seeds were not enough: hence the start."""
     binary = build_driver(tmp_path / "driver", ["-O2"])
-    figures = run_seeds(binary, max(SEEDS // 2, 100), "--engine", engine, first=20001)
+    figures = run_seeds(binary, max(SEEDS // 2, 100), "--engine", engine, first=40001)
     assert figures["pages evicted"] > SEEDS / 4
     assert figures["repaired"] > 0, "no punch left its page in the cache"
     assert figures["memory errors"] > 0, "no stored copy was destroyed"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("engine", ["stock", "rwp", "rfc"])
+def test_seeds_with_a_mapping_made_anew(tmp_path: Path, engine: str) -> None:
+    """By the VMM, at the same addresses: it is not registered, and no page of it may leave."""
+    binary = build_driver(tmp_path / "driver", ["-O2"])
+    figures = run_seeds(binary, max(SEEDS // 10, 100), "--engine", engine, "--remap")
+    assert figures["pages evicted"] > 0
 
 
 @pytest.mark.timeout(900)

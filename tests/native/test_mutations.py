@@ -255,16 +255,22 @@ NATIVE_ENGINES = [
         "		int failed = g->engine->set_async(g->uffd, true) + drop_slots(b, first, dropping, ret);\n",
     ),
     Mutation(
-        "rwp_window_believes_the_scan_before_it",  # rule 1 of sync mode: a page touched since the copy
+        "rwp_window_does_not_look_again",  # rule 1 of sync mode: a page touched since the copy
         "evict.c",
-        "	if (bit_get(b->touched, bit))\n		return 0;\n	if (b->g->engine->holds_mapped && bit_get(b->other, bit)) {",
-        "	if (b->g->engine->holds_mapped && bit_get(b->other, bit)) {",
+        "	*ret = bit_get(b->other, bit);",
+        "	*ret = bit_get(b->other, bit) || bit_get(b->touched, bit);",
     ),
     Mutation(
-        "rwp_unmapped_page_not_compared",  # touched and unmapped again since the copy
+        "rwp_unmapped_page_leaves",  # touched and unmapped again since the copy
         "evict.c",
-        "	*ret = !error && !memcmp(b->again,",
-        "	*ret = !error || !memcmp(b->again,",
+        "		return error == -EEXIST || error == -EFAULT ? 0 : error;",
+        "		*ret = error == -EEXIST || !error;\n		return 0;",
+    ),
+    Mutation(
+        "rwp_absence_is_taken_for_protection",  # of a mapping made anew nothing is seen
+        "evict.c",
+        "	return g->engine->holds_mapped ? scan_protected(g, b->pages[first], n, b->touched, b->other)",
+        "	return g->engine->holds_mapped ? scan_range(g, b->pages[first], n, b->touched, SYS_PAGE_PRESENT, b->other)",
     ),
     Mutation(
         "rwp_minor_not_registered",
@@ -293,8 +299,8 @@ NATIVE_ENGINES = [
     Mutation(
         "rfc_no_marker",  # SET_MODE does not wait for faults that have seen async mode
         "evict.c",
-        "	if (!b->g->engine->holds_mapped && !bit_get(b->other, bit))\n		return 0; /* no marker */",
-        "",
+        "	if (bit_get(b->touched, bit) || !bit_get(b->other, bit))\n		return 0;",
+        "	if (bit_get(b->touched, bit))\n		return 0;",
     ),
     Mutation(
         "rfc_unmapped_page_not_compared",
@@ -316,7 +322,8 @@ MORE = {
     "late_write_lands_in_used_space": ("--late-io",),
     "parked_page_read_whatever_its_tier": ("--from", "37400"),  # it takes a page that leaves again between two looks
     **{mutation.name: ("--engine", mutation.name[:3]) for mutation in NATIVE_ENGINES},
-    "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--from", "20001"),
+    "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--from", "40001"),
+    "rwp_absence_is_taken_for_protection": ("--engine", "rwp", "--remap"),
 }
 # Two walls stand behind each other here: one alone holds, so both are broken.
 ALSO = {
@@ -336,6 +343,12 @@ ALSO = {
     ),
     "checksum_not_verified_and_no_sync": Mutation(
         "no_sync", "store.c", "		error = sys_store_sync(t->fd);", "		error = 0;"
+    ),
+    "rwp_absence_is_taken_for_protection": Mutation(
+        "not_touched_is_enough",
+        "evict.c",
+        "	*ret = bit_get(b->other, bit);",
+        "	*ret = bit_get(b->other, bit) && !bit_get(b->touched, bit);",
     ),
     "rfc_no_marker": Mutation(
         "marker_not_set",

@@ -78,17 +78,18 @@ def trial_failed(engine: str, error: int, step: int) -> str:
 
 
 def engine_of(number: EngineNumber, found: Probe) -> Engine:
-    """The engine that a state file names. EngineUnavailable: it does not work here, which an operator must look at."""
-    return _make(number.name.lower(), found)
+    """The engine that a state file names. It has worked since this boot, so a trial that fails now (on a busy host, without a
+    free descriptor) must not keep a guest waiting."""
+    return _make(number.name.lower(), found, tried=False)
 
 
-def _make(name: str, found: Probe) -> Engine:
+def _make(name: str, found: Probe, tried: bool = True) -> Engine:
     from tierd.engine.rfc import RfcEngine
     from tierd.engine.rwp import RwpEngine
     from tierd.engine.stock import StockEngine
 
     engines: dict[str, type[Engine]] = {"rwp": RwpEngine, "rfc": RfcEngine, "stock": StockEngine}
-    return engines[name](found)  # type: ignore[call-arg]
+    return engines[name](found, tried)  # type: ignore[call-arg]
 
 
 def choose(wanted: str = "auto", found: Probe | None = None) -> Engine:

@@ -24,9 +24,9 @@ class RfcEngine:
     holds_reads = True
     use_pagemap = False
 
-    def __init__(self, found: Probe) -> None:
-        """EngineUnavailable when the trial failed."""
-        if found.rfc:
+    def __init__(self, found: Probe, tried: bool = True) -> None:
+        """EngineUnavailable when the trial failed, unless it need not have been `tried`."""
+        if tried and found.rfc:
             raise EngineUnavailable(trial_failed("rfc", found.rfc, found.rfc_step))
         self.found = found
 

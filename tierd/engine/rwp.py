@@ -23,9 +23,9 @@ class RwpEngine:
     holds_reads = True
     use_pagemap = False
 
-    def __init__(self, found: Probe) -> None:
-        """EngineUnavailable when the trial failed."""
-        if found.rwp:
+    def __init__(self, found: Probe, tried: bool = True) -> None:
+        """EngineUnavailable when the trial failed, unless it need not have been `tried`."""
+        if tried and found.rwp:
             raise EngineUnavailable(trial_failed("rwp", found.rwp, found.rwp_step))
         self.found = found
 

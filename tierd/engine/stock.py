@@ -28,11 +28,11 @@ class StockEngine:
     sees_reads = True
     holds_reads = False
 
-    def __init__(self, found: Probe) -> None:
-        """EngineUnavailable when a trial that this engine needs failed."""
+    def __init__(self, found: Probe, tried: bool = True) -> None:
+        """EngineUnavailable when a trial that this engine needs failed, unless it need not have been `tried`."""
         for trial, needs in _NEEDED.items():
             error = getattr(found, trial)
-            if error:
+            if tried and error:
                 raise EngineUnavailable(f"the stock engine needs {needs}; the trial said: {os.strerror(error)}")
         self.found = found
 

@@ -249,16 +249,18 @@ def table_read(fd: int) -> tuple[Identity, tuple[TableRegion, ...], Serving]:
 
 
 def _serving(c: Any) -> Serving:
-    """Outside of the checksum, so no value is trusted beyond its bounds."""
+    """Outside of the checksum, so no value is trusted beyond its bounds. KernelError EBADMSG: an engine that there is not."""
     if not c.known:
         return Serving()
+    if c.engine not in list(EngineNumber):
+        raise KernelError(errno.EBADMSG, "state file")
     return Serving(
         read_deadline_s=min(c.read_deadline_ns / 1e9, READ_DEADLINE_S_MAX),
         hold_lost=c.on_lost == lib.TIERD_LOST_HOLD,
         readahead_pages=min(max(c.readahead_pages, 1), READAHEAD_PAGES_MAX),
         store_direct=bool(c.store_flags & lib.TIERD_SPACE_DIRECT),
         uffd_in_vmm=c.uffd_moved - 1 if c.uffd_moved > 0 else None,
-        engine=EngineNumber(c.engine) if c.engine in list(EngineNumber) else EngineNumber.STOCK,
+        engine=EngineNumber(c.engine),
     )
 
 
@@ -267,6 +269,18 @@ def table_away(fd: int) -> int:
     out = ffi.new("uint64_t *")
     check(lib.tierd_table_away(fd, out), "state file")
     return int(out[0])
+
+
+def table_dropping(fd: int) -> int:
+    """Pages that were being dropped when the predecessor ended. With the lock held."""
+    out = ffi.new("uint64_t *")
+    check(lib.tierd_table_dropping(fd, out), "state file")
+    return int(out[0])
+
+
+def set_async(engine: EngineNumber, uffd: int) -> None:
+    """Async mode for a userfaultfd whose guest is not served yet. Wakes whoever waits; they fault again."""
+    check(lib.tierd_set_async(engine, uffd), "change to async mode")
 
 
 def table_lock(fd: int) -> bool:

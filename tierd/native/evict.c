@@ -407,9 +407,10 @@ static int settle_dropped(struct tierd_batch *b, uint32_t i, bool cached, struct
 		ssize_t n = sys_mem_write(r->memfd, b->bytes + i * b->page_bytes, b->page_bytes,
 					  mem_offset_of(r, b->pages[i]));
 
-		if (n != (ssize_t)b->page_bytes)
-			return n < 0 ? (int)n
-				     : -EIO; /* stays DROPPING: adoption or the next try decides, nobody reads it */
+		/* a file that was sealed meanwhile can neither be punched nor written: then the bytes are there still */
+		if (n != (ssize_t)b->page_bytes && (read_pages(b, b->pages[i], 1, b->again) ||
+						    memcmp(b->again, b->bytes + i * b->page_bytes, b->page_bytes)))
+			return n < 0 ? (int)n : -EIO; /* stays DROPPING: adoption decides */
 		to = word_with_epoch(to, epoch_next(g));
 		count_add(&g->count.pages_repaired, 1);
 	} else {
@@ -560,30 +561,53 @@ int tierd_batch_cancel(struct tierd_batch *b, struct tierd_batch_result *ret)
 /* --- a sync window ------------------------------------------------------------------------------------------------------ */
 
 /*
- * What was copied before the window is what the page holds now, because nobody touched it since:
+ * What was copied before the window is what the page holds now, because nobody touched it since. That must be seen, not concluded
+ * from an absence: a mapping that the VMM has made anew since is not registered, and nothing is ever seen of it.
  *
- *   mapped, and untouched: it was protected before it was copied, and only the worker protects.
- *   not mapped: it may have been mapped, written and unmapped again (reclaim, the VMM itself), so the bytes are compared.
+ *   rwp   the entry of the page table is there and carries the protection, which it had before the copy: only the worker protects.
+ *   rfc   the entry carries the hold's marker. But the page may have been mapped, written and unmapped again (reclaim, the VMM
+ *	   itself) between the copy and the hold, so the bytes are compared.
  *
- * From here to the end of the window an access waits: at the protection, as MINOR (both modes are registered for the chunk
- * before a page is selected), or at the marker.
+ * From here to the end of the window an access waits: at the protection, or as MINOR and at the marker.
  */
-static int still_cold(struct tierd_batch *b, uint32_t slot, uint32_t bit, bool *ret)
+static int rwp_still_cold(struct tierd_batch *b, uint32_t slot, uint32_t bit, bool *ret)
+{
+	struct tierd_guest *g = b->g;
+	uint64_t touched, present;
+	int error;
+
+	*ret = bit_get(b->other, bit);
+	if (*ret)
+		return 0;
+	if (!bit_get(b->touched, bit)) { /* not mapped: mapped now, it is protected by the next pass, and leaves then */
+		error = sys_uffd_continue(g->uffd, address_of(g, b->pages[slot]), g->page_bytes);
+		return error == -EEXIST || error == -EFAULT ? 0 : error;
+	}
+	error = scan_range(g, b->pages[slot], 1, &touched, SYS_PAGE_PRESENT, &present);
+	if (error || touched || !present || page_load(g, b->pages[slot]) != b->words[slot])
+		return error;
+	return -ENOENT; /* mapped, not protected, and not touched: not registered */
+}
+
+static int rfc_still_cold(struct tierd_batch *b, uint32_t slot, uint32_t bit, bool *ret)
 {
 	int error;
 
 	*ret = false;
-	if (bit_get(b->touched, bit))
+	if (bit_get(b->touched, bit) || !bit_get(b->other, bit))
 		return 0;
-	if (b->g->engine->holds_mapped && bit_get(b->other, bit)) {
-		*ret = true;
-		return 0;
-	}
-	if (!b->g->engine->holds_mapped && !bit_get(b->other, bit))
-		return 0; /* no marker */
 	error = read_pages(b, b->pages[slot], 1, b->again);
 	*ret = !error && !memcmp(b->again, b->bytes + slot * b->page_bytes, b->page_bytes);
 	return error;
+}
+
+/* rwp: `touched`: mapped without the protection; `other`: mapped with it. rfc: as in hold. */
+static int look_at_run(struct tierd_batch *b, uint32_t first, uint32_t n)
+{
+	struct tierd_guest *g = b->g;
+
+	return g->engine->holds_mapped ? scan_protected(g, b->pages[first], n, b->touched, b->other)
+				       : scan_range(g, b->pages[first], n, b->touched, SYS_PAGE_SWAPPED, b->other);
 }
 
 /* The run of slots [first, first + n): all of it has been decided when this returns. */
@@ -594,13 +618,13 @@ static int window_run(struct tierd_batch *b, uint32_t first, uint32_t n, struct 
 	int error = hold_run(b, b->pages[first], n);
 
 	if (!error)
-		error = scan_range(g, b->pages[first], n, b->touched,
-				   g->engine->holds_mapped ? SYS_PAGE_PRESENT : SYS_PAGE_SWAPPED, b->other);
+		error = look_at_run(b, first, n);
 	for (uint32_t i = first; i < first + n; i++) {
 		bool cold = false;
 
 		if (!error)
-			error = still_cold(b, i, i - first, &cold);
+			error = g->engine->holds_mapped ? rwp_still_cold(b, i, i - first, &cold)
+							: rfc_still_cold(b, i, i - first, &cold);
 		if (cold)
 			keep(b, kept++, i);
 		else
@@ -619,8 +643,8 @@ static int window_run(struct tierd_batch *b, uint32_t first, uint32_t n, struct 
 }
 
 /*
- * The one way out of sync mode. No page is DROPPING any more (but one whose bytes could not be written back: it stays the
- * worker's, and no access of the guest can be lost on it), so nothing is punched after it; what is still LEAVING is looked at
+ * The one way out of sync mode. No page is DROPPING any more (but one whose bytes are gone from the cache and could not be written
+ * back, for which there is no cause that we know), so nothing is punched after it; what is still LEAVING is looked at
  * again in the next window before anything is done to it.
  */
 static int window_end(struct tierd_batch *b, uint64_t began_ns)
@@ -643,12 +667,12 @@ int tierd_batch_window(struct tierd_batch *b, uint64_t window_ns_max, struct tie
 	struct tierd_guest *g = b->g;
 	uint64_t began_ns;
 	uint32_t n;
-	int error = batch_enter(b, WRITTEN, ret), failed;
+	int error = batch_enter(b, WRITTEN, ret), failed, discarded = 0;
 
 	if (error)
 		return error;
 	if (!b->first)
-		error = discard_zeroed(b); /* an I/O of the store: before the guest is held */
+		discarded = discard_zeroed(b); /* an I/O of the store: before the guest is held */
 	began_ns = sys_now_ns();
 	atomic_store(&g->in_window, true);
 	failed = g->engine->set_async(g->uffd, false);
@@ -666,6 +690,8 @@ int tierd_batch_window(struct tierd_batch *b, uint64_t window_ns_max, struct tie
 	failed = window_end(b, began_ns);
 	if (!error)
 		error = failed;
+	if (!error)
+		error = discarded;
 	ret->left_pages = b->count - b->first;
 	if (error)
 		count_error(g, &g->count.kernel_errors, error);

@@ -273,6 +273,10 @@ static inline int bucket_of(uint64_t ns)
 int scan_range(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint64_t *touched, uint64_t other_category,
 	       uint64_t *other);
 
+/* Pages that are mapped and carry the uffd bit, and mapped ones that do not. From the entries themselves: PAGEMAP_SCAN says nothing
+ * of a mapping that is not registered. */
+int scan_protected(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint64_t *bare, uint64_t *protected);
+
 static inline size_t bitmap_bytes(uint64_t bits)
 {
 	return (bits + 63) / 64 * 8;

@@ -90,6 +90,27 @@ int scan_range(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint6
 			      : scan_by_ioctl(g, start, end, touched, other_category, other);
 }
 
+int scan_protected(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint64_t *bare, uint64_t *protected)
+{
+	uint64_t entries[ENTRIES], done = 0;
+
+	memset(bare, 0, bitmap_bytes(pages));
+	memset(protected, 0, bitmap_bytes(pages));
+	while (done < pages) {
+		uint64_t want = pages - done < ENTRIES ? pages - done : ENTRIES;
+		ssize_t n = sys_pagemap_read(g->pagemap, entries, want, address_of(g, first_page + done));
+
+		if (n == -EINTR)
+			continue;
+		if (n < (ssize_t)sizeof(entries[0]))
+			return n < 0 ? (int)n : -ESRCH;
+		for (size_t i = 0; i < (size_t)n / sizeof(entries[0]); i++, done++)
+			if (entries[i] >> 63)
+				bit_set(entries[i] >> 57 & 1 ? protected : bare, done);
+	}
+	return 0;
+}
+
 static void stamp_page(struct tierd_guest *g, uint64_t first_page, uint64_t i, uint16_t epoch)
 {
 	page_word w = page_load(g, first_page + i), to;

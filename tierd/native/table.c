@@ -191,7 +191,7 @@ int tierd_table_read(int fd, struct tierd_identity *identity, struct tierd_regio
 	return 0;
 }
 
-int tierd_table_away(int fd, uint64_t *pages)
+static int count_pages(int fd, uint32_t states, uint64_t *pages)
 {
 	struct table_header *h;
 	const page_word *words;
@@ -204,13 +204,20 @@ int tierd_table_away(int fd, uint64_t *pages)
 	if (h == MAP_FAILED)
 		return -errno;
 	words = (const page_word *)((const char *)h + TABLE_HEADER_BYTES);
-	for (uint64_t i = 0; i < h->pages; i++) {
-		enum page_state state = word_state(words[i]);
-
-		*pages += state != RESIDENT && state != RESOLVING && state != LEAVING;
-	}
+	for (uint64_t i = 0; i < h->pages; i++)
+		*pages += states >> word_state(words[i]) & 1;
 	munmap(h, (size_t)st.st_size);
 	return 0;
+}
+
+int tierd_table_away(int fd, uint64_t *pages)
+{
+	return count_pages(fd, ~(uint32_t)(TO(RESIDENT) | TO(RESOLVING) | TO(LEAVING)), pages);
+}
+
+int tierd_table_dropping(int fd, uint64_t *pages)
+{
+	return count_pages(fd, TO(DROPPING), pages);
 }
 
 int tierd_table_lock(int fd)

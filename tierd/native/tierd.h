@@ -206,6 +206,10 @@ int tierd_table_read(int fd, struct tierd_identity *identity, struct tierd_regio
 /* Pages that are not with the guest, by the table (which may lag behind the kernel): 0 means that nothing is needed to leave
  * it. With the lock held. */
 int tierd_table_away(int fd, uint64_t *pages);
+/* Pages that were being dropped when the predecessor ended. With the lock held. */
+int tierd_table_dropping(int fd, uint64_t *pages);
+/* Async mode for a userfaultfd that no guest here has yet; wakes everybody. Nothing where the engine has no modes. */
+int tierd_set_async(uint32_t engine, int uffd);
 /* flock(LOCK_EX|LOCK_NB) on fd: free only when the last thread of a predecessor is gone. -EWOULDBLOCK while it is held. */
 int tierd_table_lock(int fd);
 
