@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := build/.installed
 C_SOURCES := $(wildcard tierd/native/*.c tierd/native/*.h tierd/native/build.py)
 
-.PHONY: demo test bench torture soak build lint setup install clean
+.PHONY: demo test bench torture soak build lint setup install clean kernels test-kernels bench-kernels
 
 build: $(STAMP)
 
@@ -24,9 +24,21 @@ setup: build
 demo: setup
 	@$(VENV)/bin/tierd --config config/tierd.yaml demo --directory build/vm $(if $(JSON),--json)
 
-test: setup lint
+test: setup lint kernels
 	@tests/setup.sh libvirt metrics disks boot
 	$(PY) -m pytest -q $(ARGS)
+
+# Kernels that have the engines' interfaces, and Debian's own: built or unpacked once, into ~/.cache/tierd/kernels.
+kernels:
+	@python3 -m tests.kernels.build
+
+# What the native interfaces cost beside the bare calls, in kernels that have them: ratios, it is an emulation.
+bench-kernels: build kernels
+	$(PY) -m tests.kernels.bench $(ARGS)
+
+# Only the tests that boot them.
+test-kernels: build kernels
+	$(PY) -m pytest -q tests/kernels $(ARGS)
 
 lint: build
 	$(VENV)/bin/ruff check .

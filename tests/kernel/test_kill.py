@@ -42,6 +42,8 @@ def test_torture(vmm_binary: Path) -> None:
     result = torture(vmm_binary, kills=KILLS or 1 << 30, seconds=SECONDS, seed=seed, guests=3)
     check(result)
     assert result["kills"] >= (KILLS or 100)
+    if KILLS and KILLS < 100:  # too few for all that is a matter of chance
+        return
     assert result["poisoned_pages"] > 0
     for moment in ("kills_at_start", "kills_in_attach", "kills_in_adoption", "kills_in_detach"):
         assert result[moment] > 0, moment

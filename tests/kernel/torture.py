@@ -36,6 +36,7 @@ import click
 
 from tests.kernel.pressure import pressure
 from tests.kernel.vmm import MIB, PAGE, Vmm, compile_child, wait_for
+from tierd.engine import choose
 from tierd.native import STATES
 from tierd.serve import wait_for_lock
 
@@ -288,7 +289,7 @@ def torture(
             "wrong_bytes": sum(each["wrong"] for each in stats) * 8,
             "poisoned_pages": sum(len(one.failed_pages()) for one in tortured),
             "seed": seed,
-            "engine": "stock",
+            "engine": choose().name,
             "destroyed_pages": sum(len(one.destroyed) for one in tortured),
             **{f"kills_{moment}": moments[moment] for moment in ("at_start", "in_attach", "in_adoption", "in_service")},
             "kills_in_detach": moments["in_detach"] + moments["after_detach"],

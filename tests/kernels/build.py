@@ -12,6 +12,7 @@ that it comes from. As root on Debian; runs before the project's venv exists, so
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import shutil
 import subprocess
@@ -124,11 +125,14 @@ class Apt:
 
     @staticmethod
     def _archive() -> str:
-        lines = run(["apt-get", "indextargets", "--format", "$(ORIGIN)\t$(LABEL)\t$(REPO_URI)", "Created-By: Packages"])
-        for line in lines.splitlines():
-            origin, label, uri = line.split("\t")
-            if (origin, label) == ("Debian", "Debian"):
-                return uri
+        show = ["apt-get", "indextargets", "--format", "$(ORIGIN)\t$(LABEL)\t$(REPO_URI)", "Created-By: Packages"]
+        for update in (False, True):  # without package lists it is not known whose an archive is
+            if update:
+                run(["apt-get", "-qy", "update"])
+            for line in run(show).splitlines():
+                origin, label, uri = line.split("\t")
+                if (origin, label) == ("Debian", "Debian"):
+                    return uri
         raise BuildError("apt knows no Debian archive: run apt-get update, or see to /etc/apt/sources.list")
 
     def version(self, package: str) -> str:
@@ -209,10 +213,10 @@ def unpack_debian(name: str, archive: Apt, work: Path, to: Path) -> None:
 
 
 def _key_of(name: str) -> str:
-    parts = [Path(__file__).read_bytes()]
-    if name in PATCHED:
-        parts += [(HERE / "config").read_bytes(), (HERE / f"{name}.patch").read_bytes()]
-    return _key(name, *parts)
+    if name not in PATCHED:
+        return _key(name, inspect.getsource(unpack_debian), *MODULES)
+    recipe = inspect.getsource(build_patched) + inspect.getsource(_configure)
+    return _key(name, recipe, (HERE / "config").read_bytes(), (HERE / f"{name}.patch").read_bytes())
 
 
 def _at(directory: Path, name: str) -> Kernel:

@@ -16,17 +16,17 @@ from tests.kernels.build import PATCHED
 from tests.kernels.machine import ROOT, booted, check_selftest
 
 SEEDS = 40
-KILLS = 30
+KILLS = 8
 # Tests of the kernel layer: all that is about an engine, and the torture. The rest does not differ from what runs outside.
 SUITE = (
     "test_windows.py",
-    "test_life.py::test_everything_leaves_and_comes_back",
-    "test_life.py::test_a_busy_guest_reads_what_it_wrote",
+    "test_life.py::test_everything_leaves_and_comes_back[default]",
+    "test_life.py::test_a_busy_guest_reads_what_it_wrote[default]",
     "test_life.py::test_only_idle_pages_leave",
     "test_life.py::test_a_balloon_reads_zeros_or_what_was_there",
     "test_life.py::test_an_orderly_keep_and_an_adoption",
     "test_life.py::test_two_daemons_cannot_serve_one_guest",
-    "test_life.py::test_a_real_vcpu",
+    "test_life.py::test_a_real_vcpu[default]",
     "test_rules.py::test_missing_comes_with_write_protection_and_by_chunk",
     "test_rules.py::test_a_balloon_under_eviction",
     "test_rules.py::test_a_vmm_that_dies_after_a_step",
