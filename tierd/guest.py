@@ -397,7 +397,11 @@ class Guest:
             self._host.store_trouble[self.key] = str(error)
         if self._trouble != str(error):
             self._trouble = str(error)
-            self._log.warning("eviction_failed", error=str(error), pages="stay with the guest")
+            made_anew = isinstance(error, KernelError) and error.errno == errno.ENOENT
+            action = (
+                "the VMM has mapped its memory anew: detach and attach the guest" if made_anew else "none: tried again"
+            )
+            self._log.warning("eviction_failed", error=str(error), pages="stay with the guest", action=action)
 
     def _recovered(self) -> None:
         if self._trouble is not None and trio.current_time() >= self._not_before:
