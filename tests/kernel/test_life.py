@@ -256,8 +256,8 @@ def test_a_real_vcpu(vcpu_binary: Path, host: Host, variant: dict[str, Any]) -> 
     with Vmm(vcpu_binary, arg0="qemu-system-x86_64") as vmm:
         vmm.ask("fill")
         with host.attached(vmm, **variant) as tiered:
-            # us between two laps: where the copy comes before the hold, what is touched on every lap of 2 ms never leaves
-            vmm.ask("run", 100_000 if tiered.native.has_sync_mode else 2000)
+            # laps a second: where the copy comes before the hold, what is touched again within a millisecond never leaves
+            vmm.ask("run", 10 if tiered.native.has_sync_mode else 2000)
 
             def much_happened() -> bool:
                 tiered.scan()

@@ -410,18 +410,24 @@ static void on_alarm(int signal)
 	_exit(1);
 }
 
+/* Before 6.6 there is no poison: a page that is lost would leave its thread waiting, so none is, then. */
 static int userfaultfd_create(void)
 {
+	const uint64_t poison = 1ull << 14;
 	int uffd = must((int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK), "userfaultfd");
-	struct uffdio_api api = {.api = UFFD_API,
-				 .features = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_PAGEFAULT_FLAG_WP |
-					     UFFD_FEATURE_THREAD_ID | 1ull << 12 /* WP_HUGETLBFS_SHMEM, 5.19 */ |
-					     1ull << 14 /* POISON, 6.6 */};
+	uint64_t features = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_THREAD_ID |
+			    1ull << 12 /* WP_HUGETLBFS_SHMEM, 5.19 */;
+	struct uffdio_api api = {.api = UFFD_API};
 
 	if (engine != TIERD_ENGINE_STOCK)
-		api.features |=
-			1ull << 10 /* MINOR_SHMEM */ | 1ull << 17 | 1ull << 18 /* tracking, and its async mode */;
+		features |= 1ull << 10 /* MINOR_SHMEM */ | 1ull << 17 | 1ull << 18 /* tracking, and its async mode */;
+	api.features = features | poison;
+	if (!ioctl(uffd, UFFDIO_API, &api))
+		return uffd;
+	api = (struct uffdio_api){.api = UFFD_API, .features = features};
 	must(ioctl(uffd, UFFDIO_API, &api), "UFFDIO_API");
+	shared->losses = S.losses = false;
+	shared->use_pagemap = true; /* PAGEMAP_SCAN is from 6.7 on */
 	return uffd;
 }
 
