@@ -112,13 +112,12 @@ def engine_findings(found: Probe, wanted: str = "auto", root: Path = Path("/")) 
         name = choose(wanted, found).name
     except EngineUnavailable as error:
         return [Finding("engine", False, True, str(error), "set engine: auto, or boot another kernel")]
-    why_not = [
+    broken = [
         trial_failed(other, error, step)
         for other, error, step in (("rwp", found.rwp, found.rwp_step), ("rfc", found.rfc, found.rfc_step))
-        if error and step > 1  # offered, so it should work
+        # offered, so it should work; but the two kernels offer each other's feature bits
+        if name == "stock" and error and step > 1
     ]
-    # the kernels offer each other's feature bits: what is not the chosen one is missing, not broken
-    broken = why_not if name == "stock" else []
     says = "; ".join([f"{name}: {_ENGINES[name]}", *broken])
     findings = [Finding("engine", not broken, False, says, "report this to whoever made the kernel")]
     if _read(root / "proc/sys/kernel/numa_balancing").strip() not in ("", "0"):

@@ -316,8 +316,8 @@ static bool looks_untouched(uint32_t page)
 	return !M.present[page] || M.rwp_protected[page];
 }
 
-/* Where readers are not held (by the stock engine; by rfc once a successor is back in async mode) they may see it. That is why guests with large folios are refused; the daemon writes the bytes back
- * before the page is anything else than DROPPING. */
+/* Where readers are not held (by the stock engine; by rfc once a successor is back in async mode) they may see it. That is why
+ * guests with large folios are refused; the daemon writes the bytes back before the page is anything else than DROPPING. */
 bool world_zeroed(uint32_t page)
 {
 	bool held = M.generation == TIERD_ENGINE_RWP || (M.generation == TIERD_ENGINE_RFC && !M.async);

@@ -579,7 +579,9 @@ static int rwp_still_cold(struct tierd_batch *b, uint32_t slot, uint32_t bit, bo
 	*ret = bit_get(b->other, bit);
 	if (*ret)
 		return 0;
-	if (!bit_get(b->touched, bit)) { /* not mapped: mapped now, it is protected by the next pass, and leaves then */
+	/* Not mapped: mapped now, it is protected by the next pass, and leaves then. Safe though a fault may have taken the page:
+	 * CONTINUE maps only what the cache has, and that is the truth of a page that we did not drop. */
+	if (!bit_get(b->touched, bit)) {
 		error = sys_uffd_continue(g->uffd, address_of(g, b->pages[slot]), g->page_bytes);
 		return error == -EEXIST || error == -EFAULT ? 0 : error;
 	}

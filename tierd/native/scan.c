@@ -52,7 +52,8 @@ static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, ui
 	return 0;
 }
 
-/* Kernels before 6.7, so with the stock engine: the same answer from 64-bit entries. Bit 63 present, 62 swap entry (a marker too), 57 uffd-wp. */
+/* Kernels before 6.7, so with the stock engine: the same answer from 64-bit entries. Bit 63 present, 62 swap entry (a marker
+ * too), 57 uffd-wp. */
 static int scan_by_reading(struct tierd_guest *g, uint64_t start, uint64_t end, uint64_t *touched, uint64_t *marked)
 {
 	uint64_t entries[ENTRIES];
