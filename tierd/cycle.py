@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from tierd.native import BatchResult, NativeBatch, NativeGuest
 
 BATCH_BYTES = 2 << 20
+BATCH_PAGES_MIN = 8  # huge ones
 FILE_TIER = 1
 PHASES = ("scan", "deactivate", "select", "hold", "copy", "write", "drop", "release", "discard")
 
@@ -109,7 +110,6 @@ def evict(
     *,
     min_idle_s: float,
     max_bytes: int,
-    page_bytes: int,
     hold_ms_max: float,
     phases: Phases,
     check: Callable[[], None],
@@ -118,8 +118,9 @@ def evict(
     """Evict pages idle at least `min_idle_s`, at most `max_bytes` of them, at `bytes_per_s`. Returns bytes evicted."""
     page, evicted_pages, began = 0, 0, time.monotonic()
     window_ms_max = hold_ms_max if guest.has_sync_mode else None
+    page_bytes = guest.page_bytes
     max_pages = max_bytes // page_bytes
-    with guest.batch(BATCH_BYTES // page_bytes) as batch:
+    with guest.batch(max(BATCH_BYTES // page_bytes, BATCH_PAGES_MIN)) as batch:
         while page < guest.pages and evicted_pages < max_pages:
             check()
             done = evict_batch(batch, page, min_idle_s, max_pages - evicted_pages, window_ms_max, phases)

@@ -30,7 +30,7 @@ from tierd.attach.procfs import grown, start_ticks
 from tierd.config import Policy
 from tierd.engine import Engine
 from tierd.native import STATES, STORE_WRITE, KernelError, NativeGuest
-from tierd.serve import PAGE_BYTES, Served, Tuning, adopt, attach, holders_of, key_of
+from tierd.serve import Served, Tuning, adopt, attach, holders_of, key_of
 from tierd.store import StoreError
 from tierd.store.file import FileStore
 from tierd.systemd import Notifier
@@ -40,7 +40,7 @@ HUNG_S = 0.25  # a fault in service for longer: another thread takes over
 HUNG_TOLD_S = 2.0  # and for longer than this: an operator is told
 LOST_TOLD_MAX = 32  # addresses in one line of the log
 THREADS_MAX = 3  # of Python, a guest at once: a store that hangs holds the threads of its guests, not those of others
-RESTORE_STEP_PAGES = (16 << 20) // PAGE_BYTES
+RESTORE_STEP_BYTES = 16 << 20
 BACK_OFF_S_MAX = 300.0
 STORED, LOST = STATES.index("stored"), STATES.index("lost")
 CAPACITY_UNLIMITED_PAGES = 1 << 62
@@ -146,7 +146,7 @@ class Guest:
         self._log.info(
             "guest_adopted" if served.adoption else "guest_attached",
             engine=served.engine.name,
-            bytes=served.native.pages * PAGE_BYTES,
+            bytes=served.native.pages * served.page_bytes,
             zap=served.zap.name.lower(),
             **self._adoption_facts(),
         )
@@ -195,7 +195,7 @@ class Guest:
             guests_dir=host.guests_dir,
             tuning=tuning,
             swap_can_receive=swappable,
-            capacity_pages=self._capacity_pages(0),
+            capacity_bytes=self._capacity_bytes(0),
         )
 
     def _adoption_facts(self) -> dict[str, int]:
@@ -357,7 +357,7 @@ class Guest:
 
     def _sample(self, served: Served) -> policies.Sample:
         stored = served.space.used_bytes()
-        served.native.set_limits(self.policy.readahead_pages, self._capacity_pages(stored))
+        served.native.set_limits(self.policy.readahead_pages, self._capacity_bytes(stored) // served.page_bytes)
         return policies.Sample(
             resident_bytes=served.resident_bytes(),
             stored_bytes=stored,
@@ -366,9 +366,8 @@ class Guest:
             elapsed_s=self.policy.interval_s,
         )
 
-    def _capacity_pages(self, used_bytes: int) -> int:
-        free = self._host.store.free_bytes()
-        return (used_bytes + free) // PAGE_BYTES
+    def _capacity_bytes(self, used_bytes: int) -> int:
+        return used_bytes + self._host.store.free_bytes()
 
     async def _evict(self, served: Served, min_idle_s: float, max_bytes: int) -> int:
         def work() -> int:
@@ -376,7 +375,6 @@ class Guest:
                 served.native,
                 min_idle_s=min_idle_s,
                 max_bytes=max_bytes,
-                page_bytes=PAGE_BYTES,
                 hold_ms_max=self.policy.hold_ms_max,
                 phases=self.phases,
                 check=trio.from_thread.check_cancelled,
@@ -564,7 +562,7 @@ class Guest:
         """(idle at least this many s and less than the next, bytes)."""
         edges = policies.idle_edges(self.policy)
         idle = served.native.idle_pages(edges)
-        return tuple((edge, pages * PAGE_BYTES) for edge, pages in zip(edges, idle, strict=True))
+        return tuple((edge, pages * served.page_bytes) for edge, pages in zip(edges, idle, strict=True))
 
     async def restore(self, progress: Progress = no_progress) -> int:
         """Bring every page back and stay paused. Returns bytes."""
@@ -581,7 +579,7 @@ class Guest:
             self._must_still_serve(served)
             recovered, still_lost = await self._in_worker(served.native.retry)
         self._log.info("lost_pages_retried", recovered_pages=recovered, lost_pages=still_lost)
-        return recovered * PAGE_BYTES, still_lost * PAGE_BYTES
+        return recovered * served.page_bytes, still_lost * served.page_bytes
 
     async def detach(self, progress: Progress = no_progress) -> None:
         """Bring every page back, then leave the VMM as if we had never been there. RequestRefused: not enough memory, or
@@ -626,13 +624,14 @@ class Guest:
     async def _restore_all(self, served: Served, progress: Progress) -> int:
         """All stored pages, in steps, until none is left (a fault thread may give one back meanwhile)."""
         stored_pages = served.native.counters()["state_pages"][STORED]
-        total, done = stored_pages * PAGE_BYTES, 0
-        self._must_fit(total)
+        total, done = stored_pages * served.page_bytes, 0
+        step_pages = RESTORE_STEP_BYTES // served.page_bytes
+        self._must_fit(total, served.page_bytes)
         while stored_pages:
             page = 0
             while page < served.native.pages:
-                page, restored = await self._in_worker(served.native.restore, page, RESTORE_STEP_PAGES)
-                done += restored * PAGE_BYTES
+                page, restored = await self._in_worker(served.native.restore, page, step_pages)
+                done += restored * served.page_bytes
                 progress(min(done, total), total)
             before, stored_pages = stored_pages, served.native.counters()["state_pages"][STORED]
             if stored_pages >= before:
@@ -642,8 +641,8 @@ class Guest:
                 )
         return done
 
-    def _must_fit(self, needed_bytes: int) -> None:
-        available = _memory_available_bytes()
+    def _must_fit(self, needed_bytes: int, page_bytes: int) -> None:
+        available = _memory_available_bytes(page_bytes)
         if needed_bytes > available:
             raise RequestRefused(
                 f"bringing back {needed_bytes >> 20} MiB of guest {self.name} does not fit into the {available >> 20} MiB of "
@@ -679,10 +678,11 @@ class Guest:
             state=self._state,
             engine=self._host.engine.name,
             reason=self._trouble or self._reason,
-            total_bytes=counters["pages"] * PAGE_BYTES,
+            page_bytes=served.page_bytes,
+            total_bytes=counters["pages"] * served.page_bytes,
             resident_bytes=served.resident_bytes(),
-            stored_bytes={"zero": tiers[0] * PAGE_BYTES, "file": tiers[cycle.FILE_TIER] * PAGE_BYTES},
-            hole_bytes=counters["untouched_pages"] * PAGE_BYTES,
+            stored_bytes={"zero": tiers[0] * served.page_bytes, "file": tiers[cycle.FILE_TIER] * served.page_bytes},
+            hole_bytes=counters["untouched_pages"] * served.page_bytes,
             idle=self._idle(served),
             counters=counters,
             policy=self.policy.model_dump(mode="json"),
@@ -691,8 +691,20 @@ class Guest:
         )
 
 
-def _memory_available_bytes() -> int:
+def _memory_available_bytes(page_bytes: int) -> int:
+    if page_bytes != os.sysconf("SC_PAGESIZE"):
+        return _huge_available_bytes(page_bytes)
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * PAGE_BYTES
+    return os.sysconf("SC_AVPHYS_PAGES") * page_bytes
+
+
+def _huge_available_bytes(page_bytes: int) -> int:
+    """Of the pool of hugetlbfs: free and nobody's by reservation, and what the kernel may add."""
+
+    def pages(name: str) -> int:
+        return int(Path(f"/sys/kernel/mm/hugepages/hugepages-{page_bytes >> 10}kB/{name}").read_text())
+
+    more = max(pages("nr_overcommit_hugepages") - pages("surplus_hugepages"), 0)
+    return (max(pages("free_hugepages") - pages("resv_hugepages"), 0) + more) * page_bytes

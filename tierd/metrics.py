@@ -63,6 +63,12 @@ def _idle(guest: GuestStatus) -> Samples:
 # name, help, labels beyond LABELS, samples of one guest
 _Family = tuple[str, str, tuple[str, ...], Callable[[GuestStatus], Samples]]
 _GAUGES: tuple[_Family, ...] = (
+    (
+        "page_bytes",
+        "Size of the guest's pages: what the counters of pages count.",
+        (),
+        lambda g: _nothing_more(g.page_bytes),
+    ),
     ("size_bytes", "Memory that the guest has.", (), lambda g: _nothing_more(g.total_bytes)),
     (
         "resident_bytes",

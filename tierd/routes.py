@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -30,7 +29,6 @@ from tierd.config import ConfigErrors
 from tierd.metrics import create_registry, exposition
 from tierd.view import DaemonView, GuestStatus, GuestView, Progress, RequestRefused
 
-PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 PID_MAX = 1 << 22
 PROGRESS_S = 0.25
 Work = Callable[[Progress], Awaitable[Any]]
@@ -334,7 +332,7 @@ def _eviction_measure(guest: GuestView, max_bytes: int | None, min_idle_s: float
     total_bytes = idle_bytes if max_bytes is None else min(max_bytes, idle_bytes)
 
     def measure() -> tuple[int, int]:
-        done_bytes = (guest.status().counters.get("pages_evicted", began_pages) - began_pages) * PAGE_BYTES
+        done_bytes = (guest.status().counters.get("pages_evicted", began_pages) - began_pages) * before.page_bytes
         return done_bytes, max(done_bytes, total_bytes)
 
     return measure

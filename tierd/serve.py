@@ -32,6 +32,7 @@ from tierd.native import (
     TableRegion,
     Tier,
     Zap,
+    page_bytes_of,
     set_async,
     table_away,
     table_create,
@@ -83,6 +84,7 @@ class Served:
         self.space: FileSpace
         self.pidfd = self.uffd = self.uffd_in_vmm = self.table_fd = -1
         self.memfds: list[int] = []
+        self.page_bytes = PAGE_BYTES
 
     def __enter__(self) -> Served:
         return self
@@ -98,13 +100,18 @@ class Served:
         self._undo.callback(os.close, fd)
         return fd
 
+    @property
+    def pages(self) -> int:
+        """Of `page_bytes` each."""
+        return sum(region.bytes for region in self.spec.regions) // self.page_bytes
+
     def resident_bytes(self) -> int:
         """Memory that the guest's files occupy now (blocks, not RSS: deactivation alone empties RSS)."""
         return sum(os.fstat(fd).st_blocks * 512 for fd in self.memfds if fd >= 0)
 
     def adapt(self, swap_can_receive: bool) -> None:
         """Before every pass: swap may have come, or gone, since the last one. Worker."""
-        zap = self.engine.zap(swap_can_receive)
+        zap = self._zap(swap_can_receive)
         if zap is not self.zap:
             self._inject_tid = pick_thread(self.spec.pid) if zap is Zap.INJECT else 0
             self.native.set_zap(zap, self._inject_tid)
@@ -112,6 +119,9 @@ class Served:
         elif zap is Zap.INJECT and not os.path.exists(f"/proc/{self.spec.pid}/task/{self._inject_tid}"):
             self._inject_tid = pick_thread(self.spec.pid)
             self.native.set_zap(zap, self._inject_tid)
+
+    def _zap(self, swap_can_receive: bool) -> Zap:
+        return self.engine.zap(inside=swap_can_receive or self.page_bytes != PAGE_BYTES)
 
     def vmm_holds_uffd(self) -> bool:
         """Whether the VMM's own copy of the userfaultfd is still open. Without it our death is the end of the context, and
@@ -222,11 +232,12 @@ def _table_regions(regions: tuple[Region, ...]) -> list[TableRegion]:
     return [TableRegion(r.address, r.bytes, r.offset, r.device, r.inode) for r in regions]
 
 
-def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive: bool, capacity_pages: int) -> None:
+def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive: bool, capacity_bytes: int) -> None:
     """The native guest over what `served` holds so far."""
+    capacity_pages = capacity_bytes // served.page_bytes
     spec, space = served.spec, served.space
     pagemap = os.open(f"/proc/{spec.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    served.zap = engine.zap(swap_can_receive)
+    served.zap = served._zap(swap_can_receive)
     served._inject_tid = pick_thread(spec.pid) if served.zap is Zap.INJECT else 0
     try:
         served.native = NativeGuest(
@@ -238,6 +249,7 @@ def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive
             memfds=served.memfds,
             tier=Tier(space.fd, space.direct, space.drop_cache, capacity_pages, space.late),
             engine=engine.number,
+            page_bytes=served.page_bytes,
             zap=served.zap,
             inject_tid=served._inject_tid,
             use_pagemap=engine.use_pagemap,
@@ -270,6 +282,16 @@ def _take_descriptors(served: Served, maps: Sequence[Mapping] = ()) -> None:
             served.memfds.append(-1)  # the VMM has neither the mapping nor the file: nobody can read it again
 
 
+def _page_bytes(served: Served) -> int:
+    """Of the guest's memory files, which preflight has seen to be of one kind."""
+    sizes = {page_bytes_of(fd) for fd in served.memfds}
+    if len(sizes) > 1:
+        raise OSError(
+            errno.EINVAL, f"the memory of {served.spec.name} has pages of several sizes: {sorted(sizes)} bytes"
+        )
+    return sizes.pop()
+
+
 @contextlib.contextmanager
 def _undone_on_error(served: Served) -> Iterator[None]:
     try:
@@ -292,7 +314,7 @@ def attach(
     guests_dir: Path,
     tuning: Tuning,
     swap_can_receive: bool,
-    capacity_pages: int,
+    capacity_bytes: int,
 ) -> Served:
     """Begin to serve a guest that passed preflight. On any error nothing of it stays, in the VMM neither."""
     served = Served(spec, guests_dir / (key_of(spec) + SUFFIX), engine)
@@ -306,12 +328,13 @@ def attach(
         served.uffd, served.uffd_in_vmm = served._own(taken.uffd), taken.uffd_in_vmm
         os.close(taken.pidfd)
         on_error.callback(_close_in_vmm_quietly, spec.pid, taken.uffd_in_vmm)
-        served.space = store.create(key_of(spec), sum(r.bytes for r in spec.regions) // PAGE_BYTES, PAGE_BYTES)
+        served.page_bytes = _page_bytes(served)
+        served.space = store.create(key_of(spec), served.pages, served.page_bytes)
         served._undo.callback(served.space.close)
         on_error.callback(served.space.delete)
         served.table_fd = _create_state(served, tuning)
         on_error.callback(served.state_path.unlink, missing_ok=True)
-        _open_guest(served, engine, tuning, swap_can_receive, capacity_pages)
+        _open_guest(served, engine, tuning, swap_can_receive, capacity_bytes)
         served.native.start()  # a fault thread before the first registration
         served.native.arm()
         on_error.pop_all()
@@ -344,6 +367,7 @@ def _create_state(served: Served, tuning: Tuning) -> int:
         uffd_in_vmm=served.uffd_in_vmm,
         epoch_ns=tuning.epoch_ns,
         store_path=str(served.space.path),
+        page_bytes=served.page_bytes,
     )
     try:
         if not table_lock(fd):
@@ -461,7 +485,7 @@ def adopt(
     engine: Engine,
     swap_can_receive: bool,
     boot_id: str,
-    capacity_pages: int = 0,
+    capacity_bytes: int = 0,
     kept_uffd: int | None = None,
     lock_s_max: float = 60.0,
     pause: Callable[[float], None] = time.sleep,
@@ -470,7 +494,7 @@ def adopt(
     file. StateError, StoreError, OSError: not touched, an operator must look.
 
     `kept_uffd`: a userfaultfd of this guest that the service manager kept, used (duplicated) where the VMM has none.
-    `capacity_pages`: what may be stored before set_limits says otherwise. `lock_s_max`: how long the predecessor's last
+    `capacity_bytes`: what may be stored before set_limits says otherwise. `lock_s_max`: how long the predecessor's last
     thread is waited for.
     """
     fd = open_state(state_path, os.O_RDWR)
@@ -496,10 +520,12 @@ def adopt(
         # before the store is looked for, which may take long: killed in a sync window, the predecessor left the guest waiting
         if engine.holds_reads and not table_dropping(fd):
             set_async(engine.number, served.uffd)
-        pages = sum(r.bytes for r in spec.regions) // PAGE_BYTES
-        served.space = reopen(Path(left.identity.store_path), pages, PAGE_BYTES, direct=serving.store_direct)
+        served.page_bytes = left.identity.page_bytes
+        served.space = reopen(
+            Path(left.identity.store_path), served.pages, served.page_bytes, direct=serving.store_direct
+        )
         served._undo.callback(served.space.close)
-        _open_guest(served, engine, tuning, swap_can_receive, capacity_pages)
+        _open_guest(served, engine, tuning, swap_can_receive, capacity_bytes)
         served.adoption = served.native.adopt(still_mapped(spec))
         served.native.start()
     return served

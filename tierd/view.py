@@ -27,6 +27,7 @@ class GuestStatus:
     state: State
     engine: str
     reason: str = ""
+    page_bytes: int = 0  # of the guest's memory: the system's, or of hugetlbfs
     total_bytes: int = 0
     resident_bytes: int = 0  # blocks that the guest's memory files occupy
     stored_bytes: Mapping[str, int] = field(default_factory=dict)  # by tier; tier "zero" needs no store

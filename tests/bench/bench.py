@@ -32,7 +32,7 @@ from tierd import cycle
 from tierd.attach.procfs import boot_id, read_spec
 from tierd.engine import choose
 from tierd.native import KernelError
-from tierd.serve import PAGE_BYTES, Served, Tuning, adopt, attach, prepare_runtime_dir
+from tierd.serve import Served, Tuning, adopt, attach, prepare_runtime_dir
 from tierd.store.file import FileStore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,7 +128,7 @@ class Bench:
             guests_dir=prepare_runtime_dir(self.shm),
             tuning=Tuning(1.0, readahead, fault_spin_us_max=spin_us, follow=follow),
             swap_can_receive=False,
-            capacity_pages=1 << 40,
+            capacity_bytes=1 << 50,
         )
         with served:
             yield served
@@ -150,7 +150,6 @@ def evict_all(served: Served) -> None:
                 served.native,
                 min_idle_s=0,
                 max_bytes=1 << 50,
-                page_bytes=PAGE,
                 hold_ms_max=20,
                 phases=phases,
                 check=lambda: None,
@@ -321,7 +320,6 @@ def row_d(bench: Bench) -> None:
                     served.native,
                     min_idle_s=0,
                     max_bytes=1 << 50,
-                    page_bytes=PAGE_BYTES,
                     hold_ms_max=20,
                     phases=phases,
                     check=lambda: None,

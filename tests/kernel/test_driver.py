@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernel.vmm import huge_pages
 from tests.native.build import build_real, run_seeds
 
 SEEDS = int(os.environ.get("TIERD_REAL_SEEDS", "700"))
@@ -24,6 +25,21 @@ def test_seeds(tmp_path: Path, disk_dir: Path) -> None:
         assert figures[f"kills {moment}"] > 0
     assert figures["pages evicted"] > SEEDS
     assert figures["memory errors"] > 0, "no stored copy was destroyed and touched"
+
+
+def test_seeds_on_hugetlbfs(tmp_path: Path, disk_dir: Path) -> None:
+    with huge_pages(64 * len(os.sched_getaffinity(0))):
+        figures = run_seeds(
+            build_real(tmp_path / "real", ["-O2"]),
+            max(SEEDS // 14, 10),
+            "--hugetlb",
+            "--slowness",
+            "5",
+            "--store",
+            str(disk_dir),
+        )
+    assert figures["kills in service"] > 0
+    assert figures["pages evicted"] > SEEDS // 14
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_first_touch_is_not_registered(start_vmm: Start, host: Host) -> None:
 def test_a_full_store_stops_evictions_and_loses_nothing(start_vmm: Start, host: Host) -> None:
     vmm = start_vmm(f"bytes={16 * MIB}")
     vmm.ask("fill")
-    with host.attached(vmm, capacity_pages=1024) as tiered:
+    with host.attached(vmm, capacity_bytes=1024 * PAGE) as tiered:
         tiered.scan()
 
         def full() -> bool:
@@ -178,7 +178,6 @@ def test_a_vmm_that_is_killed_in_mid_eviction(start_vmm: Start, host: Host) -> N
                     tiered.native,
                     min_idle_s=0,
                     max_bytes=1 << 40,
-                    page_bytes=PAGE,
                     hold_ms_max=20,
                     phases=tiered.options.phases,
                     check=kill_soon,

@@ -35,7 +35,7 @@ from typing import Any
 import click
 
 from tests.kernel.pressure import pressure
-from tests.kernel.vmm import MIB, PAGE, Vmm, compile_child, wait_for
+from tests.kernel.vmm import MIB, Vmm, compile_child, wait_for
 from tierd.engine import choose
 from tierd.native import STATES
 from tierd.serve import wait_for_lock
@@ -190,7 +190,7 @@ class Tortured:
         (store,) = (self.disk_dir / "store").glob("guest-*.pages")  # not what a death in the trial of O_DIRECT left
         with store.open("r+b") as file:
             for page in self.chance.sample(stored, min(most, len(stored))):
-                at = page * PAGE + self.chance.randrange(PAGE)
+                at = page * self.vmm.page_bytes + self.chance.randrange(self.vmm.page_bytes)
                 (byte,) = os.pread(file.fileno(), 1, at)
                 os.pwrite(file.fileno(), bytes([byte ^ 1 << self.chance.randrange(8)]), at)
                 self.destroyed.add(self._in_vmm(page))
@@ -215,7 +215,7 @@ class Tortured:
         self.start("honest")
         assert self.listen(READY_S_MAX, b"ready")
         before = self.vmm.stats()["operations"]
-        wait_for(lambda: self.vmm.stats()["operations"] > before + 1000, "the guest goes on")
+        wait_for(lambda: self.vmm.stats()["operations"] > before + 100, "the guest goes on")
         self.vmm.ask("stop")
         self.vmm.verify()
         failed = self.failed_pages()
@@ -233,25 +233,28 @@ def torture(
     kills: int,
     seed: int,
     guests: int,
+    huge: bool = False,
     seconds: float = float("inf"),
     python: Python = Python(),
     memory_limit: int = WORKERS_LIMIT,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Kill `kills` times, or for so many seconds; then verify everything. AssertionError: a byte was wrong, a memory error
-    where it must not be, or somebody hangs. memory_limit: of all workers together; 0: none."""
+    where it must not be, or somebody hangs. huge: guests on hugetlbfs, whose pool has 32 pages for each. memory_limit: of all
+    workers together; 0: none."""
     with ExitStack() as cleanup:
         cgroup = cleanup.enter_context(pressure(memory_limit))
         tortured: list[Tortured] = []
         for i in range(guests):
-            vmm = cleanup.enter_context(Vmm(binary, f"bytes={8 * MIB}", f"regions={1 + i % 2}", "threads=3", "survive"))
+            memory = (f"bytes={32 * MIB}", "kind=huge") if huge else (f"bytes={8 * MIB}",)
+            vmm = cleanup.enter_context(Vmm(binary, *memory, f"regions={1 + i % 2}", "threads=3", "survive"))
             shm, disk = (Path(tempfile.mkdtemp(prefix="tierd-torture-", dir=at)) for at in ("/dev/shm", "/var/tmp"))
             cleanup.callback(shutil.rmtree, shm)
             cleanup.callback(shutil.rmtree, disk)
-            destroyed = DESTROYED_MAX if i == guests - 1 else 0
+            destroyed = (vmm.pages // 4 if huge else DESTROYED_MAX) if i == guests - 1 else 0
             tortured.append(Tortured(vmm, shm, disk, random.Random(f"{seed} {i}"), python, cgroup, destroyed))
             vmm.ask("fill")
-            vmm.ask("run", 2000, 50)
+            vmm.ask("run", 20 if huge else 2000, 50)
         cleanup.callback(lambda: [one.worker.kill() for one in tortured if one.worker is not None])
         began, failed = time.monotonic(), threading.Event()
 

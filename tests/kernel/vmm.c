@@ -6,7 +6,7 @@
  *   vmm [bytes=N] [regions=N] [threads=N] [kind=memfd|private|anonymous|huge|file:PATH] [name=MEMFD] [close] [survive]
  *       [ARGUMENT...]
  *
- * `bytes` is the size of each region; pages are numbered through all regions. A page is either zeros (sequence 0) or words
+ * `bytes` is the size of each region; a page is the system's or, of `kind=huge`, 2 MiB; pages are numbered through all regions. A page is either zeros (sequence 0) or words
  * that follow from its number and its sequence, which no write uses twice: older bytes are never right. Thread i owns the
  * pages p with p % threads == i, so that every read can be checked without a lock. A page where a memory error
  * was seen ends the child or, with `survive`, is left alone from then on and told by `failed`. Arguments without a meaning here are
@@ -38,7 +38,8 @@ uint64_t page_bytes, pages;
 uint32_t *sequence;
 int memfd[REGIONS_MAX];
 
-static uint32_t *writes; /* by page; does not start again when a page becomes zeros */
+static uint64_t part_bytes; /* what the kernel copies at once */
+static uint32_t *writes;    /* by page; does not start again when a page becomes zeros */
 static uint64_t region_bytes = 64 << 20, region_count = 1, thread_count = 2;
 static const char *kind = "memfd", *memfd_name = "memory-backend-memfd";
 static bool close_memfd, survive;
@@ -136,7 +137,7 @@ static uint64_t roll(struct worker *w)
 /* Of a call that copies from or to the guest's page. */
 static bool copied(uint64_t page, ssize_t n)
 {
-	if (n == (ssize_t)page_bytes)
+	if (n == (ssize_t)part_bytes)
 		return true;
 	if (!survive || n >= 0 || (errno != EFAULT && errno != EHWPOISON))
 		die("pipe");
@@ -147,20 +148,23 @@ static bool copied(uint64_t page, ssize_t n)
 /* As a device would: the kernel copies from and to the guest's page, and takes the fault itself. */
 static void through_kernel(struct worker *w, uint64_t page, bool write_it)
 {
-	if (write_it) {
+	uint8_t *buffer = (uint8_t *)w->buffer, *guest = (uint8_t *)page_at(page);
+	bool good = true;
+
+	if (write_it)
 		write_page(page, w->buffer);
-		if (write(w->pipe[1], w->buffer, page_bytes) != (ssize_t)page_bytes)
+	for (uint64_t at = 0; good && at < page_bytes; at += part_bytes) {
+		if (!write_it && !(good = copied(page, write(w->pipe[1], guest + at, part_bytes))))
+			break;
+		if (write_it && write(w->pipe[1], buffer + at, part_bytes) != (ssize_t)part_bytes)
 			die("pipe");
-		if (!copied(page, read(w->pipe[0], page_at(page), page_bytes)) &&
-		    read(w->pipe[0], w->buffer, page_bytes) != (ssize_t)page_bytes)
+		if (write_it)
+			good = copied(page, read(w->pipe[0], guest + at, part_bytes));
+		if ((!write_it || !good) && read(w->pipe[0], buffer + at, part_bytes) != (ssize_t)part_bytes)
 			die("pipe");
-		return;
 	}
-	if (!copied(page, write(w->pipe[1], page_at(page), page_bytes)))
-		return;
-	if (read(w->pipe[0], w->buffer, page_bytes) != (ssize_t)page_bytes)
-		die("pipe");
-	check_page(page, w->buffer);
+	if (good && !write_it)
+		check_page(page, w->buffer);
 }
 
 static void operate_at(uint64_t page, void *argument)
@@ -437,7 +441,8 @@ static void make_region(uint64_t i)
 	} else {
 		if (!strcmp(kind, "private"))
 			flags = MAP_PRIVATE;
-		memfd[i] = memfd_create(memfd_name, MFD_CLOEXEC | (strcmp(kind, "huge") ? 0 : MFD_HUGETLB));
+		memfd[i] = memfd_create(memfd_name,
+					MFD_CLOEXEC | MFD_ALLOW_SEALING | (strcmp(kind, "huge") ? 0 : MFD_HUGETLB));
 	}
 	if (!(flags & MAP_ANONYMOUS) && (memfd[i] < 0 || ftruncate(memfd[i], (off_t)region_bytes)))
 		die("memory file");
@@ -459,7 +464,9 @@ int main(int argc, char **argv)
 	char addresses[REGIONS_MAX * 20] = "";
 
 	parse(argc, argv);
-	page_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
+	page_bytes = part_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
+	if (!strcmp(kind, "huge"))
+		page_bytes = ALIGN_BYTES;
 	pages = region_bytes / page_bytes * region_count;
 	start_protocol();
 	for (uint64_t i = 0; i < region_count; i++) {

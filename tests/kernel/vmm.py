@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from tests.need import need
 from tierd import cycle
 from tierd.attach import GuestSpec
 from tierd.attach.preflight import HolderScan, preflight, swap_can_receive
@@ -149,6 +150,24 @@ class Vmm:
             assert not self.wrong
 
 
+@contextlib.contextmanager
+def huge_pages(count: int) -> Iterator[None]:
+    """So many more pages of 2 MiB in the pool."""
+    pool = Path("/proc/sys/vm/nr_hugepages")
+    before = int(pool.read_text())
+    pool.write_text(str(before + count))
+    try:
+        got = int(pool.read_text()) - before
+        need(
+            "hugetlbfs",
+            got >= count,
+            f"the host has no memory for {count} huge pages in one piece each, only for {got}",
+        )
+        yield
+    finally:
+        pool.write_text(str(before))
+
+
 @dataclass
 class Options:
     """What a test may force."""
@@ -156,7 +175,7 @@ class Options:
     use_pagemap: bool = False
     zap: Zap | None = None
     direct: Literal["auto", "on", "off"] = "auto"
-    capacity_pages: int = 1 << 40
+    capacity_bytes: int = 1 << 50
     readahead_pages: int = 16
     read_deadline_s: float = 0.0  # no second chance for a page that cannot be read
     hold_lost: bool = False
@@ -167,7 +186,7 @@ class Options:
 
 
 class ForcedEngine:
-    """The stock engine of this kernel, with the choices that a test forces."""
+    """The engine of this kernel, with the choices that a test forces."""
 
     def __init__(self, options: Options) -> None:
         self._engine, self._options = choose(), options
@@ -179,8 +198,8 @@ class ForcedEngine:
     def use_pagemap(self) -> bool:
         return self._options.use_pagemap or self._engine.use_pagemap
 
-    def zap(self, swap_can_receive: bool) -> Zap:
-        return self._options.zap or self._engine.zap(swap_can_receive)
+    def zap(self, inside: bool) -> Zap:
+        return self._options.zap or self._engine.zap(inside)
 
 
 @dataclass
@@ -212,12 +231,11 @@ class Tiered:
                 self.native,
                 min_idle_s=min_idle_s,
                 max_bytes=max_bytes,
-                page_bytes=PAGE,
                 hold_ms_max=20,
                 phases=self.options.phases,
                 check=lambda: None,
             )
-            // PAGE
+            // self.native.page_bytes
         )
 
     def evict_all(self, but_pages: int = 0) -> None:
@@ -276,7 +294,7 @@ class Host:
             guests_dir=prepare_runtime_dir(self.tmpfs_dir),
             tuning=options.tuning(policy.min_idle_s),
             swap_can_receive=swap_can_receive(vmm.pid),
-            capacity_pages=options.capacity_pages,
+            capacity_bytes=options.capacity_bytes,
         )
         with served:
             yield Tiered(vmm, served, options)
@@ -292,7 +310,7 @@ class Host:
             path,
             engine=ForcedEngine(options),
             swap_can_receive=swap_can_receive(vmm.pid),
-            capacity_pages=options.capacity_pages,
+            capacity_bytes=options.capacity_bytes,
             boot_id=boot_id(),
             kept_uffd=kept_uffd,
             lock_s_max=lock_s_max,

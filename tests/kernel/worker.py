@@ -23,7 +23,7 @@ from tierd import cycle
 from tierd.attach.preflight import HolderScan, preflight, swap_can_receive
 from tierd.attach.procfs import boot_id, read_spec
 from tierd.native import KernelError, Zap
-from tierd.serve import PAGE_BYTES, Served, Stale, Tuning, adopt, attach, prepare_runtime_dir
+from tierd.serve import Served, Stale, Tuning, adopt, attach, prepare_runtime_dir
 from tierd.store.file import FileStore
 
 READ_DEADLINE_S = 8.0  # fifteen tries: a page that is only misread now and then is never given up
@@ -38,7 +38,7 @@ def serve(pid: int, tmpfs_dir: Path, disk_dir: Path, options: Options) -> Served
     for path in guests_dir.glob("*.state"):
         say("adopting")
         try:
-            return adopt(path, engine=engine, swap_can_receive=swap, capacity_pages=1 << 40, boot_id=boot_id())
+            return adopt(path, engine=engine, swap_can_receive=swap, capacity_bytes=1 << 50, boot_id=boot_id())
         except Stale:
             path.unlink()
     spec = read_spec(pid, "test")
@@ -51,7 +51,7 @@ def serve(pid: int, tmpfs_dir: Path, disk_dir: Path, options: Options) -> Served
         guests_dir=guests_dir,
         tuning=Tuning(0.1, 16),
         swap_can_receive=swap,
-        capacity_pages=1 << 40,
+        capacity_bytes=1 << 50,
     )
 
 
@@ -79,7 +79,6 @@ def one_cycle(served: Served, options: Options) -> None:
             served.native,
             min_idle_s=0.0,
             max_bytes=1 << 40,
-            page_bytes=PAGE_BYTES,
             hold_ms_max=20,
             phases=options.phases,
             check=lambda: None,

@@ -2,7 +2,7 @@
 /*
  * driver.c: the data plane against the model kernel, under a seeded scheduler.
  *
- *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--engine stock|rwp|rfc] [-v]
+ *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--hugetlb] [--engine stock|rwp|rfc] [-v]
  *
  * Guest threads read and write, fault workers serve, one worker evicts, a killer kills the daemon and starts another, an
  * operator repairs what was destroyed. Every page-table access and every piece of a system call is a point where somebody else
@@ -67,7 +67,7 @@ static uint32_t engine; /* TIERD_ENGINE_* */
 static uint32_t stall_chance, guest_threads;
 static void (*staller)(uint32_t); /* who stalls; NULL: anybody */
 static uint32_t remapped;         /* nobody sees what is touched there: MODEL_PAGES_MAX: none */
-static bool remap, verbose, late_io, guests_stop, stopping, daemon_done, adopting, repaired;
+static bool remap, verbose, late_io, hugetlb, guests_stop, stopping, daemon_done, adopting, repaired;
 
 /* One corner is known and allowed: a daemon that is killed between the COPY of a fetch and the fetch's last move, and a page
  * that the VMM gives back before the successor has looked at it. The successor cannot tell whether the COPY was made, and
@@ -484,9 +484,10 @@ static void daemon_start(bool adopted)
 		.uffd = FD_UFFD,
 		.pidfd = FD_PIDFD,
 		.pagemap_fd = FD_PAGEMAP,
-		.zap = TIERD_ZAP_PAGEOUT,
+		.zap = hugetlb ? TIERD_ZAP_INJECT : TIERD_ZAP_PAGEOUT,
 		.engine = engine,
-		.use_pagemap = engine == TIERD_ENGINE_STOCK && seed % 2,
+		.page_bytes = hugetlb ? MODEL_PAGE_BYTES : 0,
+		.use_pagemap = engine == TIERD_ENGINE_STOCK && seed % 2 && !hugetlb,
 		.chunk_bytes = 8 * MODEL_PAGE_BYTES,
 		.region_count = M.regions,
 		.readahead_pages = 1u << seed % 4,
@@ -504,7 +505,7 @@ static void daemon_start(bool adopted)
 	if (M.late_io)
 		args.tiers[1].flags |= TIERD_SPACE_LATE;
 	if (!adopted) {
-		struct tierd_identity identity = {.pid = 1, .epoch_ns = 1000000};
+		struct tierd_identity identity = {.pid = 1, .epoch_ns = 1000000, .page_bytes = args.page_bytes};
 
 		table_fd = args.table_fd = memfd_create("table", 0);
 		if (tierd_table_create(table_fd, &identity, args.regions, args.region_count))
@@ -593,6 +594,7 @@ static void set_up(void)
 		M.faults.register_fails = below(200);
 	}
 	M.late_io = late_io;
+	M.huge = hugetlb;
 	M.generation = engine;
 	M.async = true;
 	S.pages = M.pages;
@@ -716,6 +718,8 @@ int main(int count, char **arguments)
 			late_io = true;
 		else if (!strcmp(arguments[i], "--remap"))
 			remap = true;
+		else if (!strcmp(arguments[i], "--hugetlb"))
+			hugetlb = true;
 		else if (i + 1 < count && !strcmp(arguments[i], "--engine") && script_engine(arguments[i + 1], &engine))
 			i++;
 		else if (i + 1 < count && !strcmp(arguments[i], "--seeds"))
@@ -726,7 +730,7 @@ int main(int count, char **arguments)
 			steps = strtoull(arguments[++i], NULL, 10);
 		else
 			return fprintf(stderr, "usage: driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] "
-					       "[--engine "
+					       "[--hugetlb] [--engine "
 					       "stock|rwp|rfc] [-v]\n"),
 			       2;
 	}

@@ -159,7 +159,7 @@ uint64_t sys_now_ns(void)
 
 size_t sys_page_bytes(void)
 {
-	return MODEL_PAGE_BYTES;
+	return M.huge ? MODEL_BASE_BYTES : MODEL_PAGE_BYTES;
 }
 
 void sys_pause_us(uint32_t us)
@@ -290,7 +290,7 @@ int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, 
 		if (!M.wp[p] && !M.missing[p] && !M.minor[p] && !M.rwp[p])
 			error = -ENOENT;
 		else if (model_chance(M.faults.copy_nomem))
-			error = -ENOMEM;
+			error = M.huge ? -EEXIST : -ENOMEM; /* that is what hugetlbfs says when its pool is empty */
 		else if (model_chance(M.faults.copy_again))
 			error = -EAGAIN;
 		else if (M.cached[p] || M.present[p])
@@ -504,35 +504,41 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t any
 
 ssize_t sys_pagemap_read(int pagemap, uint64_t *entries, size_t count, uint64_t address)
 {
-	uint32_t pages, first = range(address, count * MODEL_PAGE_BYTES, &pages);
+	uint32_t base = (uint32_t)sys_page_bytes(), per_page = MODEL_PAGE_BYTES / base, pages, first;
+	uint32_t skip = (uint32_t)(address % MODEL_PAGE_BYTES / base);
 
 	(void)pagemap;
+	/* an entry a page of the system; those of a huge page are alike */
+	first = range(address - skip * base, (skip + count + per_page - 1) / per_page * MODEL_PAGE_BYTES, &pages);
 	model_enter();
-	for (uint32_t i = 0; i < pages; i++) {
-		entries[i] = M.present[first + i]
+	for (uint32_t n = 0; n < count; n++) {
+		uint32_t i = (skip + n) / per_page;
+
+		entries[n] = M.present[first + i]
 				     ? 1ull << 63 | (uint64_t)(M.protected[first + i] || M.rwp_protected[first + i])
 							    << 57
 			     : M.marker[first + i]   ? 1ull << 62 | 1ull << 57
 			     : M.poisoned[first + i] ? 1ull << 62
 						     : 0;
-		if (i % 4 == 3)
+		if (n % 4 == 3)
 			model_pause();
 	}
 	model_exit();
-	return (ssize_t)(pages * sizeof(*entries));
+	return (ssize_t)(count * sizeof(*entries));
 }
 
 ssize_t sys_pageout(int pidfd, const struct iovec *ranges, size_t count)
 {
 	ssize_t done = 0;
 
-	(void)pidfd;
+	if (M.huge && pidfd == FD_PIDFD)
+		return -EINVAL;
 	model_enter();
 	for (size_t i = 0; i < count; i++) {
 		uint32_t pages, first = range((uintptr_t)ranges[i].iov_base, ranges[i].iov_len, &pages);
 
 		for (uint32_t p = first; p < first + pages; p++) {
-			if (!model_chance(10)) /* a page that cannot be isolated stays mapped */
+			if (M.huge || !model_chance(10)) /* a page that cannot be isolated stays mapped */
 				unmap(p);
 			model_pause();
 		}
@@ -572,6 +578,8 @@ ssize_t sys_mem_write(int memfd, const void *from, size_t bytes, uint64_t offset
 {
 	uint32_t page = file_page(memfd, offset);
 
+	if (M.huge)
+		return -EINVAL;
 	model_enter();
 	for (size_t done = 0; done < bytes; done += MODEL_PAGE_BYTES, page++) {
 		M.cached[page] = true;
@@ -582,12 +590,18 @@ ssize_t sys_mem_write(int memfd, const void *from, size_t bytes, uint64_t offset
 	return (ssize_t)bytes;
 }
 
-/* Page by page, as the truncation of shmem goes; markers survive, nobody is woken. */
+/* Page by page, as the truncation of shmem goes; markers survive, nobody is woken. hugetlbfs unmaps all of it first. */
 static void punch(uint32_t first, uint32_t count, uint32_t stays)
 {
 	model_enter();
+	for (uint32_t p = first; M.huge && p < first + count; p++) {
+		unmap(p);
+		model_pause();
+	}
 	for (uint32_t p = first; p < first + count; p++) {
-		if (M.cached[p] && model_chance(stays)) {
+		if (M.huge && model_chance(stays))
+			continue;
+		if (!M.huge && M.cached[p] && model_chance(stays)) {
 			memset(M.bytes[p], 0, MODEL_PAGE_BYTES); /* part of a large folio with a reference */
 			M.zeroed[p] = true;
 		} else {
@@ -616,6 +630,8 @@ static int64_t seek(int memfd, uint64_t offset, bool data)
 	struct model_region *r = &M.region[memfd - FD_MEM];
 	int64_t found = data ? -ENXIO : (int64_t)(r->offset + r->pages * MODEL_PAGE_BYTES);
 
+	if (M.huge) /* all of it is data, up to the end of the file */
+		return data ? (int64_t)offset : found;
 	model_enter();
 	for (; page < r->first_page + r->pages; page++) {
 		if (M.cached[page] == data) {
@@ -635,6 +651,48 @@ int64_t sys_mem_seek_data(int memfd, uint64_t offset)
 int64_t sys_mem_seek_hole(int memfd, uint64_t offset)
 {
 	return seek(memfd, offset, false);
+}
+
+int sys_huge_open(struct sys_huge *h, int memfd, uint64_t offset, uint64_t bytes, uint64_t page_bytes)
+{
+	uint32_t page = file_page(memfd, offset);
+
+	if (!M.huge || page_bytes != MODEL_PAGE_BYTES || bytes % MODEL_PAGE_BYTES)
+		model_fail("memory file %d is mapped by pages of %lu", memfd, page_bytes);
+	*h = (struct sys_huge){(uint8_t *)M.bytes[page], bytes, page_bytes, (int)page};
+	return 0;
+}
+
+void sys_huge_close(struct sys_huge *h)
+{
+	h->memory = NULL;
+}
+
+int sys_huge_cached(struct sys_huge *h, uint64_t at)
+{
+	bool cached;
+
+	if (at % MODEL_PAGE_BYTES || at >= h->bytes)
+		model_fail("look at %#lx of a memory file of %#lx", at, h->bytes);
+	model_enter();
+	cached = M.cached[h->uffd + at / MODEL_PAGE_BYTES];
+	model_exit();
+	return cached;
+}
+
+int sys_huge_place(struct sys_huge *h, uint64_t at, const void *from)
+{
+	uint32_t page = (uint32_t)(h->uffd + at / MODEL_PAGE_BYTES);
+	bool cached;
+
+	model_enter();
+	cached = M.cached[page] || model_chance(M.faults.copy_nomem);
+	if (!cached) {
+		M.cached[page] = true;
+		memcpy(M.bytes[page], from, MODEL_PAGE_BYTES);
+	}
+	model_exit();
+	return cached ? -EEXIST : 0;
 }
 
 /* --- the store ---------------------------------------------------------------------------------------------------------- */

@@ -15,6 +15,7 @@
 
 enum {
 	MODEL_PAGE_BYTES = 64,
+	MODEL_BASE_BYTES = 16, /* where the guest's pages are huge */
 	MODEL_PAGES_MAX = 64,
 	MODEL_REGIONS_MAX = 3,
 	MODEL_THREADS_MAX = 8,
@@ -23,6 +24,7 @@ enum {
 enum { FD_UFFD = 1000, FD_PIDFD, FD_PAGEMAP, FD_STORE, FD_MEM /* + region */ };
 
 struct model_faults { /* how often what goes wrong, in 1/1000 of the calls */
+	/* punch_stays: zeroed and cached, as a large folio may; of hugetlbfs as it was */
 	uint32_t copy_nomem, copy_again, protect_fails, store_eio, store_short, sync_loses, punch_stays;
 	uint32_t read_eio, read_short, read_flip;
 	uint32_t resolve_fails, register_fails; /* not of a stock kernel, whose seeds stay what they are */
@@ -55,6 +57,7 @@ struct model {
 	bool minor[MODEL_PAGES_MAX], rwp[MODEL_PAGES_MAX];
 	uint32_t generation; /* TIERD_ENGINE_*: what kind of kernel it is */
 	bool async;          /* RWP_ASYNC or MINOR_ASYNC is on */
+	bool huge;           /* the memory files are of hugetlbfs: a page of theirs is several of the system's */
 	uint32_t under_way;  /* faults that have seen the mode and are not done */
 	/* the store: what reads give, what is on the device, what of the former is not yet on the latter */
 	uint64_t store[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8], device[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];

@@ -2,7 +2,7 @@
 /*
  * real.c: the data plane on the real kernel, under the same script as in the model (script.h).
  *
- *   real [--engine stock|rwp|rfc] [--slowness N] [--seeds N] [--from S] [--store DIRECTORY] [-v]
+ *   real [--engine stock|rwp|rfc] [--hugetlb] [--slowness N] [--seeds N] [--from S] [--store DIRECTORY] [-v]
  *
  * This process is the guest: its threads read, write and give back pages of memfds, and check what they read. The daemon is
  * another process (this program again, with --daemon), with the real sys.c, a real userfaultfd and a store file. It is killed
@@ -43,7 +43,7 @@ enum phase { STARTING, ADOPTING, SERVING, LEAVING_IT, LEFT };
 struct shared {
 	uint64_t seed;
 	uint32_t life, pages, region_count;
-	uint32_t engine;
+	uint32_t engine, page_bytes;
 	bool failures, losses, direct, use_pagemap, inside;
 	int uffd, table_fd, store_fd, memfd[REGIONS_MAX], inject_tid;
 	_Atomic bool guests_stop, finish, repaired, all_read;
@@ -53,7 +53,8 @@ struct shared {
 
 static struct shared *shared;
 static int shared_fd;
-static bool is_daemon;
+static bool is_daemon, hugetlb;
+static uint32_t slowness = 1; /* of the machine: lives last so much longer */
 
 _Noreturn void script_fail(const char *format, ...)
 {
@@ -83,7 +84,7 @@ static int must(int result, const char *what)
 
 /* --- the guest: its memory ---------------------------------------------------------------------------------------------- */
 
-static size_t page_bytes;
+static size_t page_bytes, stride = 1;     /* words are written and read one in so many */
 static uint8_t *memory[SCRIPT_PAGES_MAX]; /* by page */
 static struct tierd_region regions[REGIONS_MAX];
 static pthread_mutex_t locks[SCRIPT_PAGES_MAX];
@@ -111,7 +112,7 @@ static uint64_t word_of(uint64_t value, size_t i)
 
 static void write_words(volatile uint64_t *to, uint64_t value)
 {
-	for (size_t i = 0; i < page_bytes / 8; i++)
+	for (size_t i = 0; i < page_bytes / 8; i += stride)
 		to[i] = word_of(value, i);
 }
 
@@ -121,7 +122,7 @@ static bool read_words(const volatile uint64_t *from, uint64_t *value)
 	bool whole = true;
 
 	*value = from[0];
-	for (size_t i = 1; i < page_bytes / 8; i++)
+	for (size_t i = stride; i < page_bytes / 8; i += stride)
 		whole &= from[i] == word_of(*value, i);
 	return whole;
 }
@@ -211,7 +212,7 @@ void world_rest(uint32_t steps)
 	if (steps % 4 == 2)
 		sched_yield();
 	else if (steps)
-		usleep(steps * (is_daemon ? 10 : 30));
+		usleep(steps * (is_daemon ? 10 : hugetlb ? 300 * slowness : 30));
 }
 
 bool world_stopped(void)
@@ -225,6 +226,15 @@ void world_selected(double min_idle_s)
 }
 
 /* --- the daemon --------------------------------------------------------------------------------------------------------- */
+
+static void take_page_bytes(size_t bytes)
+{
+	size_t base = (size_t)sysconf(_SC_PAGESIZE);
+
+	page_bytes = bytes;
+	hugetlb = bytes > base;
+	stride = hugetlb ? base / 8 : 1;
+}
 
 /* A new page waits in a batch of the CPU that made it, and MADV_PAGEOUT passes over it unless called there. */
 void world_before_pass(void)
@@ -276,6 +286,7 @@ static struct tierd_guest *create_guest(int table_fd)
 		.uffd = shared->uffd,
 		.pidfd = must((int)syscall(SYS_pidfd_open, getppid(), 0), "pidfd_open"),
 		.engine = shared->engine,
+		.page_bytes = hugetlb ? (uint32_t)page_bytes : 0,
 		.zap = shared->inside ? TIERD_ZAP_INJECT : TIERD_ZAP_PAGEOUT,
 		.inject_tid = shared->inject_tid,
 		.use_pagemap = shared->use_pagemap,
@@ -342,6 +353,7 @@ static int daemon_main(void)
 	bool repaired;
 
 	is_daemon = true;
+	take_page_bytes(shared->page_bytes);
 	S.pages = shared->pages;
 	S.failures = shared->failures;
 	S.losses = shared->losses;
@@ -389,8 +401,7 @@ static int daemon_main(void)
 
 static bool verbose;
 static const char *store_directory = "/var/tmp";
-static uint32_t engine;       /* TIERD_ENGINE_* */
-static uint32_t slowness = 1; /* of the machine: lives last so much longer */
+static uint32_t engine; /* TIERD_ENGINE_* */
 static pid_t daemon_pid;
 static uint64_t kills[LEFT + 1], accesses, faults, evicted, errors_seen, lost_pages;
 static _Atomic bool over;
@@ -416,11 +427,12 @@ static int userfaultfd_create(void)
 	const uint64_t poison = 1ull << 14;
 	int uffd = must((int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK), "userfaultfd");
 	uint64_t features = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_THREAD_ID |
-			    1ull << 12 /* WP_HUGETLBFS_SHMEM, 5.19 */;
+			    1ull << 4 /* MISSING_HUGETLBFS */ | 1ull << 12 /* WP_HUGETLBFS_SHMEM, 5.19 */;
 	struct uffdio_api api = {.api = UFFD_API};
 
 	if (engine != TIERD_ENGINE_STOCK)
-		features |= 1ull << 10 /* MINOR_SHMEM */ | 1ull << 17 | 1ull << 18 /* tracking, and its async mode */;
+		features |= 1ull << 10 | 1ull << 9 /* MINOR_SHMEM, MINOR_HUGETLBFS */ | 1ull << 17 |
+			    1ull << 18 /* tracking, and its async mode */;
 	api.features = features | poison;
 	if (!ioctl(uffd, UFFDIO_API, &api))
 		return uffd;
@@ -436,7 +448,7 @@ static void make_region(uint32_t i, uint32_t count)
 	size_t bytes = count * page_bytes, offset = below(3) * page_bytes;
 	uint8_t *at;
 
-	shared->memfd[i] = must(memfd_create("guest", MFD_CLOEXEC), "memfd");
+	shared->memfd[i] = must(memfd_create("guest", MFD_CLOEXEC | (hugetlb ? MFD_HUGETLB : 0)), "memfd");
 	must(ftruncate(shared->memfd[i], (off_t)(offset + bytes)), "memory");
 	at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, shared->memfd[i], (off_t)offset);
 	if (at == MAP_FAILED)
@@ -450,7 +462,7 @@ static void make_region(uint32_t i, uint32_t count)
 
 static void make_state_and_store(void)
 {
-	struct tierd_identity identity = {.pid = getpid(), .epoch_ns = 1000000};
+	struct tierd_identity identity = {.pid = getpid(), .epoch_ns = 1000000, .page_bytes = page_bytes};
 	uint64_t bytes;
 	uint8_t *table;
 
@@ -497,9 +509,9 @@ static void set_up(void)
 	shared->failures = S.failures = below(3);
 	shared->losses = S.losses = !below(3);
 	shared->direct = below(2);
-	shared->use_pagemap = below(2) && engine == TIERD_ENGINE_STOCK;
+	shared->use_pagemap = below(2) && engine == TIERD_ENGINE_STOCK && !hugetlb;
 	shared->engine = engine;
-	shared->inside = !below(4) || swap_is_on();
+	shared->inside = !below(4) || swap_is_on() || hugetlb;
 	shared->uffd = userfaultfd_create();
 	make_state_and_store();
 	atomic_store(&shared->guests_stop, false);
@@ -738,6 +750,7 @@ static void guest_main(uint64_t from, uint64_t seeds)
 	if (shared_fd < 0 || ftruncate(shared_fd, sizeof(*shared)))
 		abort();
 	shared = map_shared(shared_fd);
+	shared->page_bytes = (uint32_t)page_bytes;
 	sigaction(SIGBUS, &bus, NULL);
 	sigaction(SIGALRM, &hang, NULL);
 	for (uint32_t page = 0; page < SCRIPT_PAGES_MAX; page++)
@@ -763,11 +776,13 @@ int main(int count, char **arguments)
 {
 	uint64_t seeds = 10, from = 1;
 
-	page_bytes = (size_t)sysconf(_SC_PAGESIZE);
+	take_page_bytes((size_t)sysconf(_SC_PAGESIZE));
 	for (int i = 1; i < count; i++) {
 		if (!strcmp(arguments[i], "-v")) {
 			verbose = true;
 			setvbuf(stdout, NULL, _IOLBF, 0);
+		} else if (!strcmp(arguments[i], "--hugetlb")) {
+			take_page_bytes(2 << 20);
 		} else if (i + 1 < count && !strcmp(arguments[i], "--daemon")) {
 			shared = map_shared(atoi(arguments[i + 1]));
 			return daemon_main();
@@ -783,7 +798,8 @@ int main(int count, char **arguments)
 		} else if (i + 1 < count && !strcmp(arguments[i], "--store")) {
 			store_directory = arguments[++i];
 		} else {
-			return fprintf(stderr, "usage: real [--engine stock|rwp|rfc] [--seeds N] [--from S] [--store "
+			return fprintf(stderr, "usage: real [--engine stock|rwp|rfc] [--hugetlb] [--seeds N] [--from "
+					       "S] [--store "
 					       "DIRECTORY] [-v]\n"),
 			       2;
 		}

@@ -57,6 +57,7 @@ static uint64_t odd_number(void)
 static int make_file(void)
 {
 	struct tierd_identity identity = {.pid = 1 + (int32_t)roll(1000), .start_ticks = roll(1000), .epoch_ns = 8};
+	uint64_t page_bytes = roll(2) ? 4096 : 2 << 20;
 	struct tierd_region regions[TIERD_REGIONS_MAX] = {0};
 	uint32_t count = 1 + (uint32_t)roll(TIERD_REGIONS_MAX);
 	int fd = memfd_create("state", 0);
@@ -65,7 +66,8 @@ static int make_file(void)
 	strcpy(identity.name, "guest");
 	strcpy(identity.store_path, "/store/guest");
 	for (uint32_t i = 0; i < count; i++)
-		regions[i] = (struct tierd_region){.address = (i + 1ull) << 32, .bytes = 4096 * (1 + roll(8))};
+		regions[i] = (struct tierd_region){.address = (i + 1ull) << 32, .bytes = page_bytes * (1 + roll(8))};
+	identity.page_bytes = roll(2) || page_bytes > 4096 ? page_bytes : 0;
 	if (fd < 0 || tierd_table_create(fd, &identity, regions, count))
 		fail(0, "cannot make a file");
 	return fd;
@@ -161,18 +163,23 @@ static void damage(int fd)
 	}
 }
 
-static void use(uint64_t seed, int fd, const struct tierd_region *regions, uint32_t count)
+static void use(uint64_t seed, int fd, uint64_t page_bytes, const struct tierd_region *regions, uint32_t count)
 {
 	struct tierd_guest *g = calloc(1, sizeof(*g));
 	uint64_t sum = 0;
 
 	g->table_fd = fd;
+	g->page_bytes = (uint32_t)page_bytes;
 	g->region_count = count;
 	for (uint32_t i = 0; i < count; i++) {
 		struct region *r = &g->regions[i];
 
-		*r = (struct region){regions[i].address, regions[i].bytes, regions[i].offset, g->pages, 0, -1};
-		r->pages = r->bytes / sys_page_bytes();
+		*r = (struct region){.address = regions[i].address,
+				     .bytes = regions[i].bytes,
+				     .offset = regions[i].offset,
+				     .first_page = g->pages,
+				     .memfd = -1};
+		r->pages = r->bytes / page_bytes;
 		g->pages += r->pages;
 	}
 	if (table_map(g))
@@ -212,7 +219,7 @@ static void run(uint64_t seed)
 		    !memchr(identity.boot_id, 0, sizeof(identity.boot_id)) ||
 		    !memchr(identity.store_path, 0, sizeof(identity.store_path)))
 			fail(seed, "a text does not end");
-		use(seed, fd, regions, count);
+		use(seed, fd, identity.page_bytes, regions, count);
 	}
 	close(fd);
 }

@@ -47,6 +47,16 @@ def test_seeds_with_a_mapping_made_anew(tmp_path: Path, engine: str) -> None:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("engine", ["stock", "rwp", "rfc"])
+def test_seeds_on_hugetlbfs(tmp_path: Path, engine: str) -> None:
+    """A page is several of the system's, SEEK_DATA calls every one of them data, and there is no write(2)."""
+    binary = build_driver(tmp_path / "driver", ["-O2"])
+    figures = run_seeds(binary, max(SEEDS // 5, 100), "--engine", engine, "--hugetlb")
+    assert figures["pages evicted"] > SEEDS / 5
+    assert figures["kills"] > 0
+
+
+@pytest.mark.timeout(900)
 def test_seeds_with_a_store_that_outlives_its_callers(tmp_path: Path) -> None:
     """Rule 11: what a killed daemon had in flight lands at any later time, over the life of its successors."""
     figures = run_seeds(build_driver(tmp_path / "driver", ["-O2"]), max(SEEDS // 4, 100), "--late-io")

@@ -317,11 +317,45 @@ NATIVE_ENGINES = [
 ]
 MUTATIONS += NATIVE_ENGINES
 # What the driver must be told, for a mutation that shows only then.
+HUGETLBFS = [
+    Mutation(
+        "huge_exists_is_believed",  # also said when there is no page for it
+        "fault.c",
+        "			err = mem_exists(g, page + placed);",
+        "			err = 0;",
+    ),
+    Mutation(
+        "huge_hole_by_seek",  # SEEK_DATA calls it data, so a page that has left is taken for one that has not
+        "guest.c",
+        "	if (g->huge) {\n		data = sys_huge_cached(",
+        "	if (g->huge && r->memfd == -2) {\n		data = sys_huge_cached(",
+    ),
+    Mutation(
+        "huge_next_page_not_asked",
+        "guest.c",
+        "		return data < 0 ? data : (int64_t)offset + !data;",
+        "		return data < 0 ? data : (int64_t)offset + (data ? 0 : g->page_bytes);",
+    ),
+    Mutation(
+        "huge_page_that_was_not_punched_is_stored",
+        "evict.c",
+        "		failed = settle_dropped(b, first + i, data == (int64_t)offset, ret);",
+        "		failed = settle_dropped(b, first + i, !b->g->huge && data == (int64_t)offset, ret);",
+    ),
+    Mutation(
+        "huge_page_described_by_its_neighbours_entries",
+        "scan.c",
+        "	return g->huge ? 1 : pages < ENTRIES ? pages : ENTRIES;",
+        "	return pages < ENTRIES ? pages : ENTRIES;",
+    ),
+]
+MUTATIONS += HUGETLBFS
 MORE = {
     "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle
     "late_write_lands_in_used_space": ("--late-io",),
     "parked_page_read_whatever_its_tier": ("--from", "37400"),  # it takes a page that leaves again between two looks
     **{mutation.name: ("--engine", mutation.name[:3]) for mutation in NATIVE_ENGINES},
+    **{mutation.name: ("--engine", "rwp", "--hugetlb") for mutation in HUGETLBFS},
     "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--from", "40001"),
     "rwp_absence_is_taken_for_protection": ("--engine", "rwp", "--remap"),
 }

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # adoption comes before the configuration
 
 HOLDER_SCAN_S = 1.0
 MEMCG_HEADROOM_BYTES = 64 << 20
+HUGE_PAGE_BYTES_MAX = 32 << 20  # PAGE_BYTES_MAX of table.c
 
 
 def _read(path: str | Path, default: str = "") -> str:
@@ -297,8 +298,9 @@ def _tmpfs_huge(s: Subject) -> None:
 
 
 def backing(s: Subject) -> None:
-    """Files on a disk or of hugetlbfs are not shmem: a punch there means something else."""
+    """A punch in a file on a disk means something else, and tierd's buffers hold whole pages, several of them."""
     kinds = {}
+    sizes: set[int] = set()
     for line in _read("/proc/self/mountinfo").split("\n")[:-1]:
         fields = line.split()
         major, minor = fields[2].split(":")
@@ -306,15 +308,32 @@ def backing(s: Subject) -> None:
     for region in s.spec.regions:
         kind = kinds.get(region.device, "shmem")  # memfds are on a mount of the kernel's own
         page = re.search(r"^KernelPageSize:\s+(\d+) kB", _smaps_of(s.smaps, region.address), re.M)
-        if page and int(page[1]) * 1024 != os.sysconf("SC_PAGESIZE"):
+        size = int(page[1]) * 1024 if page else os.sysconf("SC_PAGESIZE")
+        if size != os.sysconf("SC_PAGESIZE"):
             kind = "hugetlbfs"
-        if kind not in ("shmem", "tmpfs", "devtmpfs"):
+        evidence = f"pid {s.spec.pid}: {region.address:#x}, inode {region.inode}"
+        if kind not in ("shmem", "tmpfs", "devtmpfs", "hugetlbfs"):
             raise Refused(
                 "backing",
                 f"the guest's memory is on {kind}",
-                f"pid {s.spec.pid}: {region.address:#x}, inode {region.inode}",
-                "use memory-backend-memfd,share=on without hugetlb, or a file on tmpfs",
+                evidence,
+                "use memory-backend-memfd,share=on, or a file on tmpfs or hugetlbfs",
             )
+        if size > HUGE_PAGE_BYTES_MAX:
+            raise Refused(
+                "backing",
+                f"the guest's memory is in pages of {size >> 20} MiB: each would come back as a whole, while the guest waits",
+                evidence,
+                "use pages of 2 MiB (hugetlbsize=2M)",
+            )
+        sizes.add(size)
+    if len(sizes) > 1:
+        raise Refused(
+            "backing",
+            "the guest's memory is in pages of different sizes",
+            f"pid {s.spec.pid}: {', '.join(f'{size >> 10} KiB' for size in sorted(sizes))}",
+            "use one kind of memory for all of its RAM",
+        )
 
 
 def _smaps_of(smaps: str, address: int) -> str:

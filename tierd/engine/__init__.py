@@ -57,8 +57,9 @@ class Engine(Protocol):
         """Read /proc/PID/pagemap because PAGEMAP_SCAN is missing."""
         ...
 
-    def zap(self, swap_can_receive: bool) -> Zap:
-        """How pages of a VMM are deactivated, given whether the host could swap them out."""
+    def zap(self, inside: bool) -> Zap:
+        """How pages of a VMM are deactivated. `inside`: not by MADV_PAGEOUT, which would send them to swap where there is one,
+        and passes over hugetlbfs."""
         ...
 
 

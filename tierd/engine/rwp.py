@@ -10,15 +10,15 @@ from __future__ import annotations
 from tierd.engine import EngineUnavailable, trial_failed
 from tierd.native import EngineNumber, Probe, Zap
 
-# UFFD_FEATURE_RWP, UFFD_FEATURE_RWP_ASYNC, UFFD_FEATURE_MINOR_SHMEM
-_FEATURES = 1 << 17 | 1 << 18 | 1 << 10
+# UFFD_FEATURE_RWP, UFFD_FEATURE_RWP_ASYNC, UFFD_FEATURE_MINOR_SHMEM, UFFD_FEATURE_MINOR_HUGETLBFS
+_FEATURES = 1 << 17 | 1 << 18 | 1 << 10 | 1 << 9
 
 
 class RwpEngine:
     name = "rwp"
     number = EngineNumber.RWP
     features = _FEATURES
-    backings = frozenset({"shmem"})
+    backings = frozenset({"shmem", "hugetlbfs"})
     sees_reads = True
     holds_reads = True
     use_pagemap = False
@@ -29,5 +29,5 @@ class RwpEngine:
             raise EngineUnavailable(trial_failed("rwp", found.rwp, found.rwp_step))
         self.found = found
 
-    def zap(self, swap_can_receive: bool) -> Zap:
+    def zap(self, inside: bool) -> Zap:
         return Zap.USERFAULTFD

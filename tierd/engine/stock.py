@@ -24,7 +24,6 @@ class StockEngine:
     name = "stock"
     number = EngineNumber.STOCK
     features = 0
-    backings = frozenset({"shmem"})
     sees_reads = True
     holds_reads = False
 
@@ -37,9 +36,14 @@ class StockEngine:
         self.found = found
 
     @property
+    def backings(self) -> frozenset[str]:
+        # /proc/PID/pagemap does not show a hold's marker of a huge page
+        return frozenset({"shmem"} if self.use_pagemap else {"shmem", "hugetlbfs"})
+
+    @property
     def use_pagemap(self) -> bool:
         return self.found.pagemap_scan != 0
 
-    def zap(self, swap_can_receive: bool) -> Zap:
-        """From outside where nothing can be swapped out by it; else inside the VMM, at the price of ptrace stops."""
-        return Zap.INJECT if swap_can_receive or self.found.pageout else Zap.PAGEOUT
+    def zap(self, inside: bool) -> Zap:
+        """MADV_PAGEOUT from outside; or inside the VMM, at the price of ptrace stops."""
+        return Zap.INJECT if inside or self.found.pageout else Zap.PAGEOUT

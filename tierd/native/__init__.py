@@ -92,6 +92,7 @@ class Identity:
     uffd_in_vmm: int
     epoch_ns: int
     store_path: str
+    page_bytes: int = 0  # 0: the system's
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def table_create(fd: int, identity: Identity, regions: Sequence[TableRegion]) ->
     (ENOSPC) the caller unlinks the file."""
     c = ffi.new("struct tierd_identity *")
     c.pid, c.start_ticks, c.uffd_in_vmm = identity.pid, identity.start_ticks, identity.uffd_in_vmm
-    c.epoch_ns = identity.epoch_ns
+    c.epoch_ns, c.page_bytes = identity.epoch_ns, identity.page_bytes
     c.boot_id = identity.boot_id.encode()[: lib.TIERD_BOOT_ID_BYTES - 1]
     c.name = identity.name.encode(errors="replace")[: lib.TIERD_NAME_BYTES - 1]
     path = os.fsencode(identity.store_path)
@@ -243,6 +244,7 @@ def table_read(fd: int) -> tuple[Identity, tuple[TableRegion, ...], Serving]:
         uffd_in_vmm=c.uffd_in_vmm,
         epoch_ns=c.epoch_ns,
         store_path=os.fsdecode(ffi.string(c.store_path)),
+        page_bytes=c.page_bytes,
     )
     found = tuple(TableRegion(r.address, r.bytes, r.offset, r.device, r.inode) for r in regions[0 : count[0]])
     return identity, found, _serving(serving)
@@ -262,6 +264,13 @@ def _serving(c: Any) -> Serving:
         uffd_in_vmm=c.uffd_moved - 1 if c.uffd_moved > 0 else None,
         engine=EngineNumber(c.engine),
     )
+
+
+def page_bytes_of(memfd: int) -> int:
+    """Size of the pages of a memory file: of hugetlbfs, or the system's."""
+    out = ffi.new("uint64_t *")
+    check(lib.tierd_page_bytes_of(memfd, out), "look at a memory file")
+    return int(out[0])
 
 
 def table_away(fd: int) -> int:
@@ -367,6 +376,7 @@ class NativeGuest:
         memfds: Sequence[int],
         tier: Tier | None,
         engine: EngineNumber = EngineNumber.STOCK,
+        page_bytes: int = 0,
         zap: Zap = Zap.PAGEOUT,
         inject_tid: int = 0,
         use_pagemap: bool = False,
@@ -378,7 +388,7 @@ class NativeGuest:
         args = ffi.new("struct tierd_guest_args *")
         args.table_fd, args.uffd, args.pidfd, args.pagemap_fd = table_fd, uffd, pidfd, pagemap_fd
         args.engine, args.zap, args.inject_tid, args.use_pagemap = int(engine), int(zap), inject_tid, use_pagemap
-        args.chunk_bytes, args.readahead_pages = chunk_bytes, readahead_pages
+        args.chunk_bytes, args.readahead_pages, args.page_bytes = chunk_bytes, readahead_pages, page_bytes
         args.spin_us_max, args.follow, args.region_count = spin_us_max, follow, len(regions)
         c_regions = _c_regions(regions, memfds)
         ffi.memmove(args.regions, c_regions, ffi.sizeof(c_regions))
@@ -396,7 +406,8 @@ class NativeGuest:
         check(lib.tierd_guest_create(args, out), "guest tables (is LimitMEMLOCK high enough?)")
         self._g = out[0]
         self.has_sync_mode = engine is not EngineNumber.STOCK
-        self.pages = sum(region.bytes for region in regions) // os.sysconf("SC_PAGESIZE")
+        self.page_bytes = page_bytes or os.sysconf("SC_PAGESIZE")
+        self.pages = sum(region.bytes for region in regions) // self.page_bytes
 
     def __enter__(self) -> NativeGuest:
         return self

@@ -396,14 +396,17 @@ static uint32_t claim_dropping(struct tierd_batch *b, uint32_t first, uint32_t n
 }
 
 /* A punch can fail silently: in a large folio with an extra reference it zeroes the bytes and leaves them cached. Such a page
- * gets its bytes back and stays with the guest. */
+ * gets its bytes back and stays with the guest. hugetlbfs punches a page as a whole or not at all. */
 static int settle_dropped(struct tierd_batch *b, uint32_t i, bool cached, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
 	struct region *r = region_of_page(g, b->pages[i]);
 	page_word to = word_with_state(b->words[i], cached ? RESIDENT : STORED);
 
-	if (cached) {
+	if (cached && g->huge) {
+		to = word_with_epoch(to, epoch_next(g));
+		count_add(&g->count.pages_cancelled, 1);
+	} else if (cached) {
 		ssize_t n = sys_mem_write(r->memfd, b->bytes + i * b->page_bytes, b->page_bytes,
 					  mem_offset_of(r, b->pages[i]));
 
@@ -433,9 +436,7 @@ static int drop_run(struct tierd_batch *b, uint32_t first, uint32_t n, struct ti
 
 	for (uint32_t i = 0; i < n; i++, offset += b->page_bytes) {
 		if (data < (int64_t)offset) {
-			data = sys_mem_seek_data(r->memfd, offset);
-			if (data == -ENXIO)
-				data = INT64_MAX;
+			data = mem_next_data(b->g, r, b->pages[first + i]);
 			if (data < 0) /* not seen to be a hole: as if it were not one */
 				data = (int64_t)offset;
 		}

@@ -25,6 +25,11 @@ enum { STAYS = UFFD_PAGEFAULT_FLAG_WP | UFFD_PAGEFAULT_FLAG_MINOR | SYS_RWP_FAUL
 
 static uint8_t zeros[ZERO_BYTES] __attribute__((aligned(ZERO_BYTES)));
 
+static const void *zeros_of(const struct tierd_guest *g)
+{
+	return g->zeros ? g->zeros : zeros;
+}
+
 struct stream {
 	uint64_t next_page;
 	uint32_t window, last_use;
@@ -126,32 +131,33 @@ static void settle(struct tierd_guest *g, uint64_t page, page_word owned)
 }
 
 /*
- * Places n pages that we own, from `from` or zeros. Returns how many are in place. A page that the kernel already has in its
- * cache is in place: the kernel is right, and its waiter is woken. *error says what stopped it.
+ * Places n pages that we own, from `from` or zeros. Returns how many are in place. A page that the memory file holds already is
+ * in place: the kernel is right, and its waiter is woken. *error says what stopped it.
  */
 static uint32_t place(struct tierd_guest *g, uint64_t page, uint32_t n, const void *from, int *error)
 {
+	uint64_t zeros_bytes = g->huge ? g->page_bytes : ZERO_BYTES;
 	uint32_t placed = 0;
 
 	*error = 0;
 	while (placed < n) {
-		const void *bytes = from ? (const uint8_t *)from + (size_t)placed * g->page_bytes : zeros;
+		const void *bytes = from ? (const uint8_t *)from + (size_t)placed * g->page_bytes : zeros_of(g);
 		uint64_t want = (uint64_t)(n - placed) * g->page_bytes, done = 0;
 		int err;
 
-		if (!from && want > ZERO_BYTES)
-			want = ZERO_BYTES;
+		if (!from && want > zeros_bytes)
+			want = zeros_bytes;
 		err = sys_uffd_copy(g->uffd, address_of(g, page + placed), bytes, want, &done);
 		placed += (uint32_t)(done / g->page_bytes);
 		if (!err || (done && err == -EAGAIN))
 			continue;
-		if (err == -EEXIST && placed < n) {
+		if (err == -EEXIST && placed < n)
+			err = mem_exists(g, page + placed);
+		if (!err) {
 			wake(g, page + placed, 1);
 			placed++;
 			continue;
 		}
-		if (err == -EEXIST)
-			continue;
 		*error = err;
 		break;
 	}
@@ -363,12 +369,9 @@ static uint32_t put_into_file(struct tierd_guest *g, uint64_t page, uint32_t n, 
 	struct region *r = region_of_page(g, page);
 
 	for (uint32_t i = 0; i < n; i++) {
-		uint64_t offset = mem_offset_of(r, page + i);
-		const void *bytes = from ? from + (size_t)(skip + i) * g->page_bytes : zeros;
+		const void *bytes = from ? from + (size_t)(skip + i) * g->page_bytes : zeros_of(g);
 
-		if (r->memfd < 0 || sys_mem_seek_data(r->memfd, offset) == (int64_t)offset)
-			continue;
-		if (sys_mem_write(r->memfd, bytes, g->page_bytes, offset) != (ssize_t)g->page_bytes)
+		if (mem_put(g, r, page + i, bytes))
 			return i;
 	}
 	return n;

@@ -37,6 +37,46 @@ uint64_t mem_offset_of(const struct region *r, uint64_t page)
 	return r->offset + (page - r->first_page) * (r->bytes / r->pages);
 }
 
+int64_t mem_next_data(struct tierd_guest *g, struct region *r, uint64_t page)
+{
+	uint64_t offset = mem_offset_of(r, page);
+	int64_t data;
+
+	if (r->memfd < 0)
+		return INT64_MAX;
+	if (g->huge) {
+		data = sys_huge_cached(&r->huge, offset - r->offset);
+		return data < 0 ? data : (int64_t)offset + !data;
+	}
+	data = sys_mem_seek_data(r->memfd, offset);
+	return data == -ENXIO ? INT64_MAX : data;
+}
+
+int mem_exists(struct tierd_guest *g, uint64_t page)
+{
+	struct region *r = region_of_page(g, page);
+	int64_t data;
+
+	if (!g->huge)
+		return 0;
+	data = mem_next_data(g, r, page);
+	return data < 0 ? (int)data : data == (int64_t)mem_offset_of(r, page) ? 0 : -ENOMEM;
+}
+
+int mem_put(struct tierd_guest *g, struct region *r, uint64_t page, const void *bytes)
+{
+	uint64_t offset = mem_offset_of(r, page);
+	int64_t data = mem_next_data(g, r, page);
+	int error;
+
+	if (data < 0 || data == (int64_t)offset || r->memfd < 0)
+		return data < 0 ? (int)data : 0;
+	if (!g->huge)
+		return sys_mem_write(r->memfd, bytes, g->page_bytes, offset) == (ssize_t)g->page_bytes ? 0 : -EIO;
+	error = sys_huge_place(&r->huge, offset - r->offset, bytes);
+	return error == -EEXIST ? mem_exists(g, page) : error;
+}
+
 uint32_t run_length(struct tierd_guest *g, const uint64_t *pages, uint32_t count)
 {
 	struct region *r = region_of_page(g, pages[0]);
@@ -81,6 +121,12 @@ static int regions_take(struct tierd_guest *g, const struct tierd_guest_args *ar
 		g->region_count++;
 		if (r->memfd < 0 && args->regions[i].memfd >= 0)
 			return r->memfd;
+		if (g->huge && r->memfd >= 0) {
+			int error = sys_huge_open(&r->huge, r->memfd, r->offset, r->bytes, g->page_bytes);
+
+			if (error)
+				return error;
+		}
 	}
 	return 0;
 }
@@ -109,7 +155,8 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 {
 	int error;
 
-	g->page_bytes = (uint32_t)sys_page_bytes();
+	g->huge = args->page_bytes > sys_page_bytes();
+	g->page_bytes = g->huge ? args->page_bytes : (uint32_t)sys_page_bytes();
 	g->chunk_pages = (args->chunk_bytes ? args->chunk_bytes : CHUNK_BYTES) / g->page_bytes;
 	g->engine = engine_of(args->engine);
 	if (!g->engine)
@@ -119,7 +166,7 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	g->use_pagemap = args->use_pagemap && !g->engine->set_async;
 	g->spin_us_max = args->spin_us_max;
 	g->follow = args->follow;
-	g->readahead_max = args->readahead_pages ? args->readahead_pages : 1;
+	g->readahead_max = args->readahead_pages && !g->huge ? args->readahead_pages : 1;
 	atomic_store(&g->readahead_pages, g->readahead_max);
 	atomic_store(&g->capacity_pages, args->tiers[1].capacity_pages);
 	if (!g->chunk_pages || args->region_count > TIERD_REGIONS_MAX)
@@ -144,7 +191,9 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 		return error;
 	g->missing = sys_alloc(g->chunks);
 	g->touched = sys_alloc(bitmap_bytes(g->chunk_pages));
-	if (!g->missing || !g->touched)
+	if (g->huge)
+		g->zeros = sys_alloc(g->page_bytes);
+	if (!g->missing || !g->touched || (g->huge && !g->zeros))
 		return -ENOMEM;
 	if (args->tiers[1].flags & TIERD_SPACE_LATE) {
 		g->quarantine = sys_alloc(bitmap_bytes(g->pages));
@@ -187,14 +236,19 @@ void tierd_guest_destroy(struct tierd_guest *g)
 	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
 		if (fds[i] >= 0)
 			sys_close(fds[i]);
-	for (uint32_t i = 0; i < g->region_count; i++)
+	for (uint32_t i = 0; i < g->region_count; i++) {
+		if (g->regions[i].huge.memory)
+			sys_huge_close(&g->regions[i].huge);
 		if (g->regions[i].memfd >= 0)
 			sys_close(g->regions[i].memfd);
+	}
 	for (int i = 0; i < TIERD_TIERS; i++)
 		if (g->tiers[i].fd >= 0)
 			sys_close(g->tiers[i].fd);
 	if (g->missing)
 		sys_free(g->missing, g->chunks);
+	if (g->zeros)
+		sys_free(g->zeros, g->page_bytes);
 	if (g->touched)
 		sys_free(g->touched, bitmap_bytes(g->chunk_pages));
 	if (g->quarantine)
@@ -275,11 +329,35 @@ static int register_all(struct tierd_guest *g)
 	return register_mapped(g, 0, UINT64_MAX, g->engine->mode);
 }
 
+static void mark_page(struct tierd_guest *g, uint64_t page, uint16_t epoch)
+{
+	page_word w = page_load(g, page);
+
+	if (word_untouched(w))
+		page_move(g, page, w, word_with_tier(word_with_epoch(w, epoch), TIER_ZERO));
+}
+
+static int mark_huge(struct tierd_guest *g, struct region *r)
+{
+	for (uint64_t page = r->first_page; page < r->first_page + r->pages; page++) {
+		int cached = sys_huge_cached(&r->huge, mem_offset_of(r, page) - r->offset);
+
+		if (cached < 0)
+			return cached;
+		if (cached)
+			mark_page(g, page, epoch_next(g));
+	}
+	return 0;
+}
+
 /* What the file already holds counts as touched now; the rest was never touched and needs no eviction. */
 static int mark_data(struct tierd_guest *g, struct region *r)
 {
 	int64_t data = (int64_t)r->offset, hole;
 	uint64_t end = r->offset + r->bytes;
+
+	if (g->huge)
+		return mark_huge(g, r);
 
 	while ((data = sys_mem_seek_data(r->memfd, (uint64_t)data)) >= 0 && (uint64_t)data < end) {
 		uint16_t epoch = epoch_next(g);
@@ -287,13 +365,8 @@ static int mark_data(struct tierd_guest *g, struct region *r)
 		hole = sys_mem_seek_hole(r->memfd, (uint64_t)data);
 		if (hole < 0)
 			return (int)hole;
-		for (uint64_t at = (uint64_t)data; at < (uint64_t)hole && at < end; at += g->page_bytes) {
-			uint64_t page = r->first_page + (at - r->offset) / g->page_bytes;
-			page_word w = page_load(g, page);
-
-			if (word_untouched(w))
-				page_move(g, page, w, word_with_tier(word_with_epoch(w, epoch), TIER_ZERO));
-		}
+		for (uint64_t at = (uint64_t)data; at < (uint64_t)hole && at < end; at += g->page_bytes)
+			mark_page(g, r->first_page + (at - r->offset) / g->page_bytes, epoch);
 		data = hole;
 	}
 	return data < 0 && data != -ENXIO ? (int)data : 0;
@@ -374,8 +447,8 @@ static bool in_flight(page_word w)
 }
 
 /* A page that is DROPPING and still in the page cache was not punched yet, or in vain (evict.c, settle_dropped): then it holds
- * zeros, and its bytes are in the store. Anything else is the kernel's truth. `bytes` is room for a page. -ENODATA: the store
- * cannot give them. */
+ * zeros, and its bytes are in the store. Anything else is the kernel's truth: so always with hugetlbfs, which punches a page
+ * as a whole or not at all. `bytes` is room for a page. -ENODATA: the store cannot give them. */
 static int repair_unpunched(struct tierd_guest *g, uint64_t page, page_word w, void *bytes)
 {
 	struct region *r = region_of_page(g, page);
@@ -398,8 +471,8 @@ static int repair_unpunched(struct tierd_guest *g, uint64_t page, page_word w, v
 
 static int adopt_unpunched(struct tierd_guest *g, uint64_t page, page_word w)
 {
-	void *bytes = sys_alloc(g->page_bytes);
-	int error = bytes ? repair_unpunched(g, page, w, bytes) : -ENOMEM;
+	void *bytes = g->huge ? NULL : sys_alloc(g->page_bytes);
+	int error = g->huge ? 0 : bytes ? repair_unpunched(g, page, w, bytes) : -ENOMEM;
 
 	if (bytes)
 		sys_free(bytes, g->page_bytes);
@@ -414,7 +487,7 @@ static int punch_again(struct tierd_guest *g, uint64_t page)
 
 	if (error)
 		return error;
-	return sys_mem_seek_data(r->memfd, offset) == (int64_t)offset ? -EBUSY : 0;
+	return mem_next_data(g, r, page) == (int64_t)offset ? -EBUSY : 0;
 }
 
 static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct tierd_adoption *ret)
@@ -460,9 +533,7 @@ static int adopt_region(struct tierd_guest *g, struct region *r, struct tierd_ad
 
 		if (word_state(page_load(g, page)) != RESIDENT) {
 			if (data < (int64_t)offset) {
-				data = r->memfd < 0 ? -ENXIO : sys_mem_seek_data(r->memfd, offset);
-				if (data == -ENXIO)
-					data = INT64_MAX;
+				data = mem_next_data(g, r, page);
 				if (data < 0)
 					return (int)data;
 			}
@@ -492,8 +563,8 @@ static int leave_window(struct tierd_guest *g, struct tierd_adoption *ret)
 		if (word_state(page_load(g, page)) != DROPPING)
 			continue;
 		r = region_of_page(g, page);
-		data = r->memfd < 0 ? -ENXIO : sys_mem_seek_data(r->memfd, mem_offset_of(r, page));
-		if (data < 0 && data != -ENXIO)
+		data = mem_next_data(g, r, page);
+		if (data < 0)
 			return (int)data;
 		error = adopt_page(g, page, data == (int64_t)mem_offset_of(r, page), &early);
 		if (error)

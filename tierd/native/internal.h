@@ -112,6 +112,7 @@ struct region {
 	uint64_t address, bytes, offset;
 	uint64_t first_page, pages;
 	int memfd;
+	struct sys_huge huge; /* of hugetlbfs, and there is a memfd */
 };
 
 /* counters of struct tierd_counters that are kept as they happen; the rest is counted from the table */
@@ -159,6 +160,8 @@ struct tierd_guest {
 	int zap, inject_tid;
 	bool use_pagemap;
 	uint32_t page_bytes, chunk_pages;
+	bool huge;      /* hugetlbfs */
+	uint8_t *zeros; /* a page of it; NULL: fault.c has enough of its own */
 	uint32_t spin_us_max, follow;
 	uint32_t readahead_max; /* what the workers' buffers hold */
 	_Atomic uint32_t readahead_pages;
@@ -234,6 +237,14 @@ struct region *region_of_page(struct tierd_guest *g, uint64_t page);
 int64_t page_of_address(struct tierd_guest *g, uint64_t address);
 uint64_t address_of(struct tierd_guest *g, uint64_t page);
 uint64_t mem_offset_of(const struct region *r, uint64_t page);
+/* The offset of the first page at or after `page` that the memory file holds (INT64_MAX: there is none), or -errno. Of hugetlbfs,
+ * which can be asked for one page only: one beyond the page's own when it is a hole. For who owns the page. */
+int64_t mem_next_data(struct tierd_guest *g, struct region *r, uint64_t page);
+/* What COPY meant by EEXIST: 0 when the file really holds the page. hugetlbfs says it, too, when its pool is empty (seen on 6.18),
+ * and who believed that would leave a hole, which is filled with zeros at the next touch. For who owns the page. */
+int mem_exists(struct tierd_guest *g, uint64_t page);
+/* Writes a page that a live process does not map, or maps anew. 0 also when the file holds one already. For who owns the page. */
+int mem_put(struct tierd_guest *g, struct region *r, uint64_t page, const void *bytes);
 int guest_enter(struct tierd_guest *g); /* the worker's calls: -EBUSY when there is one */
 void guest_leave(struct tierd_guest *g);
 void count_error(struct tierd_guest *g, _Atomic uint64_t *which, int error);

@@ -52,6 +52,12 @@ static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, ui
 	return 0;
 }
 
+/* Entries are of the system's pages; of a huge page the first one speaks for all. */
+static uint64_t entries_at_once(const struct tierd_guest *g, uint64_t pages)
+{
+	return g->huge ? 1 : pages < ENTRIES ? pages : ENTRIES;
+}
+
 /* Kernels before 6.7, so with the stock engine: the same answer from 64-bit entries. Bit 63 present, 62 swap entry (a marker
  * too), 57 uffd-wp. */
 static int scan_by_reading(struct tierd_guest *g, uint64_t start, uint64_t end, uint64_t *touched, uint64_t *marked)
@@ -60,8 +66,8 @@ static int scan_by_reading(struct tierd_guest *g, uint64_t start, uint64_t end, 
 	uint64_t at = start;
 
 	while (at < end) {
-		uint64_t want = (end - at) / g->page_bytes;
-		ssize_t n = sys_pagemap_read(g->pagemap, entries, want < ENTRIES ? want : ENTRIES, at);
+		uint64_t want = entries_at_once(g, (end - at) / g->page_bytes);
+		ssize_t n = sys_pagemap_read(g->pagemap, entries, want, at);
 
 		if (n == -EINTR)
 			continue;
@@ -98,8 +104,8 @@ int scan_protected(struct tierd_guest *g, uint64_t first_page, uint64_t pages, u
 	memset(bare, 0, bitmap_bytes(pages));
 	memset(protected, 0, bitmap_bytes(pages));
 	while (done < pages) {
-		uint64_t want = pages - done < ENTRIES ? pages - done : ENTRIES;
-		ssize_t n = sys_pagemap_read(g->pagemap, entries, want, address_of(g, first_page + done));
+		ssize_t n = sys_pagemap_read(g->pagemap, entries, entries_at_once(g, pages - done),
+					     address_of(g, first_page + done));
 
 		if (n == -EINTR)
 			continue;

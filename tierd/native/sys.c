@@ -3,9 +3,11 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -38,7 +40,11 @@ _Static_assert(sizeof(struct uffd_msg) == 32, "read(2) gives whole messages");
 #define SYS_process_madvise 440
 #endif
 
-enum { INJECT_TIMEOUT_MS = 1000 };
+#ifndef UFFD_USER_MODE_ONLY
+#define UFFD_USER_MODE_ONLY 1
+#endif
+
+enum { INJECT_TIMEOUT_MS = 1000, AGAIN_MAX = 1000 };
 
 uint64_t sys_now_ns(void)
 {
@@ -285,6 +291,78 @@ int64_t sys_mem_seek_hole(int memfd, uint64_t offset)
 	off_t at = lseek(memfd, (off_t)offset, SEEK_HOLE);
 
 	return at < 0 ? -errno : at;
+}
+
+int tierd_page_bytes_of(int memfd, uint64_t *ret)
+{
+	struct statfs fs;
+
+	if (fstatfs(memfd, &fs))
+		return -errno;
+	*ret = fs.f_type == HUGETLBFS_MAGIC ? (uint64_t)fs.f_bsize : sys_page_bytes();
+	return 0;
+}
+
+int sys_huge_open(struct sys_huge *h, int memfd, uint64_t offset, uint64_t bytes, uint64_t page_bytes)
+{
+	struct uffdio_api api = {.api = UFFD_API,
+				 .features = UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_MINOR_HUGETLBFS};
+	int error;
+
+	h->uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+	if (h->uffd < 0)
+		return -errno;
+	h->bytes = bytes;
+	h->page_bytes = page_bytes;
+	/* without a reservation: that is the VMM's */
+	h->memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, memfd, (off_t)offset);
+	if (h->memory == MAP_FAILED) {
+		error = -errno;
+		h->memory = NULL;
+	} else {
+		error = uffd_ioctl(h->uffd, UFFDIO_API, &api);
+	}
+	if (!error)
+		error = sys_uffd_register(h->uffd, (uintptr_t)h->memory, bytes,
+					  UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR);
+	if (!error && madvise(h->memory, bytes, MADV_DONTFORK))
+		error = -errno;
+	if (error)
+		sys_huge_close(h);
+	return error;
+}
+
+void sys_huge_close(struct sys_huge *h)
+{
+	if (h->memory)
+		munmap(h->memory, h->bytes);
+	h->memory = NULL;
+	close(h->uffd);
+}
+
+/* CONTINUE maps what is there. Unmapped again, so that the page has no user more than it had. */
+int sys_huge_cached(struct sys_huge *h, uint64_t at)
+{
+	int error, tries = 0;
+
+	do
+		error = sys_uffd_continue(h->uffd, (uintptr_t)h->memory + at, h->page_bytes);
+	while (error == -EAGAIN && tries++ < AGAIN_MAX);
+	if (error == -EFAULT)
+		return 0;
+	if (error && error != -EEXIST)
+		return error;
+	return madvise(h->memory + at, h->page_bytes, MADV_DONTNEED) ? -errno : 1;
+}
+
+int sys_huge_place(struct sys_huge *h, uint64_t at, const void *from)
+{
+	uint64_t done;
+	int error = sys_uffd_copy(h->uffd, (uintptr_t)h->memory + at, from, h->page_bytes, &done);
+
+	if (error)
+		return error;
+	return madvise(h->memory + at, h->page_bytes, MADV_DONTNEED) ? -errno : 0;
 }
 
 ssize_t sys_store_read(int fd, void *to, size_t bytes, uint64_t offset)

@@ -73,6 +73,20 @@ int sys_mem_punch(int memfd, uint64_t offset, uint64_t bytes);
 int64_t sys_mem_seek_data(int memfd, uint64_t offset);
 int64_t sys_mem_seek_hole(int memfd, uint64_t offset);
 
+/*
+ * A memory file of hugetlbfs: SEEK_DATA calls all of it data, and it has no write(2). So it is looked at and written to through a
+ * mapping of ours with a userfaultfd of ours: nobody touches it, and the VMM's page table is left alone. `at`: from `offset` on.
+ */
+struct sys_huge {
+	uint8_t *memory; /* NULL: none */
+	uint64_t bytes, page_bytes;
+	int uffd;
+};
+int sys_huge_open(struct sys_huge *h, int memfd, uint64_t offset, uint64_t bytes, uint64_t page_bytes);
+void sys_huge_close(struct sys_huge *h);
+int sys_huge_cached(struct sys_huge *h, uint64_t at);                  /* 1: the file holds the page; 0: it is a hole */
+int sys_huge_place(struct sys_huge *h, uint64_t at, const void *from); /* a page for a hole; -EEXIST: it is none */
+
 /* the store's file */
 ssize_t sys_store_read(int fd, void *to, size_t bytes, uint64_t offset);
 ssize_t sys_store_write(int fd, const struct iovec *from, int count, uint64_t offset);

@@ -17,6 +17,8 @@
 
 /* as much as x86-64 has addresses for: sums of 32 regions cannot overflow */
 static const uint64_t REGION_BYTES_MAX = 1ull << 57;
+/* buffers hold whole pages, several of them, and are locked */
+static const uint64_t PAGE_BYTES_MAX = 32 << 20;
 static const char MAGIC[8] = "tierd\0\0";
 
 #define TO(state) (1u << (state))
@@ -80,21 +82,26 @@ static uint32_t header_checksum(const struct table_header *h)
 	return sum;
 }
 
+static bool page_size_sane(uint64_t page_bytes)
+{
+	return page_bytes >= sys_page_bytes() && page_bytes <= PAGE_BYTES_MAX && !(page_bytes & (page_bytes - 1));
+}
+
 int tierd_table_create(int fd, const struct tierd_identity *identity, const struct tierd_region *regions,
 		       uint32_t count)
 {
 	struct table_header *h;
 	page_word fresh = word_with_tier(RESIDENT, TIER_UNTOUCHED);
 	_Atomic page_word *words;
-	uint64_t pages = 0;
+	uint64_t page_bytes = identity->page_bytes ? identity->page_bytes : sys_page_bytes(), pages = 0;
 	int error;
 
-	if (!count || count > TIERD_REGIONS_MAX || !identity->epoch_ns)
+	if (!count || count > TIERD_REGIONS_MAX || !identity->epoch_ns || !page_size_sane(page_bytes))
 		return -EINVAL;
 	for (uint32_t i = 0; i < count; i++) {
-		if (!regions[i].bytes || (regions[i].bytes | regions[i].address | regions[i].offset) % sys_page_bytes())
+		if (!regions[i].bytes || (regions[i].bytes | regions[i].address | regions[i].offset) % page_bytes)
 			return -EINVAL;
-		pages += regions[i].bytes / sys_page_bytes();
+		pages += regions[i].bytes / page_bytes;
 	}
 	/* the space is taken now: a full file system must not kill us by SIGBUS later */
 	error = posix_fallocate(fd, 0, (off_t)table_bytes(pages));
@@ -107,7 +114,7 @@ int tierd_table_create(int fd, const struct tierd_identity *identity, const stru
 	h->region_count = count;
 	h->pages = pages;
 	h->identity = *identity;
-	h->identity.page_bytes = sys_page_bytes();
+	h->identity.page_bytes = page_bytes;
 	h->identity.created_ns = sys_now_ns();
 	memcpy(h->regions, regions, count * sizeof(*regions));
 	for (uint32_t i = 0; i < count; i++)
@@ -131,24 +138,23 @@ static bool ends(const char *text, size_t bytes)
 static bool identity_sane(const struct tierd_identity *identity)
 {
 	return identity->pid > 0 && identity->uffd_in_vmm >= 0 && identity->epoch_ns &&
-	       identity->page_bytes == sys_page_bytes() && ends(identity->boot_id, sizeof(identity->boot_id)) &&
+	       page_size_sane(identity->page_bytes) && ends(identity->boot_id, sizeof(identity->boot_id)) &&
 	       ends(identity->name, sizeof(identity->name)) && ends(identity->store_path, sizeof(identity->store_path));
 }
 
 static bool regions_sane(const struct table_header *h)
 {
-	uint64_t pages = 0;
+	uint64_t page_bytes = h->identity.page_bytes, pages = 0;
 
 	if (!h->region_count || h->region_count > TIERD_REGIONS_MAX)
 		return false;
 	for (uint32_t i = 0; i < h->region_count; i++) {
 		const struct tierd_region *r = &h->regions[i];
 
-		if (!r->bytes || (r->bytes | r->address | r->offset) % sys_page_bytes() ||
-		    r->bytes > REGION_BYTES_MAX || r->address > UINT64_MAX - r->bytes ||
-		    r->offset > INT64_MAX - r->bytes)
+		if (!r->bytes || (r->bytes | r->address | r->offset) % page_bytes || r->bytes > REGION_BYTES_MAX ||
+		    r->address > UINT64_MAX - r->bytes || r->offset > INT64_MAX - r->bytes)
 			return false;
-		pages += r->bytes / sys_page_bytes();
+		pages += r->bytes / page_bytes;
 	}
 	return pages == h->pages;
 }
@@ -236,6 +242,8 @@ int table_map(struct tierd_guest *g)
 	error = header_check(g->table_fd, &h);
 	if (error)
 		return error;
+	if (h.identity.page_bytes != g->page_bytes)
+		return -ESTALE;
 	for (uint32_t i = 0; i < g->region_count; i++) {
 		struct region *r = &g->regions[i];
 

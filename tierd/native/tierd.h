@@ -4,7 +4,7 @@
  * The text is given to cffi's cdef verbatim, so there is no preprocessor in it. Every function returns 0 or -errno and puts
  * its result into the last parameter; no function calls back into Python, and none may be called from a signal handler.
  * "Blocks" below means: it may sleep in the kernel or do I/O, call it from a worker thread. Sizes are in the unit that the
- * name ends with; "page" is the page size of the system (never assumed to be 4 KiB); times are CLOCK_MONOTONIC nanoseconds.
+ * name ends with; a "page" is one of the guest's: the system's size (never assumed to be 4 KiB), or hugetlbfs's; times are CLOCK_MONOTONIC nanoseconds.
  */
 
 enum {
@@ -37,7 +37,7 @@ struct tierd_identity {
 	int32_t pid;
 	int32_t uffd_in_vmm;   /* the number of the userfaultfd in the VMM */
 	uint64_t start_ticks;  /* field 22 of /proc/PID/stat */
-	uint64_t page_bytes;   /* filled by tierd_table_create */
+	uint64_t page_bytes;   /* tierd_table_create: 0: the system's */
 	uint64_t epoch_ns;     /* step of the last-access epochs */
 	uint64_t created_ns;   /* CLOCK_MONOTONIC at epoch 0; filled by tierd_table_create */
 	char boot_id[40];      /* /proc/sys/kernel/random/boot_id, NUL-terminated */
@@ -83,10 +83,10 @@ struct tierd_guest_args {
 	int32_t uffd;
 	int32_t pidfd;
 	int32_t pagemap_fd;
-	int32_t zap;        /* TIERD_ZAP_* */
-	int32_t inject_tid; /* thread of the VMM that runs TIERD_ZAP_INJECT */
-	uint32_t engine;    /* TIERD_ENGINE_*; an adoption takes what the state file says */
-	uint32_t reserved;
+	int32_t zap;         /* TIERD_ZAP_* */
+	int32_t inject_tid;  /* thread of the VMM that runs TIERD_ZAP_INJECT */
+	uint32_t engine;     /* TIERD_ENGINE_*; an adoption takes what the state file says */
+	uint32_t page_bytes; /* 0: the system's; more: the memory is of hugetlbfs with pages of this size */
 	int32_t use_pagemap; /* 1: read /proc/PID/pagemap even where PAGEMAP_SCAN exists (kernels before 6.7 have only that) */
 	uint32_t chunk_bytes; /* MISSING is registered in pieces of this size; 0: 64 MiB */
 	uint32_t region_count;
@@ -196,6 +196,8 @@ struct tierd_batch;
 
 /* --- the state file ------------------------------------------------------------------------------------------------- */
 
+/* Size of the pages of a memory file: of hugetlbfs, or the system's. */
+int tierd_page_bytes_of(int memfd, uint64_t *ret);
 /* Lays out a new state file in an empty file on tmpfs: space reserved, header written, every page RESIDENT and untouched.
  * Blocks (fallocate). -ENOSPC, -EINVAL. On failure the file is to be unlinked by the caller. */
 int tierd_table_create(int fd, const struct tierd_identity *identity, const struct tierd_region *regions,
