@@ -21,7 +21,7 @@ from typing import Any
 from tests.kernel.vmm import Host, Vmm, compile_child
 from tierd.engine import choose
 
-MIB, ROUNDS = 64, 7
+MIB, ROUNDS = 256, 7
 
 
 def bare(program: str) -> dict[str, float]:

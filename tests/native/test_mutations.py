@@ -317,6 +317,14 @@ NATIVE_ENGINES = [
 ]
 MUTATIONS += NATIVE_ENGINES
 # What the driver must be told, for a mutation that shows only then.
+MUTATIONS.append(
+    Mutation(
+        "date_of_the_group_ignored",  # rule 8: a page that is touched in company looks idle
+        "table.c",
+        "	return group < age ? group : age;",
+        "	return age + 0 * group;",
+    )
+)
 HUGETLBFS = [
     Mutation(
         "huge_exists_is_believed",  # also said when there is no page for it

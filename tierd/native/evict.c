@@ -115,7 +115,7 @@ static void select_pages(struct tierd_batch *b, uint64_t page, uint32_t min_age,
 		page_word w = page_load(g, page), leaving;
 		int error;
 
-		if (word_state(w) != RESIDENT || word_untouched(w) || page_age(now, w) < min_age ||
+		if (word_state(w) != RESIDENT || word_untouched(w) || page_age(g, page, now, w) < min_age ||
 		    quarantined(g, page))
 			continue;
 		/* before the page can leave: a punched page without MISSING would silently read as zeros */

@@ -631,7 +631,7 @@ int tierd_guest_idle(struct tierd_guest *g, const double *edges_s, uint32_t coun
 	memset(ret, 0, count * sizeof(*ret));
 	for (uint64_t page = 0; page < g->pages; page++) {
 		page_word w = atomic_load_explicit(&g->words[page], memory_order_relaxed);
-		double idle_s = page_age(now, w) * epoch_s;
+		double idle_s = page_age(g, page, now, w) * epoch_s;
 		uint32_t i = count;
 
 		if (word_state(w) != RESIDENT || word_untouched(w))

@@ -126,6 +126,13 @@ struct counters {
 	_Atomic uint64_t latency_count, latency_sum_ns, latency_buckets[TIERD_LATENCY_BUCKETS];
 };
 
+/* a word of a bitmap; few in the model, whose guests are small */
+#ifdef TIERD_MODEL
+enum { GROUP_PAGES = 4 };
+#else
+enum { GROUP_PAGES = 64 };
+#endif
+
 enum { AGAIN_MAX = 1000 };
 
 struct tierd_guest;
@@ -177,6 +184,8 @@ struct tierd_guest {
 	struct table_header *header; /* the mapped state file */
 	size_t table_bytes;
 	_Atomic page_word *words;
+	/* when every page of a group was last seen touched: one store for all of them */
+	_Atomic uint16_t *groups;
 	uint32_t *checksums; /* of stored pages; written by the worker before DROPPING, read by the owner of ARRIVING */
 	uint64_t epoch_ns, epoch_zero_ns;
 
@@ -223,7 +232,9 @@ static inline page_word page_load(struct tierd_guest *g, uint64_t page)
 bool page_move(struct tierd_guest *g, uint64_t page, page_word from, page_word to);
 uint16_t epoch_now(const struct tierd_guest *g);
 uint16_t epoch_next(const struct tierd_guest *g); /* the first epoch that lies wholly in the future */
-uint32_t page_age(uint16_t now, page_word w);     /* in epochs, never too large */
+uint32_t page_age(const struct tierd_guest *g, uint64_t page, uint16_t now,
+		  page_word w); /* in epochs, never too large */
+uint32_t epoch_age(uint16_t now, uint16_t epoch);
 int table_map(struct tierd_guest *g);
 void table_unmap(struct tierd_guest *g);
 uint64_t table_bytes(uint64_t pages);

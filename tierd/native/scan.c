@@ -12,6 +12,7 @@
 #include "internal.h"
 
 enum { VECTOR = 256, ENTRIES = 512, INSIDE_CALLS_MAX = 64 };
+enum { AGE_KEPT = 0xf000, AGE_MAX = 0xf800 }; /* in epochs: now and then a word, not each of them at each pass */
 
 static void region_mark(uint64_t *bits, uint64_t base, uint64_t page_bytes, const struct sys_page_region *found)
 {
@@ -135,23 +136,49 @@ static void stamp_page(struct tierd_guest *g, uint64_t first_page, uint64_t i, u
 		page_move(g, first_page + i, w, to); /* lost to a fault: it stamps the page itself */
 }
 
+/* All of the group touched: one store dates it. A page that is somebody's is left to stamp_page; one that becomes somebody's
+ * meanwhile is the younger for it, which hurts nobody. */
+static bool stamp_group(struct tierd_guest *g, uint64_t first, uint16_t epoch)
+{
+	if (first % GROUP_PAGES)
+		return false;
+	for (uint64_t page = first; page < first + GROUP_PAGES; page++) {
+		page_word w = page_load(g, page);
+
+		if (word_state(w) != RESIDENT || word_tier(w) == TIER_UNTOUCHED)
+			return false;
+	}
+	atomic_store_explicit(&g->groups[first / GROUP_PAGES], epoch, memory_order_relaxed);
+	return true;
+}
+
 /* Stamps touched pages. */
 static void stamp(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint16_t epoch)
 {
-	for (uint64_t i = 0; i < pages; i += 64)
-		for (uint64_t bits = g->touched[i / 64]; bits; bits &= bits - 1)
+	const uint64_t all = UINT64_MAX >> (64 - GROUP_PAGES);
+
+	for (uint64_t i = 0; i < pages; i += GROUP_PAGES) {
+		uint64_t bits = g->touched[i / 64] >> (i % 64) & all;
+
+		if (bits == all && stamp_group(g, first_page + i, epoch))
+			continue;
+		for (; bits; bits &= bits - 1)
 			stamp_page(g, first_page, i + (uint64_t)__builtin_ctzll(bits), epoch);
+	}
 }
 
-/* Keeps the ages of pages that nobody touches from wrapping. */
+/* Keeps ages from wrapping: of pages that nobody touches, and of words whose group is dated in their place. */
 static void age(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint16_t epoch)
 {
 	for (uint64_t page = first_page; page < first_page + pages; page++) {
 		page_word w = page_load(g, page);
 
-		if (word_state(w) == RESIDENT && page_age(epoch, w) >= 0xf000)
-			page_move(g, page, w, word_with_epoch(w, (uint16_t)(epoch - 0xf000)));
+		if (word_state(w) == RESIDENT && epoch_age(epoch, word_epoch(w)) >= AGE_MAX)
+			page_move(g, page, w, word_with_epoch(w, (uint16_t)(epoch - AGE_KEPT)));
 	}
+	for (uint64_t i = first_page / GROUP_PAGES; i <= (first_page + pages - 1) / GROUP_PAGES; i++)
+		if (epoch_age(epoch, atomic_load_explicit(&g->groups[i], memory_order_relaxed)) >= AGE_MAX)
+			atomic_store_explicit(&g->groups[i], (uint16_t)(epoch - AGE_KEPT), memory_order_relaxed);
 }
 
 /* The first bit from `from` on that is set, or that is not; `end` when there is none. */

@@ -54,12 +54,20 @@ uint16_t epoch_next(const struct tierd_guest *g)
 	return (uint16_t)(epoch_now(g) + 1);
 }
 
-/* The epoch wraps after 65,536 steps; the worker's pass keeps ages below 0xf000, and a stamp may lie a step ahead. */
-uint32_t page_age(uint16_t now, page_word w)
+/* The epoch wraps after 65,536 steps; the worker's pass keeps ages below 0xf800 (scan.c), and a stamp may lie a step ahead. */
+uint32_t epoch_age(uint16_t now, uint16_t epoch)
 {
-	uint16_t age = (uint16_t)(now - word_epoch(w));
+	uint16_t age = (uint16_t)(now - epoch);
 
 	return age >= 0xfff0 ? 0 : age;
+}
+
+uint32_t page_age(const struct tierd_guest *g, uint64_t page, uint16_t now, page_word w)
+{
+	uint16_t together = atomic_load_explicit(&g->groups[page / GROUP_PAGES], memory_order_relaxed);
+	uint32_t age = epoch_age(now, word_epoch(w)), group = epoch_age(now, together);
+
+	return group < age ? group : age;
 }
 
 static uint64_t round_up(uint64_t bytes, uint64_t unit)
@@ -67,9 +75,13 @@ static uint64_t round_up(uint64_t bytes, uint64_t unit)
 	return (bytes + unit - 1) / unit * unit;
 }
 
+/* words, checksums, epochs of groups */
 uint64_t table_bytes(uint64_t pages)
 {
-	return TABLE_HEADER_BYTES + round_up(pages * (sizeof(page_word) + sizeof(uint32_t)), TABLE_HEADER_BYTES);
+	uint64_t groups = pages / GROUP_PAGES + 1;
+
+	return TABLE_HEADER_BYTES +
+	       round_up(pages * (sizeof(page_word) + sizeof(uint32_t)) + groups * sizeof(uint16_t), TABLE_HEADER_BYTES);
 }
 
 static uint32_t header_checksum(const struct table_header *h)
@@ -264,6 +276,7 @@ int table_map(struct tierd_guest *g)
 		return -errno;
 	g->words = (_Atomic page_word *)((char *)g->header + TABLE_HEADER_BYTES);
 	g->checksums = (uint32_t *)(g->words + pages);
+	g->groups = (_Atomic uint16_t *)(g->checksums + pages);
 	g->epoch_ns = h.identity.epoch_ns;
 	g->epoch_zero_ns = h.identity.created_ns;
 	return 0;
