@@ -15,14 +15,14 @@ import pytest
 
 from tests.kernel.test_kill import check
 from tests.kernel.torture import torture
-from tests.kernel.vmm import MIB, Host, Vmm, huge_pages, userfaultfds, wait_for
+from tests.kernel.vmm import MIB, SLOWNESS, Host, Vmm, huge_pages, userfaultfds, wait_for
 from tierd.native import KernelError
 
 Start = Callable[..., Vmm]
 PAGE = 2 * MIB
 KILLS = int(os.environ.get("TIERD_KILLS", "0"))
 F_ADD_SEALS, F_SEAL_FUTURE_WRITE = 1033, 0x10
-POOL = 64
+POOL = 32
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,8 +33,8 @@ def pool(kernel: None) -> Iterator[None]:
 
 @pytest.fixture
 def vmm(start_vmm: Start) -> Vmm:
-    """Two regions of 16 pages; one page is zeros."""
-    vmm = start_vmm(f"bytes={16 * PAGE}", "regions=2", "kind=huge")
+    """Two regions of 8 pages; one page is zeros."""
+    vmm = start_vmm(f"bytes={8 * PAGE}", "regions=2", "kind=huge")
     vmm.ask("fill")
     vmm.ask("zero", 5, 1)
     return vmm
@@ -83,7 +83,7 @@ def test_everything_leaves_and_comes_back(vmm: Vmm, host: Host) -> None:
 
 def test_a_busy_guest_reads_what_it_wrote(vmm: Vmm, host: Host) -> None:
     with host.attached(vmm) as tiered:
-        vmm.ask("run", 50, 50)
+        vmm.ask("run", max(int(50 / SLOWNESS), 1), 50)
 
         def much_happened() -> bool:
             tiered.scan()
@@ -107,7 +107,7 @@ def test_only_touched_pages_stay(vmm: Vmm, host: Host) -> None:
         tiered.scan()
         assert tiered.scan().touched_pages == 0
         vmm.ask("touch", 7, 2)
-        vmm.ask("fill", 20, 1)
+        vmm.ask("fill", 12, 1)
         assert tiered.scan().touched_pages == 3
         vmm.verify()
 
@@ -129,12 +129,12 @@ def test_adoption(vmm: Vmm, host: Host) -> None:
     """Of stored pages, of pages that came back, of one that the VMM gave back meanwhile."""
     with host.attached(vmm) as tiered:
         tiered.evict_all()
-        vmm.ask("verify", 0, 8)
-        wait_for(lambda: tiered.stored_pages == vmm.pages - 8, "they are back")
+        vmm.ask("verify", 0, 4)
+        wait_for(lambda: tiered.stored_pages == vmm.pages - 4, "they are back")
     with host.adopted(vmm) as tiered:
         assert tiered.native.page_bytes == PAGE
         assert tiered.served.adoption is not None
-        assert tiered.served.adoption.stored_pages == vmm.pages - 8
+        assert tiered.served.adoption.stored_pages == vmm.pages - 4
         vmm.verify()
         tiered.evict_all()
         tiered.leave()
@@ -143,18 +143,18 @@ def test_adoption(vmm: Vmm, host: Host) -> None:
 
 def test_what_the_vmm_has_unmapped_goes_back_into_its_file(start_vmm: Start, host: Host) -> None:
     """There is nothing to map it into; whoever maps the file again must find it."""
-    vmm = start_vmm(f"bytes={24 * PAGE}", "kind=huge")
+    vmm = start_vmm(f"bytes={12 * PAGE}", "kind=huge")
     vmm.ask("fill")
     with host.attached(vmm) as tiered:
         tiered.evict_all()
-        vmm.ask("unmap", 18, 6)
-        tiered.native.restore(0, 18)
+        vmm.ask("unmap", 6, 6)
+        tiered.native.restore(0, 6)
         with no_page_free(), pytest.raises(KernelError):
             tiered.native.restore(0, 1 << 40)
         assert tiered.stored_pages == 6
         tiered.restore_all()
         tiered.served.leave()
-    vmm.ask("map-again", 18, 6, 0, 0)
+    vmm.ask("map-again", 6, 6, 0, 0)
     vmm.verify()
 
 
@@ -190,5 +190,5 @@ def test_a_fetch_waits_until_the_pool_has_a_page(vmm: Vmm, host: Host) -> None:
 
 @pytest.mark.timeout(900)
 def test_torture(vmm_binary: Path) -> None:
-    result = torture(vmm_binary, kills=KILLS or 60, seed=int(os.environ.get("TIERD_SEED", "3")), guests=1, huge=True)
+    result = torture(vmm_binary, kills=KILLS or 25, seed=int(os.environ.get("TIERD_SEED", "3")), guests=1, huge=True)
     check(result)

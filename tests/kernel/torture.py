@@ -35,7 +35,7 @@ from typing import Any
 import click
 
 from tests.kernel.pressure import pressure
-from tests.kernel.vmm import MIB, Vmm, compile_child, wait_for
+from tests.kernel.vmm import MIB, SLOWNESS, Vmm, compile_child, wait_for
 from tierd.engine import choose
 from tierd.native import STATES
 from tierd.serve import wait_for_lock
@@ -72,6 +72,7 @@ class Tortured:
     python: Python
     cgroup: Path | None
     to_be_destroyed: int  # stored copies
+    slowness: float = 1.0  # lives last so much longer
     kills: Counter[str] = field(default_factory=Counter)
     detached: int = 0
     faults: int = 0
@@ -164,7 +165,7 @@ class Tortured:
             heard = self.listen(READY_S_MAX, *words) or self.worker.returncode == -9
             assert heard, f"the worker of pid {self.vmm.pid} hangs: {self._text[-200:]!r}"
             span_s = {"adoption": ADOPTION_S_MAX, "service": ALIVE_S_MAX, "detach": DETACH_S_MAX}[kind]
-            self.listen(chance.random() * span_s)
+            self.listen(chance.random() * span_s * self.slowness)
         self.kill()
         assert self.state() not in "Tt", "the VMM was left stopped"
         if len(self.destroyed) < self.to_be_destroyed and chance.random() < 0.3:
@@ -244,6 +245,7 @@ def torture(
     workers together; 0: none."""
     with ExitStack() as cleanup:
         cgroup = cleanup.enter_context(pressure(memory_limit))
+        slowness = SLOWNESS if huge else 1.0  # its pages take longer to leave than a life lasts
         tortured: list[Tortured] = []
         for i in range(guests):
             memory = (f"bytes={32 * MIB}", "kind=huge") if huge else (f"bytes={8 * MIB}",)
@@ -252,9 +254,9 @@ def torture(
             cleanup.callback(shutil.rmtree, shm)
             cleanup.callback(shutil.rmtree, disk)
             destroyed = (vmm.pages // 4 if huge else DESTROYED_MAX) if i == guests - 1 else 0
-            tortured.append(Tortured(vmm, shm, disk, random.Random(f"{seed} {i}"), python, cgroup, destroyed))
+            tortured.append(Tortured(vmm, shm, disk, random.Random(f"{seed} {i}"), python, cgroup, destroyed, slowness))
             vmm.ask("fill")
-            vmm.ask("run", 20 if huge else 2000, 50)
+            vmm.ask("run", int(20 / slowness) if huge else 2000, 50)
         cleanup.callback(lambda: [one.worker.kill() for one in tortured if one.worker is not None])
         began, failed = time.monotonic(), threading.Event()
 
