@@ -2,7 +2,7 @@
 /*
  * driver.c: the data plane against the model kernel, under a seeded scheduler.
  *
- *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--hugetlb] [--engine stock|rwp|rfc] [-v]
+ *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--hugetlb] [--vmm-ends] [--engine stock|rwp|rfc] [-v]
  *
  * Guest threads read and write, fault workers serve, one worker evicts, a killer kills the daemon and starts another, an
  * operator repairs what was destroyed. Every page-table access and every piece of a system call is a point where somebody else
@@ -67,7 +67,7 @@ static uint32_t engine; /* TIERD_ENGINE_* */
 static uint32_t stall_chance, guest_threads;
 static void (*staller)(uint32_t); /* who stalls; NULL: anybody */
 static uint32_t remapped;         /* nobody sees what is touched there: MODEL_PAGES_MAX: none */
-static bool remap, verbose, late_io, hugetlb, guests_stop, stopping, daemon_done, adopting, repaired;
+static bool remap, verbose, vmm_ends, late_io, hugetlb, guests_stop, stopping, daemon_done, adopting, repaired;
 
 /* One corner is known and allowed: a daemon that is killed between the COPY of a fetch and the fetch's last move, and a page
  * that the VMM gives back before the successor has looked at it. The successor cannot tell whether the COPY was made, and
@@ -459,7 +459,9 @@ static void run_worker(uint32_t adopted)
 
 	while ((error = adopted ? tierd_guest_adopt(guest, guest->mapped, guest->mapped_count, &adoption)
 				: tierd_guest_arm(guest)))
-		if (!adopted || !S.failures) /* the daemon tries again for as long as the VMM lives */
+		if (M.gone)
+			return;
+		else if (!adopted || !S.failures) /* the daemon tries again for as long as the VMM lives */
 			model_fail("%s failed: error %d", adopted ? "adoption" : "arm", -error);
 	adopting = false;
 	for (uint64_t page = 0; page < guest->pages; page++)
@@ -473,8 +475,23 @@ static void run_worker(uint32_t adopted)
 	tierd_guest_set_reads(guest, S.losses ? 0 : UINT64_MAX, TIERD_LOST_POISON);
 	while (!stopping) /* whoever waits now must be served without a later cycle's help */
 		model_pause();
-	while (script_bring_back(guest, repaired))
+	while (script_bring_back(guest, repaired) && !M.gone)
 		check_lost();
+}
+
+/* It dies: its threads, wherever they are, and every call about its memory from now on. The daemon must come to an end all the same. */
+static void vmm_end(void)
+{
+	int32_t gone = 0;
+
+	M.gone = true;
+	S.failures = true;
+	for (int i = 0; i < COROUTINES_MAX; i++)
+		coroutines[i].over |= coroutines[i].kind == GUEST;
+	memset(M.waiter, 0, sizeof(M.waiter));
+	M.under_way = 0;
+	if (tierd_guest_gone(guest, &gone) || !gone)
+		model_fail("the VMM has ended, and the daemon cannot tell");
 }
 
 static void daemon_start(bool adopted)
@@ -654,11 +671,13 @@ static void check_end(void)
 static void run_seed(uint64_t steps)
 {
 	uint32_t kill_chance;
+	uint64_t ends_at;
 
 	script_random = seed * 0x9e3779b97f4a7c15ull + 0x1234567;
 	step = 0;
 	below(2);
 	set_up();
+	ends_at = vmm_ends ? 200 + below((uint32_t)steps - 200) : steps;
 	kill_chance = below(2) && !remap ? 1 + below(3) : 0; /* in 1/1000 of every hundredth step */
 	for (uint32_t i = 0; i < guest_threads; i++)
 		spawn(GUEST, run_guest, i);
@@ -672,6 +691,10 @@ static void run_seed(uint64_t steps)
 			model_fail("hang: nobody can run");
 		if (i % 10 == 9 && model_chance(kill_chance * 3))
 			daemon_kill();
+		if (i == ends_at) {
+			vmm_end();
+			break;
+		}
 		if (i % 64 == 63)
 			model_write_back();
 		if (i % 64 == 31 && S.losses)
@@ -692,12 +715,13 @@ static void run_seed(uint64_t steps)
 		if (M.poisoned[page] && state_of(page) != LOST)
 			model_zap(page);
 	stopping = true;
-	for (uint32_t i = 0; i < guest_threads; i++)
+	for (uint32_t i = 0; i < guest_threads && !M.gone; i++)
 		spawn(GUEST, run_final_read, i);
 	run_until(guests_over, "a guest thread waits for ever at the end");
 	daemon_done = true;
 	run_until(all_over, "the daemon does not end");
-	check_end();
+	if (!M.gone)
+		check_end();
 	tierd_guest_destroy(guest);
 	for (int i = 0; i < ALLOCATIONS_MAX; i++)
 		if (allocations[i].memory)
@@ -718,6 +742,8 @@ int main(int count, char **arguments)
 			late_io = true;
 		else if (!strcmp(arguments[i], "--remap"))
 			remap = true;
+		else if (!strcmp(arguments[i], "--vmm-ends"))
+			vmm_ends = true;
 		else if (!strcmp(arguments[i], "--hugetlb"))
 			hugetlb = true;
 		else if (i + 1 < count && !strcmp(arguments[i], "--engine") && script_engine(arguments[i + 1], &engine))
@@ -730,7 +756,7 @@ int main(int count, char **arguments)
 			steps = strtoull(arguments[++i], NULL, 10);
 		else
 			return fprintf(stderr, "usage: driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] "
-					       "[--hugetlb] [--engine "
+					       "[--hugetlb] [--vmm-ends] [--engine "
 					       "stock|rwp|rfc] [-v]\n"),
 			       2;
 	}

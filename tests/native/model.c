@@ -198,6 +198,8 @@ int sys_uffd_register(int uffd, uint64_t address, uint64_t bytes, uint64_t mode)
 	bool wp = mode & UFFDIO_REGISTER_MODE_WP, missing = mode & UFFDIO_REGISTER_MODE_MISSING;
 	bool minor = mode & UFFDIO_REGISTER_MODE_MINOR, rwp = mode & SYS_RWP_REGISTER_MODE;
 
+	if (M.gone)
+		return -ESRCH;
 	if (rwp && (wp || M.generation != TIERD_ENGINE_RWP))
 		return -EINVAL;
 	if (missing && M.faults.register_fails && model_chance(M.faults.register_fails)) /* vm.max_map_count */
@@ -220,6 +222,8 @@ int sys_uffd_unregister(int uffd, uint64_t address, uint64_t bytes)
 {
 	uint32_t count, first = range(address, bytes, &count);
 
+	if (M.gone)
+		return -ESRCH;
 	(void)uffd;
 	model_enter();
 	for (uint32_t p = first; p < first + count; p++)
@@ -235,6 +239,8 @@ static int protect(uint64_t address, uint64_t bytes, bool on)
 	uint32_t count, first = range(address, bytes, &count);
 	int error = 0;
 
+	if (M.gone)
+		return -ESRCH;
 	model_enter();
 	for (uint32_t p = first; p < first + count && !error; p++) {
 		if (on && model_chance(M.faults.protect_fails)) /* a prefix may be held */
@@ -270,6 +276,8 @@ int sys_uffd_wake(int uffd, uint64_t address, uint64_t bytes)
 {
 	uint32_t count, first = range(address, bytes, &count);
 
+	if (M.gone)
+		return -ESRCH;
 	(void)uffd;
 	model_enter();
 	wake(first, count);
@@ -282,6 +290,9 @@ int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, 
 	uint32_t count, first = range(address, bytes, &count), n = 0;
 	int error = 0;
 
+	*done = 0;
+	if (M.gone)
+		return -ESRCH;
 	(void)uffd;
 	model_enter();
 	for (; n < count && !error; n += !error) {
@@ -325,6 +336,8 @@ int sys_uffd_continue(int uffd, uint64_t address, uint64_t bytes)
 	uint32_t count, first = range(address, bytes, &count);
 	int error;
 
+	if (M.gone)
+		return -ESRCH;
 	(void)uffd;
 	model_enter();
 	error = answer_at_random();
@@ -351,6 +364,8 @@ static int rwp_protect(uint64_t address, uint64_t bytes, bool on)
 	uint32_t count, first = range(address, bytes, &count);
 	int error = 0;
 
+	if (M.gone)
+		return -ESRCH;
 	model_enter();
 	for (uint32_t p = first; p < first + count && !error; p++)
 		if (!M.rwp[p])
@@ -387,6 +402,8 @@ int sys_rfc_deactivate(int uffd, uint64_t address, uint64_t bytes)
 	uint32_t count, first = range(address, bytes, &count);
 	int error = 0;
 
+	if (M.gone)
+		return -ESRCH;
 	(void)uffd;
 	model_enter();
 	if (model_chance(M.faults.protect_fails))
@@ -405,6 +422,8 @@ int sys_rfc_deactivate(int uffd, uint64_t address, uint64_t bytes)
 /* rwp waits for faults that have seen the old mode; rfc does not. */
 int sys_rwp_set_async(int uffd, bool async)
 {
+	if (M.gone)
+		return -ESRCH;
 	(void)uffd;
 	model_enter();
 	M.async = async;
@@ -418,6 +437,8 @@ int sys_rwp_set_async(int uffd, bool async)
 
 int sys_rfc_set_async(int uffd, bool async)
 {
+	if (M.gone)
+		return -ESRCH;
 	(void)uffd;
 	model_enter();
 	M.async = async;
@@ -432,6 +453,8 @@ int sys_uffd_poison(int uffd, uint64_t address, uint64_t bytes)
 	uint32_t count, first = range(address, bytes, &count);
 	int error = 0;
 
+	if (M.gone)
+		return -ESRCH;
 	(void)uffd;
 	model_enter();
 	for (uint32_t p = first; p < first + count && !error; p++) {
@@ -450,6 +473,8 @@ ssize_t sys_uffd_read(int uffd, struct uffd_msg *messages, size_t count)
 {
 	size_t n = 0;
 
+	if (M.gone)
+		return -EAGAIN;
 	(void)uffd;
 	model_enter();
 	for (int i = 0; i < MODEL_THREADS_MAX && n < count; i++) {
@@ -479,6 +504,9 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t any
 	uint32_t pages, first = range(start, end - start, &pages);
 	size_t n = 0;
 
+	*walk_end = start;
+	if (M.gone)
+		return 0;
 	(void)pagemap;
 	model_enter();
 	for (uint32_t i = 0; i < pages; i++) {
@@ -507,6 +535,8 @@ ssize_t sys_pagemap_read(int pagemap, uint64_t *entries, size_t count, uint64_t 
 	uint32_t base = (uint32_t)sys_page_bytes(), per_page = MODEL_PAGE_BYTES / base, pages, first;
 	uint32_t skip = (uint32_t)(address % MODEL_PAGE_BYTES / base);
 
+	if (M.gone)
+		return 0;
 	(void)pagemap;
 	/* an entry a page of the system; those of a huge page are alike */
 	first = range(address - skip * base, (skip + count + per_page - 1) / per_page * MODEL_PAGE_BYTES, &pages);
@@ -531,6 +561,8 @@ ssize_t sys_pageout(int pidfd, const struct iovec *ranges, size_t count)
 {
 	ssize_t done = 0;
 
+	if (M.gone)
+		return -ESRCH;
 	if (M.huge && pidfd == FD_PIDFD)
 		return -EINVAL;
 	model_enter();

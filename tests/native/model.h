@@ -57,6 +57,7 @@ struct model {
 	bool minor[MODEL_PAGES_MAX], rwp[MODEL_PAGES_MAX];
 	uint32_t generation; /* TIERD_ENGINE_*: what kind of kernel it is */
 	bool async;          /* RWP_ASYNC or MINOR_ASYNC is on */
+	bool gone;           /* the VMM has ended, and its memory with it: the files are there still */
 	bool huge;           /* the memory files are of hugetlbfs: a page of theirs is several of the system's */
 	uint32_t under_way;  /* faults that have seen the mode and are not done */
 	/* the store: what reads give, what is on the device, what of the former is not yet on the latter */

@@ -57,6 +57,16 @@ def test_seeds_on_hugetlbfs(tmp_path: Path, engine: str) -> None:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("engine", ["stock", "rwp", "rfc"])
+def test_seeds_with_a_vmm_that_ends(tmp_path: Path, engine: str) -> None:
+    """At any step: every call about its memory says ESRCH from then on, and the daemon still comes to an end."""
+    figures = run_seeds(
+        build_driver(tmp_path / "driver", ["-O2"]), max(SEEDS // 10, 100), "--engine", engine, "--vmm-ends"
+    )
+    assert figures["faults"] > 0
+
+
+@pytest.mark.timeout(900)
 def test_seeds_with_a_store_that_outlives_its_callers(tmp_path: Path) -> None:
     """Rule 11: what a killed daemon had in flight lands at any later time, over the life of its successors."""
     figures = run_seeds(build_driver(tmp_path / "driver", ["-O2"]), max(SEEDS // 4, 100), "--late-io")
