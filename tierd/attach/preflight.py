@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tierd.attach import GuestSpec, Refused
+from tierd.attach import GuestSpec, Refused, Region
 from tierd.attach.procfs import Mapping, filtered, maps_of, option_values, ram_regions, split_options, start_ticks
 
 if TYPE_CHECKING:  # adoption comes before the configuration
@@ -307,8 +307,7 @@ def backing(s: Subject) -> None:
         kinds[os.makedev(int(major), int(minor))] = fields[fields.index("-") + 1]
     for region in s.spec.regions:
         kind = kinds.get(region.device, "shmem")  # memfds are on a mount of the kernel's own
-        page = re.search(r"^KernelPageSize:\s+(\d+) kB", _smaps_of(s.smaps, region.address), re.M)
-        size = int(page[1]) * 1024 if page else os.sysconf("SC_PAGESIZE")
+        size = _page_bytes(s, region)
         if size != os.sysconf("SC_PAGESIZE"):
             kind = "hugetlbfs"
         evidence = f"pid {s.spec.pid}: {region.address:#x}, inode {region.inode}"
@@ -336,6 +335,11 @@ def backing(s: Subject) -> None:
         )
 
 
+def _page_bytes(s: Subject, region: Region) -> int:
+    page = re.search(r"^KernelPageSize:\s+(\d+) kB", _smaps_of(s.smaps, region.address), re.M)
+    return int(page[1]) * 1024 if page else os.sysconf("SC_PAGESIZE")
+
+
 def _smaps_of(smaps: str, address: int) -> str:
     match = re.search(rf"^{address:x}-[0-9a-f]+ .*?(?=^[0-9a-f]+-[0-9a-f]+ |\Z)", smaps, re.M | re.S)
     return match[0] if match else ""
@@ -356,7 +360,9 @@ def registered(s: Subject) -> None:
 
 
 def memory_cgroup(s: Subject) -> None:
-    """A fetch in a memory cgroup at its limit gets the VMM killed."""
+    """A fetch in a memory cgroup at its limit gets the VMM killed. hugetlbfs is not charged to it."""
+    if all(_page_bytes(s, region) != os.sysconf("SC_PAGESIZE") for region in s.spec.regions):
+        return
     for path, limit, used in _cgroup_limits(s.spec.pid):
         size = sum(region.bytes for region in s.spec.regions)
         if limit < size and limit - used < MEMCG_HEADROOM_BYTES:
