@@ -4,9 +4,9 @@
  *
  *   bare rwp|rfc MIB ROUNDS
  *
- * Shared memory of MIB MiB, all of it touched. One line of JSON with medians: deactivation and scan of all of it (ms), the price of
- * a touch after the deactivation in async mode (us, read and write), of a touch that a handler thread resolves in sync mode,
- * and of the stock engine's way to see a touch: an ordinary minor fault.
+ * Shared memory of MIB MiB. One line of JSON with medians: scan and deactivation of all of it when all of it was touched (ms), by
+ * another process, as a daemon does it; the price of a touch after the deactivation in async mode (us, read and write), of a
+ * touch that a handler thread resolves in sync mode, and of the stock engine's way to see a touch: an ordinary minor fault.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -32,6 +32,7 @@ static bool is_rwp;
 static int uffd, memfd, pagemap;
 static size_t bytes, page_bytes, rounds;
 static uint8_t *memory;
+static int order_pipe[2], answer_pipe[2];
 static _Atomic bool stop;
 
 static void must(bool good, const char *what)
@@ -42,9 +43,8 @@ static void must(bool good, const char *what)
 	exit(1);
 }
 
-static uint64_t deactivate(void)
+static void deactivate(void)
 {
-	uint64_t began = sys_now_ns();
 
 	/* as tierd does it: in stretches, so that mmap_lock is not held for long */
 	for (size_t at = 0; at < bytes; at += 64 << 20) {
@@ -54,19 +54,44 @@ static uint64_t deactivate(void)
 		must(!(is_rwp ? sys_rwp_protect(uffd, address, n) : sys_rfc_deactivate(uffd, address, n)),
 		     "deactivation");
 	}
-	return sys_now_ns() - began;
 }
 
-static uint64_t scan(void)
+static void scan(void)
 {
-	uint64_t began = sys_now_ns(), at = (uintptr_t)memory, end = at + bytes;
+	uint64_t at = (uintptr_t)memory, end = at + bytes;
 	struct sys_page_region found[256];
 
 	while (at < end)
 		must(sys_pagemap_scan(pagemap, at, end, is_rwp ? SYS_RWP_ACCESSED : SYS_PAGE_PRESENT, found, 256,
 				      &at) >= 0,
 		     "scan");
-	return sys_now_ns() - began;
+}
+
+/* The process that has what a daemon would have. It takes orders by a pipe and says how long they took. */
+static void other_process(int orders, int answers)
+{
+	char order;
+
+	while (read(orders, &order, 1) == 1) {
+		uint64_t ns = sys_now_ns();
+
+		if (order == 's')
+			scan();
+		else
+			deactivate();
+		ns = sys_now_ns() - ns;
+		must(write(answers, &ns, sizeof(ns)) == sizeof(ns), "answer");
+	}
+	_exit(0);
+}
+
+static uint64_t ordered(char order)
+{
+	uint64_t ns;
+
+	must(write(order_pipe[1], &order, 1) == 1 && read(answer_pipe[0], &ns, sizeof(ns)) == sizeof(ns),
+	     "other process");
+	return ns;
 }
 
 /* ns a page */
@@ -123,17 +148,25 @@ static void set_async(bool async)
 static void set_up(void)
 {
 	struct uffdio_api api = {.api = UFFD_API, .features = 1ull << 17 | 1ull << 18 | 1ull << 10 | 1ull << 12};
+	char path[64];
 	uint64_t mode = is_rwp ? SYS_RWP_REGISTER_MODE : UFFDIO_REGISTER_MODE_MINOR | UFFDIO_REGISTER_MODE_WP;
 
 	uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
 	must(uffd >= 0 && !ioctl(uffd, UFFDIO_API, &api), "userfaultfd");
-	pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	snprintf(path, sizeof(path), "/proc/%d/pagemap", getpid());
+	pagemap = open(path, O_RDONLY | O_CLOEXEC);
 	memfd = memfd_create("bare", MFD_CLOEXEC);
 	must(pagemap >= 0 && memfd >= 0 && !ftruncate(memfd, (off_t)bytes), "memory");
 	memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
 	must(memory != MAP_FAILED, "memory");
 	must(!sys_uffd_register(uffd, (uintptr_t)memory, bytes, mode), "registration");
+	must(!madvise(memory, bytes, MADV_DONTFORK), "MADV_DONTFORK");
 	memset(memory, 1, bytes);
+	must(!pipe(order_pipe) && !pipe(answer_pipe), "pipe");
+	if (!fork()) {
+		close(order_pipe[1]);
+		other_process(order_pipe[0], answer_pipe[1]);
+	}
 }
 
 /* The stock engine's re-access: registered WP, so that no neighbour is mapped with the page. */
@@ -164,8 +197,8 @@ int main(int count, char **arguments)
 	set_up();
 	must(!pthread_create(&thread, NULL, handler, NULL), "thread");
 	for (size_t i = 0; i < rounds; i++) {
-		deactivations[i] = deactivate();
-		scans[i] = scan();
+		scans[i] = ordered('s');
+		deactivations[i] = ordered('d');
 		reads[i] = touch(0, TOUCHES, false);
 		writes[i] = touch(TOUCHES, TOUCHES, true);
 		modes[i] = sys_now_ns();

@@ -25,7 +25,7 @@ MIB, ROUNDS = 256, 7
 
 
 def bare(program: str) -> dict[str, float]:
-    done = subprocess.run([program, choose().name, str(MIB), "3"], capture_output=True, text=True, check=True)
+    done = subprocess.run([program, choose().name, str(MIB), "5"], capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.process import Daemon
+from tests.kernel.vmm import huge_pages
 from tests.need import need
 from tests.vm.libvirtd import LibvirtGuest
 from tierd.demo.guest import MIB, DemoGuest, GuestError, find_kernel, this_platform
@@ -37,6 +38,17 @@ def vm_directory() -> Path:
 def guest(vm_directory: Path) -> Iterator[DemoGuest]:
     """A guest whose QEMU runs as us, its memory filled."""
     with DemoGuest(vm_directory, "test", memory_bytes=GUEST_BYTES) as guest:
+        guest.wait_ready()
+        yield guest
+
+
+@pytest.fixture(scope="module")
+def huge_guest(vm_directory: Path) -> Iterator[DemoGuest]:
+    """A guest whose memory is on hugetlbfs, filled."""
+    with (
+        huge_pages(GUEST_BYTES // (2 * MIB)),
+        DemoGuest(vm_directory, "test-huge", memory_bytes=GUEST_BYTES, hugetlb=True) as guest,
+    ):
         guest.wait_ready()
         yield guest
 

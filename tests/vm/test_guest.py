@@ -57,9 +57,10 @@ def test_runs_as_an_ordinary_user(user_guest: DemoGuest) -> None:
     assert user_guest.verify() == (user_guest.used_bytes, 0)
 
 
-@pytest.fixture(params=["root", "user"])
+@pytest.fixture(params=["root", "user", "huge"])
 def either_guest(request: pytest.FixtureRequest) -> DemoGuest:
-    guest: DemoGuest = request.getfixturevalue("guest" if request.param == "root" else "user_guest")
+    names = {"root": "guest", "user": "user_guest", "huge": "huge_guest"}
+    guest: DemoGuest = request.getfixturevalue(names[request.param])
     return guest
 
 

@@ -57,7 +57,8 @@ def survives_kills_of_the_daemon(daemon: Daemon, guest: RealGuest) -> None:
 
     def fetches() -> bool:
         verified.extend(line for line in guest.console.poll() if line.startswith("VERIFIED"))
-        return bool(verified) or daemon.guests()[guest.name]["counters"]["pages_fetched"] > 100
+        now = daemon.guests()[guest.name]
+        return bool(verified) or now["counters"]["pages_fetched"] * now["page_bytes"] > 400 << 10
 
     tier(daemon, guest)
     daemon.kill()

@@ -185,7 +185,7 @@ class DemoGuest:
     nothing behind: enter it in a thread that outlives the guest.
 
     accel: "kvm", "tcg", or "auto", which tries KVM for a bounded time, because on nested hosts a guest may hang in it.
-    user: runs QEMU as this ordinary user, as libvirt does.
+    user: runs QEMU as this ordinary user, as libvirt does. hugetlb: its memory is in pages of 2 MiB.
     """
 
     def __init__(
@@ -196,6 +196,7 @@ class DemoGuest:
         memory_bytes: int = 512 * MIB,
         accel: str = "auto",
         user: str | None = None,
+        hugetlb: bool = False,
         arguments: tuple[str, ...] = (),
         **settings: int,
     ) -> None:
@@ -206,6 +207,7 @@ class DemoGuest:
         self._boot = build(directory, **settings)
         self._user = user
         self._arguments = arguments
+        self._hugetlb = hugetlb
         self._qemu: subprocess.Popen[bytes] | None = None
         self._console: Console | None = None
 
@@ -270,7 +272,8 @@ class DemoGuest:
             command += [qemu, "-name", f"guest={self.name},debug-threads=on", "-nodefaults", "-no-user-config"]
             command += ["-machine", f"{target.machine},memory-backend=ram", "-accel", accel, "-smp", "1", "-no-reboot"]
             command += ["-cpu", "host" if accel == "kvm" else target.cpu, "-m", f"{self.memory_bytes}B"]
-            command += ["-object", f"memory-backend-memfd,id=ram,size={self.memory_bytes}B,share=on"]
+            huge = ",hugetlb=on,hugetlbsize=2M" if self._hugetlb else ""
+            command += ["-object", f"memory-backend-memfd,id=ram,size={self.memory_bytes}B,share=on{huge}"]
             command += ["-kernel", f"/proc/self/fd/{kernel}", "-initrd", f"/proc/self/fd/{initramfs}"]
             command += ["-append", self._boot.append, "-display", "none", "-serial", "stdio", *self._arguments]
             self._console = Console(self.name, ours)
