@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,9 +16,10 @@ import pytest
 
 from tests.kernel.disks import frozen_at_will, in_the_kernel
 from tests.kernel.vmm import MIB, PAGE, Host, Tiered, Vmm, userfaultfds, wait_for
+from tests.need import need
 from tierd.attach.procfs import maps_of, still_mapped
 from tierd.attach.ptrace import close_in_vmm
-from tierd.native import STATES
+from tierd.native import STATES, probe
 from tierd.serve import Stale, StateError, read_state
 
 Start = Callable[..., Vmm]
@@ -226,6 +228,38 @@ def test_space_that_a_late_write_may_hit_is_not_used_again(
         vmm.verify()
         tiered.leave()
     vmm.verify()
+
+
+def test_a_retry_that_was_killed_half_way_leaves_the_page_lost(start_vmm: Start, host: Host) -> None:
+    """Its poison is there still: were it called stored, the guest would get a memory error at a page that can be had."""
+    need("poison", not probe().poison, "UFFDIO_POISON is from Linux 6.6 on")
+    vmm = start_vmm(f"bytes={4 * MIB}", "survive")
+    vmm.ask("fill")
+    page, state_words = 517, 65536
+    with host.attached(vmm, direct="off") as tiered:
+        tiered.evict_all()
+        store = tiered.served.space.path
+        good = store.read_bytes()
+        with store.open("r+b") as file:
+            file.seek(page * PAGE)
+            file.write(bytes(PAGE))
+        vmm.send("verify", page, 1)
+        wait_for(vmm.answered, "the guest is told of a memory error")
+        assert tiered.counters()["state_pages"][STATES.index("lost")] == 1
+        state_path = tiered.served.state_path
+    with store.open("r+b") as file:
+        file.write(good)
+    with state_path.open("r+b") as file:
+        file.seek(state_words + 4 * page)
+        (word,) = struct.unpack("I", file.read(4))
+        file.seek(state_words + 4 * page)
+        file.write(struct.pack("I", word & ~0xF | STATES.index("arriving")))
+    with host.adopted(vmm) as tiered:
+        assert tiered.counters()["state_pages"][STATES.index("lost")] == 1
+        assert tiered.native.retry() == (1, 0)
+        assert tiered.counters()["state_pages"][STATES.index("lost")] == 0
+        vmm.ask("verify", 0, page)
+        vmm.ask("verify", page + 1)
 
 
 def _has_data(tiered: Tiered, page: int) -> bool:

@@ -296,11 +296,6 @@ enum outcome world_access(uint32_t thread, uint32_t page, bool write, uint64_t *
 	return access == ACCESS_MADE ? MADE : MEMORY_ERROR;
 }
 
-bool world_may_fail(uint32_t page)
-{
-	return M.may_fail[page];
-}
-
 bool world_may_be_older(uint32_t page, uint64_t value)
 {
 	return maybe_arrived[page] && value == M.arrived[page];
@@ -309,6 +304,12 @@ bool world_may_be_older(uint32_t page, uint64_t value)
 static enum page_state state_of(uint32_t page)
 {
 	return word_state(atomic_load(&guest->words[page]));
+}
+
+/* A page that is STORED can be had: no poison of an earlier time may be there still. (Of a huge page an adoption cannot tell.) */
+bool world_may_fail(uint32_t page)
+{
+	return M.may_fail[page] && (hugetlb || state_of(page) != STORED);
 }
 
 static bool looks_untouched(uint32_t page)
@@ -710,9 +711,9 @@ static void run_seed(uint64_t steps)
 	repaired = below(2);
 	for (uint32_t page = 0; page < S.pages && repaired; page++)
 		model_repair(page);
-	/* a death in a retry leaves the poison on a page that is STORED again: nobody would ask for it */
+	/* of a huge page nobody can tell: a death in a retry leaves the poison on a page that is STORED again */
 	for (uint32_t page = 0; page < S.pages; page++)
-		if (M.poisoned[page] && state_of(page) != LOST)
+		if (M.poisoned[page] && state_of(page) != LOST && hugetlb)
 			model_zap(page);
 	stopping = true;
 	for (uint32_t i = 0; i < guest_threads && !M.gone; i++)

@@ -319,6 +319,14 @@ MUTATIONS += NATIVE_ENGINES
 # What the driver must be told, for a mutation that shows only then.
 MUTATIONS.append(
     Mutation(
+        "poison_of_a_retry_that_was_cut_off_is_forgotten",
+        "guest.c",
+        "	*ret = (entry >> 62 & 1) && !(entry >> 63) && !(entry >> 57 & 1);",
+        "	*ret = false;",
+    )
+)
+MUTATIONS.append(
+    Mutation(
         "date_of_the_group_ignored",  # rule 8: a page that is touched in company looks idle
         "table.c",
         "	return group < age ? group : age;",

@@ -490,9 +490,33 @@ static int punch_again(struct tierd_guest *g, uint64_t page)
 	return mem_next_data(g, r, page) == (int64_t)offset ? -EBUSY : 0;
 }
 
+/* An operator's retry of a LOST page that did not come to its end: its poison is there still, and nobody would wait at it. The entry
+ * of a hold's marker has bit 57. (Of a huge page /proc/PID/pagemap does not show markers.) */
+static int still_lost(struct tierd_guest *g, uint64_t page, page_word w, bool *ret)
+{
+	uint64_t entry = 0;
+	ssize_t n;
+
+	*ret = false;
+	if (word_state(w) != ARRIVING || g->huge)
+		return 0;
+	do
+		n = sys_pagemap_read(g->pagemap, &entry, 1, address_of(g, page));
+	while (n == -EINTR);
+	*ret = (entry >> 62 & 1) && !(entry >> 63) && !(entry >> 57 & 1);
+	return n < 0 ? (int)n : n ? 0 : -ESRCH;
+}
+
 static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct tierd_adoption *ret)
 {
 	page_word w = page_load(g, page), to = adopted_word(w, cached);
+	bool lost = false;
+	int error = cached ? 0 : still_lost(g, page, w, &lost);
+
+	if (error)
+		return error;
+	if (lost)
+		to = word_with_state(w, LOST);
 
 	if (g->quarantine && in_flight(w)) {
 		bit_set(g->quarantine, page);
@@ -500,8 +524,7 @@ static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct 
 		ret->quarantined_pages++;
 	}
 	if (word_state(w) == DROPPING && cached && word_tier(w) != TIER_ZERO) {
-		int error = adopt_unpunched(g, page, w);
-
+		error = adopt_unpunched(g, page, w);
 		if (error == -ENODATA) { /* one page, not the guest: the punch again, and then it waits for its bytes */
 			error = punch_again(g, page);
 			to = word_with_state(w, STORED);
