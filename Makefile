@@ -37,7 +37,7 @@ bench-kernels: build kernels
 	$(PY) -m tests.kernels.bench $(ARGS)
 
 # Only the tests that boot them.
-test-kernels: build kernels
+test-kernels: setup kernels
 	$(PY) -m pytest -q tests/kernels $(ARGS)
 
 lint: build

@@ -288,6 +288,15 @@ def show_findings(findings: Sequence[Finding], as_json: bool) -> None:
         sys.exit(FAILED)
 
 
+def _size(context: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    from tierd.config import parse_size
+
+    try:
+        return None if value is None else parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from error
+
+
 @cli.command()
 @json_option
 @click.option(
@@ -300,19 +309,28 @@ def show_findings(findings: Sequence[Finding], as_json: bool) -> None:
 @click.option(
     "--accel", type=click.Choice(["auto", "kvm", "tcg"]), default="auto", show_default=True, help="QEMU's accelerator."
 )
+@click.option(
+    "--memory",
+    "memory_bytes",
+    callback=_size,
+    metavar="SIZE",
+    default="512MiB",
+    show_default=True,
+    help="Of the virtual machine; 128MiB at least.",
+)
 @click.pass_obj
-def demo(options: Options, as_json: bool, directory: Path, accel: str) -> NoReturn:
+def demo(options: Options, as_json: bool, directory: Path, accel: str, memory_bytes: int) -> NoReturn:
     """Boot a virtual machine, tier it, and let it verify every byte: two minutes at most, as root.
 
     Exit status 0 if every byte was right and at least 40 % of the memory was given back. With --json the last line of
-    the output is the result.
+    the output is the result. TIERD_SLOWNESS=N in the environment: N times as long, for an emulated machine.
     """
     from tierd.demo import DemoError, GuestError, run_demo
 
     config = options.config if options.config.exists() else None
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        sys.exit(run_demo(as_json, directory, config, accel))
+        sys.exit(run_demo(as_json, directory, config, accel, memory_bytes))
     except (DemoError, GuestError) as error:
         raise Failure(str(error)) from error
 
@@ -476,15 +494,6 @@ def retry(options: Options, guest: str, as_json: bool) -> None:
     if not as_json:
         recovered, lost = size_text(result["recovered_bytes"]), size_text(result["lost_bytes"])
         click.echo(f"{recovered} of {_shown(guest)} can be had again, {lost} are still lost")
-
-
-def _size(context: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    from tierd.config import parse_size
-
-    try:
-        return None if value is None else parse_size(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{error}.") from error
 
 
 def _time(context: click.Context, param: click.Parameter, value: str | None) -> float | None:

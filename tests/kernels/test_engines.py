@@ -14,9 +14,12 @@ import pytest
 
 from tests.kernels.build import PATCHED
 from tests.kernels.machine import ROOT, booted, check_selftest
+from tests.need import need
+from tierd.demo.guest import GuestError, find_kernel
 
 SEEDS = 40
 KILLS = 8
+DEMO = "/var/tmp/demo"  # in there: the scratch disk
 # Tests of the kernel layer: all that is about an engine, and the torture. The rest does not differ from what runs outside.
 SUITE = (
     "test_windows.py",
@@ -48,11 +51,18 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
     """Of one boot: what each command said, and its status."""
     name: str = request.param
     python = shlex.quote(sys.executable)
+    try:
+        guest_kernel = find_kernel(ROOT / "build" / "vm")
+    except GuestError as error:
+        need("vm", False, str(error))
     suite = " ".join(f"tests/kernel/{test}" for test in SUITE)
     commands = {
         "check": f"{python} -m tierd check --json",
         "driver": f"{children}/real --engine {name} --slowness 10 --seeds {SEEDS} --store /var/tmp",
         "suite": f"{python} -m pytest -q --color=no -p no:cacheprovider --durations=5 {suite}",
+        # KVM: the emulator emulates SVM, and so the guest is emulated once and not twice
+        "demo": f"mkdir {DEMO} && ln -s {guest_kernel} {DEMO} && {python} -m tierd --config config/tierd.yaml "
+        f"demo --json --directory {DEMO} --memory 128MiB --accel kvm",
         "selftest": f"{selftest} --system {name}",  # the last one: it changes what the system is set to
     }
     variables = {
@@ -98,6 +108,21 @@ def test_the_seeded_driver(sections: dict[str, Section]) -> None:
     figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
     assert figures["pages evicted"] > SEEDS, said.output
     assert figures["kills in service"] > 0, said.output
+
+
+def test_the_demo(sections: dict[str, Section]) -> None:
+    """A real QEMU guest, a KVM vCPU that faults in the kernel, the real daemon."""
+    said = sections["demo"]
+    print(said.output)
+    assert said.status == 0, said.output
+    result = json.loads(said.output.splitlines()[-1])
+    assert result["engine"] == sections["name"].output
+    assert result["accel"] == "kvm"
+    assert result["wrong_bytes"] == 0
+    assert result["verified_bytes"] > 32 << 20
+    assert result["given_back_ratio"] >= 0.4, "pages left"
+    assert result["tiers"]["file"] > 32 << 20, "of these not only zeros"
+    assert result["faults"] > 100, "and came back"
 
 
 def test_the_kernel_layer(sections: dict[str, Section]) -> None:

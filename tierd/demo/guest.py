@@ -23,10 +23,12 @@ from types import TracebackType
 from typing import Self
 
 MIB = 1 << 20
-KVM_BOOT_S_MAX = 10.0
-BOOT_S_MAX = 60.0
-VERIFY_S_MAX = 60.0
-STOP_S_MAX = 10.0
+SLOWNESS = float(os.environ.get("TIERD_SLOWNESS", "1"))  # an emulated machine is given so many times as long
+KVM_BOOT_S_MAX = 10.0 * SLOWNESS
+BOOT_S_MAX = 60.0 * SLOWNESS
+VERIFY_S_MAX = 60.0 * SLOWNESS
+STOP_S_MAX = 10.0 * SLOWNESS
+MEMORY_BYTES = 512 * MIB
 
 
 class GuestError(Exception):
@@ -40,12 +42,13 @@ class Platform:
     qemu: str
     machine: str
     cpu: str
+    kvm_cpu: str  # without guests of its own: nested ones are refused
     console: str
 
 
 PLATFORMS = {
-    "x86_64": Platform("qemu-system-x86_64", "pc", "max", "ttyS0"),
-    "aarch64": Platform("qemu-system-aarch64", "virt", "max", "ttyAMA0"),
+    "x86_64": Platform("qemu-system-x86_64", "pc", "max", "host,vmx=off,svm=off", "ttyS0"),
+    "aarch64": Platform("qemu-system-aarch64", "virt", "max", "host", "ttyAMA0"),
 }
 
 
@@ -193,7 +196,7 @@ class DemoGuest:
         directory: Path,
         name: str = "demo",
         *,
-        memory_bytes: int = 512 * MIB,
+        memory_bytes: int = MEMORY_BYTES,
         accel: str = "auto",
         user: str | None = None,
         hugetlb: bool = False,
@@ -271,7 +274,7 @@ class DemoGuest:
             stack.enter_context(theirs)
             command += [qemu, "-name", f"guest={self.name},debug-threads=on", "-nodefaults", "-no-user-config"]
             command += ["-machine", f"{target.machine},memory-backend=ram", "-accel", accel, "-smp", "1", "-no-reboot"]
-            command += ["-cpu", "host" if accel == "kvm" else target.cpu, "-m", f"{self.memory_bytes}B"]
+            command += ["-cpu", target.kvm_cpu if accel == "kvm" else target.cpu, "-m", f"{self.memory_bytes}B"]
             huge = ",hugetlb=on,hugetlbsize=2M" if self._hugetlb else ""
             command += ["-object", f"memory-backend-memfd,id=ram,size={self.memory_bytes}B,share=on{huge}"]
             command += ["-kernel", f"/proc/self/fd/{kernel}", "-initrd", f"/proc/self/fd/{initramfs}"]

@@ -24,16 +24,16 @@ import yaml
 
 from tierd.client import Client, Unreachable
 from tierd.demo.display import MIB, Display, Sample, choose, tiers_text
-from tierd.demo.guest import DemoGuest, numbers
+from tierd.demo.guest import MEMORY_BYTES, SLOWNESS, DemoGuest, numbers
 from tierd.show import latency_text, quantile_us
 
 NAME = "demo"
-DEMO_S_MAX = 115.0
-ACTIVE_S_MAX = 20.0  # from the daemon's start to a served guest
-FALL_S_MAX = 60.0  # from there to the low point
-STOP_S_MAX = 20.0
+DEMO_S_MAX = 115.0 * SLOWNESS
+ACTIVE_S_MAX = 20.0 * SLOWNESS  # from the daemon's start to a served guest
+FALL_S_MAX = 60.0 * SLOWNESS  # from there to the low point
+STOP_S_MAX = 20.0 * SLOWNESS
 SETTLED_S = 6.0  # at the low point: no 1 % was given back for this long
-VERIFY_S = 45  # the guest's own timer
+VERIFY_S = round(45 * SLOWNESS)  # the guest's own timer
 POLL_S = 0.25
 GIVEN_BACK_RATIO_MIN = 0.4
 
@@ -283,7 +283,13 @@ def summary(result: Result) -> str:
     )
 
 
-def run_demo(json: bool, directory: Path, config: Path | None = None, accel: str = "auto") -> int:
+def run_demo(
+    json: bool,
+    directory: Path,
+    config: Path | None = None,
+    accel: str = "auto",
+    memory_bytes: int = MEMORY_BYTES,
+) -> int:
     """The whole demo, under two minutes; main thread only. The exit status: 0 if the guest verified every byte and at
     least 40 % of its memory was given back at the low point, else 1. DemoError or GuestError when it does not come that
     far; nothing of it is left running or on disk either way.
@@ -291,12 +297,13 @@ def run_demo(json: bool, directory: Path, config: Path | None = None, accel: str
     json: the result as one JSON object on the last line of standard output; progress goes to standard error.
     directory: for the guest's files (its kernel is looked for there first) and the store; not on a tmpfs.
     config: the shipped tierd.yaml, of which places and times are changed. None: tierd's defaults.
+    memory_bytes: of the guest.
     """
     if os.geteuid() != 0:
         raise DemoError("the demo needs root, as tierd does (ptrace, userfaultfd): run it with sudo")
     began = time.monotonic()
     with _terminated_in_order(), choose(json) as display:
-        guest = DemoGuest(directory, NAME, accel=accel, VERIFY_S=VERIFY_S)
+        guest = DemoGuest(directory, NAME, memory_bytes=memory_bytes, accel=accel, VERIFY_S=VERIFY_S)
         display.say("booting a virtual machine under an unmodified QEMU")
         with guest:
             result = _show(guest, config, directory, display, began)
