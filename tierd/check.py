@@ -125,9 +125,9 @@ def engine_findings(found: Probe, wanted: str = "auto", root: Path = Path("/")) 
     return findings
 
 
-def host_findings(root: Path = Path("/")) -> list[Finding]:
+def host_findings(found: Probe, root: Path = Path("/")) -> list[Finding]:
     """What the host is set to, from /proc and /sys below `root`."""
-    return [_capabilities(root), _ptrace_scope(root), _large_folios(root), _swap(root)]
+    return [_capabilities(root), _ptrace_scope(root), _large_folios(found, root), _swap(root)]
 
 
 def _read(path: Path) -> str:
@@ -157,7 +157,7 @@ def _ptrace_scope(root: Path) -> Finding:
     return Finding("ptrace", scope != "3", True, says, remedy)
 
 
-def _large_folios(root: Path) -> Finding:
+def _large_folios(found: Probe, root: Path) -> Finding:
     base = root / "sys/kernel/mm/transparent_hugepage"
     top = _chosen(base / "shmem_enabled")
     risky = []
@@ -165,6 +165,9 @@ def _large_folios(root: Path) -> Finding:
         chosen = _chosen(path)
         if (top if chosen == "inherit" else chosen) not in ("", "never", "deny"):
             risky.append(f"/{path.relative_to(root)} is {chosen}")
+    if risky and not (found.rwp and found.rfc):
+        says = f"one of which a part leaves is split: {', '.join(risky)}"
+        return Finding("large folios", True, False, says)
     says = "shared memory is made of single pages" if not risky else f"guests are refused: {', '.join(risky)}"
     remedy = "echo never into each of these files (see tmpfiles.d(5) to keep it so), then restart the VMs"
     return Finding("large folios", not risky, True, says, remedy)

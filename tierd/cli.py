@@ -247,7 +247,7 @@ def _check_host() -> list[Finding]:
 
     try:
         found = probe()
-        return engine_findings(found) + kernel_findings(found) + host_findings()
+        return engine_findings(found) + kernel_findings(found) + host_findings(found)
     except OSError as error:
         raise Failure(f"the trial pages could not be made ({_one_line(error)}); run this as root") from error
 
@@ -258,14 +258,19 @@ def _check_guest(options: Options, pid: int) -> list[Finding]:
     from tierd.attach.procfs import read_spec
     from tierd.check import guest_findings
     from tierd.config import Policy, load
+    from tierd.engine import EngineUnavailable, choose
 
     try:
         spec = read_spec(pid)
-        policy: Policy | None = None
+        policy, wanted = Policy(), "auto"
         if options.config.exists():
             with _config_errors():
-                policy = load(options.config).match(spec.name, pid, " ".join(spec.cmdline))
-        return guest_findings(findings(spec, policy or Policy(), HolderScan()))
+                config = load(options.config)
+            policy = config.match(spec.name, pid, " ".join(spec.cmdline)) or policy
+            wanted = config.engine
+        return guest_findings(findings(spec, policy, HolderScan(), choose(wanted)))
+    except EngineUnavailable as error:
+        raise Failure(str(error)) from error
     except Refused as refused:
         return guest_findings([(refused.check, refused)])
     except ProcessLookupError as error:

@@ -187,7 +187,7 @@ class Guest:
                 boot_id=host.boot_id,
                 kept_uffd=self._kept_uffd,
             )
-        preflight(self.spec, policy, host.holders)
+        preflight(self.spec, policy, host.holders, host.engine)
         return attach(
             self.spec,
             engine=host.engine,

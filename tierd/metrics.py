@@ -116,6 +116,12 @@ _COUNTERS: tuple[_Family, ...] = (
         (),
         _counter("faults_window"),
     ),
+    (
+        "large_folios_split",
+        "Large folios of which only a part left; of those seen mapped by one large entry of the page table.",
+        (),
+        _counter("large_folios_split"),
+    ),
     ("inject_stops", "Times that a thread of the VMM was stopped to run a call in it.", (), _counter("inject_stops")),
     ("cycles", "Cycles completed.", (), lambda g: _nothing_more(g.cycles)),
     (

@@ -28,6 +28,7 @@ def two_guests() -> FakeDaemon:
         latency_sum_ns=3_000_000,
         latency_buckets=LATENCIES,
         faults_window=7,
+        large_folios_split=3,
         window_sum_ns=2_000_000,
         window_buckets=(*(0,) * 20, 3, *(0,) * 19),
     )
@@ -59,7 +60,7 @@ def test_every_name_that_is_promised() -> None:
         "fault_latency_seconds_count fault_latency_seconds_sum pages_evicted_total pages_cancelled_total "
         "pages_fetched_total pages_zero_total pages_lost_total cycle_seconds_total cycles_total errors_total state "
         "inject_stops_total parked_pages fault_threads window_faults_total sync_window_seconds_bucket "
-        "sync_window_seconds_count sync_window_seconds_sum"
+        "large_folios_split_total sync_window_seconds_count sync_window_seconds_sum"
     )
     promised = {f"tierd_guest_{name}" for name in guest.split()} | {
         "tierd_build_info",
@@ -82,6 +83,7 @@ def test_values_and_labels() -> None:
     assert found[of("errors_total", "web", 10, kind="checksum")] == 1
     assert found[of("cycle_seconds_total", "web", 10, phase="write")] == 1.25
     assert found[of("window_faults_total", "web", 10)] == 7
+    assert found[of("large_folios_split_total", "web", 10)] == 3
     assert found[of("sync_window_seconds_count", "web", 10)] == 3
     assert found[of("sync_window_seconds_sum", "web", 10)] == pytest.approx(0.002)
     assert found[of("state", "db", 11, state="paused")] == 1

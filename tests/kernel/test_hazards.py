@@ -4,33 +4,34 @@ the hazard is gone. What this machine cannot really have (VFIO, nested KVM, a vh
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from tests.kernel.host_memory import THP, large_shmem, scratch_swap, swapped_kb
 from tests.kernel.vmm import MIB, PAGE, SAFE, Host, Vmm, wait_for
 from tests.need import need
 from tierd.attach import GuestSpec, Refused
 from tierd.attach import preflight as checks
 from tierd.attach.preflight import CHECKS, HolderScan, findings, preflight, recheck, swap_can_receive
 from tierd.attach.procfs import read_spec
+from tierd.engine import choose
 from tierd.native import KernelError, Zap
 
 Start = Callable[..., Vmm]
 
 
 def refused(spec: GuestSpec) -> Refused:
+    """With the stock engine, which takes less than the others."""
     with pytest.raises(Refused) as caught:
-        preflight(spec, SAFE, HolderScan())
+        preflight(spec, SAFE, HolderScan(), choose("stock"))
     assert caught.value.cause
     assert caught.value.remedy
     assert caught.value.check in str(caught.value)
@@ -38,8 +39,8 @@ def refused(spec: GuestSpec) -> Refused:
 
 
 def accepted(spec: GuestSpec) -> None:
-    preflight(spec, SAFE, HolderScan())
-    assert [name for name, problem in findings(spec, SAFE, HolderScan()) if problem] == []
+    preflight(spec, SAFE, HolderScan(), choose("stock"))
+    assert [name for name, problem in findings(spec, SAFE, HolderScan(), choose("stock")) if problem] == []
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def test_a_mapping_that_is_replaced(start_vmm: Start) -> None:
 def test_memory_of_another_kind(start_vmm: Start, kind: str, check: str, evidence: str) -> None:
     vmm = start_vmm(f"bytes={4 * MIB}", f"kind={kind}")
     with pytest.raises(Refused) as caught:
-        preflight(vmm.spec(), SAFE, HolderScan())
+        preflight(vmm.spec(), SAFE, HolderScan(), choose("stock"))
     assert caught.value.check == check
     assert evidence in caught.value.evidence
     assert "share" in caught.value.remedy
@@ -178,19 +179,6 @@ def test_a_tmpfs_with_large_folios(start_vmm: Start, tmp_path: Path) -> None:
         vmm.kill()
     finally:
         subprocess.run(["umount", str(mount)], check=True)
-
-
-THP = Path("/sys/kernel/mm/transparent_hugepage")
-
-
-@contextlib.contextmanager
-def large_shmem(value: str, path: Path = THP / "shmem_enabled") -> Iterator[None]:
-    before = path.read_text().partition("[")[2].partition("]")[0]
-    path.write_text(value)
-    try:
-        yield
-    finally:
-        path.write_text(before)
 
 
 @pytest.mark.parametrize("value", ["advise", "always", "within_size"])
@@ -293,7 +281,7 @@ def test_by_their_traces(start_vmm: Start, monkeypatch: pytest.MonkeyPatch) -> N
         nested = replace(spec, cmdline=("qemu-system-x86_64", "-cpu", "host"))
         assert refused(nested).check == "nested"
         accepted(replace(spec, cmdline=("qemu-system-x86_64", "-cpu", "host,-vmx")))
-        preflight(nested, SAFE.model_copy(update={"allow_nested": True}), HolderScan())
+        preflight(nested, SAFE.model_copy(update={"allow_nested": True}), HolderScan(), choose("stock"))
 
 
 def test_every_check_is_provoked_here() -> None:
@@ -306,28 +294,6 @@ def test_every_check_is_provoked_here() -> None:
 
 
 # --- swap -------------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def scratch_swap(disk_dir: Path) -> Iterator[None]:
-    """A swap file of 64 MiB."""
-    file = disk_dir / "swap"
-    with file.open("wb") as out:
-        os.posix_fallocate(out.fileno(), 0, 64 * MIB)
-    file.chmod(0o600)
-    subprocess.run(["mkswap", str(file)], check=True, capture_output=True)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.swapon(str(file).encode(), 0):
-        need("kernel", False, f"no swap can be made here: swapon says {os.strerror(ctypes.get_errno())}")
-    try:
-        yield
-    finally:
-        assert not libc.swapoff(str(file).encode())
-
-
-def swapped_kb() -> int:
-    """Of all processes: what is in the scratch file."""
-    return sum(int(row.split()[3]) for row in Path("/proc/swaps").read_text().splitlines()[1:])
 
 
 def test_with_swap_nothing_is_swapped_out(start_vmm: Start, host: Host, disk_dir: Path) -> None:

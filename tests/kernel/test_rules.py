@@ -20,6 +20,7 @@ from typing import Literal
 import pytest
 
 from tests.kernel.disks import loop_disk
+from tests.kernel.host_memory import large_folios_kb
 from tests.kernel.vmm import MIB, PAGE, SAFE, Host, Tiered, Vmm, userfaultfds, vm_flags, wait_for
 from tests.need import need
 from tierd.attach import Refused
@@ -76,7 +77,7 @@ def test_a_punch_that_does_not_punch_is_repaired(huge_tmpfs: Path, vmm_binary: P
         vmm_binary, f"bytes={4 * MIB}", f"kind=file:{ram}", "-object", f"memory-backend-file,id=r,mem-path={ram}"
     ) as vmm:
         vmm.ask("fill")
-        need("kernel", _large_folios_kb(vmm.pid) > 0, "this kernel makes no large folios of shared memory")
+        need("kernel", large_folios_kb(vmm.pid) > 0, "this kernel makes no large folios of shared memory")
         vmm.ask("splice", 77)
         with host.attached(vmm, in_spite_of_preflight=True, zap=zap) as tiered:
 
@@ -92,12 +93,6 @@ def test_a_punch_that_does_not_punch_is_repaired(huge_tmpfs: Path, vmm_binary: P
             vmm.verify()
             tiered.leave()
         vmm.verify()
-
-
-def _large_folios_kb(pid: int) -> int:
-    """File memory that the process maps by large entries."""
-    rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(row.split()[1]) for row in rows if row.startswith(("ShmemPmdMapped:", "FilePmdMapped:")))
 
 
 # --- 5: a write that returned is not stored ----------------------------------------------------------------------------------

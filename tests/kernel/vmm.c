@@ -394,6 +394,7 @@ static const struct command commands[] = {
 	{"collapse", collapse},
 	{"give-back", give_back},
 	{"zap", zap},
+	{"page-out", page_out},
 	{"balloon", balloon},
 	{"replace", replace_mapping},
 	{"unmap", unmap_region},

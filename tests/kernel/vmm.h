@@ -35,6 +35,7 @@ void filter(const uint64_t *a, int count);
 void collapse(const uint64_t *a, int count);
 void give_back(const uint64_t *a, int count);
 void zap(const uint64_t *a, int count);
+void page_out(const uint64_t *a, int count);
 void balloon(const uint64_t *a, int count);
 void replace_mapping(const uint64_t *a, int count);
 void unmap_region(const uint64_t *a, int count);

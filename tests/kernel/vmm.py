@@ -286,7 +286,7 @@ class Host:
         options = Options(**changes)
         spec = vmm.spec()
         if not in_spite_of_preflight:
-            preflight(spec, policy, HolderScan())
+            preflight(spec, policy, HolderScan(), choose())
         served = attach(
             spec,
             engine=ForcedEngine(options),

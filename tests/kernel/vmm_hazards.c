@@ -20,6 +20,9 @@
 #include "child.h"
 #include "vmm.h"
 
+#ifndef MADV_PAGEOUT
+#define MADV_PAGEOUT 21
+#endif
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
 #endif
@@ -172,6 +175,13 @@ void zap(const uint64_t *a, int count)
 {
 	(void)count;
 	answer(madvise(page_at(a[0]), (end_of(a) - a[0]) * page_bytes, MADV_DONTNEED));
+}
+
+/* FIRST COUNT: to swap, where there is some. */
+void page_out(const uint64_t *a, int count)
+{
+	(void)count;
+	answer(madvise(page_at(a[0]), (end_of(a) - a[0]) * page_bytes, MADV_PAGEOUT));
 }
 
 /*

@@ -22,6 +22,7 @@ from tests.kernel.vmm import SAFE, ForcedEngine, Options
 from tierd import cycle
 from tierd.attach.preflight import HolderScan, preflight, swap_can_receive
 from tierd.attach.procfs import boot_id, read_spec
+from tierd.engine import choose
 from tierd.native import KernelError, Zap
 from tierd.serve import Served, Stale, Tuning, adopt, attach, prepare_runtime_dir
 from tierd.store.file import FileStore
@@ -42,7 +43,7 @@ def serve(pid: int, tmpfs_dir: Path, disk_dir: Path, options: Options) -> Served
         except Stale:
             path.unlink()
     spec = read_spec(pid, "test")
-    preflight(spec, SAFE, HolderScan())
+    preflight(spec, SAFE, HolderScan(), choose())
     say("attaching")
     return attach(
         spec,

@@ -18,11 +18,15 @@ from tests.need import need
 from tierd.demo.guest import GuestError, find_kernel
 
 SEEDS = 40
+LARGE_SEEDS = 15
+LARGE = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 KILLS = 8
 DEMO = "/var/tmp/demo"  # in there: the scratch disk
 # Tests of the kernel layer: all that is about an engine, and the torture. The rest does not differ from what runs outside.
 SUITE = (
     "test_windows.py",
+    "test_large_folios.py",
+    "test_swap.py",
     "test_life.py::test_everything_leaves_and_comes_back[default]",
     "test_life.py::test_a_busy_guest_reads_what_it_wrote[default]",
     "test_life.py::test_only_idle_pages_leave",
@@ -59,6 +63,8 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
     commands = {
         "check": f"{python} -m tierd check --json",
         "driver": f"{children}/real --engine {name} --slowness 10 --seeds {SEEDS} --store /var/tmp",
+        "large": f"echo always >{LARGE}; {children}/real --engine {name} --slowness 10 --seeds {LARGE_SEEDS} "
+        f"--store /var/tmp --large; status=$?; echo never >{LARGE}; (exit $status)",
         "suite": f"{python} -m pytest -q --color=no -p no:cacheprovider --durations=5 {suite}",
         # KVM: the emulator emulates SVM, and so the guest is emulated once and not twice
         "demo": f"mkdir {DEMO} && ln -s {guest_kernel} {DEMO} && {python} -m tierd --config config/tierd.yaml "
@@ -107,6 +113,15 @@ def test_the_seeded_driver(sections: dict[str, Section]) -> None:
     assert said.status == 0, said.output
     figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
     assert figures["pages evicted"] > SEEDS, said.output
+    assert figures["kills in service"] > 0, said.output
+
+
+def test_the_seeded_driver_in_large_folios(sections: dict[str, Section]) -> None:
+    """Which mostly cannot be split: a punch leaves zeros, and deaths come between it and the repair."""
+    said = sections["large"]
+    assert said.status == 0, said.output
+    figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
+    assert figures["rewritten"] > 0, said.output
     assert figures["kills in service"] > 0, said.output
 
 

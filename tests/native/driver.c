@@ -64,7 +64,7 @@ static struct coroutine coroutines[COROUTINES_MAX], *current;
 static struct context scheduler;
 static uint64_t seed, step;
 static uint32_t engine; /* TIERD_ENGINE_* */
-static uint32_t stall_chance, guest_threads;
+static uint32_t stall_chance, reclaim_chance, guest_threads;
 static void (*staller)(uint32_t); /* who stalls; NULL: anybody */
 static uint32_t remapped;         /* nobody sees what is touched there: MODEL_PAGES_MAX: none */
 static bool remap, verbose, vmm_ends, late_io, hugetlb, guests_stop, stopping, daemon_done, adopting, repaired;
@@ -317,13 +317,11 @@ static bool looks_untouched(uint32_t page)
 	return !M.present[page] || M.rwp_protected[page];
 }
 
-/* Where readers are not held (by the stock engine; by rfc once a successor is back in async mode) they may see it. That is why
- * guests with large folios are refused; the daemon writes the bytes back before the page is anything else than DROPPING. */
+/* Where readers are not held (by the stock engine) they may see it. That is why it refuses guests with large folios; the daemon
+ * writes the bytes back before the page is anything else than DROPPING. */
 bool world_zeroed(uint32_t page)
 {
-	bool held = M.generation == TIERD_ENGINE_RWP || (M.generation == TIERD_ENGINE_RFC && !M.async);
-
-	return !held && M.zeroed[page] && state_of(page) == DROPPING;
+	return M.generation == TIERD_ENGINE_STOCK && M.zeroed[page] && state_of(page) == DROPPING;
 }
 
 void world_settled(uint32_t page)
@@ -340,6 +338,15 @@ void world_give_back(uint32_t page)
 void world_zap(uint32_t page)
 {
 	model_zap(page);
+	touched_ns[page] = 0; /* nobody can see that it was touched */
+}
+
+/* With swap, and guests that have large folios: not where the stock engine serves, whose seeds stay what they are. */
+static void reclaim(void)
+{
+	uint32_t page = below(S.pages);
+
+	model_reclaim(page, below(2));
 	touched_ns[page] = 0; /* nobody can see that it was touched */
 }
 
@@ -495,6 +502,13 @@ static void vmm_end(void)
 		model_fail("the VMM has ended, and the daemon cannot tell");
 }
 
+/* How long a window lasts must not depend on a disk. (rfc compares pages with their copies there.) */
+void model_swapped_in(void)
+{
+	if (engine == TIERD_ENGINE_RWP && current && current->run == run_worker && atomic_load(&guest->in_window))
+		model_fail("a sync window reads from swap");
+}
+
 static void daemon_start(bool adopted)
 {
 	struct tierd_guest_args args = {
@@ -627,6 +641,7 @@ static void set_up(void)
 	staller = crowded ? run_fault_worker : NULL;
 	if (crowded)
 		stall_chance = 20 + below(60);
+	reclaim_chance = engine == TIERD_ENGINE_STOCK || hugetlb || below(3) ? 0 : below(400);
 	M.write_pauses = crowded || late_io ? below(100) : 0;
 	M.read_pauses = below(4) ? 0 : below(100);
 	guest_threads = 1 + below(GUEST_THREADS_MAX);
@@ -702,6 +717,8 @@ static void run_seed(uint64_t steps)
 			spoil_store();
 		if (i % 256 == 128)
 			model_late_lands();
+		if (i % 16 == 5 && model_chance(reclaim_chance))
+			reclaim();
 	}
 	memset(&M.faults, 0, sizeof(M.faults));
 	guests_stop = true;

@@ -55,6 +55,14 @@ static void unmap(uint32_t page)
 	M.present[page] = M.protected[page] = M.rwp_protected[page] = false;
 }
 
+static void swap_in(uint32_t page)
+{
+	if (!M.swapped[page])
+		return;
+	M.swapped[page] = false;
+	model_swapped_in();
+}
+
 /* --- the guest ---------------------------------------------------------------------------------------------------------- */
 
 static enum model_access wait_for(uint32_t thread, uint32_t page, uint64_t flags)
@@ -113,6 +121,7 @@ enum model_access model_access(uint32_t thread, uint32_t page, bool write, uint6
 			memset(M.bytes[page], 0, MODEL_PAGE_BYTES);
 		}
 		M.present[page] = true;
+		M.swapped[page] = false;
 		M.protected[page] = M.marker[page];
 		M.marker[page] = false;
 	}
@@ -133,6 +142,14 @@ void model_zap(uint32_t page)
 {
 	unmap(page);
 	M.poisoned[page] = false;
+}
+
+void model_reclaim(uint32_t page, bool swap_out)
+{
+	if (!M.cached[page])
+		return;
+	unmap(page);
+	M.swapped[page] = swap_out || M.swapped[page];
 }
 
 void model_remap(uint32_t page)
@@ -350,8 +367,10 @@ int sys_uffd_continue(int uffd, uint64_t address, uint64_t bytes)
 			error = -EFAULT;
 		else
 			M.present[p] = true;
-		if (!error)
+		if (!error) {
+			swap_in(p);
 			M.protected[p] = M.marker[p] = false;
+		}
 	}
 	if (!error)
 		wake(first, count);
@@ -596,6 +615,7 @@ ssize_t sys_mem_read(int memfd, void *to, size_t bytes, uint64_t offset)
 
 	model_enter();
 	for (size_t done = 0; done < bytes; done += MODEL_PAGE_BYTES, page++) {
+		swap_in(page);
 		if (M.cached[page])
 			memcpy((char *)to + done, M.bytes[page], MODEL_PAGE_BYTES);
 		else
@@ -615,7 +635,7 @@ ssize_t sys_mem_write(int memfd, const void *from, size_t bytes, uint64_t offset
 	model_enter();
 	for (size_t done = 0; done < bytes; done += MODEL_PAGE_BYTES, page++) {
 		M.cached[page] = true;
-		M.zeroed[page] = false;
+		M.zeroed[page] = M.swapped[page] = false;
 		memcpy(M.bytes[page], (const char *)from + done, MODEL_PAGE_BYTES);
 	}
 	model_exit();
@@ -639,6 +659,7 @@ static void punch(uint32_t first, uint32_t count, uint32_t stays)
 		} else {
 			M.cached[p] = M.zeroed[p] = false;
 		}
+		M.swapped[p] = false;
 		unmap(p);
 		model_pause();
 	}

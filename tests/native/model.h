@@ -47,7 +47,8 @@ struct model {
 	_Atomic uint64_t now_ns;
 	/* page cache */
 	bool cached[MODEL_PAGES_MAX];
-	bool zeroed[MODEL_PAGES_MAX]; /* by a punch that left it there */
+	bool zeroed[MODEL_PAGES_MAX];  /* by a punch that left it there */
+	bool swapped[MODEL_PAGES_MAX]; /* still in the file, but to be read from swap first */
 	uint64_t bytes[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
 	/* page table of the VMM */
 	uint64_t arrived[MODEL_PAGES_MAX]; /* what the last COPY brought */
@@ -90,14 +91,18 @@ bool model_dying(void);                  /* the caller of this system call was k
 bool model_chance(uint32_t thousandths); /* seeded */
 void *model_alloc(size_t bytes);
 void model_free(void *memory, size_t bytes);
+void model_swapped_in(void); /* the caller waits for swap */
 _Noreturn void model_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /* the guest's side: one try of an access. Made: *value read or written, the whole page at once. Waits: a fault was raised,
  * the thread waits for its waiter slot to be cleared. Poisoned: a memory error. */
 enum model_access model_access(uint32_t thread, uint32_t page, bool write, uint64_t *value);
 void model_give_back(
-	uint32_t page); /* MADV_REMOVE by the VMM itself; always leaves a hole: no guest with large folios is served */
-void model_zap(uint32_t page);   /* MADV_DONTNEED by the VMM itself: poison goes, markers of a hold stay */
+	uint32_t
+		page); /* MADV_REMOVE by the VMM itself; always leaves a hole, large folios or not: it reads zeros anyway */
+void model_zap(uint32_t page); /* MADV_DONTNEED by the VMM itself: poison goes, markers of a hold stay */
+/* The host unmaps a page that the file holds: it swaps the page out, or splits a large folio that the page is in. */
+void model_reclaim(uint32_t page, bool swap_out);
 void model_remap(uint32_t page); /* the VMM maps the file there anew: not registered with anybody */
 bool model_unread(void);
 

@@ -2,13 +2,14 @@
 /*
  * real.c: the data plane on the real kernel, under the same script as in the model (script.h).
  *
- *   real [--engine stock|rwp|rfc] [--hugetlb] [--slowness N] [--seeds N] [--from S] [--store DIRECTORY] [-v]
+ *   real [--engine stock|rwp|rfc] [--hugetlb] [--large] [--slowness N] [--seeds N] [--from S] [--store DIRECTORY] [-v]
  *
  * This process is the guest: its threads read, write and give back pages of memfds, and check what they read. The daemon is
  * another process (this program again, with --daemon), with the real sys.c, a real userfaultfd and a store file. It is killed
  * with SIGKILL at moments that the seed draws and started again to adopt; stored copies are destroyed while none runs. A seed
  * says what everybody wants to do and when; who comes first is the kernel's to say, so a failing seed fails again only with
- * some luck.
+ * some luck. --large: every region is a part of a large folio (shmem_enabled must be `always`), which often cannot be split,
+ * because a pipe refers to it; for the engines that have a sync mode.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -25,8 +26,10 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysinfo.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -48,7 +51,7 @@ struct shared {
 	int uffd, table_fd, store_fd, memfd[REGIONS_MAX], inject_tid;
 	_Atomic bool guests_stop, finish, repaired, all_read;
 	_Atomic uint32_t phase;
-	_Atomic uint64_t evicted, faults, lost; /* of all lives */
+	_Atomic uint64_t evicted, faults, lost, rewritten; /* of all lives */
 };
 
 static struct shared *shared;
@@ -339,6 +342,7 @@ static void report(struct tierd_guest *g, struct tierd_counters *before)
 	if (c.pages_lost && !S.losses)
 		script_fail("%lu pages lost, and nothing destroyed their stored copy", c.pages_lost);
 	atomic_fetch_add(&shared->evicted, c.pages_evicted - before->pages_evicted);
+	atomic_fetch_add(&shared->rewritten, c.pages_repaired - before->pages_repaired);
 	atomic_fetch_add(&shared->lost, c.pages_lost - before->pages_lost);
 	atomic_fetch_add(&shared->faults, c.latency_count - before->latency_count);
 	*before = c;
@@ -402,6 +406,8 @@ static int daemon_main(void)
 static bool verbose;
 static const char *store_directory = "/var/tmp";
 static uint32_t engine; /* TIERD_ENGINE_* */
+static bool large;
+static int references[2] = {-1, -1}; /* a pipe that refers to a page of each large folio */
 static pid_t daemon_pid;
 static uint64_t kills[LEFT + 1], accesses, faults, evicted, errors_seen, lost_pages;
 static _Atomic bool over;
@@ -443,13 +449,43 @@ static int userfaultfd_create(void)
 	return uffd;
 }
 
+/* One folio for the whole file. Its last page is in no region, and is the one that the pipe refers to. */
+static void make_large(int memfd)
+{
+	size_t bytes = page_bytes * page_bytes / 8;
+	struct iovec last = {.iov_len = page_bytes};
+	struct stat file;
+
+	must(ftruncate(memfd, (off_t)bytes), "memory");
+	must((int)pwrite(memfd, "", 1, 0), "memory");
+	if (fstat(memfd, &file) || (size_t)file.st_blocks * 512 != bytes)
+		script_fail("no large folio: is shmem_enabled `always`?");
+	if (references[0] < 0)
+		return;
+	last.iov_base = mmap(NULL, page_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, (off_t)(bytes - page_bytes));
+	if (last.iov_base == MAP_FAILED || vmsplice(references[1], &last, 1, 0) < 0)
+		must(-1, "a reference");
+	munmap(last.iov_base, page_bytes);
+}
+
+static void drop_references(void)
+{
+	for (int i = 0; i < 2 && references[i] >= 0; i++) {
+		close(references[i]);
+		references[i] = -1;
+	}
+}
+
 static void make_region(uint32_t i, uint32_t count)
 {
 	size_t bytes = count * page_bytes, offset = below(3) * page_bytes;
 	uint8_t *at;
 
 	shared->memfd[i] = must(memfd_create("guest", MFD_CLOEXEC | (hugetlb ? MFD_HUGETLB : 0)), "memfd");
-	must(ftruncate(shared->memfd[i], (off_t)(offset + bytes)), "memory");
+	if (large)
+		make_large(shared->memfd[i]);
+	else
+		must(ftruncate(shared->memfd[i], (off_t)(offset + bytes)), "memory");
 	at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, shared->memfd[i], (off_t)offset);
 	if (at == MAP_FAILED)
 		must(-1, "memory");
@@ -502,6 +538,8 @@ static void set_up(void)
 	memset(torn, 0, sizeof(torn));
 	atomic_store(&kills_of_seed, 0);
 	shared->life = 0;
+	if (large && below(3))
+		must(pipe2(references, O_CLOEXEC), "pipe");
 	shared->region_count = crowded ? 1 : 1 + below(REGIONS_MAX);
 	for (uint32_t i = 0; i < shared->region_count; i++)
 		make_region(i, crowded ? 2 + below(4) : 4 + below(16));
@@ -525,6 +563,7 @@ static void tear_down(void)
 	close(shared->uffd);
 	close(shared->table_fd);
 	close(shared->store_fd);
+	drop_references();
 	munmap((char *)words - TABLE_HEADER_BYTES, table_bytes(S.pages));
 	for (uint32_t i = 0; i < shared->region_count; i++) {
 		close(shared->memfd[i]);
@@ -706,6 +745,8 @@ static void run_seed(uint64_t seed)
 		usleep(slowness * below(below(3) ? 15000 : 2500));
 		if (!daemon_end(true))
 			script_fail("the daemon ended before it was asked to");
+		if (large && !below(3))
+			drop_references();
 		next_life();
 	}
 	usleep(slowness * below(20000));
@@ -765,11 +806,12 @@ static void guest_main(uint64_t from, uint64_t seeds)
 	faults = atomic_load(&shared->faults);
 	atomic_store(&over, true);
 	pthread_join(idle, NULL);
-	printf("%lu seeds from %lu: %lu accesses, %lu faults, %lu pages evicted, %lu lost, %lu memory errors, "
+	printf("%lu seeds from %lu: %lu accesses, %lu faults, %lu pages evicted, %lu rewritten, %lu lost, %lu memory "
+	       "errors, "
 	       "%lu kills at the start, %lu kills in adoption, %lu kills in service, %lu kills while leaving; "
 	       "every byte right\n",
-	       seeds, from, accesses, faults, evicted, lost_pages, errors_seen, kills[STARTING], kills[ADOPTING],
-	       kills[SERVING], kills[LEAVING_IT]);
+	       seeds, from, accesses, faults, evicted, atomic_load(&shared->rewritten), lost_pages, errors_seen,
+	       kills[STARTING], kills[ADOPTING], kills[SERVING], kills[LEAVING_IT]);
 }
 
 int main(int count, char **arguments)
@@ -783,6 +825,8 @@ int main(int count, char **arguments)
 			setvbuf(stdout, NULL, _IOLBF, 0);
 		} else if (!strcmp(arguments[i], "--hugetlb")) {
 			take_page_bytes(2 << 20);
+		} else if (!strcmp(arguments[i], "--large")) {
+			large = true;
 		} else if (i + 1 < count && !strcmp(arguments[i], "--daemon")) {
 			shared = map_shared(atoi(arguments[i + 1]));
 			return daemon_main();
@@ -798,9 +842,9 @@ int main(int count, char **arguments)
 		} else if (i + 1 < count && !strcmp(arguments[i], "--store")) {
 			store_directory = arguments[++i];
 		} else {
-			return fprintf(stderr, "usage: real [--engine stock|rwp|rfc] [--hugetlb] [--seeds N] [--from "
-					       "S] [--store "
-					       "DIRECTORY] [-v]\n"),
+			return fprintf(stderr,
+				       "usage: real [--engine stock|rwp|rfc] [--hugetlb] [--large] [--slowness N] "
+				       "[--seeds N] [--from S] [--store DIRECTORY] [-v]\n"),
 			       2;
 		}
 	}

@@ -29,9 +29,9 @@ def test_seeds(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("engine", ["rwp", "rfc"])
 def test_seeds_of_an_engine_with_a_sync_mode(tmp_path: Path, engine: str) -> None:
-    """The same on the model of a kernel that has the interface. 20,000 of rwp's seeds were not enough: hence the start."""
+    """The same on the model of a kernel that has the interface; the host swaps, and splits large folios."""
     binary = build_driver(tmp_path / "driver", ["-O2"])
-    figures = run_seeds(binary, max(SEEDS // 2, 100), "--engine", engine, first=40001)
+    figures = run_seeds(binary, max(SEEDS // 2, 100), "--engine", engine)
     assert figures["pages evicted"] > SEEDS / 4
     assert figures["repaired"] > 0, "no punch left its page in the cache"
     assert figures["memory errors"] > 0, "no stored copy was destroyed"

@@ -263,8 +263,16 @@ NATIVE_ENGINES = [
     Mutation(
         "rwp_unmapped_page_leaves",  # touched and unmapped again since the copy
         "evict.c",
-        "		return error == -EEXIST || error == -EFAULT ? 0 : error;",
-        "		*ret = error == -EEXIST || !error;\n		return 0;",
+        "	if (*ret || !bit_get(b->touched, bit))\n		return 0;",
+        "	*ret |= !bit_get(b->touched, bit);\n	if (*ret)\n		return 0;",
+    ),
+    Mutation(
+        "rwp_window_reads_from_swap",  # for as long as the disk likes, with the guest held
+        "evict.c",
+        "	if (*ret || !bit_get(b->touched, bit))\n		return 0;",
+        "	if (!*ret && !bit_get(b->touched, bit))\n"
+        "		sys_uffd_continue(g->uffd, address_of(g, b->pages[slot]), g->page_bytes);\n"
+        "	if (*ret || !bit_get(b->touched, bit))\n		return 0;",
     ),
     Mutation(
         "rwp_absence_is_taken_for_protection",  # of a mapping made anew nothing is seen
@@ -299,8 +307,8 @@ NATIVE_ENGINES = [
     Mutation(
         "rfc_no_marker",  # SET_MODE does not wait for faults that have seen async mode
         "evict.c",
-        "	if (bit_get(b->touched, bit) || !bit_get(b->other, bit))\n		return 0;",
-        "	if (bit_get(b->touched, bit))\n		return 0;",
+        "	if (bit_get(b->before, bit) || bit_get(b->touched, bit) || !bit_get(b->other, bit))\n		return 0;",
+        "	if (bit_get(b->before, bit) || bit_get(b->touched, bit))\n		return 0;",
     ),
     Mutation(
         "rfc_unmapped_page_not_compared",
@@ -372,7 +380,6 @@ MORE = {
     "parked_page_read_whatever_its_tier": ("--from", "37400"),  # it takes a page that leaves again between two looks
     **{mutation.name: ("--engine", mutation.name[:3]) for mutation in NATIVE_ENGINES},
     **{mutation.name: ("--engine", "rwp", "--hugetlb") for mutation in HUGETLBFS},
-    "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--from", "40001"),
     "rwp_absence_is_taken_for_protection": ("--engine", "rwp", "--remap"),
 }
 # Two walls stand behind each other here: one alone holds, so both are broken.

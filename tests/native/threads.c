@@ -132,6 +132,10 @@ void tierd_model_yield(void)
 		sched_yield();
 }
 
+void model_swapped_in(void)
+{
+}
+
 void *model_alloc(size_t bytes)
 {
 	void *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);

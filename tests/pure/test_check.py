@@ -72,7 +72,7 @@ def host(tmp_path: Path) -> Path:
 
 
 def bad(host: Path) -> list[Finding]:
-    return [finding for finding in host_findings(host) if not finding.ok]
+    return [finding for finding in host_findings(Probe(), host) if not finding.ok]
 
 
 def test_a_good_host(host: Path) -> None:
@@ -112,6 +112,14 @@ def test_a_host_that_lacks_something(host: Path, file: str, text: str, needed: b
     assert finding.needed == needed
     assert words in finding.says
     assert finding.remedy
+
+
+@pytest.mark.parametrize("engine", ["rwp", "rfc"])
+def test_large_folios_are_fine_where_readers_wait_while_a_page_leaves(host: Path, engine: str) -> None:
+    (host / "sys/kernel/mm/transparent_hugepage/shmem_enabled").write_text("always within_size [advise] never deny\n")
+    found = {finding.name: finding for finding in host_findings(Probe(**{engine: 0}), host)}  # type: ignore[arg-type]
+    assert found["large folios"].ok
+    assert "shmem_enabled is advise" in found["large folios"].says
 
 
 def test_a_guest_in_words() -> None:

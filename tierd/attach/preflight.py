@@ -23,6 +23,7 @@ from tierd.attach.procfs import Mapping, filtered, maps_of, option_values, ram_r
 
 if TYPE_CHECKING:  # adoption comes before the configuration
     from tierd.config import Policy
+    from tierd.engine import Engine
 
 HOLDER_SCAN_S = 1.0
 MEMCG_HEADROOM_BYTES = 64 << 20
@@ -118,6 +119,7 @@ class Subject:
     holders: HolderScan
     maps: list[Mapping] = field(default_factory=list)
     smaps: str = ""
+    engine: Engine | None = None  # None: in every cycle, where no check asks for it
 
     @property
     def files(self) -> set[tuple[int, int]]:
@@ -252,7 +254,10 @@ def mlocked(s: Subject) -> None:
 
 
 def large_folios(s: Subject) -> None:
-    """A punch inside a shmem large folio with another reference leaves zeros without a fault."""
+    """A punch inside a shmem large folio with another reference leaves zeros, until their bytes are written back: the guest
+    must wait meanwhile, readers too."""
+    if s.engine and s.engine.holds_reads:
+        return
     base = Path("/sys/kernel/mm/transparent_hugepage")
     for path in [base / "shmem_enabled", *sorted(base.glob("hugepages-*/shmem_enabled"))]:
         chosen = re.search(r"\[(\w+)\]", _read(path))
@@ -476,22 +481,23 @@ CHECKS: tuple[Check, ...] = (
 CHECKS_EVERY_CYCLE: tuple[Check, ...] = (alive, regions_unchanged, private_mapping, second_mapping, other_holders, pins)
 
 
-def _subject(spec: GuestSpec, policy: Policy, holders: HolderScan, smaps: bool) -> Subject:
+def _subject(spec: GuestSpec, policy: Policy, holders: HolderScan, engine: Engine | None) -> Subject:
     if start_ticks(spec.pid) != spec.start_ticks:
-        return Subject(spec, policy, holders)
-    return Subject(spec, policy, holders, maps_of(spec.pid), _read(f"/proc/{spec.pid}/smaps") if smaps else "")
+        return Subject(spec, policy, holders, engine=engine)
+    smaps = _read(f"/proc/{spec.pid}/smaps") if engine else ""
+    return Subject(spec, policy, holders, maps_of(spec.pid), smaps, engine)
 
 
-def preflight(spec: GuestSpec, policy: Policy, holders: HolderScan) -> None:
+def preflight(spec: GuestSpec, policy: Policy, holders: HolderScan, engine: Engine) -> None:
     """Refused by the first check that fails. Blocks for some milliseconds; changes nothing."""
-    subject = _subject(spec, policy, holders, smaps=True)
+    subject = _subject(spec, policy, holders, engine)
     for check in CHECKS:
         check(subject)
 
 
-def findings(spec: GuestSpec, policy: Policy, holders: HolderScan) -> list[tuple[str, Refused | None]]:
+def findings(spec: GuestSpec, policy: Policy, holders: HolderScan, engine: Engine) -> list[tuple[str, Refused | None]]:
     """Every check by name and what it found, for `tierd check PID`."""
-    subject = _subject(spec, policy, holders, smaps=True)
+    subject = _subject(spec, policy, holders, engine)
     result: list[tuple[str, Refused | None]] = []
     for check in CHECKS:
         try:
@@ -507,7 +513,7 @@ def recheck(spec: GuestSpec, policy: Policy, holders: HolderScan) -> None:
     """What may have changed since: before every cycle. Refused, or ProcessLookupError when the VMM is gone."""
     if start_ticks(spec.pid) != spec.start_ticks:
         raise ProcessLookupError(3, f"process {spec.pid} is gone")
-    subject = _subject(spec, policy, holders, smaps=False)
+    subject = _subject(spec, policy, holders, None)
     for check in CHECKS_EVERY_CYCLE:
         check(subject)
 

@@ -30,6 +30,7 @@ struct tierd_batch {
 	uint8_t *bytes;   /* the copy: slot i belongs to pages[i] */
 	struct held_run *held;
 	uint64_t *touched, *other; /* bitmaps of a run */
+	uint64_t *before;          /* rfc: touched before the hold */
 	uint8_t *again;            /* a page, read once more */
 	size_t page_bytes;
 };
@@ -49,9 +50,11 @@ int tierd_batch_create(struct tierd_guest *g, uint32_t max_pages, struct tierd_b
 	b->held = sys_alloc(max_pages * sizeof(*b->held));
 	b->touched = sys_alloc(bitmap_bytes(max_pages));
 	b->other = sys_alloc(bitmap_bytes(max_pages));
+	b->before = sys_alloc(bitmap_bytes(max_pages));
 	b->bytes = sys_alloc((size_t)max_pages * b->page_bytes);
 	b->again = sys_alloc(b->page_bytes);
-	if (!b->again || !b->pages || !b->words || !b->zero || !b->held || !b->touched || !b->other || !b->bytes) {
+	if (!b->again || !b->pages || !b->words || !b->zero || !b->held || !b->touched || !b->other || !b->before ||
+	    !b->bytes) {
 		tierd_batch_destroy(b);
 		return -ENOMEM;
 	}
@@ -79,6 +82,7 @@ void tierd_batch_destroy(struct tierd_batch *b)
 	release_memory(b->held, b->max_pages * sizeof(*b->held));
 	release_memory(b->touched, bitmap_bytes(b->max_pages));
 	release_memory(b->other, bitmap_bytes(b->max_pages));
+	release_memory(b->before, bitmap_bytes(b->max_pages));
 	release_memory(b->again, b->page_bytes);
 	release_memory(b->bytes, (size_t)b->max_pages * b->page_bytes);
 	sys_free(b, sizeof(*b));
@@ -253,6 +257,50 @@ bool all_zero(const uint8_t *page, size_t bytes)
 	return !first && !memcmp(page, page + sizeof(first), bytes - sizeof(first));
 }
 
+/*
+ * A page that is not mapped carries no protection, so no window would let it go. It is mapped now, outside of any window, because
+ * it may have to come from swap; looks touched from here, is protected by the next pass, and leaves when it was idle since.
+ * Safe though a fault may have taken the page: CONTINUE maps only what the cache has, and that is the truth of a page that we did
+ * not drop. The slots [first, first + n).
+ */
+static int map_unmapped(struct tierd_batch *b, uint32_t first, uint32_t n, uint32_t *kept)
+{
+	struct tierd_guest *g = b->g;
+	int error = scan_protected(g, b->pages[first], n, b->touched, b->other);
+
+	for (uint32_t i = first; i < first + n; i++) {
+		if (error || bit_get(b->touched, i - first) || bit_get(b->other, i - first)) {
+			keep(b, (*kept)++, i);
+			continue;
+		}
+		error = sys_uffd_continue(g->uffd, address_of(g, b->pages[i]), g->page_bytes);
+		if (error == -EEXIST || error == -EFAULT)
+			error = 0;
+		turn_back(g, b->pages[i], b->words[i]);
+	}
+	return error;
+}
+
+/* After an error the caller cancels what is kept. */
+static int keep_mapped(struct tierd_batch *b, struct tierd_batch_result *ret)
+{
+	uint32_t n, kept = 0, count = b->count;
+	int error = 0;
+
+	for (uint32_t i = 0; i < count; i += n) {
+		n = run_length(b->g, b->pages + i, count - i);
+		if (!error)
+			error = map_unmapped(b, i, n, &kept);
+		else
+			for (uint32_t k = i; k < i + n; k++)
+				keep(b, kept++, k);
+	}
+	b->count = kept;
+	ret->cancelled_pages = count - kept;
+	count_add(&b->g->count.pages_cancelled, count - kept);
+	return error;
+}
+
 int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
@@ -262,6 +310,8 @@ int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret)
 
 	if (error)
 		return error;
+	if (g->engine->holds_mapped)
+		error = keep_mapped(b, ret);
 	for (uint32_t i = 0; !error && i < b->count; i += n) {
 		n = run_length(g, b->pages + i, b->count - i);
 		error = read_pages(b, b->pages[i], n, b->bytes + i * b->page_bytes);
@@ -426,6 +476,17 @@ static int settle_dropped(struct tierd_batch *b, uint32_t i, bool cached, struct
 	return 0;
 }
 
+/* `page` of the run [first, first + n) of pages is a hole now: whether that has split a large folio. */
+static bool has_split(struct tierd_guest *g, uint64_t page, uint64_t first, uint64_t n)
+{
+	uint64_t head = large_head(g, page);
+
+	if (head == NO_PAGE || !bit_get(g->large, head))
+		return false;
+	bit_clear(g->large, head);
+	return head < first || head + large_pages(g) > first + n;
+}
+
 /* Punches exactly the run [first, first + n), all DROPPING, and looks whether it is a hole now. */
 static int drop_run(struct tierd_batch *b, uint32_t first, uint32_t n, struct tierd_batch_result *ret)
 {
@@ -440,6 +501,8 @@ static int drop_run(struct tierd_batch *b, uint32_t first, uint32_t n, struct ti
 			if (data < 0) /* not seen to be a hole: as if it were not one */
 				data = (int64_t)offset;
 		}
+		if (data != (int64_t)offset && has_split(b->g, b->pages[first + i], b->pages[first], n))
+			count_add(&b->g->count.large_folios_split, 1);
 		failed = settle_dropped(b, first + i, data == (int64_t)offset, ret);
 		if (failed)
 			error = failed;
@@ -567,7 +630,8 @@ int tierd_batch_cancel(struct tierd_batch *b, struct tierd_batch_result *ret)
  *
  *   rwp   the entry of the page table is there and carries the protection, which it had before the copy: only the worker protects.
  *   rfc   the entry carries the hold's marker. But the page may have been mapped, written and unmapped again (reclaim, the VMM
- *	   itself) between the copy and the hold, so the bytes are compared.
+ *	   itself) between the copy and the hold, so the bytes are compared. The hold itself unmaps what is mapped large: who was
+ *	   touched is asked before it, too.
  *
  * From here to the end of the window an access waits: at the protection, or as MINOR and at the marker.
  */
@@ -578,14 +642,9 @@ static int rwp_still_cold(struct tierd_batch *b, uint32_t slot, uint32_t bit, bo
 	int error;
 
 	*ret = bit_get(b->other, bit);
-	if (*ret)
+	/* not mapped: unmapped since the copy, by reclaim or the split of a large folio; it is mapped in the next batch */
+	if (*ret || !bit_get(b->touched, bit))
 		return 0;
-	/* Not mapped: mapped now, it is protected by the next pass, and leaves then. Safe though a fault may have taken the page:
-	 * CONTINUE maps only what the cache has, and that is the truth of a page that we did not drop. */
-	if (!bit_get(b->touched, bit)) {
-		error = sys_uffd_continue(g->uffd, address_of(g, b->pages[slot]), g->page_bytes);
-		return error == -EEXIST || error == -EFAULT ? 0 : error;
-	}
 	error = scan_range(g, b->pages[slot], 1, &touched, SYS_PAGE_PRESENT, &present);
 	if (error || touched || !present || page_load(g, b->pages[slot]) != b->words[slot])
 		return error;
@@ -597,7 +656,7 @@ static int rfc_still_cold(struct tierd_batch *b, uint32_t slot, uint32_t bit, bo
 	int error;
 
 	*ret = false;
-	if (bit_get(b->touched, bit) || !bit_get(b->other, bit))
+	if (bit_get(b->before, bit) || bit_get(b->touched, bit) || !bit_get(b->other, bit))
 		return 0;
 	error = read_pages(b, b->pages[slot], 1, b->again);
 	*ret = !error && !memcmp(b->again, b->bytes + slot * b->page_bytes, b->page_bytes);
@@ -618,8 +677,10 @@ static int window_run(struct tierd_batch *b, uint32_t first, uint32_t n, struct 
 {
 	struct tierd_guest *g = b->g;
 	uint32_t kept = first;
-	int error = hold_run(b, b->pages[first], n);
+	int error = g->engine->holds_mapped ? 0 : scan_range(g, b->pages[first], n, b->before, 0, NULL);
 
+	if (!error)
+		error = hold_run(b, b->pages[first], n);
 	if (!error)
 		error = look_at_run(b, first, n);
 	for (uint32_t i = first; i < first + n; i++) {

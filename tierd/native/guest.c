@@ -32,6 +32,15 @@ uint64_t address_of(struct tierd_guest *g, uint64_t page)
 	return r->address + (page - r->first_page) * g->page_bytes;
 }
 
+uint64_t large_head(struct tierd_guest *g, uint64_t page)
+{
+	struct region *r = region_of_page(g, page);
+	uint64_t bytes = large_pages(g) * g->page_bytes;
+	uint64_t address = (r->address + (page - r->first_page) * g->page_bytes) / bytes * bytes;
+
+	return address < r->address ? NO_PAGE : r->first_page + (address - r->address) / g->page_bytes;
+}
+
 uint64_t mem_offset_of(const struct region *r, uint64_t page)
 {
 	return r->offset + (page - r->first_page) * (r->bytes / r->pages);
@@ -191,9 +200,10 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 		return error;
 	g->missing = sys_alloc(g->chunks);
 	g->touched = sys_alloc(bitmap_bytes(g->chunk_pages));
+	g->large = sys_alloc(bitmap_bytes(g->pages));
 	if (g->huge)
 		g->zeros = sys_alloc(g->page_bytes);
-	if (!g->missing || !g->touched || (g->huge && !g->zeros))
+	if (!g->missing || !g->touched || !g->large || (g->huge && !g->zeros))
 		return -ENOMEM;
 	if (args->tiers[1].flags & TIERD_SPACE_LATE) {
 		g->quarantine = sys_alloc(bitmap_bytes(g->pages));
@@ -251,6 +261,8 @@ void tierd_guest_destroy(struct tierd_guest *g)
 		sys_free(g->zeros, g->page_bytes);
 	if (g->touched)
 		sys_free(g->touched, bitmap_bytes(g->chunk_pages));
+	if (g->large)
+		sys_free(g->large, bitmap_bytes(g->pages));
 	if (g->quarantine)
 		sys_free(g->quarantine, bitmap_bytes(g->pages));
 	parking_destroy(g);
@@ -703,6 +715,7 @@ void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret)
 	COPY(last_errno);
 	COPY(inject_stops);
 	COPY(inject_stopped_ns);
+	COPY(large_folios_split);
 	COPY(faults_window);
 	COPY(windows);
 	COPY(window_sum_ns);

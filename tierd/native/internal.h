@@ -122,6 +122,7 @@ struct counters {
 	_Atomic uint64_t pages_evicted, pages_evicted_zero, pages_cancelled, pages_lost, pages_repaired;
 	_Atomic uint64_t store_read_errors, store_write_errors, checksum_errors, kernel_errors, last_errno;
 	_Atomic uint64_t inject_stops, inject_stopped_ns;
+	_Atomic uint64_t large_folios_split;
 	_Atomic uint64_t faults_window, windows, window_sum_ns, window_buckets[TIERD_LATENCY_BUCKETS];
 	_Atomic uint64_t latency_count, latency_sum_ns, latency_buckets[TIERD_LATENCY_BUCKETS];
 };
@@ -195,6 +196,7 @@ struct tierd_guest {
 	uint64_t chunks;
 	_Atomic uint64_t missing_chunks;
 	uint64_t *touched; /* bitmap of one chunk; the worker's own */
+	uint64_t *large;   /* bitmap of the guest, the worker's own: seen mapped by a large entry that begins here */
 	uint64_t *
 		quarantine; /* bitmap of the guest: adoption's, then only read by the worker; NULL: nothing lands late */
 	_Atomic uint64_t quarantined_pages;
@@ -262,6 +264,16 @@ void count_error(struct tierd_guest *g, _Atomic uint64_t *which, int error);
 int missing_register(struct tierd_guest *g, uint64_t page);
 /* length of the run of consecutive pages in pages[0..count): the same region, neighbours in it */
 uint32_t run_length(struct tierd_guest *g, const uint64_t *pages, uint32_t count);
+
+/* A large entry of the page table maps as many pages as a table of it has entries. */
+static inline uint64_t large_pages(const struct tierd_guest *g)
+{
+	return g->page_bytes / sizeof(uint64_t);
+}
+
+#define NO_PAGE UINT64_MAX
+/* The first page of what a large entry would map at `page`; NO_PAGE where that begins outside of the region. */
+uint64_t large_head(struct tierd_guest *g, uint64_t page);
 
 /* around the worker's calls of the store, for the watchdog */
 static inline void worker_io_begin(struct tierd_guest *g)

@@ -26,6 +26,15 @@ static void region_mark(uint64_t *bits, uint64_t base, uint64_t page_bytes, cons
 		bit_set(bits, i);
 }
 
+/* Entries that lie in `found` with their first page. */
+static void mark_large(struct tierd_guest *g, const struct sys_page_region *found)
+{
+	uint64_t bytes = large_pages(g) * g->page_bytes;
+
+	for (uint64_t at = (found->start + bytes - 1) / bytes * bytes; at < found->end; at += bytes)
+		bit_set(g->large, (uint64_t)page_of_address(g, at));
+}
+
 static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, uint64_t *touched,
 			 uint64_t other_category, uint64_t *other)
 {
@@ -45,6 +54,8 @@ static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, ui
 				region_mark(touched, start, g->page_bytes, &found[i]);
 			if (found[i].categories & other_category)
 				region_mark(other, start, g->page_bytes, &found[i]);
+			if (found[i].categories & SYS_PAGE_HUGE && !g->huge)
+				mark_large(g, &found[i]);
 		}
 		if (walk_end <= at)
 			return n ? -EIO : -ESRCH; /* the walk does not go on: the VMM's memory is gone */

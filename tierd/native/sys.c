@@ -7,6 +7,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
@@ -229,7 +230,7 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t any
 				    .vec = (uintptr_t)regions,
 				    .vec_len = count,
 				    .category_anyof_mask = any_of,
-				    .return_mask = any_of};
+				    .return_mask = any_of | SYS_PAGE_HUGE};
 	int n = ioctl(pagemap, IOCTL_PAGEMAP_SCAN, &scan);
 
 	*walk_end = scan.walk_end;
@@ -267,10 +268,31 @@ ssize_t sys_mem_read(int memfd, void *to, size_t bytes, uint64_t offset)
 	return n < 0 ? -errno : n;
 }
 
+/* Through a mapping that wants no large folios. Not by memcpy: beyond the end of a file that was cut short this is an error and
+ * no signal. */
+static ssize_t write_mapped(int memfd, const void *from, size_t bytes, uint64_t offset)
+{
+	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, (off_t)offset);
+	struct iovec here = {(void *)(uintptr_t)from, bytes}, there = {at, bytes};
+	ssize_t n = -1;
+
+	if (at == MAP_FAILED)
+		return -errno;
+	if (!madvise(at, bytes, MADV_NOHUGEPAGE) || errno == EINVAL) /* a kernel without large folios */
+		n = process_vm_writev(getpid(), &here, 1, &there, 1, 0);
+	n = n < 0 ? -errno : n;
+	munmap(at, bytes);
+	return n;
+}
+
 ssize_t sys_mem_write(int memfd, const void *from, size_t bytes, uint64_t offset)
 {
-	ssize_t n = pwrite(memfd, from, bytes, (off_t)offset);
+	ssize_t n = write_mapped(memfd, from, bytes, offset);
 
+	if (n == (ssize_t)bytes || sys_mem_seek_data(memfd, offset) != (int64_t)offset)
+		return n;
+	/* no memory for a mapping, say: what the file holds is written in place */
+	n = pwrite(memfd, from, bytes, (off_t)offset);
 	return n < 0 ? -errno : n;
 }
 

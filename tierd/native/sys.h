@@ -18,7 +18,7 @@
 struct sys_page_region { /* struct page_region of PAGEMAP_SCAN */
 	uint64_t start, end, categories;
 };
-enum { SYS_PAGE_PRESENT = 1 << 3, SYS_PAGE_SWAPPED = 1 << 4 };
+enum { SYS_PAGE_PRESENT = 1 << 3, SYS_PAGE_SWAPPED = 1 << 4, SYS_PAGE_HUGE = 1 << 6 };
 /* Only on a kernel that is rwp: on one that is rfc the same bits mean something else. */
 enum { SYS_RWP_ACCESSED = 1 << 9, SYS_RWP_REGISTER_MODE = 1 << 3, SYS_RWP_FAULT = 1 << 3 };
 
@@ -54,7 +54,7 @@ int sys_rfc_set_async(int uffd, bool async); /* on: wakes everybody */
 ssize_t sys_uffd_read(int uffd, struct uffd_msg *messages, size_t count);
 
 /* page tables of the VMM */
-/* Regions that match: any of `any_of` set. Returns how many were filled, *walk_end says where the walk ended. -ENOTTY or
+/* Regions that match: any of `any_of` set; of their categories those of `any_of`, and SYS_PAGE_HUGE. Returns how many were filled, *walk_end says where the walk ended. -ENOTTY or
  * -EINVAL where the kernel has no PAGEMAP_SCAN. */
 ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t any_of, struct sys_page_region *regions,
 			 size_t count, uint64_t *walk_end);
@@ -67,6 +67,8 @@ int sys_zap_inside(int tid, uint64_t address, uint64_t bytes, uint64_t *stopped_
 
 /* the memory file */
 ssize_t sys_mem_read(int memfd, void *to, size_t bytes, uint64_t offset);
+/* Whole pages. A page that the file does not hold is made for itself alone: write(2) may make a large folio there, and what is
+ * stored of its neighbours would be zeros in memory. */
 ssize_t sys_mem_write(int memfd, const void *from, size_t bytes, uint64_t offset);
 int sys_mem_punch(int memfd, uint64_t offset, uint64_t bytes);
 /* first offset >= offset that holds data; -ENXIO when there is none */

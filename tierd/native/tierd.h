@@ -130,8 +130,9 @@ struct tierd_counters {
 	uint64_t inject_stopped_ns;
 	uint64_t fault_threads;
 	uint64_t parked_pages;
-	uint64_t faults_window; /* resolved in a sync window, on a page that did not leave in it */
-	uint64_t windows;       /* in sync mode, of rwp and rfc */
+	uint64_t large_folios_split; /* seen mapped by one large entry, and only a part of their pages left */
+	uint64_t faults_window;      /* resolved in a sync window, on a page that did not leave in it */
+	uint64_t windows;            /* in sync mode, of rwp and rfc */
 	uint64_t window_sum_ns;
 	uint64_t window_buckets[40]; /* like latency_buckets: from leaving async mode to being back in it */
 	uint64_t latency_count;

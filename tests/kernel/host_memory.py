@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the host does with shared memory: large folios and swap, for as long as a test wants it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.need import need
+
+THP = Path("/sys/kernel/mm/transparent_hugepage")
+SWAP_BYTES = 64 << 20
+
+
+@contextlib.contextmanager
+def large_shmem(value: str, path: Path = THP / "shmem_enabled") -> Iterator[None]:
+    """A setting of the whole host."""
+    before = path.read_text().partition("[")[2].partition("]")[0]
+    path.write_text(value)
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
+def large_folios_kb(pid: int) -> int:
+    """File memory that the process maps by large entries."""
+    rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(row.split()[1]) for row in rows if row.startswith(("ShmemPmdMapped:", "FilePmdMapped:")))
+
+
+@contextlib.contextmanager
+def scratch_swap(disk_dir: Path) -> Iterator[None]:
+    """A swap file of 64 MiB."""
+    file = disk_dir / "swap"
+    with file.open("wb") as out:
+        os.posix_fallocate(out.fileno(), 0, SWAP_BYTES)
+    file.chmod(0o600)
+    subprocess.run(["mkswap", str(file)], check=True, capture_output=True)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.swapon(str(file).encode(), 0):
+        need("kernel", False, f"no swap can be made here: swapon says {os.strerror(ctypes.get_errno())}")
+    try:
+        yield
+    finally:
+        assert not libc.swapoff(str(file).encode())
+
+
+def swapped_kb() -> int:
+    """Of all processes: what is in the scratch file."""
+    return sum(int(row.split()[3]) for row in Path("/proc/swaps").read_text().splitlines()[1:])
