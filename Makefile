@@ -26,7 +26,8 @@ demo: setup
 
 test: setup lint kernels
 	@tests/setup.sh libvirt metrics disks boot
-	$(PY) -m pytest -q $(ARGS)
+	$(PY) -m pytest -q --ignore=tests/kernels $(ARGS)
+	$(BOOTED) $(ARGS)
 
 # Kernels that have the engines' interfaces, and Debian's own: built or unpacked once, into ~/.cache/tierd/kernels.
 kernels:
@@ -36,9 +37,10 @@ kernels:
 bench-kernels: build kernels
 	$(PY) -m tests.kernels.bench $(ARGS)
 
-# Only the tests that boot them.
+# Only the tests that boot them: two at once, all of one kernel by one process.
+BOOTED = $(PY) -m pytest -q -n 2 --dist loadgroup tests/kernels
 test-kernels: setup kernels
-	$(PY) -m pytest -q tests/kernels $(ARGS)
+	$(BOOTED) $(ARGS)
 
 lint: build
 	$(VENV)/bin/ruff check .

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from tests.kernel.torture import torture
 from tests.kernel.vmm import MIB, SAFE, SLOWNESS, Host, Vmm, huge_pages, userfaultfds, wait_for
 from tierd.attach import Refused
 from tierd.attach.preflight import HolderScan, Subject, backing
-from tierd.native import KernelError
+from tierd.engine.stock import StockEngine
+from tierd.native import KernelError, probe
 
 Start = Callable[..., Vmm]
 PAGE = 2 * MIB
@@ -204,6 +206,9 @@ def test_pages_of_1_gib_and_mixed_ones_are_refused(vmm: Vmm) -> None:
         )
         with pytest.raises(Refused, match=said):
             backing(Subject(spec, SAFE, HolderScan(), smaps=changed))
+    without_scan = StockEngine(replace(probe(), pagemap_scan=errno.ENOTTY), tried=False)
+    with pytest.raises(Refused, match=r"Linux 6\.7"):
+        backing(Subject(spec, SAFE, HolderScan(), smaps=smaps, engine=without_scan))
 
 
 @pytest.mark.timeout(900)

@@ -19,6 +19,8 @@ from tierd.demo.guest import GuestError, find_kernel
 
 SEEDS = 40
 LARGE_SEEDS = 15
+HUGETLB_SEEDS, HUGETLB_PAGES = 6, 64
+HUGETLB_POOL = "/proc/sys/vm/nr_hugepages"
 LARGE = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 KILLS = 8
 DEMO = "/var/tmp/demo"  # in there: the scratch disk
@@ -26,6 +28,7 @@ DEMO = "/var/tmp/demo"  # in there: the scratch disk
 SUITE = (
     "test_windows.py",
     "test_large_folios.py",
+    "test_hugetlb.py",
     "test_swap.py",
     "test_life.py::test_everything_leaves_and_comes_back[default]",
     "test_life.py::test_a_busy_guest_reads_what_it_wrote[default]",
@@ -50,7 +53,7 @@ class Section:
     output: str
 
 
-@pytest.fixture(scope="module", params=PATCHED)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in PATCHED])
 def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> dict[str, Section]:
     """Of one boot: what each command said, and its status."""
     name: str = request.param
@@ -65,6 +68,9 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
         "driver": f"{children}/real --engine {name} --slowness 10 --seeds {SEEDS} --store /var/tmp",
         "large": f"echo always >{LARGE}; {children}/real --engine {name} --slowness 10 --seeds {LARGE_SEEDS} "
         f"--store /var/tmp --large; status=$?; echo never >{LARGE}; (exit $status)",
+        # a page takes long to leave, so its daemons live longer
+        "hugetlb": f"echo {HUGETLB_PAGES} >{HUGETLB_POOL}; {children}/real --engine {name} --slowness 250 --seeds "
+        f"{HUGETLB_SEEDS} --store /var/tmp --hugetlb; status=$?; echo 0 >{HUGETLB_POOL}; (exit $status)",
         "suite": f"{python} -m pytest -q --color=no -p no:cacheprovider --durations=5 {suite}",
         # KVM: the emulator emulates SVM, and so the guest is emulated once and not twice
         "demo": f"mkdir {DEMO} && ln -s {guest_kernel} {DEMO} && {python} -m tierd --config config/tierd.yaml "
@@ -73,7 +79,7 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
     }
     variables = {
         "PYTHONDONTWRITEBYTECODE": "1",
-        "TIERD_REQUIRE": f"root,kernel,sync-mode,kvm,{name}",
+        "TIERD_REQUIRE": f"root,kernel,sync-mode,kvm,hugetlbfs,{name}",
         "TIERD_TEST_PROGRAMS": children,
         "TIERD_TEST_DISK": "/var/tmp",
         "TIERD_KILLS": KILLS,
@@ -122,6 +128,14 @@ def test_the_seeded_driver_in_large_folios(sections: dict[str, Section]) -> None
     assert said.status == 0, said.output
     figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
     assert figures["rewritten"] > 0, said.output
+    assert figures["kills in service"] > 0, said.output
+
+
+def test_the_seeded_driver_on_hugetlbfs(sections: dict[str, Section]) -> None:
+    said = sections["hugetlb"]
+    assert said.status == 0, said.output
+    figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
+    assert figures["faults"] > 0, said.output
     assert figures["kills in service"] > 0, said.output
 
 

@@ -122,6 +122,11 @@ class Subject:
     engine: Engine | None = None  # None: in every cycle, where no check asks for it
 
     @property
+    def on_hugetlbfs(self) -> bool:
+        """All of the guest's memory is."""
+        return all(_page_bytes(self, region) != os.sysconf("SC_PAGESIZE") for region in self.spec.regions)
+
+    @property
     def files(self) -> set[tuple[int, int]]:
         return {(region.device, region.inode) for region in self.spec.regions}
 
@@ -256,7 +261,7 @@ def mlocked(s: Subject) -> None:
 def large_folios(s: Subject) -> None:
     """A punch inside a shmem large folio with another reference leaves zeros, until their bytes are written back: the guest
     must wait meanwhile, readers too."""
-    if s.engine and s.engine.holds_reads:
+    if (s.engine and s.engine.holds_reads) or s.on_hugetlbfs:
         return
     base = Path("/sys/kernel/mm/transparent_hugepage")
     for path in [base / "shmem_enabled", *sorted(base.glob("hugepages-*/shmem_enabled"))]:
@@ -323,6 +328,13 @@ def backing(s: Subject) -> None:
                 evidence,
                 "use memory-backend-memfd,share=on, or a file on tmpfs or hugetlbfs",
             )
+        if kind == "hugetlbfs" and s.engine and "hugetlbfs" not in s.engine.backings:
+            raise Refused(
+                "backing",
+                f"the guest's memory is on hugetlbfs, which engine {s.engine.name} cannot tier on this kernel",
+                evidence,
+                "use Linux 6.7 or newer (PAGEMAP_SCAN), or memory without hugetlb",
+            )
         if size > HUGE_PAGE_BYTES_MAX:
             raise Refused(
                 "backing",
@@ -366,7 +378,7 @@ def registered(s: Subject) -> None:
 
 def memory_cgroup(s: Subject) -> None:
     """A fetch in a memory cgroup at its limit gets the VMM killed. hugetlbfs is not charged to it."""
-    if all(_page_bytes(s, region) != os.sysconf("SC_PAGESIZE") for region in s.spec.regions):
+    if s.on_hugetlbfs:
         return
     for path, limit, used in _cgroup_limits(s.spec.pid):
         size = sum(region.bytes for region in s.spec.regions)
