@@ -4,7 +4,7 @@
  * pages, and a private shadow that says what every word must be.
  *
  *   vmm [bytes=N] [regions=N] [threads=N] [kind=memfd|private|anonymous|huge|file:PATH] [name=MEMFD] [close] [survive]
- *       [ARGUMENT...]
+ *       [handshake=SOCKET] [ARGUMENT...]
  *
  * `bytes` is the size of each region; pages are numbered through all regions. A page is either zeros (sequence 0) or words
  * that follow from its number and its sequence, which no write uses twice: older bytes are never right. Thread i owns the
@@ -40,7 +40,7 @@ int memfd[REGIONS_MAX];
 
 static uint32_t *writes; /* by page; does not start again when a page becomes zeros */
 static uint64_t region_bytes = 64 << 20, region_count = 1, thread_count = 2;
-static const char *kind = "memfd", *memfd_name = "memory-backend-memfd";
+static const char *kind = "memfd", *memfd_name = "memory-backend-memfd", *handshake_path;
 static bool close_memfd, survive;
 static uint8_t *region[REGIONS_MAX];
 
@@ -397,6 +397,8 @@ static const struct command commands[] = {
 	{"map-other", map_other},
 	{"exec", execute},
 	{"add", add_memory},
+	{"handshake", handshake},
+	{"close-userfaultfd", close_userfaultfd},
 	{NULL, NULL},
 };
 
@@ -417,6 +419,8 @@ static void parse(int argc, char **argv)
 			kind = argv[i] + 5;
 		else if (!strncmp(argv[i], "name=", 5))
 			memfd_name = argv[i] + 5;
+		else if (!strncmp(argv[i], "handshake=", 10))
+			handshake_path = argv[i] + 10;
 		else if (!strcmp(argv[i], "close"))
 			close_memfd = true;
 		else if (!strcmp(argv[i], "survive"))
@@ -476,6 +480,8 @@ int main(int argc, char **argv)
 	start_threads();
 	while (atomic_load(&resting) < thread_count)
 		pause_ns(100000);
+	if (handshake_path)
+		start_handshake(handshake_path, region_count, region_bytes);
 	say("ok %lu %lu%s", pages, page_bytes, addresses);
 	obey(commands);
 	return 0;

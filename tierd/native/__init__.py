@@ -104,6 +104,7 @@ class Serving:
     store_direct: bool = False
     uffd_in_vmm: int | None = None  # the VMM has it under this number now; None: as Identity says
     engine: EngineNumber = EngineNumber.STOCK
+    handshake: bool = False  # the VMM brought its descriptors, and must bring them again
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,7 @@ def _serving(c: Any) -> Serving:
         store_direct=bool(c.store_flags & lib.TIERD_SPACE_DIRECT),
         uffd_in_vmm=c.uffd_moved - 1 if c.uffd_moved > 0 else None,
         engine=EngineNumber(c.engine),
+        handshake=c.handshake == 1,
     )
 
 
@@ -455,6 +457,10 @@ class NativeGuest:
     def set_uffd_in_vmm(self, uffd_in_vmm: int) -> None:
         """The VMM has the userfaultfd under this number now: a successor looks for it there."""
         lib.tierd_guest_set_uffd_in_vmm(self._g, uffd_in_vmm)
+
+    def set_handshake(self) -> None:
+        """The VMM brought its descriptors: a successor waits until it brings them again."""
+        lib.tierd_guest_set_handshake(self._g)
 
     def lost_addresses(self, addresses_max: int) -> list[int]:
         """Addresses in the VMM of pages that are LOST, ascending. Reads the table: 0.1 ms per GiB."""
