@@ -242,12 +242,12 @@ def check(options: Options, pid: int | None, as_json: bool) -> None:
 
 
 def _check_host() -> list[Finding]:
-    from tierd.check import engine_findings, host_findings, kernel_findings
+    from tierd.check import engine_findings, host_findings, kernel_findings, tracks_by_itself
     from tierd.native import probe
 
     try:
         found = probe()
-        return engine_findings(found) + kernel_findings(found) + host_findings()
+        return engine_findings(found) + kernel_findings(found) + host_findings(handshake=tracks_by_itself(found))
     except OSError as error:
         raise Failure(f"the trial pages could not be made ({_one_line(error)}); run this as root") from error
 

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import resource
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierd.attach import GuestSpec, Handed, Refused, Region
-from tierd.attach.preflight import HolderScan, registered_regions
+from tierd.attach.preflight import HolderScan, registered_regions, status_field
 from tierd.attach.procfs import (
     UFFD_LINK,
     Mapping,
@@ -42,7 +43,10 @@ from tierd.attach.ptrace import (
 )
 from tierd.engine import Engine, engine_of
 from tierd.native import (
+    CAP_IPC_LOCK,
+    GUEST_LOCKED_BYTES,
     STATES,
+    TABLE_BYTES_A_PAGE,
     Adoption,
     Identity,
     KernelError,
@@ -283,6 +287,22 @@ def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive
     served.native.set_reads(tuning.read_deadline_s, tuning.hold_lost)
 
 
+def _must_be_lockable(spec: GuestSpec) -> None:
+    """A guest that was served must be adopted as long as it can be; a new one must also have room for what comes later."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    held = Path("/proc/self/status").read_text().partition("CapEff:")[2].split(None, 1)[0]
+    if limit == resource.RLIM_INFINITY or int(held, 16) >> CAP_IPC_LOCK & 1:
+        return
+    needed = GUEST_LOCKED_BYTES + TABLE_BYTES_A_PAGE * (sum(region.bytes for region in spec.regions) // PAGE_BYTES)
+    locked = status_field(os.getpid(), "VmLck") << 10
+    if locked + needed > limit:
+        raise StateError(
+            f"the page table and the buffers of {spec.name} ({needed >> 10} KiB) cannot be locked in memory: RLIMIT_MEMLOCK is "
+            f"{limit >> 10} KiB, {locked >> 10} KiB are used; raise LimitMEMLOCK= of tierd's unit, for a user unit also that of "
+            "user@.service"
+        )
+
+
 def _still_has(maps: Sequence[Mapping], region: Region) -> bool:
     return any((m.device, m.inode) == (region.device, region.inode) for m in maps)
 
@@ -348,6 +368,7 @@ def attach(
         raise StateError(
             f"{served.state_path} is in the way; nothing was touched, move it away if it is not a page table"
         )
+    _must_be_lockable(spec)
     with _undone_on_error(served), contextlib.ExitStack() as on_error:
         _take_descriptors(served, handed)
         if handed is not None:

@@ -31,7 +31,7 @@ from tierd.view import RequestRefused
 
 BACKLOG = 128
 CONNECTIONS_MAX = 1024  # those beyond wait in the kernel
-MESSAGE_S = 5.0  # for the message to come
+MESSAGE_S = 2.0  # for the message to come
 DESCRIPTORS_MAX = 253  # SCM_MAX_FD of the kernel
 SO_PEERPIDFD = 77  # Linux 6.5
 ANSWER_CHARS_MAX = 2000

@@ -312,6 +312,40 @@ def test_nobody_is_waited_for(daemon: Daemon, started: Path) -> None:
             assert "no message came within" in json.loads(silent.recv(4096))["error"]
 
 
+# --- what tierd may not do ---------------------------------------------------------------------------------------------
+
+
+def test_where_the_engine_needs_a_privilege_that_tierd_has_not(daemon: Daemon, listening: Path) -> None:
+    """Stock: process_madvise of another process takes CAP_SYS_NICE, whatever its trial on our own pages said."""
+    without = ("setpriv", "--bounding-set=-sys_nice")
+    says = "from tierd.native import probe; print(probe().pageout)"
+    pageout = subprocess.run([*without, sys.executable, "-c", says], capture_output=True, text=True, check=True).stdout
+    daemon.start(without)
+    with Peer() as peer:
+        message = json.dumps(peer.message()).encode()
+        if int(pageout):  # the trial failed: then by calls inside the VMM, which root without this capability may make
+            answer, sock = talk(listening, message, peer.fds)
+            sock.close()
+            assert answer["ok"], answer
+        else:
+            error = must_be_refused(daemon, listening, peer, message, peer.fds)
+            assert "give tierd CAP_SYS_NICE" in error
+
+
+@pytest.mark.parametrize("kib", [2048, 8192])
+def test_little_memory_may_be_locked(daemon: Daemon, vmm: Vmm, kib: int) -> None:
+    """8 MiB are what an ordinary user has: enough for a small guest. With less it is told what to raise."""
+    daemon.start(("prlimit", f"--memlock={kib << 10}", "setpriv", "--bounding-set=-ipc_lock"))
+    if kib == 8192:
+        evicted(daemon, NAME, vmm)
+    else:
+        (told, *_) = wait_for(lambda: daemon.logged("handshake_refused"), "it is told")
+        assert "RLIMIT_MEMLOCK is 2048 KiB" in told["error"]
+        assert accepted(vmm) == 0
+        assert not any(UFFD_FLAGS & vm_flags(vmm.pid, address) for address in vmm.addresses)
+    vmm.verify()
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),

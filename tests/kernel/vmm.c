@@ -4,7 +4,7 @@
  * pages, and a private shadow that says what every word must be.
  *
  *   vmm [bytes=N] [regions=N] [threads=N] [kind=memfd|private|anonymous|huge|file:PATH] [name=MEMFD] [close] [survive]
- *       [handshake=SOCKET] [ARGUMENT...]
+ *       [handshake=SOCKET] [device=FD] [ARGUMENT...]
  *
  * `bytes` is the size of each region; pages are numbered through all regions. A page is either zeros (sequence 0) or words
  * that follow from its number and its sequence, which no write uses twice: older bytes are never right. Thread i owns the
@@ -41,6 +41,7 @@ int memfd[REGIONS_MAX];
 static uint32_t *writes; /* by page; does not start again when a page becomes zeros */
 static uint64_t region_bytes = 64 << 20, region_count = 1, thread_count = 2;
 static const char *kind = "memfd", *memfd_name = "memory-backend-memfd", *handshake_path;
+static int userfaultfd_device = -1;
 static bool close_memfd, survive;
 static uint8_t *region[REGIONS_MAX];
 
@@ -421,6 +422,8 @@ static void parse(int argc, char **argv)
 			memfd_name = argv[i] + 5;
 		else if (!strncmp(argv[i], "handshake=", 10))
 			handshake_path = argv[i] + 10;
+		else if (sscanf(argv[i], "device=%lu", &n) == 1)
+			userfaultfd_device = (int)n;
 		else if (!strcmp(argv[i], "close"))
 			close_memfd = true;
 		else if (!strcmp(argv[i], "survive"))
@@ -481,7 +484,7 @@ int main(int argc, char **argv)
 	while (atomic_load(&resting) < thread_count)
 		pause_ns(100000);
 	if (handshake_path)
-		start_handshake(handshake_path, region_count, region_bytes);
+		start_handshake(handshake_path, userfaultfd_device, region_count, region_bytes);
 	say("ok %lu %lu%s", pages, page_bytes, addresses);
 	obey(commands);
 	return 0;

@@ -44,7 +44,8 @@ void execute(const uint64_t *a, int count);
 void add_memory(const uint64_t *a, int count);
 
 /* vmm_handshake.c */
-void start_handshake(const char *path, uint64_t region_count, uint64_t region_bytes);
+/* `device`: a /dev/userfaultfd that was inherited, or -1 */
+void start_handshake(const char *path, int device, uint64_t region_count, uint64_t region_bytes);
 void handshake(const uint64_t *a, int count);
 void close_userfaultfd(const uint64_t *a, int count);
 

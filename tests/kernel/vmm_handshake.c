@@ -32,20 +32,13 @@ static size_t message_bytes;
 static int descriptors[2 + REGIONS_MAX];
 static _Atomic uint64_t accepted, refused, left;
 
-/* Not UFFD_USER_MODE_ONLY: the kernel touches guest memory as well (through_kernel in vmm.c). An ordinary user may have such a one
- * from the device, where its mode allows that. */
-static int open_userfaultfd(void)
+/* Not UFFD_USER_MODE_ONLY: the kernel touches guest memory as well (through_kernel in vmm.c). An ordinary user has such a one from
+ * /dev/userfaultfd, which somebody opened for it. */
+static int open_userfaultfd(int device)
 {
-	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK), device;
-
-	if (fd >= 0 || errno != EPERM)
-		return fd;
-	device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
-	if (device < 0)
-		return -1;
-	fd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
-	close(device);
-	return fd;
+	if (device >= 0)
+		return ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+	return (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
 }
 
 static void make_message(uint64_t region_count, uint64_t region_bytes)
@@ -119,12 +112,12 @@ static void *stay_connected(void *argument)
 	return NULL;
 }
 
-void start_handshake(const char *path, uint64_t region_count, uint64_t region_bytes)
+void start_handshake(const char *path, int device, uint64_t region_count, uint64_t region_bytes)
 {
 	pthread_t thread;
 
 	socket_path = path;
-	uffd = open_userfaultfd();
+	uffd = open_userfaultfd(device);
 	pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	if (uffd < 0 || pagemap < 0)
 		die("userfaultfd or pagemap");

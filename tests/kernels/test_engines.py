@@ -19,6 +19,7 @@ SEEDS = 40
 KILLS = 8
 # Tests of the kernel layer: all that is about an engine, and the torture. The rest does not differ from what runs outside.
 SUITE = (
+    "../daemon/test_unprivileged.py",
     "test_windows.py",
     "test_life.py::test_everything_leaves_and_comes_back[default]",
     "test_life.py::test_a_busy_guest_reads_what_it_wrote[default]",

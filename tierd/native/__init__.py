@@ -19,6 +19,9 @@ from tierd.native._native import ffi, lib
 TIERS = int(lib.TIERD_TIERS)
 REGIONS_MAX = int(lib.TIERD_REGIONS_MAX)
 READAHEAD_PAGES_MAX = 512
+# locked in memory for a guest: a batch of 2 MiB, buffers, stacks of fault threads; and its page table
+GUEST_LOCKED_BYTES, TABLE_BYTES_A_PAGE = 3 << 20, 8
+CAP_IPC_LOCK = 14  # who has it may lock any amount
 READ_DEADLINE_S_MAX = 366 * 86400.0
 # of tierd_trial_step
 TRIAL_STEPS = (
@@ -303,7 +306,10 @@ class NativeBatch:
 
     def __init__(self, guest: NativeGuest, max_pages: int) -> None:
         out = ffi.new("struct tierd_batch **")
-        check(lib.tierd_batch_create(guest._g, max_pages, out), "memory for an eviction batch")
+        check(
+            lib.tierd_batch_create(guest._g, max_pages, out),
+            "memory for an eviction batch (is RLIMIT_MEMLOCK high enough?)",
+        )
         self._b = out[0]
         self._guest = guest
         self._result = ffi.new("struct tierd_batch_result *")
@@ -395,7 +401,7 @@ class NativeGuest:
                 | (lib.TIERD_SPACE_LATE if tier.late else 0)
             )
         out = ffi.new("struct tierd_guest **")
-        check(lib.tierd_guest_create(args, out), "guest tables (is LimitMEMLOCK high enough?)")
+        check(lib.tierd_guest_create(args, out), "guest tables (is RLIMIT_MEMLOCK high enough?)")
         self._g = out[0]
         self.has_sync_mode = engine is not EngineNumber.STOCK
         self.pages = sum(region.bytes for region in regions) // os.sysconf("SC_PAGESIZE")
