@@ -92,6 +92,7 @@ class Daemon:
         self._guests: dict[str, Guest] = {}
         self._waiting: dict[str, trio.Event] = {}  # refused or not ready: set to try again now
         self._hands: dict[str, Hand] = {}  # by key: VMMs that are connected and served
+        self._kept: set[str] = set()  # by key: what a VMM brought and the service manager has, too
         self._offers: dict[str, _Offer] = {}  # by key: for the next try at an adoption
         self._left: set[str] = set()  # detached by an operator: not picked up again
         self._began = trio.current_time()
@@ -367,11 +368,15 @@ class Daemon:
         return not self.notifier.address or self._tell(self.notifier.remove_fds, key)
 
     def _forget_kept(self, key: str) -> None:
-        """A descriptor that the service manager kept for a guest that is gone or was left."""
-        fd = self.host.kept_uffds.pop(key, None)
+        """Descriptors that the service manager kept for a guest that is gone or was left."""
+        fd, handed = self.host.kept_uffds.pop(key, None), self.host.kept_handed.pop(key, None)
         if fd is not None:
             os.close(fd)
+        if handed is not None:
+            handed.close()
+        if fd is not None or key in self._kept:
             self._fds_to_remove.add(key)
+            self._kept.discard(key)
 
     async def _adopt(self, path: Path) -> None:
         try:
@@ -576,6 +581,8 @@ class Daemon:
                     del self._guests[key]
                 raise
         self._hands[key] = hand
+        if self.notifier.keeps_fds and self._tell(self.notifier.store_fds, key, hand.brought.handed.fds()):
+            self._kept.add(key)  # a successor need not wait until the VMM comes again
         return guest.key
 
     async def _hand_over(self, key: str, hand: Hand) -> Guest:
@@ -599,8 +606,10 @@ class Daemon:
         )
 
     def _handed_of(self, key: str) -> Handed | None:
-        """For another try at a guest: what its VMM's connection holds. The caller closes it."""
-        return self._hands[key].brought.handed.dup() if key in self._hands else None
+        """For another try at a guest: what its VMM's connection holds, or the service manager kept. The caller closes it."""
+        if key in self._hands:
+            return self._hands[key].brought.handed.dup()
+        return self.host.kept_handed[key].dup() if key in self.host.kept_handed else None
 
     def gone(self, hand: Hand) -> None:
         """A VMM closed its connection. It is served on: whether it lives, its pidfd says."""
@@ -722,7 +731,8 @@ async def _run(config: Config, config_path: Path, resumed: Resumed) -> None:
         store = await _open_store(config, notifier)
         if store.trouble:
             log.error("store_cannot_be_written", error=store.trouble, action="what is in it is served")
-        host = Host(choose(config.engine), store, guests_dir, boot_id(), HolderScan(), notifier, resumed.kept_fds)
+        kept = resumed.kept_uffds, resumed.kept_handed
+        host = Host(choose(config.engine), store, guests_dir, boot_id(), HolderScan(), notifier, *kept)
         await Daemon(config, config_path, host, resumed).run()
     finally:
         resumed.close()

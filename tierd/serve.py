@@ -372,8 +372,9 @@ def attach(
     with _undone_on_error(served), contextlib.ExitStack() as on_error:
         _take_descriptors(served, handed)
         if handed is not None:
-            _must_be_allowed(served, handed, engine.zap(swap_can_receive))
+            assert handed.uffd_in_vmm is not None
             served.uffd, served.uffd_in_vmm = served._own(os.dup(handed.uffd)), handed.uffd_in_vmm
+            _must_be_allowed(served, engine.zap(swap_can_receive))
             agree_once(served.uffd, engine.features)
         else:
             taken = take_userfaultfd(spec.pid, engine.features)
@@ -401,17 +402,17 @@ def attach(
     return served
 
 
-def _must_be_allowed(served: Served, handed: Handed, zap: Zap) -> None:
+def _must_be_allowed(served: Served, zap: Zap) -> None:
     """An engine that does not track by the userfaultfd needs a privilege that no descriptor gives."""
     pid = served.spec.pid
-    if zap is Zap.INJECT and not may_enter(handed.pidfd, handed.uffd_in_vmm):
+    if zap is Zap.INJECT and not may_enter(served.pidfd, served.uffd_in_vmm):
         raise Refused(
             "privileges",
             f"engine {served.engine.name} finds untouched pages by calls inside the VMM where swap is on, which is not allowed",
             f"pid {pid}, tierd runs as user {os.geteuid()}",
             "run tierd as root, or on Linux 7.3 (engine rwp), which needs no privilege",
         )
-    if zap is Zap.PAGEOUT and not may_page_out(handed.pidfd, served.spec.regions[0].address):
+    if zap is Zap.PAGEOUT and not may_page_out(served.pidfd, served.spec.regions[0].address):
         raise Refused(
             "privileges",
             f"engine {served.engine.name} finds untouched pages by process_madvise, which is not allowed",
@@ -605,7 +606,7 @@ def adopt(
             text = f"{state_path}: process {spec.pid} executed another program, the memory of {spec.name} is gone"
             raise Stale(text, state_path, left.identity.store_path)
         served.uffd_in_vmm = left.identity.uffd_in_vmm if serving.uffd_in_vmm is None else serving.uffd_in_vmm
-        if handed is not None:
+        if handed is not None and handed.uffd_in_vmm is not None:
             served.uffd_in_vmm = handed.uffd_in_vmm
         served.uffd = served._own(_userfaultfd_again(served, left.identity, kept_uffd, handed))
         # before the store is looked for, which may take long: killed in a sync window, the predecessor left the guest waiting
@@ -617,7 +618,7 @@ def adopt(
         _open_guest(served, engine, tuning, swap_can_receive, capacity_pages)
         served.adoption = _adopted(served, handed)
         if handed is not None:
-            served.native.set_uffd_in_vmm(handed.uffd_in_vmm)
+            served.native.set_uffd_in_vmm(served.uffd_in_vmm)
         served.native.start()
     return served
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from tests.daemon.peer import BYTES, Peer, talk, userfaultfd
 from tests.daemon.process import POLICY, Daemon, evicted
+from tests.daemon.test_uffd_kept import all_received, start_with
 from tests.kernel.conftest import kernel, vmm_binary  # noqa: F401  (fixtures)
 from tests.kernel.vmm import MIB, Vmm, userfaultfds, vm_flags, wait_for
 from tierd.attach.ptrace import NUMBER, pidfd_getfd
@@ -164,6 +165,36 @@ def test_a_successor_wants_the_same_userfaultfd(daemon: Daemon, listening: Path)
         with sock:
             assert answer["ok"], answer
             assert peer.memory[:] == b"\xa5" * BYTES
+
+
+def test_what_the_service_manager_keeps_is_enough(
+    daemon: Daemon, listening: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A successor does not wait until the VMM comes again; in whatever order it gets the descriptors."""
+    monkeypatch.setenv("FDSTORE", "64")
+    with Peer() as peer, ExitStack() as owned:
+        peer.memory[:] = b"\x5a" * BYTES
+        message = json.dumps(peer.message(name="peer")).encode()
+        daemon.start()
+        _, sock = talk(listening, message, peer.fds)
+        wait_for(lambda: daemon.stored_bytes("peer") == BYTES, "it is evicted")
+        kept, name = all_received(daemon.notify)
+        for fd in kept:
+            owned.callback(os.close, fd)
+        assert len(kept) == 3
+        daemon.kill()
+        sock.close()
+        start_with(daemon, kept[::-1], name)
+        assert daemon.logged("guest_adopted")
+        assert not daemon.logged("guest_awaits_handshake")
+        assert peer.memory[:] == b"\x5a" * BYTES
+        answer, sock = talk(listening, message, peer.fds)
+        with sock:
+            assert answer["ok"], answer
+            done = daemon.tierd("detach", "peer")
+            assert done.returncode == 0, done.stderr
+            assert json.loads(sock.recv(4096)) == {"event": "left"}
+        daemon.wait_told(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
 
 def test_a_vmm_that_closes_its_copy(daemon: Daemon, vmm: Vmm) -> None:

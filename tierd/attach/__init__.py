@@ -36,11 +36,11 @@ class GuestSpec:
 
 @dataclass(frozen=True)
 class Handed:
-    """Descriptors that a VMM brought."""
+    """Descriptors that a VMM brought, to us or to a predecessor."""
 
     pidfd: int
     uffd: int
-    uffd_in_vmm: int  # the number under which the VMM keeps its own copy
+    uffd_in_vmm: int | None  # the number under which the VMM keeps its own copy; None: as before
     pagemap: int
     memfds: Mapping[tuple[int, int], int]  # by (device, inode)
 
@@ -50,6 +50,10 @@ class Handed:
         return replace(
             self, pidfd=os.dup(self.pidfd), uffd=os.dup(self.uffd), pagemap=os.dup(self.pagemap), memfds=memfds
         )
+
+    def fds(self) -> list[int]:
+        """What cannot be had from anybody else."""
+        return [self.uffd, self.pagemap, *self.memfds.values()]
 
     def close(self) -> None:
         for fd in (self.pidfd, self.uffd, self.pagemap, *self.memfds.values()):
