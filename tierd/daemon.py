@@ -314,6 +314,7 @@ class Daemon:
         while True:
             if interval_s:
                 self._tell(self.notifier.watchdog)
+            self._forget_dead()
             # again for as long as the manager is busy: it keeps what it is not told to give up
             self._fds_to_remove = {key for key in self._fds_to_remove if not self._told_to_remove(key)}
             self._tell(self.notifier.status, self._summary())
@@ -358,7 +359,11 @@ class Daemon:
         for unfinished in self.host.guests_dir.glob("*.new"):
             with contextlib.suppress(OSError):  # what is no file is in the way of its guest only, which is told then
                 unfinished.unlink()  # an attach that died before its first registration
-        for key in self.host.kept_uffds.keys() - self._guests.keys():
+        self._forget_dead()
+
+    def _forget_dead(self) -> None:
+        """Descriptors of guests that are not served and gone by now. What VMMs brought holds their memory."""
+        for key in (self.host.kept_uffds.keys() | self.host.kept_handed.keys()) - self._guests.keys():
             pid, _, ticks = key.partition("-")
             # a guest that lives may have been refused, or be of another runtime_dir: its pages hang on this descriptor
             if pid.isdecimal() and f"{start_ticks(int(pid))}" != ticks:
@@ -530,6 +535,7 @@ class Daemon:
             path.unlink(missing_ok=True)
             await trio.to_thread.run_sync(self.host.store.sweep, self._may_be_needed)
         self._guests.pop(guest.key, None)
+        self._forget_kept(guest.key)
         log.info("guest_ended", guest=guest.name, pid=guest.pid, how="the VMM ended while it was not served")
 
     # --- orders -------------------------------------------------------------------------------------------------------------
@@ -559,19 +565,22 @@ class Daemon:
     async def welcome(self, hand: Hand) -> str:
         """A VMM brought its descriptors: for a guest that is new, that waits for them, or that is served already (its old
         connection broke). Its key. Refused, RequestRefused, StateError, OSError: nothing was changed."""
-        ticks = start_ticks(hand.pid)
-        key, guest = f"{hand.pid}-{ticks}", self._guests.get(f"{hand.pid}-{ticks}")
-        if ticks is None or self._stopping:
+        key = f"{hand.pid}-{start_ticks(hand.pid)}"
+        if self._stopping:
             raise RequestRefused("tierd is stopping", "connect again when one runs")
+        if key in self._guests:
+            with trio.move_on_after(HAND_OVER_S_MAX):  # a try without these descriptors may be under way
+                await self._guests[key].begun.wait()
+        guest = self._guests.get(key)
         if guest is not None and guest.served:
             if not guest.spec.handshake:
                 raise RequestRefused(f"guest {guest.name} was attached by its pid", "`tierd detach` it first")
             if not features_of(hand.brought.handed.uffd):
                 raise RequestRefused(f"guest {guest.name} is served with another userfaultfd", "send that one")
+        elif guest is not None and not guest.begun.is_set():
+            raise RequestRefused(f"a try to serve guest {guest.name} hangs", "see tierd's log; connect again")
         elif (self.host.guests_dir / (key + SUFFIX)).exists():
             guest = await self._hand_over(key, hand)
-        elif guest is not None and not guest.begun.is_set():
-            raise RequestRefused(f"guest {guest.name} is being attached just now", "connect again in a moment")
         else:
             spec = await trio.to_thread.run_sync(hand.spec)
             try:
@@ -648,6 +657,8 @@ class Daemon:
         self.config = new
         for guest in self._guests.values():
             policy = new.match(guest.name, guest.pid, " ".join(guest.spec.cmdline))
+            if policy is None and guest.spec.handshake:  # it came by itself: no rule need name it
+                policy = new.defaults
             if policy is not None:
                 guest.set_policy(policy)
             elif guest.served:

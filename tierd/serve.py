@@ -31,6 +31,7 @@ from tierd.attach.procfs import (
     still_mapped,
 )
 from tierd.attach.ptrace import (
+    Taken,
     agree_once,
     close_in_vmm,
     features_of,
@@ -377,7 +378,7 @@ def attach(
             _must_be_allowed(served, engine.zap(swap_can_receive))
             agree_once(served.uffd, engine.features)
         else:
-            taken = take_userfaultfd(spec.pid, engine.features)
+            taken = _taken(spec, engine)
             served.uffd, served.uffd_in_vmm = served._own(taken.uffd), taken.uffd_in_vmm
             os.close(taken.pidfd)
             on_error.callback(_close_in_vmm_quietly, spec.pid, taken.uffd_in_vmm)
@@ -400,6 +401,17 @@ def attach(
             )
         on_error.pop_all()
     return served
+
+
+def _taken(spec: GuestSpec, engine: Engine) -> Taken:
+    try:
+        return take_userfaultfd(spec.pid, engine.features)
+    except PermissionError as error:
+        raise PermissionError(
+            error.errno,
+            f"{error.strerror}: tierd may not enter process {spec.pid}; run tierd as root, or use a VMM that connects to "
+            "handshake.socket",
+        ) from error
 
 
 def _must_be_allowed(served: Served, zap: Zap) -> None:

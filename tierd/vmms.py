@@ -83,12 +83,12 @@ async def serve(
         owned.enter_context(unlinked_at_the_end(socket_path))
         listener.setblocking(False)
         listener.listen(BACKLOG)
-        places = trio.Semaphore(CONNECTIONS_MAX)
+        places, told = trio.Semaphore(CONNECTIONS_MAX), Told()
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
                 await places.acquire()
-                nursery.start_soon(partial(_connection, reception, await _accept(listener), places))
+                nursery.start_soon(partial(_connection, reception, await _accept(listener), places, told))
 
 
 async def _accept(listener: socket.socket) -> socket.socket:
@@ -108,7 +108,19 @@ async def _accept(listener: socket.socket) -> socket.socket:
         return sock
 
 
-async def _connection(reception: Reception, sock: socket.socket, places: trio.Semaphore) -> None:
+class Told(dict[int, str]):
+    """By pid, what a VMM was refused for last: one that tries again and again is logged once."""
+
+    def is_new(self, pid: int, text: str) -> bool:
+        if self.get(pid) == text:
+            return False
+        if len(self) >= CONNECTIONS_MAX:
+            self.clear()
+        self[pid] = text
+        return True
+
+
+async def _connection(reception: Reception, sock: socket.socket, places: trio.Semaphore, told: Told) -> None:
     with contextlib.ExitStack() as owned:
         owned.callback(places.release)
         owned.enter_context(sock)
@@ -117,7 +129,7 @@ async def _connection(reception: Reception, sock: socket.socket, places: trio.Se
             owned.callback(reception.gone, hand)
             key = await reception.welcome(hand)
         except (Malformed, Refused, RequestRefused, StateError, StoreError, OSError) as error:
-            _answer_refused(sock, error)
+            _answer_refused(sock, error, told)
             return
         except Exception:  # a bug in what talks to new VMMs does not stop a daemon that serves faults of others
             log.exception("handshake_failed")
@@ -149,10 +161,15 @@ async def _message(sock: socket.socket, owned: contextlib.ExitStack) -> Hand:
     return Hand(pid, await trio.to_thread.run_sync(look, said, list(fds), pid, pidfd), sock)
 
 
+def credentials(sock: socket.socket) -> tuple[int, int]:
+    """(pid, uid) of the process that connected."""
+    pid, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII")))
+    return pid, uid
+
+
 def peer(sock: socket.socket) -> tuple[int, int]:
     """(pid, pidfd) of the process that connected, in our pid namespace. OSError: it is gone, or of another namespace."""
-    size = struct.calcsize("3i")
-    pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    pid, _ = credentials(sock)
     if not pid:
         raise OSError(errno.ESRCH, "the process that connected is in a pid namespace that tierd does not see")
     try:
@@ -183,10 +200,12 @@ def _tell(sock: socket.socket, **message: Any) -> None:
     sock.send(json.dumps(message).encode(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
 
-def _answer_refused(sock: socket.socket, error: Exception) -> None:
+def _answer_refused(sock: socket.socket, error: Exception, told: Told) -> None:
     text = str(error)
     if isinstance(error, RequestRefused) and error.remedy:
         text += f"; {error.remedy}"
     with contextlib.suppress(OSError):  # it did not wait for the answer
         _tell(sock, ok=False, error=text[:ANSWER_CHARS_MAX])
-    log.warning("handshake_refused", error=text)
+    pid, uid = credentials(sock)
+    if told.is_new(pid, text):
+        log.warning("handshake_refused", pid=pid, uid=uid, error=text)

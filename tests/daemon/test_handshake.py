@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,7 +25,9 @@ from tests.daemon.process import POLICY, Daemon, evicted
 from tests.daemon.test_uffd_kept import all_received, start_with
 from tests.kernel.conftest import kernel, vmm_binary  # noqa: F401  (fixtures)
 from tests.kernel.vmm import MIB, Vmm, userfaultfds, vm_flags, wait_for
+from tierd import vmms
 from tierd.attach.ptrace import NUMBER, pidfd_getfd
+from tierd.vmms import SO_PEERPIDFD
 
 NAME = "handshake"  # as vmm_handshake.c calls itself
 UFFD_FLAGS = {"um", "uw", "ui", "ur"}
@@ -58,6 +61,9 @@ def test_it_is_served_killed_adopted_and_left(daemon: Daemon, vmm: Vmm) -> None:
     wait_for(lambda: accepted(vmm) == 1, "it is accepted")
     evicted(daemon, NAME, vmm)
     assert len(userfaultfds(vmm.pid)) == 1
+    daemon.signal(signal.SIGHUP)
+    wait_for(lambda: daemon.logged("reloaded"), "no rule names it, and a reload keeps it")
+    assert daemon.guests()[NAME]["state"] == "active"
     for kills in (1, 2):
         daemon.kill()
         daemon.start()
@@ -195,6 +201,21 @@ def test_what_the_service_manager_keeps_is_enough(
             assert done.returncode == 0, done.stderr
             assert json.loads(sock.recv(4096)) == {"event": "left"}
         daemon.wait_told(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+
+def test_the_service_manager_is_no_stranger(daemon: Daemon, vmm: Vmm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the guest's memory (we are the parent of this tierd), and touches none of it."""
+    monkeypatch.setenv("FDSTORE", "64")
+    daemon.start()
+    kept, _ = all_received(daemon.notify)
+    try:
+        evicted(daemon, NAME, vmm)
+        vmm.verify()
+        evicted(daemon, NAME, vmm)  # which a look at who holds it comes before
+        assert daemon.guests()[NAME]["state"] == "active"
+    finally:
+        for fd in kept:
+            os.close(fd)
 
 
 def test_a_vmm_that_closes_its_copy(daemon: Daemon, vmm: Vmm) -> None:
@@ -375,6 +396,21 @@ def test_little_memory_may_be_locked(daemon: Daemon, vmm: Vmm, kib: int) -> None
         assert accepted(vmm) == 0
         assert not any(UFFD_FLAGS & vm_flags(vmm.pid, address) for address in vmm.addresses)
     vmm.verify()
+
+
+@pytest.mark.parametrize("option", [SO_PEERPIDFD, 0x7FFF])
+def test_who_has_connected(monkeypatch: pytest.MonkeyPatch, option: int) -> None:
+    """The kernel says it, also where it has no SO_PEERPIDFD (before 6.5)."""
+    monkeypatch.setattr(vmms, "SO_PEERPIDFD", option)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        pid, pidfd = vmms.peer(ours)
+    try:
+        assert pid == os.getpid()
+        assert re.search(rf"^Pid:\s+{pid}$", Path(f"/proc/self/fdinfo/{pidfd}").read_text(), re.M)
+        assert not os.get_inheritable(pidfd)
+    finally:
+        os.close(pidfd)
 
 
 JSON = st.recursive(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,8 +92,8 @@ def test_everything_leaves_and_comes_back_without_a_privilege(daemon: Daemon, li
     assert guest["counters"]["inject_stops"] == 0
     what_cannot_be_seen_is_told(daemon)
     a_vmm_of_another_user_is_refused(daemon, listening, vmm)
-    done = daemon.tierd("detach", NAME)
-    assert done.returncode == 0, done.stderr
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
     wait_for(lambda: vmm.ask("handshake")[2] == 1, "it is told that it was left")
     vmm.verify()
 

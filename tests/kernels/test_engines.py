@@ -15,11 +15,11 @@ import pytest
 from tests.kernels.build import PATCHED
 from tests.kernels.machine import ROOT, booted, check_selftest
 
+HERE = "/run/tierd"  # the project, where an ordinary user gets to it whatever directory it is in
 SEEDS = 40
 KILLS = 8
 # Tests of the kernel layer: all that is about an engine, and the torture. The rest does not differ from what runs outside.
 SUITE = (
-    "../daemon/test_unprivileged.py",
     "test_windows.py",
     "test_life.py::test_everything_leaves_and_comes_back[default]",
     "test_life.py::test_a_busy_guest_reads_what_it_wrote[default]",
@@ -50,10 +50,14 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
     name: str = request.param
     python = shlex.quote(sys.executable)
     suite = " ".join(f"tests/kernel/{test}" for test in SUITE)
+    interpreter = Path(sys.executable)
+    theirs = interpreter.relative_to(ROOT) if interpreter.is_relative_to(ROOT) else interpreter
+    pytest_options = "-q --color=no -p no:cacheprovider --durations=5"
     commands = {
         "check": f"{python} -m tierd check --json",
         "driver": f"{children}/real --engine {name} --slowness 10 --seeds {SEEDS} --store /var/tmp",
-        "suite": f"{python} -m pytest -q --color=no -p no:cacheprovider --durations=5 {suite}",
+        "suite": f"{python} -m pytest {pytest_options} {suite}",
+        "user": f"(cd {HERE}; {shlex.quote(str(theirs))} -m pytest {pytest_options} tests/daemon/test_unprivileged.py)",
         "selftest": f"{selftest} --system {name}",  # the last one: it changes what the system is set to
     }
     variables = {
@@ -65,7 +69,13 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
         "TIERD_SLOWNESS": 5,
     }
     cgroups = "mount -t cgroup2 none /sys/fs/cgroup && echo +memory >/sys/fs/cgroup/cgroup.subtree_control"
-    script = [cgroups, f"cd {shlex.quote(str(ROOT))}", *(f"export {key}={value}" for key, value in variables.items())]
+    bind = f"mkdir {HERE} && mount --bind {shlex.quote(str(ROOT))} {HERE}"
+    script = [
+        cgroups,
+        bind,
+        f"cd {shlex.quote(str(ROOT))}",
+        *(f"export {key}={value}" for key, value in variables.items()),
+    ]
     for section, command in commands.items():
         script += [f"echo '=== {section}'", command, 'echo "=== status $?"']
     done = booted(name, "\n".join([*script, "true"]), 1500, append="numa=fake=2")
@@ -99,6 +109,13 @@ def test_the_seeded_driver(sections: dict[str, Section]) -> None:
     figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
     assert figures["pages evicted"] > SEEDS, said.output
     assert figures["kills in service"] > 0, said.output
+
+
+def test_an_ordinary_user(sections: dict[str, Section]) -> None:
+    said = sections["user"]
+    print(said.output)
+    assert said.status == 0, said.output
+    assert "1 passed" in said.output
 
 
 def test_the_kernel_layer(sections: dict[str, Section]) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from tierd.attach import GuestSpec, Refused
 from tierd.attach.procfs import Mapping, filtered, first_unmapped, maps_of, option_values, split_options, start_ticks
+from tierd.systemd import Notifier
 
 if TYPE_CHECKING:  # adoption comes before the configuration
     from tierd.config import Policy
@@ -64,7 +65,8 @@ class HolderScan:
         self._found: dict[tuple[int, int], list[Holder]] = {}
 
     def holders(self, files: Iterable[tuple[int, int]], except_pids: set[int]) -> list[Holder]:
-        """Processes other than `except_pids` and ourselves that map or have open one of `files` (device, inode)."""
+        """Processes other than `except_pids`, ourselves and who keeps descriptors for us that map or have open one of `files`
+        (device, inode)."""
         wanted = set(files)
         with self._lock:
             if not wanted <= self._wanted or time.monotonic() - self._at > HOLDER_SCAN_S:
@@ -72,7 +74,8 @@ class HolderScan:
                 self._found, self.unseen = _scan_holders(self._wanted)
                 self._at = time.monotonic()
             found = [holder for file in wanted for holder in self._found.get(file, [])]
-        return [holder for holder in found if holder.pid not in except_pids | {os.getpid()}]
+        ours = {os.getpid(), os.getppid() if Notifier.from_environment().keeps_fds else 0}
+        return [holder for holder in found if holder.pid not in except_pids | ours]
 
     def forget(self, files: Iterable[tuple[int, int]]) -> None:
         """A guest is gone: its files need not be looked for any more."""
