@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +40,12 @@ def test_a_message() -> None:
         (8 * PAGE, PAGE, 0, 0),
     ]
     assert parse(b'{"version": 1, "uffd": 0, "regions": [{"address": 0, "bytes": 4096, "offset": 0, "memfd": 0}]}', 3)
+
+
+def test_the_message_of_the_readme() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (raw,) = re.findall(r'^    (\{"version": .*)$', text, re.MULTILINE)
+    assert parse(raw.encode(), 3).name == "web"
 
 
 def test_the_largest_fits_into_a_message() -> None:
