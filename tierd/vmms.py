@@ -15,7 +15,6 @@ import os
 import socket
 import struct
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +31,8 @@ from tierd.view import RequestRefused
 BACKLOG = 128
 CONNECTIONS_MAX = 1024  # those beyond wait in the kernel
 MESSAGE_S = 2.0  # for the message to come
+CLOSE_S = 1.0  # for the close of a file that somebody sent
+THREADS_MAX = 8
 DESCRIPTORS_MAX = 253  # SCM_MAX_FD of the kernel
 SO_PEERPIDFD = 77  # Linux 6.5
 ANSWER_CHARS_MAX = 2000
@@ -83,12 +84,12 @@ async def serve(
         owned.enter_context(unlinked_at_the_end(socket_path))
         listener.setblocking(False)
         listener.listen(BACKLOG)
-        places, told = trio.Semaphore(CONNECTIONS_MAX), Told()
+        door = _Door(reception)
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
-                await places.acquire()
-                nursery.start_soon(partial(_connection, reception, await _accept(listener), places, told))
+                await door.places.acquire()
+                nursery.start_soon(door.connection, await _accept(listener))
 
 
 async def _accept(listener: socket.socket) -> socket.socket:
@@ -108,57 +109,90 @@ async def _accept(listener: socket.socket) -> socket.socket:
         return sock
 
 
-class Told(dict[int, str]):
-    """By pid, what a VMM was refused for last: one that tries again and again is logged once."""
+class _Door:
+    """What all connections share."""
 
-    def is_new(self, pid: int, text: str) -> bool:
-        if self.get(pid) == text:
-            return False
-        if len(self) >= CONNECTIONS_MAX:
-            self.clear()
-        self[pid] = text
-        return True
+    def __init__(self, reception: Reception) -> None:
+        self.places = trio.Semaphore(CONNECTIONS_MAX)
+        self._reception = reception
+        # of Python: calls on what somebody sent, a FUSE file perhaps, may hang; they hold up new VMMs at the most
+        self._threads = trio.CapacityLimiter(THREADS_MAX)
+        self._told: dict[int, str] = {}  # by pid: what a VMM was refused for last
+
+    async def connection(self, sock: socket.socket) -> None:
+        async with contextlib.AsyncExitStack() as owned:
+            owned.callback(self.places.release)
+            owned.enter_context(sock)
+            try:
+                hand = await self._message(sock, owned)
+                owned.callback(self._reception.gone, hand)
+                key = await self._reception.welcome(hand)
+            except (Malformed, Refused, RequestRefused, StateError, StoreError, OSError) as error:
+                self._refuse(sock, error)
+                return
+            except Exception:  # a bug in what talks to new VMMs does not stop a daemon that serves faults of others
+                log.exception("handshake_failed")
+                return
+            with contextlib.suppress(OSError):  # it is gone already; the guest's own task sees that
+                _tell(sock, ok=True, guest=key)
+                await _stay(sock, hand)
+
+    async def _message(self, sock: socket.socket, owned: contextlib.AsyncExitStack) -> Hand:
+        """What the VMM says. Its descriptors are closed at the end of the connection."""
+        with trio.move_on_after(MESSAGE_S) as limit:
+            await trio.lowlevel.wait_readable(sock)
+        if limit.cancelled_caught:
+            raise Malformed(f"no message came within {MESSAGE_S:g} s")
+        message, unknown, whole = _receive(sock)
+        owned.push_async_callback(self._close_unknown, unknown)
+        if not whole:
+            raise Malformed(f"more than {MESSAGE_BYTES_MAX} bytes, or more descriptors than can be received, came")
+        said = parse(message, len(unknown))
+        pid, pidfd = peer(sock)
+        owned.callback(os.close, pidfd)
+        brought = await trio.to_thread.run_sync(
+            look, said, list(unknown), pid, pidfd, limiter=self._threads, abandon_on_cancel=True
+        )
+        while unknown:  # what they are is known now
+            owned.callback(os.close, unknown.pop())
+        return Hand(pid, brought, sock)
+
+    async def _close_unknown(self, fds: list[int]) -> None:
+        """Whoever sent it decides how long the close of a file takes: on FUSE, for ever."""
+
+        def close() -> None:
+            for fd in fds:
+                with contextlib.suppress(OSError):  # of a write that nobody here made
+                    os.close(fd)
+
+        if fds:
+            with trio.move_on_after(CLOSE_S):
+                await trio.to_thread.run_sync(close, limiter=self._threads, abandon_on_cancel=True)
+
+    def _refuse(self, sock: socket.socket, error: Exception) -> None:
+        """Told each time; logged when it is something new."""
+        text = str(error)
+        if isinstance(error, RequestRefused) and error.remedy:
+            text += f"; {error.remedy}"
+        with contextlib.suppress(OSError):  # it did not wait for the answer
+            _tell(sock, ok=False, error=text[:ANSWER_CHARS_MAX])
+        pid, uid = credentials(sock)
+        if self._told.get(pid) != text:
+            log.warning("handshake_refused", pid=pid, uid=uid, error=text)
+        if len(self._told) >= CONNECTIONS_MAX:
+            self._told.clear()
+        self._told[pid] = text
 
 
-async def _connection(reception: Reception, sock: socket.socket, places: trio.Semaphore, told: Told) -> None:
-    with contextlib.ExitStack() as owned:
-        owned.callback(places.release)
-        owned.enter_context(sock)
-        try:
-            hand = await _message(sock, owned)
-            owned.callback(reception.gone, hand)
-            key = await reception.welcome(hand)
-        except (Malformed, Refused, RequestRefused, StateError, StoreError, OSError) as error:
-            _answer_refused(sock, error, told)
-            return
-        except Exception:  # a bug in what talks to new VMMs does not stop a daemon that serves faults of others
-            log.exception("handshake_failed")
-            return
-        with contextlib.suppress(OSError):  # it is gone already; the guest's own task sees that
-            _tell(sock, ok=True, guest=key)
-            await _stay(sock, hand)
-
-
-async def _message(sock: socket.socket, owned: contextlib.ExitStack) -> Hand:
-    """What the VMM says; its descriptors are closed at the end of the connection, whatever they are."""
-    with trio.move_on_after(MESSAGE_S) as limit:
-        await trio.lowlevel.wait_readable(sock)
-    if limit.cancelled_caught:
-        raise Malformed(f"no message came within {MESSAGE_S:g} s")
+def _receive(sock: socket.socket) -> tuple[bytes, list[int], bool]:
+    """A packet, its descriptors, and whether that was all of it."""
     space = socket.CMSG_SPACE(DESCRIPTORS_MAX * array.array("i").itemsize)
     message, ancillary, flags, _ = sock.recvmsg(MESSAGE_BYTES_MAX, space, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    for fd in fds:
-        owned.callback(os.close, fd)
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-        raise Malformed(f"more than {MESSAGE_BYTES_MAX} bytes, or more descriptors than can be received, came")
-    said = parse(message, len(fds))
-    pid, pidfd = peer(sock)
-    owned.callback(os.close, pidfd)
-    return Hand(pid, await trio.to_thread.run_sync(look, said, list(fds), pid, pidfd), sock)
+    return message, list(fds), not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
 def credentials(sock: socket.socket) -> tuple[int, int]:
@@ -198,14 +232,3 @@ async def _stay(sock: socket.socket, hand: Hand) -> None:
 def _tell(sock: socket.socket, **message: Any) -> None:
     """At once or not at all: a packet goes into the peer's queue whole, and it has room for one."""
     sock.send(json.dumps(message).encode(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-
-
-def _answer_refused(sock: socket.socket, error: Exception, told: Told) -> None:
-    text = str(error)
-    if isinstance(error, RequestRefused) and error.remedy:
-        text += f"; {error.remedy}"
-    with contextlib.suppress(OSError):  # it did not wait for the answer
-        _tell(sock, ok=False, error=text[:ANSWER_CHARS_MAX])
-    pid, uid = credentials(sock)
-    if told.is_new(pid, text):
-        log.warning("handshake_refused", pid=pid, uid=uid, error=text)

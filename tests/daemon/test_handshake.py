@@ -24,6 +24,7 @@ from tests.daemon.peer import BYTES, Peer, talk, userfaultfd
 from tests.daemon.process import POLICY, Daemon, evicted
 from tests.daemon.test_uffd_kept import all_received, start_with
 from tests.kernel.conftest import kernel, vmm_binary  # noqa: F401  (fixtures)
+from tests.kernel.disks import hanging_disk
 from tests.kernel.vmm import MIB, Vmm, userfaultfds, vm_flags, wait_for
 from tierd import vmms
 from tierd.attach.ptrace import NUMBER, pidfd_getfd
@@ -352,6 +353,25 @@ def test_another_process_s_userfaultfd(daemon: Daemon, started: Path) -> None:
         )
         assert "another process's" in error
         assert not UFFD_FLAGS & vm_flags(other.pid, peer.address)
+
+
+def test_a_file_that_hangs_holds_up_nobody(daemon: Daemon, started: Path, disk_dir: Path) -> None:
+    """Whoever sent it decides how long its close takes."""
+    with hanging_disk(disk_dir) as disk, Peer() as peer:
+        peer.memory[:] = b"\x11" * BYTES
+        fd = os.open(disk.mount / "file", os.O_RDWR | os.O_CREAT)
+        try:
+            disk.hang()
+            for _ in range(2):
+                error = must_be_refused(daemon, started, peer, json.dumps(peer.message()).encode(), [*peer.fds[:2], fd])
+                assert "not on shared memory" in error
+            answer, sock = talk(started, json.dumps(peer.message()).encode(), peer.fds)
+            with sock:
+                assert answer["ok"], answer
+                wait_for(lambda: daemon.stored_bytes(f"pid-{os.getpid()}") == BYTES, "it is served")
+        finally:
+            disk.go_on()
+            os.close(fd)
 
 
 def test_nobody_is_waited_for(daemon: Daemon, started: Path) -> None:
