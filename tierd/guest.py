@@ -57,9 +57,7 @@ class Host:
     holders: HolderScan
     notifier: Notifier
     kept_uffds: dict[str, int] = field(default_factory=dict)  # by key: a copy that outlives whatever befalls a Guest
-    kept_handed: dict[str, Handed] = field(
-        default_factory=dict
-    )  # by key: what VMMs brought, and the service manager kept
+    kept_handed: dict[str, Handed] = field(default_factory=dict)  # by key: what the manager kept of VMMs that connected
     store_trouble: dict[str, str] = field(default_factory=dict)  # guest's key -> why the store did not take its pages
 
 

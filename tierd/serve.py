@@ -15,7 +15,7 @@ import resource
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tierd.attach import GuestSpec, Handed, Refused, Region
@@ -137,6 +137,13 @@ class Served:
     def adapt(self, swap_can_receive: bool) -> None:
         """Before every pass: swap may have come, or gone, since the last one. Worker."""
         zap = self.engine.zap(swap_can_receive)
+        if zap is Zap.INJECT and self.spec.handshake and filtered(self.spec.pid, self.spec.cmdline):
+            raise Refused(  # preflight asks only where calls inside the VMM are to be expected
+                "seccomp",
+                "swap is on by now, and the VMM runs under a seccomp filter that may kill it for a call of ours",
+                f"pid {self.spec.pid}: Seccomp 2, not QEMU's -sandbox",
+                "swapoff -a, or memory.swap.max=0 in the VM's control group, then detach and let it connect again",
+            )
         if zap is not self.zap:
             self._inject_tid = pick_thread(self.spec.pid) if zap is Zap.INJECT else 0
             self.native.set_zap(zap, self._inject_tid)
@@ -606,7 +613,7 @@ def adopt(
     except BaseException:
         os.close(fd)
         raise
-    spec, serving = left.spec, left.serving
+    spec, serving = replace(left.spec, handshake=left.spec.handshake or handed is not None), left.serving
     tuning = Tuning(0.0, serving.readahead_pages, read_deadline_s=serving.read_deadline_s, hold_lost=serving.hold_lost)
     if serving.engine is not engine.number:  # the configuration may name another one by now
         engine = engine_of(serving.engine, engine.found)

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.disks import frozen_at_will, in_the_kernel
-from tests.kernel.vmm import MIB, PAGE, Host, Tiered, Vmm, userfaultfds, wait_for
+from tests.kernel.vmm import MIB, PAGE, ForcedEngine, Host, Options, Tiered, Vmm, userfaultfds, wait_for
+from tierd.attach import Refused
 from tierd.attach.procfs import maps_of, still_mapped
 from tierd.attach.ptrace import close_in_vmm
-from tierd.native import STATES
-from tierd.serve import Stale, StateError, read_state
+from tierd.native import STATES, Zap
+from tierd.serve import Served, Stale, StateError, read_state
 
 Start = Callable[..., Vmm]
 RESIDENT, STORED = STATES.index("resident"), STATES.index("stored")
@@ -108,6 +109,15 @@ def test_without_any_copy_and_nothing_stored_there_is_nothing_to_adopt(start_vmm
     with host.attached(vmm) as tiered:
         tiered.evict_all()
         vmm.verify()
+
+
+def test_a_strange_filter_of_a_vmm_that_connected_is_not_entered(start_vmm: Start) -> None:
+    """Its filter was of no interest while nothing was to be called inside; then swap came."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("filter")
+    served = Served(replace(vmm.spec(), handshake=True), Path("not used"), ForcedEngine(Options(zap=Zap.INJECT)))
+    with pytest.raises(Refused, match="swap is on by now"):
+        served.adapt(True)
 
 
 def test_a_strange_filter_is_not_entered(start_vmm: Start, host: Host) -> None:
