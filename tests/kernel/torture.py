@@ -35,7 +35,7 @@ from typing import Any
 import click
 
 from tests.kernel.pressure import pressure
-from tests.kernel.vmm import MIB, PAGE, VMM_SOURCES, Vmm, compile_child, wait_for
+from tests.kernel.vmm import MIB, PAGE, SLOWNESS, VMM_SOURCES, Vmm, compile_child, wait_for
 from tierd.engine import choose
 from tierd.native import STATES
 from tierd.serve import wait_for_lock
@@ -45,7 +45,7 @@ ALIVE_S_MAX = 0.4  # after it is ready
 START_S_MAX = 1.2  # of those that are killed while they start
 ADOPTION_S_MAX = 0.005
 DETACH_S_MAX = 0.2
-READY_S_MAX = 60.0
+READY_S_MAX = 60.0 * SLOWNESS
 DESTROYED_MAX = 24
 WORKERS_LIMIT = 320 * MIB
 TABLE_HEADER_BYTES = 65536
