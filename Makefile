@@ -70,6 +70,7 @@ install:
 	test -e /etc/tierd/tierd.yaml || install -m 0644 config/tierd.yaml /etc/tierd/tierd.yaml
 	install -m 0644 config/guests.d/example.yaml /etc/tierd/guests.d/example.yaml.sample
 	install -D -m 0644 systemd/tierd.service /etc/systemd/system/tierd.service
+	install -D -m 0644 systemd/tierd-user.service /etc/systemd/user/tierd-user.service
 	install -D -m 0644 systemd/tierd.sysusers.conf /etc/sysusers.d/tierd.conf
 	install -D -m 0644 systemd/tierd.tmpfiles.conf /etc/tmpfiles.d/tierd.conf
 	install -D -m 0644 systemd/99-tierd-userfaultfd.rules /etc/udev/rules.d/99-tierd-userfaultfd.rules

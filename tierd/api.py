@@ -71,7 +71,7 @@ async def serve(
 
     with contextlib.ExitStack() as owned:
         api = owned.enter_context(bind_unix(socket_path, mode, group))
-        owned.enter_context(_unlinked_at_the_end(socket_path))
+        owned.enter_context(unlinked_at_the_end(socket_path))
         tcp = owned.enter_context(bind_tcp(metrics_listen)) if metrics_listen else None
         async with trio.open_nursery() as nursery:
             served = [(api, create_app(daemon, nursery, body_s=limits.body_s, body_bytes_max=limits.body_bytes_max))]
@@ -86,11 +86,13 @@ async def serve(
 # --- addresses ------------------------------------------------------------------------------------------------------
 
 
-def bind_unix(path: Path, mode: int, group: str | None) -> socket.socket:
+def bind_unix(
+    path: Path, mode: int, group: str | None, kind: int = socket.SOCK_STREAM, section: str = "api"
+) -> socket.socket:
     """A socket bound to `path`, not listening yet. A socket file that nobody answers on is replaced; one that is
-    answered, or a file of another kind, is SocketUnusable."""
-    _remove_stale(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    answered, or a file of another kind, is SocketUnusable. `section`: of the configuration, where it stands."""
+    _remove_stale(path, kind, section)
+    sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
     try:
         sock.bind(str(path))
         if group is not None:
@@ -100,33 +102,35 @@ def bind_unix(path: Path, mode: int, group: str | None) -> socket.socket:
         sock.close()
         path.unlink()
         raise SocketUnusable(
-            f"group {group} of the API socket does not exist; create it (groupadd --system {group}) or set api.group"
+            f"group {group} of {path} does not exist; create it (groupadd --system {group}) or set {section}.group"
         ) from error
     except OSError as error:
         sock.close()
-        raise SocketUnusable(f"cannot listen on {path}: {error.strerror}; set api.socket to another path") from error
+        raise SocketUnusable(
+            f"cannot listen on {path}: {error.strerror}; set {section}.socket to another path"
+        ) from error
     return sock
 
 
-def _remove_stale(path: Path) -> None:
+def _remove_stale(path: Path, kind: int, section: str) -> None:
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise SocketUnusable(
-                f"{path} is in the way and is not a socket; remove it or set api.socket to another path"
+                f"{path} is in the way and is not a socket; remove it or set {section}.socket to another path"
             )
     except FileNotFoundError:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as probe:
+    with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as probe:
         error = probe.connect_ex(str(path))
     if error != errno.ECONNREFUSED:  # also EAGAIN: somebody listens and is busy
         raise SocketUnusable(
-            f"another process listens on {path}; is a tierd running already? stop it or set api.socket to another path"
+            f"another process listens on {path}; is a tierd running already? stop it or set {section}.socket to another path"
         )
     path.unlink()
 
 
 @contextlib.contextmanager
-def _unlinked_at_the_end(path: Path) -> Iterator[None]:
+def unlinked_at_the_end(path: Path) -> Iterator[None]:
     """Remove the socket, unless somebody has put another one there."""
     inode = path.lstat().st_ino
     try:

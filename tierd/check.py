@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterable
@@ -80,11 +81,22 @@ _TRIALS: dict[str, tuple[bool, str, str, str]] = {
 }
 
 
+def tracks_by_itself(found: Probe) -> bool:
+    """Whether there is an engine that does to a VMM nothing but what the VMM's userfaultfd can: then a VMM that brings it needs
+    no privilege of ours."""
+    return not found.rwp or not found.rfc
+
+
 def kernel_findings(found: Probe) -> list[Finding]:
     """The trials on scratch pages, in words."""
     findings = []
     for trial, (needed, with_it, without_it, remedy) in _TRIALS.items():
         error = getattr(found, trial)
+        if trial == "userfaultfd" and error == errno.EPERM and tracks_by_itself(found):
+            needed, without_it = (
+                False,
+                "tierd may not make one for faults taken inside the kernel (KVM): a VMM must bring it",
+            )
         says = with_it if not error else f"{without_it} (the trial said: {os.strerror(error)})"
         findings.append(Finding(trial.replace("_", " "), not error, needed, says, remedy))
     return findings
@@ -127,7 +139,14 @@ def engine_findings(found: Probe, wanted: str = "auto", root: Path = Path("/")) 
 
 def host_findings(found: Probe, root: Path = Path("/")) -> list[Finding]:
     """What the host is set to, from /proc and /sys below `root`."""
-    return [_capabilities(root), _ptrace_scope(root), _large_folios(found, root), _swap(root)]
+    handshake = tracks_by_itself(found)  # then a VMM that brings its descriptors can be served without a privilege
+    return [
+        _capabilities(root, handshake),
+        _locked_memory(root),
+        _ptrace_scope(root, handshake),
+        _large_folios(found, root),
+        _swap(root),
+    ]
 
 
 def _read(path: Path) -> str:
@@ -138,15 +157,43 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _capabilities(root: Path) -> Finding:
+def _held(root: Path) -> int:
     match = re.search(r"^CapEff:\s+([0-9a-f]+)", _read(root / "proc/self/status"), re.MULTILINE)
-    held = int(match[1], 16) if match else 0
+    return int(match[1], 16) if match else 0
+
+
+def _capabilities(root: Path, handshake: bool) -> Finding:
+    held = _held(root)
     missing = [f"{name} ({why})" for number, (name, why) in _CAPABILITIES.items() if not held >> number & 1]
+    if missing and handshake:
+        says = (
+            f"a VMM must bring its descriptors (handshake.socket), of its own this process has not {', '.join(missing)}"
+        )
+        return Finding("privileges", False, False, says, "run this as root to attach to VMMs by their pid")
     says = f"missing: {', '.join(missing)}" if missing else "this process may do to a VMM what tierd does"
     return Finding("privileges", not missing, True, says, "run this as root")
 
 
-def _ptrace_scope(root: Path) -> Finding:
+def _locked_memory(root: Path) -> Finding:
+    """Page tables and buffers of the fault path are locked."""
+    from tierd.native import CAP_IPC_LOCK, GUEST_LOCKED_BYTES, TABLE_BYTES_A_PAGE
+
+    match = re.search(r"^Max locked memory\s+(\w+)", _read(root / "proc/self/limits"), re.MULTILINE)
+    if not match or match[1] == "unlimited" or _held(root) >> CAP_IPC_LOCK & 1:
+        return Finding("locked memory", True, False, "as much memory as tierd needs may be locked")
+    limit = int(match[1])
+    pages = max(limit - GUEST_LOCKED_BYTES, 0) // TABLE_BYTES_A_PAGE
+    room_gib = pages * os.sysconf("SC_PAGESIZE") / (1 << 30)
+    return Finding(
+        "locked memory",
+        False,
+        False,
+        f"RLIMIT_MEMLOCK is {limit >> 10} KiB: enough for one guest of {room_gib:.1f} GiB",
+        "raise LimitMEMLOCK= of tierd's unit; for a user unit that of user@.service, which is its hard limit, too",
+    )
+
+
+def _ptrace_scope(root: Path, handshake: bool) -> Finding:
     scope = _read(root / "proc/sys/kernel/yama/ptrace_scope").strip()
     says = (
         "nobody may trace a process (kernel.yama.ptrace_scope is 3)"
@@ -154,7 +201,7 @@ def _ptrace_scope(root: Path) -> Finding:
         else "a VMM can be entered by ptrace"
     )
     remedy = "set kernel.yama.ptrace_scope to 2 or less in /etc/sysctl.d; it takes a reboot"
-    return Finding("ptrace", scope != "3", True, says, remedy)
+    return Finding("ptrace", scope != "3", not handshake, says, remedy)
 
 
 def _large_folios(found: Probe, root: Path) -> Finding:

@@ -204,6 +204,14 @@ class Metrics(Frozen):
     listen: Annotated[str, BeforeValidator(_parse_address)] | None = None  # None: only on the API's socket
 
 
+class Handshake(Frozen):
+    """For VMMs that bring their descriptors: they are served without a privilege (engine rwp)."""
+
+    socket: Annotated[SomePath, AfterValidator(_socket_fits)] | None = None  # None: nobody can connect
+    mode: Annotated[int, BeforeValidator(_parse_mode)] = 0o600
+    group: Annotated[str, Field(min_length=1)] | None = None  # None: that of the process
+
+
 class FileStoreConfig(Frozen):
     path: SomePath = Path("/var/lib/tierd")
     capacity: Size | None = None  # of all guests together; None: what the file system has
@@ -253,6 +261,7 @@ WHOM = ("name", "pid", "cmdline")
 class Config(Frozen):
     runtime_dir: SomePath = Path("/run/tierd")
     api: Api = Api()
+    handshake: Handshake = Handshake()
     metrics: Metrics = Metrics()
     store: FileStoreConfig = FileStoreConfig()
     log: Log = Log()
@@ -275,12 +284,13 @@ class Config(Frozen):
 
 _SECTIONS: dict[str, type[Frozen]] = {
     "api": Api,
+    "handshake": Handshake,
     "metrics": Metrics,
     "store": FileStoreConfig,
     "log": Log,
     "defaults": Policy,
 }
-NEED_RESTART = ("runtime_dir", "api", "metrics", "store", "engine", "log")
+NEED_RESTART = ("runtime_dir", "api", "handshake", "metrics", "store", "engine", "log")
 
 
 def changes(old: Config, new: Config) -> list[str]:

@@ -13,19 +13,20 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import structlog.tracebacks
 import trio
 
 from tierd import __version__
-from tierd.attach import Refused
+from tierd.attach import GuestSpec, Handed, Refused
 from tierd.attach.preflight import HolderScan
 from tierd.attach.procfs import Discovery, boot_id, read_spec, start_ticks
+from tierd.attach.ptrace import features_of
 from tierd.check import engine_findings
 from tierd.config import Config, ConfigErrors, changes, load
 from tierd.engine import EngineUnavailable, choose
@@ -34,6 +35,7 @@ from tierd.resume import Resumed
 from tierd.serve import (
     SUFFIX,
     AlreadyRunning,
+    AwaitsHandshake,
     Stale,
     StateError,
     key_of,
@@ -46,20 +48,39 @@ from tierd.store.file import FileStore
 from tierd.systemd import Notifier, watchdog_interval_s
 from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused, StoreStatus
 
+if TYPE_CHECKING:
+    from tierd.vmms import Hand
+
 # A VMM that was just started has no memory yet: look again soon, then rarely
 RETRY_S = (0.2, 0.3, 0.5, 1, 2, 5, 10)
 RETRY_S_MAX = 60.0
 READY_TRIES = 50
 READOPT_S, READOPT_S_MAX = 0.5, 10.0
 STOP_GRACE_S = 5.0
-API_RETRY_S = 2.0
+SOCKET_RETRY_S = 2.0
 WATCH_S = 0.25  # between looks at the fault threads
 STORE_ASK_S, STORE_ANSWERS_S = 1.0, 5.0
 ADOPT_S_MAX = 5.0  # for the start to wait for a guest
+HAND_OVER_S_MAX = 60.0  # for an adoption with what a VMM brought
 END_S_MAX = 5.0  # for calls that are under way when everything else has ended
+UNSEEN_WHY = "tierd has no right to, so whether one of them holds a guest's memory is not known"
+UNSEEN_ACTION = "let no VMM share its memory with a process of another user; tierd as root sees them"
 STOP, RESTART = (signal.SIGTERM, signal.SIGINT), signal.SIGUSR1
 
 log = structlog.get_logger()
+
+
+class _Offer:
+    """What a VMM brought, for the task that adopts its guest; and that task's answer."""
+
+    def __init__(self, hand: Hand) -> None:
+        self.hand = hand
+        self.taken = trio.Event()
+        self.guest: Guest  # when taken
+
+    def take(self, guest: Guest) -> None:
+        self.guest = guest
+        self.taken.set()
 
 
 class Daemon:
@@ -70,11 +91,15 @@ class Daemon:
         self.notifier, self._resumed = host.notifier, resumed
         self._guests: dict[str, Guest] = {}
         self._waiting: dict[str, trio.Event] = {}  # refused or not ready: set to try again now
+        self._hands: dict[str, Hand] = {}  # by key: VMMs that are connected and served
+        self._kept: set[str] = set()  # by key: what a VMM brought and the service manager has, too
+        self._offers: dict[str, _Offer] = {}  # by key: for the next try at an adoption
         self._left: set[str] = set()  # detached by an operator: not picked up again
         self._began = trio.current_time()
         self._engine_notes = [finding.says for finding in engine_findings(host.engine.found, config.engine)]
         self._nursery: trio.Nursery
         self._stopping = self._manager_deaf = False
+        self._unseen_told = False
         self._fds_to_remove: set[str] = set()  # by key: of the manager's, of guests that are gone or were left
         self._store_asked_at = trio.current_time()
         self._store_figures = (0, 0)  # used, free; in bytes
@@ -90,11 +115,12 @@ class Daemon:
         with trio.open_signal_receiver(*STOP, RESTART, signal.SIGHUP) as signals:
             async with trio.open_nursery() as self._nursery:
                 await self._adopt_all()
+                await self._start_socket("handshake", self._start_handshake)  # soon: VMMs may wait to come again
                 self._store_figures = await trio.to_thread.run_sync(self._ask_store)
                 swept = await trio.to_thread.run_sync(self.host.store.sweep, self._may_be_needed)
                 if swept:
                     log.info("store_swept", guests=swept)
-                await self._start_api()
+                await self._start_socket("api", self._start_api)
                 self._nursery.start_soon(self._watch_guests)
                 self._nursery.start_soon(self._watch_store)
                 self._nursery.start_soon(self._discover)
@@ -111,22 +137,34 @@ class Daemon:
                 self._end_at_last()
                 self._nursery.cancel_scope.cancel()
 
-    async def _start_api(self) -> None:
-        """SocketUnusable ends a tierd that serves nobody. One that has adopted guests goes on without an API: their faults
-        are worth more."""
+    async def _start_socket(self, name: str, start: Callable[[], Awaitable[None]]) -> None:
+        """SocketUnusable ends a tierd that serves nobody. One that has adopted guests goes on without it: their faults are
+        worth more."""
         from tierd.api import SocketUnusable  # only now: faults come first
 
         try:
-            await self._try_api()
+            await start()
         except SocketUnusable as error:
             if not self._guests:
                 raise
             log.error(
-                "api_unusable", error=str(error), action=f"serving guests without it; trying every {API_RETRY_S:g} s"
+                f"{name}_unusable",
+                error=str(error),
+                action=f"serving guests without it; trying every {SOCKET_RETRY_S:g} s",
             )
-            self._nursery.start_soon(self._start_api_later)
+            self._nursery.start_soon(self._start_socket_later, name, start)
 
-    async def _try_api(self) -> None:
+    async def _start_socket_later(self, name: str, start: Callable[[], Awaitable[None]]) -> None:
+        from tierd.api import SocketUnusable
+
+        while True:
+            await trio.sleep(SOCKET_RETRY_S)
+            with contextlib.suppress(SocketUnusable):
+                await start()
+                log.info(f"{name}_works_again")
+                return
+
+    async def _start_api(self) -> None:
         from tierd.api import serve
 
         api, listen = self.config.api, self.config.metrics.listen
@@ -134,15 +172,14 @@ class Daemon:
             partial(serve, self, socket_path=api.socket, mode=api.mode, group=api.group, metrics_listen=listen)
         )
 
-    async def _start_api_later(self) -> None:
-        from tierd.api import SocketUnusable
+    async def _start_handshake(self) -> None:
+        from tierd.vmms import serve
 
-        while True:
-            await trio.sleep(API_RETRY_S)
-            with contextlib.suppress(SocketUnusable):
-                await self._try_api()
-                log.info("api_works_again")
-                return
+        handshake = self.config.handshake
+        if handshake.socket is not None:
+            await self._nursery.start(
+                partial(serve, self, socket_path=handshake.socket, mode=handshake.mode, group=handshake.group)
+            )
 
     async def _obey(self, signals: Any) -> None:
         """Handle signals until it is time to go."""
@@ -229,7 +266,14 @@ class Daemon:
         while True:
             for guest in list(self._guests.values()):
                 guest.watch()
+            self._tell_unseen()
             await trio.sleep(WATCH_S)
+
+    def _tell_unseen(self) -> None:
+        unseen = self.host.holders.unseen
+        if unseen and not self._unseen_told:
+            log.warning("holders_unseen", processes=unseen, why=UNSEEN_WHY, action=UNSEEN_ACTION)
+        self._unseen_told = self._unseen_told or bool(unseen)
 
     def _ask_store(self) -> tuple[int, int]:
         return self.host.store.used_bytes(), self.host.store.free_bytes()
@@ -270,6 +314,7 @@ class Daemon:
         while True:
             if interval_s:
                 self._tell(self.notifier.watchdog)
+            self._forget_dead()
             # again for as long as the manager is busy: it keeps what it is not told to give up
             self._fds_to_remove = {key for key in self._fds_to_remove if not self._told_to_remove(key)}
             self._tell(self.notifier.status, self._summary())
@@ -314,7 +359,11 @@ class Daemon:
         for unfinished in self.host.guests_dir.glob("*.new"):
             with contextlib.suppress(OSError):  # what is no file is in the way of its guest only, which is told then
                 unfinished.unlink()  # an attach that died before its first registration
-        for key in self.host.kept_uffds.keys() - self._guests.keys():
+        self._forget_dead()
+
+    def _forget_dead(self) -> None:
+        """Descriptors of guests that are not served and gone by now. What VMMs brought holds their memory."""
+        for key in (self.host.kept_uffds.keys() | self.host.kept_handed.keys()) - self._guests.keys():
             pid, _, ticks = key.partition("-")
             # a guest that lives may have been refused, or be of another runtime_dir: its pages hang on this descriptor
             if pid.isdecimal() and f"{start_ticks(int(pid))}" != ticks:
@@ -324,11 +373,15 @@ class Daemon:
         return not self.notifier.address or self._tell(self.notifier.remove_fds, key)
 
     def _forget_kept(self, key: str) -> None:
-        """A descriptor that the service manager kept for a guest that is gone or was left."""
-        fd = self.host.kept_uffds.pop(key, None)
+        """Descriptors that the service manager kept for a guest that is gone or was left."""
+        fd, handed = self.host.kept_uffds.pop(key, None), self.host.kept_handed.pop(key, None)
         if fd is not None:
             os.close(fd)
+        if handed is not None:
+            handed.close()
+        if fd is not None or key in self._kept:
             self._fds_to_remove.add(key)
+            self._kept.discard(key)
 
     async def _adopt(self, path: Path) -> None:
         try:
@@ -384,10 +437,7 @@ class Daemon:
             if reason != told and delay_s >= 1:
                 told = reason
                 log.warning("guest_refused", guest=name, pid=pid, reason=reason)
-            again = self._waiting.setdefault(f"{pid}", trio.Event())
-            with trio.move_on_after(delay_s):
-                await again.wait()
-            self._waiting.pop(f"{pid}", None)
+            await self._wait_to_try_again(pid, delay_s)
         self._forget_refused(pid)
 
     def _forget_refused(self, pid: int) -> None:
@@ -422,7 +472,7 @@ class Daemon:
                 self._forget_kept(guest.key)
                 return str(stale)
             except Exception as error:
-                guest.refuse(str(error) or type(error).__name__)
+                guest.refuse(error)
                 expected = isinstance(error, Refused | StateError | StoreError | OSError)
                 if not path.exists():
                     if not expected:
@@ -434,7 +484,17 @@ class Daemon:
                     await self._bury(guest, path)
                     return guest.status().reason
                 delay_s = min(READOPT_S * 2**tries, READOPT_S_MAX)
-                if told != str(error):
+                if told != str(error) and isinstance(error, AwaitsHandshake):
+                    log.warning(
+                        "guest_awaits_handshake",
+                        guest=guest.name,
+                        pid=guest.pid,
+                        socket=str(self.config.handshake.socket),
+                        action="its evicted pages wait until its VMM connects again"
+                        if self.config.handshake.socket
+                        else "set handshake.socket to the path that its VMM connects to, and restart tierd",
+                    )
+                elif told != str(error):
                     tell = log.error if expected else log.exception
                     tell(
                         "guest_not_served",
@@ -444,7 +504,9 @@ class Daemon:
                         action=f"its evicted pages wait; adopting it again, every {READOPT_S_MAX:g} s at the latest",
                     )
                 told, tries = str(error), tries + 1
-                await trio.sleep(delay_s)
+                if guest.key not in self._offers:
+                    await self._wait_to_try_again(guest.pid, delay_s)
+                offer = self._offers.pop(guest.key, None)
                 paused = guest.paused or self._stopping  # what stopping has brought back stays there
                 guest = self._guests[guest.key] = Guest(
                     guest.spec,
@@ -453,10 +515,15 @@ class Daemon:
                     path,
                     paused,
                     kept_uffd=self.host.kept_uffds.get(guest.key),
+                    handed=offer.hand.brought.handed.dup() if offer else self._handed_of(guest.key),
                 )
+                if offer:
+                    offer.take(guest)
                 continue
             if ending is Ending.DETACHED:
                 self._left.add(guest.key)
+                if guest.key in self._hands:
+                    self._hands[guest.key].left()
             if ending is not Ending.KEPT:
                 self._forget_kept(guest.key)
             self._guests.pop(guest.key, None)
@@ -468,28 +535,95 @@ class Daemon:
             path.unlink(missing_ok=True)
             await trio.to_thread.run_sync(self.host.store.sweep, self._may_be_needed)
         self._guests.pop(guest.key, None)
+        self._forget_kept(guest.key)
         log.info("guest_ended", guest=guest.name, pid=guest.pid, how="the VMM ended while it was not served")
 
     # --- orders -------------------------------------------------------------------------------------------------------------
 
     async def attach(self, pid: int, name: str | None) -> GuestView:
         """Preflight and attach, whatever the rules say about names. Refused, OSError, RequestRefused."""
-        spec = await trio.to_thread.run_sync(read_spec, pid, name)
+        return await self._attach(await trio.to_thread.run_sync(read_spec, pid, name), None)
+
+    async def _attach(self, spec: GuestSpec, handed: Handed | None) -> Guest:
+        """`handed` is the caller's."""
         key = key_of(spec)
         if key in self._guests and self._guests[key].served:
-            raise RequestRefused(f"guest {spec.name} (pid {pid}) is served already", "see `tierd status`")
-        policy = self.config.match(spec.name, pid, " ".join(spec.cmdline)) or self.config.defaults
-        guest = Guest(spec, policy, self.host)
+            raise RequestRefused(f"guest {spec.name} (pid {spec.pid}) is served already", "see `tierd status`")
+        policy = self.config.match(spec.name, spec.pid, " ".join(spec.cmdline)) or self.config.defaults
+        guest = Guest(spec, policy, self.host, handed=handed.dup() if handed else None)
         self._left.discard(key)
         self._guests[key] = guest
         self._nursery.start_soon(self._run_guest, guest)
         await guest.begun.wait()
         if not guest.served:
             raise RequestRefused(
-                f"guest {spec.name} (pid {pid}) was refused: {guest.status().reason}",
+                f"guest {spec.name} (pid {spec.pid}) was refused: {guest.status().reason}",
                 "remove the cause and attach again",
             )
         return guest
+
+    async def welcome(self, hand: Hand) -> str:
+        """A VMM brought its descriptors: for a guest that is new, that waits for them, or that is served already (its old
+        connection broke). Its key. Refused, RequestRefused, StateError, OSError: nothing was changed."""
+        key = f"{hand.pid}-{start_ticks(hand.pid)}"
+        if self._stopping:
+            raise RequestRefused("tierd is stopping", "connect again when one runs")
+        if key in self._guests:
+            with trio.move_on_after(HAND_OVER_S_MAX):  # a try without these descriptors may be under way
+                await self._guests[key].begun.wait()
+        guest = self._guests.get(key)
+        if guest is not None and guest.served:
+            if not guest.spec.handshake:
+                raise RequestRefused(f"guest {guest.name} was attached by its pid", "`tierd detach` it first")
+            if not features_of(hand.brought.handed.uffd):
+                raise RequestRefused(f"guest {guest.name} is served with another userfaultfd", "send that one")
+        elif guest is not None and not guest.begun.is_set():
+            raise RequestRefused(f"a try to serve guest {guest.name} hangs", "see tierd's log; connect again")
+        elif (self.host.guests_dir / (key + SUFFIX)).exists():
+            guest = await self._hand_over(key, hand)
+        else:
+            spec = await trio.to_thread.run_sync(hand.spec)
+            try:
+                guest = await self._attach(spec, hand.brought.handed)
+            except RequestRefused:  # the VMM is told; it may come again
+                if key in self._guests and not self._guests[key].served:
+                    del self._guests[key]
+                raise
+        self._hands[key] = hand
+        if self.notifier.keeps_fds and self._tell(self.notifier.store_fds, key, hand.brought.handed.fds()):
+            self._kept.add(key)  # a successor need not wait until the VMM comes again
+        return guest.key
+
+    async def _hand_over(self, key: str, hand: Hand) -> Guest:
+        """To the task of a guest that is to be adopted, for its next try."""
+        if key not in self._guests:
+            raise StateError(f"the state file of process {hand.pid} was refused; see tierd's log")
+        offer = self._offers[key] = _Offer(hand)
+        self._try_again(hand.pid)
+        with trio.move_on_after(HAND_OVER_S_MAX):
+            await offer.taken.wait()
+            await offer.guest.begun.wait()
+            if offer.guest.served:
+                return offer.guest
+            raise StateError(offer.guest.status().reason)
+        if self._offers.get(key) is offer:
+            del self._offers[key]
+        raise StateError(
+            f"guest {self._guests[key].name} is being adopted: its store, or what is left of a predecessor, hangs"
+            if key in self._guests
+            else f"process {hand.pid} is no guest any more"
+        )
+
+    def _handed_of(self, key: str) -> Handed | None:
+        """For another try at a guest: what its VMM's connection holds, or the service manager kept. The caller closes it."""
+        if key in self._hands:
+            return self._hands[key].brought.handed.dup()
+        return self.host.kept_handed[key].dup() if key in self.host.kept_handed else None
+
+    def gone(self, hand: Hand) -> None:
+        """A VMM closed its connection. It is served on: whether it lives, its pidfd says."""
+        for key in [key for key, other in self._hands.items() if other is hand]:
+            del self._hands[key]
 
     async def detach(self, key: str, progress: Progress) -> None:
         guest = self._guests[key]
@@ -505,8 +639,15 @@ class Daemon:
             self._guests.pop(key, None)
             self._try_again(guest.pid)
 
+    async def _wait_to_try_again(self, pid: int, delay_s: float) -> None:
+        again = self._waiting.setdefault(f"{pid}", trio.Event())
+        with trio.move_on_after(delay_s):
+            await again.wait()
+        self._waiting.pop(f"{pid}", None)
+
     def _try_again(self, pid: int) -> None:
-        if event := self._waiting.get(f"{pid}"):
+        event = self._waiting.get(f"{pid}")
+        if event is not None:
             event.set()
 
     async def reload(self) -> Sequence[str]:
@@ -516,6 +657,8 @@ class Daemon:
         self.config = new
         for guest in self._guests.values():
             policy = new.match(guest.name, guest.pid, " ".join(guest.spec.cmdline))
+            if policy is None and guest.spec.handshake:  # it came by itself: no rule need name it
+                policy = new.defaults
             if policy is not None:
                 guest.set_policy(policy)
             elif guest.served:
@@ -541,12 +684,16 @@ class Daemon:
             log.info("reloaded", changes=list(told))
         await self._tell_ready()
 
+    def _unseen_notes(self) -> Sequence[str]:
+        unseen = self.host.holders.unseen
+        return [f"{unseen} processes were not looked at: {UNSEEN_WHY}; {UNSEEN_ACTION}"] if unseen else []
+
     def status(self) -> DaemonStatus:
         store, (used_bytes, free_bytes), reasons = self.host.store, self._store_figures, self._store_reasons()
         return DaemonStatus(
             version=__version__,
             engine=self.host.engine.name,
-            engine_notes=self._engine_notes,
+            engine_notes=[*self._engine_notes, *self._unseen_notes()],
             pid=os.getpid(),
             uptime_s=trio.current_time() - self._began,
             guests=[guest.status() for guest in self._guests.values()],
@@ -595,7 +742,8 @@ async def _run(config: Config, config_path: Path, resumed: Resumed) -> None:
         store = await _open_store(config, notifier)
         if store.trouble:
             log.error("store_cannot_be_written", error=store.trouble, action="what is in it is served")
-        host = Host(choose(config.engine), store, guests_dir, boot_id(), HolderScan(), notifier, resumed.kept_fds)
+        kept = resumed.kept_uffds, resumed.kept_handed
+        host = Host(choose(config.engine), store, guests_dir, boot_id(), HolderScan(), notifier, *kept)
         await Daemon(config, config_path, host, resumed).run()
     finally:
         resumed.close()

@@ -24,13 +24,13 @@ import trio
 
 from tierd import cycle
 from tierd import policy as policies
-from tierd.attach import GuestSpec, Refused
+from tierd.attach import GuestSpec, Handed, Refused
 from tierd.attach.preflight import HolderScan, preflight, recheck, swap_can_receive
 from tierd.attach.procfs import grown, start_ticks
 from tierd.config import Policy
 from tierd.engine import Engine
-from tierd.native import STATES, STORE_WRITE, KernelError, NativeGuest
-from tierd.serve import Served, Tuning, adopt, attach, holders_of, key_of
+from tierd.native import STATES, STORE_WRITE, KernelError, NativeGuest, Zap
+from tierd.serve import AwaitsHandshake, Served, Tuning, adopt, attach, holders_of, key_of
 from tierd.store import StoreError
 from tierd.store.file import FileStore
 from tierd.systemd import Notifier
@@ -57,6 +57,7 @@ class Host:
     holders: HolderScan
     notifier: Notifier
     kept_uffds: dict[str, int] = field(default_factory=dict)  # by key: a copy that outlives whatever befalls a Guest
+    kept_handed: dict[str, Handed] = field(default_factory=dict)  # by key: what the manager kept of VMMs that connected
     store_trouble: dict[str, str] = field(default_factory=dict)  # guest's key -> why the store did not take its pages
 
 
@@ -82,13 +83,16 @@ class Guest:
         paused: bool = False,
         resumed: Future[Served] | None = None,
         kept_uffd: int | None = None,
+        handed: Handed | None = None,
     ) -> None:
         """`state_path`: adopt what a predecessor left there, instead of attaching. `resumed`: that is under way.
-        `kept_uffd`: the service manager kept the guest's userfaultfd; it stays the caller's."""
+        `kept_uffd`: the service manager kept the guest's userfaultfd; it stays the caller's. `handed`: what the VMM
+        brought; closed by `run`."""
         self.spec, self.policy = spec, policy
         self.key = key_of(spec)
         self._host = host
         self._state_path, self._resumed, self._kept_uffd = state_path, resumed, kept_uffd
+        self._handed = handed
         self._log = structlog.get_logger().bind(guest=spec.name, pid=spec.pid)
         self._state: State = "attaching"
         self._reason = ""
@@ -137,7 +141,7 @@ class Guest:
         try:
             served = self._served = await self._in_worker(self._begin)
         except BaseException as error:
-            self.refuse(str(error))
+            self.refuse(error)
             raise
         finally:
             self.begun.set()
@@ -169,6 +173,13 @@ class Guest:
 
     def _begin(self) -> Served:
         """Attach or adopt. Worker thread."""
+        try:
+            return self._attach_or_adopt()
+        finally:
+            if self._handed is not None:
+                self._handed.close()
+
+    def _attach_or_adopt(self) -> Served:
         policy, host = self.policy, self._host
         tuning = Tuning(
             policy.min_idle_s,
@@ -186,8 +197,10 @@ class Guest:
                 swap_can_receive=swappable,
                 boot_id=host.boot_id,
                 kept_uffd=self._kept_uffd,
+                handed=self._handed,
             )
-        preflight(self.spec, policy, host.holders, host.engine)
+        entered = not self.spec.handshake or host.engine.zap(inside=swappable) is Zap.INJECT
+        preflight(self.spec, policy, host.holders, host.engine, entered=entered)
         return attach(
             self.spec,
             engine=host.engine,
@@ -196,6 +209,7 @@ class Guest:
             tuning=tuning,
             swap_can_receive=swappable,
             capacity_bytes=self._capacity_bytes(0),
+            handed=self._handed,
         )
 
     def _adoption_facts(self) -> dict[str, int]:
@@ -290,6 +304,8 @@ class Guest:
             self._tell_grown()
 
     def _tell_grown(self) -> None:
+        if self.spec.handshake:  # it says itself what is guest memory
+            return
         more = sum(region.bytes for region in grown(self.spec))
         if more and more != self._grown_told:
             self._log.warning(
@@ -612,9 +628,11 @@ class Guest:
                 "repair the store and `tierd retry` it, or end the VM",
             )
 
-    def refuse(self, reason: str) -> None:
-        """Not served, for a reason that an operator can see in `tierd status`."""
-        self._state, self._reason = "refused", reason
+    def refuse(self, error: BaseException) -> None:
+        """Not served, for a reason that an operator can see in `tierd status`; nothing is wrong when it only waits."""
+        if not isinstance(error, AwaitsHandshake):
+            self._state = "refused"
+        self._reason = str(error) or type(error).__name__
 
     def keep(self) -> None:
         """End serving; what is stored stays stored for the next tierd."""

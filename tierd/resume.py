@@ -8,17 +8,19 @@ nobody: whatever does not go through here at once is left to the daemon, which t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from tierd.attach import Handed
 from tierd.attach.preflight import swap_can_receive
-from tierd.attach.procfs import boot_id
+from tierd.attach.procfs import UFFD_LINK, boot_id
 from tierd.engine import Engine, EngineUnavailable, choose
 from tierd.serve import (
     SUFFIX,
@@ -43,7 +45,8 @@ class Resumed:
     runtime_dir: Path
     lock: int | None = None  # of the runtime directory
     served: dict[str, Future[Served]] = field(default_factory=dict)  # by key; some may not be done yet
-    kept_fds: dict[str, int] = field(default_factory=dict)  # by key: userfaultfds that the service manager kept
+    kept_uffds: dict[str, int] = field(default_factory=dict)  # by key: that the service manager kept
+    kept_handed: dict[str, Handed] = field(default_factory=dict)  # by key: what VMMs brought, and it kept
 
     def close(self) -> None:
         """Of the guests: those that nobody took out of `served`. What is stored of them stays stored."""
@@ -57,7 +60,8 @@ def resume(runtime_dir: Path) -> Resumed:
     """Adopt what can be adopted, on `runtime_dir` if that is a usable one and no other tierd works on it. Blocks: some
     milliseconds a guest, RESUME_S_MAX at most."""
     fill_standard_descriptors()
-    resumed = Resumed(runtime_dir, kept_fds=dict(listen_fds()))
+    resumed = Resumed(runtime_dir)
+    _sort_out(listen_fds(), resumed)
     try:
         guests_dir = prepare_runtime_dir(runtime_dir)
         resumed.lock = lock_runtime_dir(runtime_dir)
@@ -68,12 +72,38 @@ def resume(runtime_dir: Path) -> Resumed:
     if engine is not None:
         for path in paths:
             key = path.name.removesuffix(SUFFIX)
-            resumed.served[key] = _in_thread(partial(_adopt, path, engine, resumed.kept_fds.get(key)))
+            kept = resumed.kept_uffds.get(key), resumed.kept_handed.get(key)
+            resumed.served[key] = _in_thread(partial(_adopt, path, engine, *kept))
         wait(resumed.served.values(), RESUME_S_MAX)
     return resumed
 
 
-def _adopt(path: Path, engine: Engine, kept_uffd: int | None) -> Served:
+def _sort_out(named: Sequence[tuple[str, int]], resumed: Resumed) -> None:
+    """Under a guest's key there is a userfaultfd and, of a VMM that brought its descriptors, all the others, in no order."""
+    for key in {name for name, _ in named}:
+        memfds: dict[tuple[int, int], int] = {}
+        uffd = pagemap = -1
+        for fd in (fd for name, fd in named if name == key):
+            link, info = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd)
+            if link.endswith("/pagemap"):
+                pagemap = fd
+            elif link == UFFD_LINK:
+                uffd = fd
+            else:
+                memfds[info.st_dev, info.st_ino] = fd
+        if uffd >= 0:
+            resumed.kept_uffds[key] = uffd
+        pid = key.partition("-")[0]
+        if min(uffd, pagemap) >= 0 and memfds and pid.isdecimal():
+            with contextlib.suppress(ProcessLookupError):  # then nobody needs them
+                resumed.kept_handed[key] = Handed(os.pidfd_open(int(pid)), os.dup(uffd), None, pagemap, memfds)
+                continue
+        for fd in (pagemap, *memfds.values()):
+            if fd >= 0:
+                os.close(fd)
+
+
+def _adopt(path: Path, engine: Engine, kept_uffd: int | None, handed: Handed | None) -> Served:
     left = read_state(path, boot_id())
     return adopt(
         path,
@@ -81,6 +111,7 @@ def _adopt(path: Path, engine: Engine, kept_uffd: int | None) -> Served:
         swap_can_receive=swap_can_receive(left.spec.pid),
         boot_id=left.spec.boot_id,
         kept_uffd=kept_uffd,
+        handed=handed,
         lock_s_max=LOCK_S_MAX,
     )
 

@@ -11,19 +11,44 @@ import contextlib
 import errno
 import fcntl
 import os
+import resource
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tierd.attach import GuestSpec, Region
-from tierd.attach.preflight import HolderScan
-from tierd.attach.procfs import Mapping, cmdline_of, filtered, maps_of, open_memfd, start_ticks, still_mapped
-from tierd.attach.ptrace import close_in_vmm, pick_thread, pidfd_getfd, put_into_vmm, take_userfaultfd
+from tierd.attach import GuestSpec, Handed, Refused, Region
+from tierd.attach.preflight import HolderScan, registered_regions, status_field
+from tierd.attach.procfs import (
+    UFFD_LINK,
+    Mapping,
+    cmdline_of,
+    filtered,
+    maps_of,
+    open_memfd,
+    start_ticks,
+    still_mapped,
+)
+from tierd.attach.ptrace import (
+    Taken,
+    agree_once,
+    close_in_vmm,
+    features_of,
+    may_enter,
+    may_page_out,
+    pick_thread,
+    pidfd_getfd,
+    put_into_vmm,
+    take_userfaultfd,
+)
 from tierd.engine import Engine, engine_of
 from tierd.native import (
+    CAP_IPC_LOCK,
+    GUEST_LOCKED_BYTES,
+    HUGE_BUFFER_PAGES,
     STATES,
+    TABLE_BYTES_A_PAGE,
     Adoption,
     Identity,
     KernelError,
@@ -46,11 +71,19 @@ PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 SUFFIX = ".state"
 EPOCH_S_MAX, EPOCH_S_MIN = 8.0, 0.05
 LEAVE_S_MAX = 10.0
-UFFD_LINK = "anon_inode:[userfaultfd]"
 
 
 class StateError(Exception):
     """The runtime directory or a state file cannot be used; the text says why and what to do."""
+
+
+class AwaitsHandshake(StateError):
+    """The guest's VMM brought its descriptors to a predecessor, and must bring them to us, too. Nothing was touched."""
+
+    def __init__(self, name: str, pid: int) -> None:
+        super().__init__(
+            f"waiting for its VMM's handshake: process {pid} ({name}) connected to a tierd before, and has not to this one"
+        )
 
 
 @dataclass(frozen=True)
@@ -82,7 +115,7 @@ class Served:
         self._undo = contextlib.ExitStack()
         self.native: NativeGuest
         self.space: FileSpace
-        self.pidfd = self.uffd = self.uffd_in_vmm = self.table_fd = -1
+        self.pidfd = self.uffd = self.uffd_in_vmm = self.pagemap = self.table_fd = -1
         self.memfds: list[int] = []
         self.page_bytes = PAGE_BYTES
 
@@ -112,6 +145,13 @@ class Served:
     def adapt(self, swap_can_receive: bool) -> None:
         """Before every pass: swap may have come, or gone, since the last one. Worker."""
         zap = self._zap(swap_can_receive)
+        if zap is Zap.INJECT and self.spec.handshake and filtered(self.spec.pid, self.spec.cmdline):
+            raise Refused(  # preflight asks only where calls inside the VMM are to be expected
+                "seccomp",
+                "swap is on by now, and the VMM runs under a seccomp filter that may kill it for a call of ours",
+                f"pid {self.spec.pid}: Seccomp 2, not QEMU's -sandbox",
+                "swapoff -a, or memory.swap.max=0 in the VM's control group, then detach and let it connect again",
+            )
         if zap is not self.zap:
             self._inject_tid = pick_thread(self.spec.pid) if zap is Zap.INJECT else 0
             self.native.set_zap(zap, self._inject_tid)
@@ -130,6 +170,11 @@ class Served:
 
     def give_uffd_back(self) -> None:
         """Put a copy into the VMM again. OSError: it cannot be entered now. Worker."""
+        if self.spec.handshake:
+            raise PermissionError(
+                errno.EPERM,
+                f"process {self.spec.pid} came by handshake and is not entered; it must keep the descriptor",
+            )
         if filtered(self.spec.pid, self.spec.cmdline):
             raise PermissionError(
                 errno.EPERM, f"process {self.spec.pid} has a seccomp filter that may kill it for our call"
@@ -147,6 +192,8 @@ class Served:
         self._disarm()
         self.forget()
         self.native.stop()
+        if self.spec.handshake:  # it made its userfaultfd, it closes it
+            return True
         try:
             if filtered(self.spec.pid, self.spec.cmdline):
                 return False
@@ -236,46 +283,67 @@ def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive
     """The native guest over what `served` holds so far."""
     capacity_pages = capacity_bytes // served.page_bytes
     spec, space = served.spec, served.space
-    pagemap = os.open(f"/proc/{spec.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     served.zap = served._zap(swap_can_receive)
     served._inject_tid = pick_thread(spec.pid) if served.zap is Zap.INJECT else 0
-    try:
-        served.native = NativeGuest(
-            table_fd=served.table_fd,
-            uffd=served.uffd,
-            pidfd=served.pidfd,
-            pagemap_fd=pagemap,
-            regions=_table_regions(spec.regions),
-            memfds=served.memfds,
-            tier=Tier(space.fd, space.direct, space.drop_cache, capacity_pages, space.late),
-            engine=engine.number,
-            page_bytes=served.page_bytes,
-            zap=served.zap,
-            inject_tid=served._inject_tid,
-            use_pagemap=engine.use_pagemap,
-            readahead_pages=tuning.readahead_pages_max,
-            spin_us_max=tuning.fault_spin_us_max,
-            follow=tuning.follow,
-        )
-    finally:
-        os.close(pagemap)
+    served.native = NativeGuest(
+        table_fd=served.table_fd,
+        uffd=served.uffd,
+        pidfd=served.pidfd,
+        pagemap_fd=served.pagemap,
+        regions=_table_regions(spec.regions),
+        memfds=served.memfds,
+        tier=Tier(space.fd, space.direct, space.drop_cache, capacity_pages, space.late),
+        engine=engine.number,
+        page_bytes=served.page_bytes,
+        zap=served.zap,
+        inject_tid=served._inject_tid,
+        use_pagemap=engine.use_pagemap,
+        readahead_pages=tuning.readahead_pages_max,
+        spin_us_max=tuning.fault_spin_us_max,
+        follow=tuning.follow,
+    )
     served._undo.push(served.native)
+    if spec.handshake:
+        served.native.set_handshake()
     served.native.set_reads(tuning.read_deadline_s, tuning.hold_lost)
+
+
+def _must_be_lockable(served: Served) -> None:
+    """A guest that was served must be adopted as long as it can be; a new one must also have room for what comes later."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    held = Path("/proc/self/status").read_text().partition("CapEff:")[2].split(None, 1)[0]
+    if limit == resource.RLIM_INFINITY or int(held, 16) >> CAP_IPC_LOCK & 1:
+        return
+    needed = GUEST_LOCKED_BYTES + TABLE_BYTES_A_PAGE * served.pages
+    if served.page_bytes != PAGE_BYTES:
+        needed += HUGE_BUFFER_PAGES * served.page_bytes
+    locked = status_field(os.getpid(), "VmLck") << 10
+    if locked + needed > limit:
+        raise StateError(
+            f"the page table and the buffers of {served.spec.name} ({needed >> 10} KiB) cannot be locked in memory: "
+            f"RLIMIT_MEMLOCK is {limit >> 10} KiB, {locked >> 10} KiB are used; raise LimitMEMLOCK= of tierd's unit, for a user "
+            "unit also that of "
+            "user@.service"
+        )
 
 
 def _still_has(maps: Sequence[Mapping], region: Region) -> bool:
     return any((m.device, m.inode) == (region.device, region.inode) for m in maps)
 
 
-def _take_descriptors(served: Served, maps: Sequence[Mapping] = ()) -> None:
-    """`maps`: in an adoption, by which memory that the VMM has given up since is told from what cannot be had."""
+def _take_descriptors(served: Served, handed: Handed | None, maps: Sequence[Mapping] = ()) -> None:
+    """But for the userfaultfd. `maps`: in an adoption, by which memory that the VMM has given up since is told from what cannot
+    be had."""
     spec = served.spec
-    served.pidfd = served._own(os.pidfd_open(spec.pid))
+    served.pidfd = served._own(os.dup(handed.pidfd) if handed else os.pidfd_open(spec.pid))
     if start_ticks(spec.pid) != spec.start_ticks:
         raise ProcessLookupError(errno.ESRCH, f"process {spec.pid} is not the VMM of {spec.name} any more")
+    path = f"/proc/{spec.pid}/pagemap"
+    served.pagemap = served._own(os.dup(handed.pagemap) if handed else os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     for region in spec.regions:
         try:
-            served.memfds.append(served._own(open_memfd(spec.pid, region)))
+            fd = _handed_memfd(handed, region, spec) if handed else open_memfd(spec.pid, region)
+            served.memfds.append(served._own(fd))
         except OSError as error:
             if error.errno != errno.ESTALE or not maps or _still_has(maps, region):
                 raise
@@ -290,6 +358,16 @@ def _page_bytes(served: Served) -> int:
             errno.EINVAL, f"the memory of {served.spec.name} has pages of several sizes: {sorted(sizes)} bytes"
         )
     return sizes.pop()
+
+
+def _handed_memfd(handed: Handed, region: Region, spec: GuestSpec) -> int:
+    fd = handed.memfds.get((region.device, region.inode))
+    if fd is None:
+        raise OSError(
+            errno.ESTALE,
+            f"process {spec.pid} brought no descriptor of the memory at {region.address:#x} (inode {region.inode})",
+        )
+    return os.dup(fd)
 
 
 @contextlib.contextmanager
@@ -315,20 +393,29 @@ def attach(
     tuning: Tuning,
     swap_can_receive: bool,
     capacity_bytes: int,
+    handed: Handed | None = None,
 ) -> Served:
-    """Begin to serve a guest that passed preflight. On any error nothing of it stays, in the VMM neither."""
+    """Begin to serve a guest that passed preflight. On any error nothing of it stays, in the VMM neither (of a userfaultfd
+    that it brought, UFFDIO_API does). `handed`: what its VMM brought; duplicated."""
     served = Served(spec, guests_dir / (key_of(spec) + SUFFIX), engine)
     if os.path.lexists(served.state_path):  # pages of it may be stored: before anything of that is replaced
         raise StateError(
             f"{served.state_path} is in the way; nothing was touched, move it away if it is not a page table"
         )
     with _undone_on_error(served), contextlib.ExitStack() as on_error:
-        _take_descriptors(served)
-        taken = take_userfaultfd(spec.pid, engine.features)
-        served.uffd, served.uffd_in_vmm = served._own(taken.uffd), taken.uffd_in_vmm
-        os.close(taken.pidfd)
-        on_error.callback(_close_in_vmm_quietly, spec.pid, taken.uffd_in_vmm)
+        _take_descriptors(served, handed)
         served.page_bytes = _page_bytes(served)
+        _must_be_lockable(served)
+        if handed is not None:
+            assert handed.uffd_in_vmm is not None
+            served.uffd, served.uffd_in_vmm = served._own(os.dup(handed.uffd)), handed.uffd_in_vmm
+            _must_be_allowed(served, served._zap(swap_can_receive))
+            agree_once(served.uffd, engine.features)
+        else:
+            taken = _taken(spec, engine)
+            served.uffd, served.uffd_in_vmm = served._own(taken.uffd), taken.uffd_in_vmm
+            os.close(taken.pidfd)
+            on_error.callback(_close_in_vmm_quietly, spec.pid, taken.uffd_in_vmm)
         served.space = store.create(key_of(spec), served.pages, served.page_bytes)
         served._undo.callback(served.space.close)
         on_error.callback(served.space.delete)
@@ -336,9 +423,54 @@ def attach(
         on_error.callback(served.state_path.unlink, missing_ok=True)
         _open_guest(served, engine, tuning, swap_can_receive, capacity_bytes)
         served.native.start()  # a fault thread before the first registration
+        if handed is not None:
+            on_error.callback(_disarm_quietly, served)  # the VMM's copy of the userfaultfd stays open
         served.native.arm()
+        if handed is not None and registered_regions(spec) != len(spec.regions):
+            raise Refused(
+                "handshake",
+                "the userfaultfd is another process's",
+                f"pid {spec.pid}: its memory is not registered by a registration",
+                "send a userfaultfd that was made in the process that maps the memory (not in its parent or a child)",
+            )
         on_error.pop_all()
     return served
+
+
+def _taken(spec: GuestSpec, engine: Engine) -> Taken:
+    try:
+        return take_userfaultfd(spec.pid, engine.features)
+    except PermissionError as error:
+        raise PermissionError(
+            error.errno,
+            f"{error.strerror}: tierd may not enter process {spec.pid}; run tierd as root, or use a VMM that connects to "
+            "handshake.socket",
+        ) from error
+
+
+def _must_be_allowed(served: Served, zap: Zap) -> None:
+    """An engine that does not track by the userfaultfd needs a privilege that no descriptor gives."""
+    pid = served.spec.pid
+    if zap is Zap.INJECT and not may_enter(served.pidfd, served.uffd_in_vmm):
+        raise Refused(
+            "privileges",
+            f"engine {served.engine.name} finds untouched pages by calls inside the VMM where swap is on, which is not allowed",
+            f"pid {pid}, tierd runs as user {os.geteuid()}",
+            "run tierd as root, or on Linux 7.3 (engine rwp), which needs no privilege",
+        )
+    if zap is Zap.PAGEOUT and not may_page_out(served.pidfd, served.spec.regions[0].address):
+        raise Refused(
+            "privileges",
+            f"engine {served.engine.name} finds untouched pages by process_madvise, which is not allowed",
+            f"pid {pid}, tierd runs as user {os.geteuid()}",
+            "give tierd CAP_SYS_NICE, or run it on Linux 7.3 (engine rwp), which needs no privilege",
+        )
+
+
+def _disarm_quietly(served: Served) -> None:
+    """On the way out of a failed attach: the failure itself is what is reported. No page has left."""
+    with contextlib.suppress(OSError):
+        served.native.disarm()
 
 
 def _close_in_vmm_quietly(pid: int, fd: int) -> None:
@@ -475,6 +607,7 @@ def _read_state(fd: int, path: Path, boot_id: str) -> Left:
         boot_id=boot_id,
         cmdline=cmdline_of(identity.pid),
         regions=tuple(Region(r.address, r.bytes, r.offset, r.device, r.inode) for r in regions),
+        handshake=serving.handshake,
     )
     return Left(spec, identity, serving)
 
@@ -487,12 +620,14 @@ def adopt(
     boot_id: str,
     capacity_bytes: int = 0,
     kept_uffd: int | None = None,
+    handed: Handed | None = None,
     lock_s_max: float = 60.0,
     pause: Callable[[float], None] = time.sleep,
 ) -> Served:
     """Go on with what a predecessor left, as it did: what the configuration says now comes later. Stale: nobody needs the
-    file. StateError, StoreError, OSError: not touched, an operator must look.
+    file. StateError, StoreError, OSError: not touched, an operator must look; AwaitsHandshake: its VMM must.
 
+    `handed`: what its VMM brought again; duplicated.
     `kept_uffd`: a userfaultfd of this guest that the service manager kept, used (duplicated) where the VMM has none.
     `capacity_bytes`: what may be stored before set_limits says otherwise. `lock_s_max`: how long the predecessor's last
     thread is waited for.
@@ -500,23 +635,27 @@ def adopt(
     fd = open_state(state_path, os.O_RDWR)
     try:
         left = _read_state(fd, state_path, boot_id)
+        if left.spec.handshake and handed is None:
+            raise AwaitsHandshake(left.spec.name, left.spec.pid)
         wait_for_lock(fd, state_path, pause, lock_s_max)
     except BaseException:
         os.close(fd)
         raise
-    spec, serving = left.spec, left.serving
+    spec, serving = replace(left.spec, handshake=left.spec.handshake or handed is not None), left.serving
     tuning = Tuning(0.0, serving.readahead_pages, read_deadline_s=serving.read_deadline_s, hold_lost=serving.hold_lost)
     if serving.engine is not engine.number:  # the configuration may name another one by now
         engine = engine_of(serving.engine, engine.found)
     served = Served(spec, state_path, engine)
     served.table_fd = served._own(fd)
     with _undone_on_error(served):
-        _take_descriptors(served, maps_of(spec.pid))
+        _take_descriptors(served, handed, maps_of(spec.pid))
         if all(fd < 0 for fd in served.memfds) and not holders_of(spec.regions):
             text = f"{state_path}: process {spec.pid} executed another program, the memory of {spec.name} is gone"
             raise Stale(text, state_path, left.identity.store_path)
         served.uffd_in_vmm = left.identity.uffd_in_vmm if serving.uffd_in_vmm is None else serving.uffd_in_vmm
-        served.uffd = served._own(_userfaultfd_again(served, left.identity, kept_uffd))
+        if handed is not None and handed.uffd_in_vmm is not None:
+            served.uffd_in_vmm = handed.uffd_in_vmm
+        served.uffd = served._own(_userfaultfd_again(served, left.identity, kept_uffd, handed))
         # before the store is looked for, which may take long: killed in a sync window, the predecessor left the guest waiting
         if engine.holds_reads and not table_dropping(fd):
             set_async(engine.number, served.uffd)
@@ -526,7 +665,9 @@ def adopt(
         )
         served._undo.callback(served.space.close)
         _open_guest(served, engine, tuning, swap_can_receive, capacity_bytes)
-        served.adoption = served.native.adopt(still_mapped(spec))
+        served.adoption = _adopted(served, handed)
+        if handed is not None:
+            served.native.set_uffd_in_vmm(served.uffd_in_vmm)
         served.native.start()
     return served
 
@@ -543,10 +684,32 @@ def holders_of(regions: Sequence[Region]) -> bool:
     return bool(HolderScan().holders({(region.device, region.inode) for region in regions}, set()))
 
 
-def _userfaultfd_again(served: Served, identity: Identity, kept_uffd: int | None) -> int:
-    if _is_userfaultfd(identity.pid, served.uffd_in_vmm):
+def _adopted(served: Served, handed: Handed | None) -> Adoption:
+    try:
+        return served.native.adopt(still_mapped(served.spec))
+    except KernelError as error:
+        if handed is None or error.errno != errno.EBUSY:
+            raise
+        raise _another_userfaultfd(served.spec) from error
+
+
+def _another_userfaultfd(spec: GuestSpec) -> StateError:
+    return StateError(
+        f"process {spec.pid} ({spec.name}) brought another userfaultfd than the one that its memory is registered with; it must "
+        "send that one"
+    )
+
+
+def _userfaultfd_again(served: Served, identity: Identity, kept_uffd: int | None, handed: Handed | None) -> int:
+    if handed is not None and registered_regions(served.spec):
+        if not features_of(handed.uffd):
+            raise _another_userfaultfd(served.spec)
+        return os.dup(handed.uffd)
+    if handed is not None:
+        pass  # whatever it brought: nothing is registered with it
+    elif _is_userfaultfd(identity.pid, served.uffd_in_vmm):
         return pidfd_getfd(served.pidfd, served.uffd_in_vmm)
-    if kept_uffd is not None:
+    elif kept_uffd is not None:
         return fcntl.fcntl(kept_uffd, fcntl.F_DUPFD_CLOEXEC, 0)
     away = table_away(served.table_fd)
     if not os.listdir(f"/proc/{identity.pid}/fd"):  # its first thread has ended, and with it what can be seen of it

@@ -13,7 +13,7 @@ import pytest
 
 from tests.boot.machine import ROOT, Machine, MachineError, Vm, cgroups, sweep
 from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
-from tests.kernel.vmm import MIB, compile_child
+from tests.kernel.vmm import MIB, VMM_SOURCES, compile_child
 from tests.need import need
 
 StartVm = Callable[..., Vm]
@@ -33,7 +33,7 @@ def root(kernel: None) -> Path:  # noqa: F811
 @pytest.fixture(scope="session")
 def static_vmm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For a machine whose C library is another one."""
-    return compile_child(tmp_path_factory.mktemp("vmm") / "vmm", "vmm.c", "vmm_hazards.c", "child.c", static=True)
+    return compile_child(tmp_path_factory.mktemp("vmm") / "vmm", *VMM_SOURCES, static=True)
 
 
 @pytest.fixture

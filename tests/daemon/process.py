@@ -18,12 +18,12 @@ from typing import Any
 
 import yaml
 
-from tests.kernel.vmm import Vmm, wait_for
+from tests.kernel.vmm import SLOWNESS, Vmm, wait_for
 
 OURS = f".{os.getpid()}"  # ends the names of guests of this run: another run on this host has its own
 POLICY = {"min_idle_s": 0.2, "unsafe_min_idle": True, "interval_s": 0.1, "idle_intervals": 2}
 Boot = Callable[..., Vmm]
-TOLD_S_MAX = 90.0
+TOLD_S_MAX = 90.0 * SLOWNESS
 
 
 def guests_at(path: Path) -> dict[str, dict[str, Any]]:
@@ -32,7 +32,7 @@ def guests_at(path: Path) -> dict[str, dict[str, Any]]:
     connection = http.client.HTTPConnection("tierd")
     with contextlib.closing(connection):
         connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.settimeout(20)
+        connection.sock.settimeout(20 * SLOWNESS)
         connection.sock.connect(str(path))
         connection.request("GET", "/guests")
         guests = json.load(connection.getresponse())["guests"]
@@ -52,7 +52,7 @@ class Daemon:
         self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.notify_path = tmpfs_dir / "notify"
         self.notify.bind(str(self.notify_path))
-        self.notify.settimeout(20)
+        self.notify.settimeout(20 * SLOWNESS)
         self.told: list[str] = []
 
     def write(self, **settings: Any) -> None:
@@ -99,15 +99,18 @@ class Daemon:
         """By name, without what ends all of them."""
         return {guest["name"].removesuffix(OURS): guest for guest in self._get("/guests")["guests"]}
 
+    def status(self) -> dict[str, Any]:
+        return self._get("/status")
+
     def uptime_s(self) -> float:
-        return float(self._get("/status")["uptime_s"])
+        return float(self.status()["uptime_s"])
 
     def _get(self, path: str) -> dict[str, Any]:
         # not the CLI's client, which takes 20 times the CPU: this is called until something has happened
         connection = http.client.HTTPConnection("tierd")
         with contextlib.closing(connection):
             connection.sock = socket.socket(socket.AF_UNIX)
-            connection.sock.settimeout(20)
+            connection.sock.settimeout(20 * SLOWNESS)
             connection.sock.connect(str(self.socket))
             connection.request("GET", path)
             answer: dict[str, Any] = json.load(connection.getresponse())
@@ -131,7 +134,7 @@ class Daemon:
             str(self.config),
             *arguments,
         ]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, timeout=60 * SLOWNESS)
 
     @property
     def running(self) -> bool:
@@ -143,7 +146,7 @@ class Daemon:
 
     def wait(self) -> int:
         assert self.process is not None
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=60 * SLOWNESS)
 
     def kill(self) -> None:
         assert self.process is not None

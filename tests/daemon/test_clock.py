@@ -65,8 +65,9 @@ def test_the_clock_jumps_by_years(daemon: Daemon, boot: Boot, offset: Path, thro
     years = {entry["timestamp"][:4] for entry in daemon.log()}
     assert len(years) >= 3, "the daemon's clock did jump"
     assert {e["event"] for e in daemon.log() if e["level"] in ("warning", "error")} <= {
-        "notify_failed"
-    }  # we read slowly
+        "notify_failed",  # we read slowly
+        "holders_unseen",  # in a container even root may not look at every process
+    }
     daemon.signal(signal.SIGTERM)
     assert daemon.wait() == 0
     vmm.verify()

@@ -79,6 +79,7 @@ def test_a_successor_adopts(daemon: Daemon, boot: Boot, how: str) -> None:
         assert daemon.wait() == 0
     assert userfaultfds(vmm.pid), "the VMM's own descriptor keeps its memory registered"
     assert len(list((daemon.runtime_dir / "guests").iterdir())) == 1
+    daemon.write(on_stop="restore")  # nobody adopts what this one would keep
     daemon.start()
     (adopted,) = daemon.logged("guest_adopted")
     assert adopted["lost_pages"] == 0

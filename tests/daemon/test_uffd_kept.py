@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -112,22 +113,28 @@ def test_an_orderly_end_brings_it_back_where_nobody_would_hold_it(
 
 
 def received(notify: socket.socket) -> tuple[int, str]:
+    (fd,), name = all_received(notify)
+    return fd, name
+
+
+def all_received(notify: socket.socket) -> tuple[list[int], str]:
     while True:
-        text, fds, _, _ = socket.recv_fds(notify, 4096, 4)
+        text, fds, _, _ = socket.recv_fds(notify, 4096, 40)
         if b"FDSTORE=1" in text:
-            (fd,) = fds
-            return fd, text.decode().partition("FDNAME=")[2].split("\n")[0]
+            return list(fds), text.decode().partition("FDNAME=")[2].split("\n")[0]
 
 
-def start_with(daemon: Daemon, fd: int, name: str) -> None:
-    """Descriptor 3, and LISTEN_PID of the process itself, which only a program in between can know."""
+def start_with(daemon: Daemon, fd: int | Sequence[int], name: str) -> None:
+    """Descriptors from 3 on, and LISTEN_PID of the process itself, which only a program in between can know."""
+    fds = [fd] if isinstance(fd, int) else list(fd)
     script = (
-        "import os, sys; fd = int(sys.argv[1]); os.dup2(fd, 3); "
-        "os.environ |= {'LISTEN_FDS': '1', 'LISTEN_FDNAMES': sys.argv[2], 'LISTEN_PID': str(os.getpid())}; "
-        "os.execv(sys.argv[3], sys.argv[3:])"
+        "import fcntl, os, sys; fds = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 100) for fd in sys.argv[1].split(',')]; "
+        "[os.dup2(fd, 3 + i) for i, fd in enumerate(fds)]; names = ':'.join([sys.argv[2]] * len(fds)); "
+        "os.environ |= {'LISTEN_FDS': str(len(fds)), 'LISTEN_FDNAMES': names, 'LISTEN_PID': str(os.getpid())}; "
+        "os.closerange(100, 200); os.execv(sys.argv[3], sys.argv[3:])"
     )
-    through = [sys.executable, "-c", script, str(fd), name]
+    through = [sys.executable, "-c", script, ",".join(map(str, fds)), name]
     popen: Any = subprocess.Popen
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "Popen", lambda *args, **options: popen(*args, **options, pass_fds=[fd]))
+        patch.setattr(subprocess, "Popen", lambda *args, **options: popen(*args, **options, pass_fds=fds))
         daemon.start(through)

@@ -14,15 +14,16 @@ from pathlib import Path
 import pytest
 
 from tests.need import need
-from tierd.config import Config, parse_time
+from tierd.config import Config, load, parse_time
 
 ROOT = Path(__file__).parent.parent.parent
 UNIT = ROOT / "systemd" / "tierd.service"
+USER_UNIT = ROOT / "systemd" / "tierd-user.service"
 EXPOSURE_TENTHS_MAX = 40
 
 
-def settings(name: str) -> list[str]:
-    return re.findall(rf"^{name}=(.*)$", UNIT.read_text(), flags=re.MULTILINE)
+def settings(name: str, unit: Path = UNIT) -> list[str]:
+    return re.findall(rf"^{name}=(.*)$", unit.read_text(), flags=re.MULTILINE)
 
 
 def analyze(*arguments: str, unit_path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -45,6 +46,38 @@ def units(tmp_path: Path) -> Path:
 def test_systemd_reads_every_line(units: Path) -> None:
     ran = analyze("verify", str(units / "tierd.service"), unit_path=units)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+def test_systemd_reads_every_line_of_the_user_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    unit = tmp_path / USER_UNIT.name
+    unit.write_text(USER_UNIT.read_text().replace("/opt/tierd/bin/tierd", "/bin/true"))
+    ran = analyze("--user", "verify", str(unit))
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+def test_the_user_unit_restarts_and_keeps_as_the_other_one() -> None:
+    for name in (
+        *("Type", "StartLimitIntervalSec", "RestartKillSignal", "ExecReload", "Restart", "RestartSec", "KillMode"),
+        *("RestartPreventExitStatus", "RuntimeDirectory", "RuntimeDirectoryPreserve", "TimeoutStopSec", "WatchdogSec"),
+        *("FileDescriptorStoreMax", "Environment", "LimitMEMLOCK", "LimitCORE", "NoNewPrivileges", "UMask"),
+    ):
+        assert settings(name, USER_UNIT) == settings(name) != [], name
+    for name in ("User", "Group", "CapabilityBoundingSet", "OOMScoreAdjust"):
+        assert not settings(name, USER_UNIT), f"{name} is not an ordinary user's to set"
+
+
+def test_the_configuration_of_the_readme_is_one_for_an_ordinary_user(tmp_path: Path) -> None:
+    """The shell lines that make it, as they stand there."""
+    text = (ROOT / "README.md").read_text()
+    (lines,) = re.findall(r"^    (mkdir -p ~/\.config/tierd\n.*?^    EOF\n)", text, re.MULTILINE | re.DOTALL)
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path / "run")}
+    subprocess.run(["sh", "-euc", lines.replace("\n    ", "\n")], env=environment, check=True, timeout=20)
+    config = load(tmp_path / ".config" / "tierd" / "tierd.yaml")
+    assert config.runtime_dir == tmp_path / "run" / "tierd"
+    assert config.handshake.socket == config.runtime_dir / "handshake.sock"
+    assert config.api.socket == config.runtime_dir / "tierd.sock"
+    assert config.store.path == tmp_path / ".local" / "state" / "tierd"
 
 
 def test_no_ordering_cycle_with_vms_that_start_at_boot(units: Path) -> None:

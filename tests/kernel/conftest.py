@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.vmm import Host, Vmm, compile_child
+from tests.kernel.vmm import VMM_SOURCES, Host, Vmm, compile_child
 from tests.need import need
 from tierd.native import probe
 
@@ -28,7 +28,7 @@ def kernel() -> None:
 @pytest.fixture(scope="session")
 def vmm_binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("vmm")
-    return compile_child(directory / "vmm", "vmm.c", "vmm_hazards.c", "child.c")
+    return compile_child(directory / "vmm", *VMM_SOURCES)
 
 
 @pytest.fixture(scope="session")

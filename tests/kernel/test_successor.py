@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.disks import frozen_at_will, in_the_kernel
-from tests.kernel.vmm import MIB, PAGE, Host, Tiered, Vmm, userfaultfds, wait_for
+from tests.kernel.vmm import MIB, PAGE, ForcedEngine, Host, Options, Tiered, Vmm, userfaultfds, wait_for
 from tests.need import need
+from tierd.attach import Refused
 from tierd.attach.procfs import maps_of, still_mapped
 from tierd.attach.ptrace import close_in_vmm
-from tierd.native import STATES, probe
-from tierd.serve import Stale, StateError, read_state
+from tierd.native import STATES, Zap, probe
+from tierd.serve import Served, Stale, StateError, read_state
 
 Start = Callable[..., Vmm]
 RESIDENT, STORED = STATES.index("resident"), STATES.index("stored")
@@ -110,6 +111,15 @@ def test_without_any_copy_and_nothing_stored_there_is_nothing_to_adopt(start_vmm
     with host.attached(vmm) as tiered:
         tiered.evict_all()
         vmm.verify()
+
+
+def test_a_strange_filter_of_a_vmm_that_connected_is_not_entered(start_vmm: Start) -> None:
+    """Its filter was of no interest while nothing was to be called inside; then swap came."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("filter")
+    served = Served(replace(vmm.spec(), handshake=True), Path("not used"), ForcedEngine(Options(zap=Zap.INJECT)))
+    with pytest.raises(Refused, match="swap is on by now"):
+        served.adapt(True)
 
 
 def test_a_strange_filter_is_not_entered(start_vmm: Start, host: Host) -> None:
@@ -305,12 +315,12 @@ def test_a_state_file_without_the_policy_is_served_with_defaults(start_vmm: Star
     (path,) = state_files(host)
     from tierd.native._native import ffi  # the layout's offset, which only C knows
 
-    assert ffi.sizeof("struct tierd_serving") == 32
+    assert ffi.sizeof("struct tierd_serving") == 40
     data = path.read_bytes()
     at = data.rfind(b"\x01\0\0\0", 0, 65536)
     while at >= 0 and int.from_bytes(data[at + 8 : at + 16], "little") != 0:
         at = data.rfind(b"\x01\0\0\0", 0, at)
-    path.write_bytes(data[:at] + bytes(32) + data[at + 32 :])
+    path.write_bytes(data[:at] + bytes(40) + data[at + 40 :])
     with host.adopted(vmm) as tiered:
         assert not tiered.served.space.direct, "buffered and synced is right everywhere"
         vmm.verify()

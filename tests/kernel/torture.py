@@ -35,7 +35,7 @@ from typing import Any
 import click
 
 from tests.kernel.pressure import pressure
-from tests.kernel.vmm import MIB, SLOWNESS, Vmm, compile_child, wait_for
+from tests.kernel.vmm import MIB, SLOWNESS, VMM_SOURCES, Vmm, compile_child, wait_for
 from tierd.engine import choose
 from tierd.native import STATES
 from tierd.serve import wait_for_lock
@@ -45,7 +45,7 @@ ALIVE_S_MAX = 0.4  # after it is ready
 START_S_MAX = 1.2  # of those that are killed while they start
 ADOPTION_S_MAX = 0.005
 DETACH_S_MAX = 0.2
-READY_S_MAX = 60.0
+READY_S_MAX = 60.0 * SLOWNESS
 DESTROYED_MAX = 24
 WORKERS_LIMIT = 320 * MIB
 TABLE_HEADER_BYTES = 65536
@@ -314,7 +314,7 @@ def main(kills: int, seed: int, guests: int) -> None:
     """Kill tierd many times and verify every byte."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through what cleans up
     with tempfile.TemporaryDirectory() as directory:
-        binary = compile_child(Path(directory) / "vmm", "vmm.c", "vmm_hazards.c", "child.c")
+        binary = compile_child(Path(directory) / "vmm", *VMM_SOURCES)
         result = torture(binary, kills=kills, seed=seed, guests=guests, tell=lambda line: print(line, flush=True))
     (ROOT / "build").mkdir(exist_ok=True)
     (ROOT / "build" / "torture.json").write_text(json.dumps(result, indent=2) + "\n")

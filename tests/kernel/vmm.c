@@ -4,7 +4,7 @@
  * pages, and a private shadow that says what every word must be.
  *
  *   vmm [bytes=N] [regions=N] [threads=N] [kind=memfd|private|anonymous|huge|file:PATH] [name=MEMFD] [close] [survive]
- *       [ARGUMENT...]
+ *       [handshake=SOCKET] [device=FD] [ARGUMENT...]
  *
  * `bytes` is the size of each region; a page is the system's or, of `kind=huge`, 2 MiB; pages are numbered through all regions. A page is either zeros (sequence 0) or words
  * that follow from its number and its sequence, which no write uses twice: older bytes are never right. Thread i owns the
@@ -41,7 +41,8 @@ int memfd[REGIONS_MAX];
 static uint64_t part_bytes; /* what the kernel copies at once */
 static uint32_t *writes;    /* by page; does not start again when a page becomes zeros */
 static uint64_t region_bytes = 64 << 20, region_count = 1, thread_count = 2;
-static const char *kind = "memfd", *memfd_name = "memory-backend-memfd";
+static const char *kind = "memfd", *memfd_name = "memory-backend-memfd", *handshake_path;
+static int userfaultfd_device = -1;
 static bool close_memfd, survive;
 static uint8_t *region[REGIONS_MAX];
 
@@ -402,6 +403,8 @@ static const struct command commands[] = {
 	{"map-other", map_other},
 	{"exec", execute},
 	{"add", add_memory},
+	{"handshake", handshake},
+	{"close-userfaultfd", close_userfaultfd},
 	{NULL, NULL},
 };
 
@@ -422,6 +425,10 @@ static void parse(int argc, char **argv)
 			kind = argv[i] + 5;
 		else if (!strncmp(argv[i], "name=", 5))
 			memfd_name = argv[i] + 5;
+		else if (!strncmp(argv[i], "handshake=", 10))
+			handshake_path = argv[i] + 10;
+		else if (sscanf(argv[i], "device=%lu", &n) == 1)
+			userfaultfd_device = (int)n;
 		else if (!strcmp(argv[i], "close"))
 			close_memfd = true;
 		else if (!strcmp(argv[i], "survive"))
@@ -484,6 +491,8 @@ int main(int argc, char **argv)
 	start_threads();
 	while (atomic_load(&resting) < thread_count)
 		pause_ns(100000);
+	if (handshake_path)
+		start_handshake(handshake_path, userfaultfd_device, region_count, region_bytes);
 	say("ok %lu %lu%s", pages, page_bytes, addresses);
 	obey(commands);
 	return 0;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* vmm.h: the guest's memory (vmm.c), and the commands that spoil it (vmm_hazards.c). Commands: see struct command. */
+/* vmm.h: the guest's memory (vmm.c), the commands that spoil it (vmm_hazards.c), the handshake. Commands: see struct command. */
 #ifndef VMM_H
 #define VMM_H
 
@@ -43,5 +43,11 @@ void map_again(const uint64_t *a, int count);
 void map_other(const uint64_t *a, int count);
 void execute(const uint64_t *a, int count);
 void add_memory(const uint64_t *a, int count);
+
+/* vmm_handshake.c */
+/* `device`: a /dev/userfaultfd that was inherited, or -1 */
+void start_handshake(const char *path, int device, uint64_t region_count, uint64_t region_bytes);
+void handshake(const uint64_t *a, int count);
+void close_userfaultfd(const uint64_t *a, int count);
 
 #endif

@@ -28,6 +28,7 @@ from tierd.store.file import FileStore
 HERE = Path(__file__).parent
 PAGE = os.sysconf("SC_PAGESIZE")
 MIB = 1 << 20
+VMM_SOURCES = ("vmm.c", "vmm_hazards.c", "vmm_handshake.c", "child.c")
 SLOWNESS = float(os.environ.get("TIERD_SLOWNESS", "1"))
 ANSWER_S_MAX = 60.0 * SLOWNESS
 WNOTHREAD = 0x20000000  # wait(2): only children of the calling thread

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.kernel.vmm import compile_child
+from tests.kernel.vmm import VMM_SOURCES, compile_child
 from tests.kernels.boot import boot
 from tests.kernels.build import HERE, PATCHED, build, install_tools
 
@@ -22,7 +22,7 @@ NATIVE = ROOT / "tierd" / "native"
 
 
 def compile_programs(to: Path) -> None:
-    compile_child(to / "vmm", "vmm.c", "vmm_hazards.c", "child.c")
+    compile_child(to / "vmm", *VMM_SOURCES)
     sources = [HERE / "bare.c", NATIVE / "sys.c", *NATIVE.glob("inject*.c")]
     command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}", *sources]
     subprocess.run([*command, "-o", to / "bare"], check=True)

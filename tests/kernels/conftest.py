@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.vmm import compile_child
+from tests.kernel.vmm import VMM_SOURCES, compile_child
 from tests.kernels.machine import HERE, ROOT
 from tests.native.build import build_real
 
@@ -38,7 +38,7 @@ def selftest(programs: Path) -> Path:
 @pytest.fixture(scope="session")
 def children(programs: Path) -> Path:
     """A directory for TIERD_TEST_PROGRAMS: the VMM of the tests, the vCPU, the real driver."""
-    compile_child(programs / "vmm", "vmm.c", "vmm_hazards.c", "child.c")
+    compile_child(programs / "vmm", *VMM_SOURCES)
     compile_child(programs / "kvm_vcpu", "kvm_vcpu.c", "child.c")
     build_real(programs / "real", ["-O2"])
     return programs

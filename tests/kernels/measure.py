@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.kernel.vmm import Host, Vmm, compile_child
+from tests.kernel.vmm import VMM_SOURCES, Host, Vmm, compile_child
 from tierd.engine import choose
 
 MIB, ROUNDS = 256, 7
@@ -41,7 +41,7 @@ def quantile_ms(buckets: tuple[int, ...], q: float) -> float:
 
 
 def measure(program: str, scratch: Path) -> dict[str, Any]:
-    binary = compile_child(scratch / "vmm", "vmm.c", "vmm_hazards.c", "child.c")
+    binary = compile_child(scratch / "vmm", *VMM_SOURCES)
     host = Host(Path(tempfile.mkdtemp(dir="/dev/shm")), Path(tempfile.mkdtemp(dir="/var/tmp")))
     ours: list[float] = []
     limits: list[dict[str, float]] = []

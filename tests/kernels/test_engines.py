@@ -17,6 +17,7 @@ from tests.kernels.machine import ROOT, booted, check_selftest
 from tests.need import need
 from tierd.demo.guest import GuestError, find_kernel
 
+HERE = "/run/tierd"  # the project, where an ordinary user gets to it whatever directory it is in
 SEEDS = 40
 LARGE_SEEDS = 15
 HUGETLB_SEEDS, HUGETLB_PAGES = 6, 64
@@ -63,6 +64,9 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
     except GuestError as error:
         need("vm", False, str(error))
     suite = " ".join(f"tests/kernel/{test}" for test in SUITE)
+    interpreter = Path(sys.executable)
+    theirs = interpreter.relative_to(ROOT) if interpreter.is_relative_to(ROOT) else interpreter
+    pytest_options = "-q --color=no -p no:cacheprovider --durations=5"
     commands = {
         "check": f"{python} -m tierd check --json",
         "driver": f"{children}/real --engine {name} --slowness 10 --seeds {SEEDS} --store /var/tmp",
@@ -71,7 +75,8 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
         # a page takes long to leave, so its daemons live longer
         "hugetlb": f"echo {HUGETLB_PAGES} >{HUGETLB_POOL}; {children}/real --engine {name} --slowness 250 --seeds "
         f"{HUGETLB_SEEDS} --store /var/tmp --hugetlb; status=$?; echo 0 >{HUGETLB_POOL}; (exit $status)",
-        "suite": f"{python} -m pytest -q --color=no -p no:cacheprovider --durations=5 {suite}",
+        "suite": f"{python} -m pytest {pytest_options} {suite}",
+        "user": f"(cd {HERE}; {shlex.quote(str(theirs))} -m pytest {pytest_options} tests/daemon/test_unprivileged.py)",
         # KVM: the emulator emulates SVM, and so the guest is emulated once and not twice
         "demo": f"mkdir {DEMO} && ln -s {guest_kernel} {DEMO} && {python} -m tierd --config config/tierd.yaml "
         f"demo --json --directory {DEMO} --memory 128MiB --accel kvm",
@@ -86,7 +91,13 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
         "TIERD_SLOWNESS": 5,
     }
     cgroups = "mount -t cgroup2 none /sys/fs/cgroup && echo +memory >/sys/fs/cgroup/cgroup.subtree_control"
-    script = [cgroups, f"cd {shlex.quote(str(ROOT))}", *(f"export {key}={value}" for key, value in variables.items())]
+    bind = f"mkdir {HERE} && mount --bind {shlex.quote(str(ROOT))} {HERE}"
+    script = [
+        cgroups,
+        bind,
+        f"cd {shlex.quote(str(ROOT))}",
+        *(f"export {key}={value}" for key, value in variables.items()),
+    ]
     for section, command in commands.items():
         script += [f"echo '=== {section}'", command, 'echo "=== status $?"']
     done = booted(name, "\n".join([*script, "true"]), 1500, append="numa=fake=2")
@@ -152,6 +163,13 @@ def test_the_demo(sections: dict[str, Section]) -> None:
     assert result["given_back_ratio"] >= 0.4, "pages left"
     assert result["tiers"]["file"] > 32 << 20, "of these not only zeros"
     assert result["faults"] > 100, "and came back"
+
+
+def test_an_ordinary_user(sections: dict[str, Section]) -> None:
+    said = sections["user"]
+    print(said.output)
+    assert said.status == 0, said.output
+    assert "1 passed" in said.output
 
 
 def test_the_kernel_layer(sections: dict[str, Section]) -> None:

@@ -48,6 +48,34 @@ def test_what_tierd_cannot_do_without(trial: str) -> None:
     assert not passed([finding])
 
 
+@pytest.mark.parametrize("native", ["rwp", "rfc"])
+def test_an_ordinary_user_serves_whoever_brings_a_userfaultfd(host: Path, native: str) -> None:
+    """No privilege is missed where the kernel tracks by itself; on any other it is."""
+    (finding,) = failing(userfaultfd=errno.EPERM, **{native: 0})
+    assert passed([finding])
+    assert "a VMM must bring it" in finding.says
+    (host / "proc/self/status").write_text("CapEff:\t0000000000000000\n")
+    (host / "proc/sys/kernel/yama/ptrace_scope").write_text("3\n")
+    findings = [finding for finding in host_findings(Probe(**{native: 0}), host) if not finding.ok]
+    assert [finding.name for finding in findings] == ["privileges", "ptrace"]
+    assert passed(findings)
+    assert "handshake.socket" in findings[0].says
+    assert not passed(bad(host))
+
+
+@pytest.mark.parametrize(
+    ("limit", "capability", "ok"), [("8388608", 0, False), ("8388608", 1 << 14, True), ("unlimited", 0, True)]
+)
+def test_how_much_memory_may_be_locked(host: Path, limit: str, capability: int, ok: bool) -> None:
+    (host / "proc/self/limits").write_text(
+        f"Limit  Soft Limit  Hard Limit  Units\nMax locked memory         {limit:20} {limit:20} bytes     \n"
+    )
+    (host / "proc/self/status").write_text(f"CapEff:\t{1 << 19 | 1 << 23 | 1 << 2 | capability:016x}\n")
+    assert passed(bad(host))
+    assert ([finding.name for finding in bad(host)] == []) is ok
+    assert ok or "8192 KiB: enough for one guest of 2.2 GiB" in bad(host)[0].says
+
+
 @pytest.mark.parametrize("trial", ["pageout", "pagemap_scan", "poison", "self_zap"])
 def test_what_is_only_nicer_to_have(trial: str) -> None:
     (finding,) = failing(**{trial: errno.ENOSYS})

@@ -149,6 +149,8 @@ def test_the_safe_defaults() -> None:
     assert Config().on_restart == "keep"
     assert Config().metrics.listen is None
     assert Config().api.mode == 0o660
+    assert Config().handshake.socket is None
+    assert Config().handshake.mode == 0o600
 
 
 def test_everything(loaded: Load) -> None:
@@ -156,6 +158,7 @@ def test_everything(loaded: Load) -> None:
         """
         runtime_dir: /dev/shm/tierd
         api: {socket: /dev/shm/tierd/api.sock, mode: 0600, group: kvm}
+        handshake: {socket: /dev/shm/tierd/handshake.sock, mode: 0660, group: kvm}
         metrics: {listen: "[::1]:9464"}
         store: {path: /srv/pages, capacity: 10GiB, direct: off}
         log: {level: debug, format: json}
@@ -174,6 +177,7 @@ def test_everything(loaded: Load) -> None:
     assert config.model_dump(exclude={"defaults", "guests"}) == {
         "runtime_dir": Path("/dev/shm/tierd"),
         "api": {"socket": Path("/dev/shm/tierd/api.sock"), "mode": 0o600, "group": "kvm"},
+        "handshake": {"socket": Path("/dev/shm/tierd/handshake.sock"), "mode": 0o660, "group": "kvm"},
         "metrics": {"listen": "[::1]:9464"},
         "store": {"path": Path("/srv/pages"), "capacity": 10 << 30, "direct": "off"},
         "log": {"level": "debug", "format": "json"},

@@ -30,6 +30,7 @@ ORDER = [
     "metrics",
     "routes",
     "api",
+    "vmms",
     "daemon",
     "demo",
     "cli",

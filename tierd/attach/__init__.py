@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 EVIDENCE_CHARS_MAX = 1000
 
@@ -29,6 +31,33 @@ class GuestSpec:
     boot_id: str
     cmdline: tuple[str, ...]
     regions: tuple[Region, ...]
+    handshake: bool = False  # its VMM connected and brought its descriptors: nothing is ever entered or taken
+
+
+@dataclass(frozen=True)
+class Handed:
+    """Descriptors that a VMM brought, to us or to a predecessor."""
+
+    pidfd: int
+    uffd: int
+    uffd_in_vmm: int | None  # the number under which the VMM keeps its own copy; None: as before
+    pagemap: int
+    memfds: Mapping[tuple[int, int], int]  # by (device, inode)
+
+    def dup(self) -> Handed:
+        """The caller closes it."""
+        memfds = {file: os.dup(fd) for file, fd in self.memfds.items()}
+        return replace(
+            self, pidfd=os.dup(self.pidfd), uffd=os.dup(self.uffd), pagemap=os.dup(self.pagemap), memfds=memfds
+        )
+
+    def fds(self) -> list[int]:
+        """What cannot be had from anybody else."""
+        return [self.uffd, self.pagemap, *self.memfds.values()]
+
+    def close(self) -> None:
+        for fd in (self.pidfd, self.uffd, self.pagemap, *self.memfds.values()):
+            os.close(fd)
 
 
 class Refused(Exception):

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tierd.attach import GuestSpec, Refused, Region
-from tierd.attach.procfs import Mapping, filtered, maps_of, option_values, ram_regions, split_options, start_ticks
+from tierd.attach.procfs import Mapping, filtered, first_unmapped, maps_of, option_values, split_options, start_ticks
+from tierd.systemd import Notifier
 
 if TYPE_CHECKING:  # adoption comes before the configuration
     from tierd.config import Policy
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # adoption comes before the configuration
 HOLDER_SCAN_S = 1.0
 MEMCG_HEADROOM_BYTES = 64 << 20
 HUGE_PAGE_BYTES_MAX = 32 << 20  # PAGE_BYTES_MAX of table.c
+PF_KTHREAD = 0x00200000  # in field 9 of /proc/PID/stat
 
 
 def _read(path: str | Path, default: str = "") -> str:
@@ -58,21 +60,24 @@ class HolderScan:
     """Who holds which file: one pass over /proc for all guests, at most once a second. Any thread."""
 
     def __init__(self) -> None:
+        self.unseen = 0  # processes that the last pass had no right to look at
         self._lock = threading.Lock()
         self._at = -1e9
         self._wanted: set[tuple[int, int]] = set()
         self._found: dict[tuple[int, int], list[Holder]] = {}
 
     def holders(self, files: Iterable[tuple[int, int]], except_pids: set[int]) -> list[Holder]:
-        """Processes other than `except_pids` and ourselves that map or have open one of `files` (device, inode)."""
+        """Processes other than `except_pids`, ourselves and who keeps descriptors for us that map or have open one of `files`
+        (device, inode)."""
         wanted = set(files)
         with self._lock:
             if not wanted <= self._wanted or time.monotonic() - self._at > HOLDER_SCAN_S:
                 self._wanted |= wanted
-                self._found = _scan_holders(self._wanted)
+                self._found, self.unseen = _scan_holders(self._wanted)
                 self._at = time.monotonic()
             found = [holder for file in wanted for holder in self._found.get(file, [])]
-        return [holder for holder in found if holder.pid not in except_pids | {os.getpid()}]
+        ours = {os.getpid(), os.getppid() if Notifier.from_environment().keeps_fds else 0}
+        return [holder for holder in found if holder.pid not in except_pids | ours]
 
     def forget(self, files: Iterable[tuple[int, int]]) -> None:
         """A guest is gone: its files need not be looked for any more."""
@@ -80,8 +85,9 @@ class HolderScan:
             self._wanted -= set(files)
 
 
-def _scan_holders(wanted: set[tuple[int, int]]) -> dict[tuple[int, int], list[Holder]]:
+def _scan_holders(wanted: set[tuple[int, int]]) -> tuple[dict[tuple[int, int], list[Holder]], int]:
     found: dict[tuple[int, int], list[Holder]] = {}
+    unseen = 0
     # the kernel prints device and inode of a mapping as text: look for the text, which is far quicker than parsing
     texts = {f"{os.major(device):02x}:{os.minor(device):02x} {inode} ": (device, inode) for device, inode in wanted}
     pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
@@ -89,7 +95,7 @@ def _scan_holders(wanted: set[tuple[int, int]]) -> dict[tuple[int, int], list[Ho
         if not name.isdecimal():
             continue
         pid = int(name)
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        try:
             if pattern and (match := pattern.search(_read(f"/proc/{pid}/maps"))):
                 found.setdefault(texts[match[0]], []).append(Holder(pid, _comm(pid), "maps it"))
             for fd in os.listdir(f"/proc/{pid}/fd"):
@@ -100,7 +106,17 @@ def _scan_holders(wanted: set[tuple[int, int]]) -> dict[tuple[int, int], list[Ho
                             Holder(pid, _comm(pid), f"descriptor {fd}")
                         )
                         break
-    return found
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        except PermissionError:
+            unseen += _has_memory(pid)
+    return found, unseen
+
+
+def _has_memory(pid: int) -> bool:
+    """Whether it could hold anything: a thread of the kernel and a zombie do not."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return len(fields) > 6 and fields[0] not in ("Z", "X") and not int(fields[6]) & PF_KTHREAD
 
 
 def _comm(pid: int) -> str:
@@ -365,15 +381,26 @@ def _smaps_of(smaps: str, address: int) -> str:
 def registered(s: Subject) -> None:
     """MISSING ranges of somebody else: their holes are not ours to serve. Without a state file of ours, never as zeros."""
     for region in s.spec.regions:
-        flags = re.search(r"^VmFlags:(.*)$", _smaps_of(s.smaps, region.address), re.M)
-        if flags and {"um", "uw", "ui", "ur"} & set(flags[1].split()):
+        if flags := _registration(s.smaps, region.address):
             raise Refused(
                 "registered",
                 "the guest's memory is registered with a userfaultfd already (postcopy, a background "
                 "snapshot, or a tierd whose state file is gone)",
-                f"pid {s.spec.pid}: {region.address:#x} VmFlags{flags[1]}",
+                f"pid {s.spec.pid}: {region.address:#x} VmFlags{flags}",
                 "wait until that is over; if a state file was lost, restart the VM",
             )
+
+
+def _registration(smaps: str, address: int) -> str:
+    """VmFlags of the mapping there, if one of them is a userfaultfd's; else ""."""
+    flags = re.search(r"^VmFlags:(.*)$", _smaps_of(smaps, address), re.M)
+    return flags[1] if flags and {"um", "uw", "ui", "ur"} & set(flags[1].split()) else ""
+
+
+def registered_regions(spec: GuestSpec) -> int:
+    """How many of the regions begin with memory that is registered with a userfaultfd now, whoever's."""
+    smaps = _read(f"/proc/{spec.pid}/smaps")
+    return sum(bool(_registration(smaps, region.address)) for region in spec.regions)
 
 
 def memory_cgroup(s: Subject) -> None:
@@ -461,16 +488,13 @@ def _readlink(path: str) -> str:
 
 def regions_unchanged(s: Subject) -> None:
     """Regions are read again every cycle; the VMM may unmap or hot-add memory."""
-    now = ram_regions(s.maps, s.spec.cmdline)
-    covered = {(r.device, r.inode, r.address, r.bytes) for r in now}
-    for region in s.spec.regions:
-        if (region.device, region.inode, region.address, region.bytes) not in covered:
-            raise Refused(
-                "regions",
-                "the VMM changed its guest's memory mappings",
-                f"pid {s.spec.pid}: {region.address:#x}",
-                "detach and attach the guest again",
-            )
+    if region := first_unmapped(s.maps, s.spec.regions):
+        raise Refused(
+            "regions",
+            "the VMM changed its guest's memory mappings",
+            f"pid {s.spec.pid}: {region.address:#x}",
+            "detach and attach the guest again",
+        )
 
 
 CHECKS: tuple[Check, ...] = (
@@ -490,6 +514,8 @@ CHECKS: tuple[Check, ...] = (
     memory_cgroup,
     nested,
 )
+# about calls that are made inside the VMM
+CHECKS_OF_ENTERING: tuple[Check, ...] = (tracer, seccomp)
 CHECKS_EVERY_CYCLE: tuple[Check, ...] = (alive, regions_unchanged, private_mapping, second_mapping, other_holders, pins)
 
 
@@ -500,11 +526,13 @@ def _subject(spec: GuestSpec, policy: Policy, holders: HolderScan, engine: Engin
     return Subject(spec, policy, holders, maps_of(spec.pid), smaps, engine)
 
 
-def preflight(spec: GuestSpec, policy: Policy, holders: HolderScan, engine: Engine) -> None:
-    """Refused by the first check that fails. Blocks for some milliseconds; changes nothing."""
+def preflight(spec: GuestSpec, policy: Policy, holders: HolderScan, engine: Engine, *, entered: bool = True) -> None:
+    """Refused by the first check that fails. `entered`: calls will be made inside the VMM. Blocks for some milliseconds;
+    changes nothing."""
     subject = _subject(spec, policy, holders, engine)
     for check in CHECKS:
-        check(subject)
+        if entered or check not in CHECKS_OF_ENTERING:
+            check(subject)
 
 
 def findings(spec: GuestSpec, policy: Policy, holders: HolderScan, engine: Engine) -> list[tuple[str, Refused | None]]:

@@ -8,7 +8,7 @@ import errno
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ VMM = re.compile(r"qemu-system-.*|qemu-kvm|kvm|cloud-hypervisor|firecracker")
 # memfds that hold guest RAM, by the name that the VMM gave them
 RAM_MEMFD = re.compile(r"/memfd:(memory-backend-memfd|ch_ram|guest_mem|guest-ram|pc\.ram|ram)[^/]* \(deleted\)")
 RAM_BYTES_MIN = 1 << 20
+UFFD_LINK = "anon_inode:[userfaultfd]"
 NAME_BYTES_MAX = 255  # TIERD_NAME_BYTES
 MEMFD_REMEDY = (
     "give the VM shared memory: -object memory-backend-memfd,id=ram,size=<its size>,share=on -machine memory-backend=ram; "
@@ -208,9 +209,14 @@ def ram_regions(maps: list[Mapping], cmdline: tuple[str, ...]) -> tuple[Region, 
 def still_mapped(spec: GuestSpec) -> list[tuple[int, int]]:
     """(address, bytes) of the parts of a guest's regions that its VMM maps still, as they were: the same bytes of the same file
     at the same addresses. What lies between them may be anything by now."""
+    return mapped_parts(maps_of(spec.pid), spec.regions)
+
+
+def mapped_parts(maps: Iterable[Mapping], regions: Sequence[Region]) -> list[tuple[int, int]]:
+    """(address, bytes) of the parts of `regions` that are mapped as they say."""
     found: list[tuple[int, int]] = []
-    for m in maps_of(spec.pid):
-        for r in spec.regions:
+    for m in maps:
+        for r in regions:
             start, end = max(m.start, r.address), min(m.end, r.address + r.bytes)
             same = (m.device, m.inode) == (r.device, r.inode) and m.offset - m.start == r.offset - r.address
             if not (start < end and same and m.shared_ram):
@@ -220,6 +226,15 @@ def still_mapped(spec: GuestSpec) -> list[tuple[int, int]]:
             else:
                 found.append((start, end - start))
     return found
+
+
+def first_unmapped(maps: Iterable[Mapping], regions: Sequence[Region]) -> Region | None:
+    """The first region that is not mapped, whole, as it says; None: all are."""
+    parts = mapped_parts(maps, regions)
+    for r in regions:
+        if not any(start <= r.address and r.address + r.bytes <= start + size for start, size in parts):
+            return r
+    return None
 
 
 def grown(spec: GuestSpec) -> list[Region]:

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import os
 import platform
+import re
 import socket
 import struct
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ _NUMBERS = {
     "aarch64": {"userfaultfd": 282, "close": 57, "socketpair": 199, "recvmsg": 212, "ioctl": 29},
 }
 NUMBER = _NUMBERS[platform.machine()]
-SYS_PIDFD_GETFD = 438
+SYS_PIDFD_GETFD, SYS_PROCESS_MADVISE = 438, 440
+MADV_COLD = 20
 
 UFFD_API = 0xAA
 UFFDIO_API = 0xC018AA3F
@@ -41,6 +43,7 @@ FEATURE_THREAD_ID = 1 << 8
 FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
 FEATURE_POISON = 1 << 14
 # no EVENT_* feature: on shared memory they would block the VMM's own madvise until somebody reads them
+FEATURES_EVENT = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6  # FORK, REMAP, REMOVE, UNMAP
 FEATURES_NEEDED = (
     FEATURE_PAGEFAULT_FLAG_WP
     | FEATURE_MISSING_HUGETLBFS
@@ -98,7 +101,7 @@ def take_userfaultfd(pid: int, features: int = 0) -> Taken:
         try:
             uffd = pidfd_getfd(pidfd, in_vmm)
             try:
-                agreed = _handshake(uffd, FEATURES_NEEDED | features)
+                agreed = agree(uffd, features)
             except BaseException:
                 os.close(uffd)
                 raise
@@ -174,8 +177,9 @@ def _receive(tid: int, fd: int) -> int:
     return int(received)
 
 
-def _handshake(uffd: int, needed: int) -> int:
+def agree(uffd: int, features: int) -> int:
     """UFFDIO_API on the VMM's context. It works from any process: the context belongs to the one that made it."""
+    needed = FEATURES_NEEDED | features
     for features in (needed | FEATURE_POISON, needed):  # POISON is from 6.6 on
         buffer = bytearray(struct.pack("QQQ", UFFD_API, features, 0))
         try:
@@ -189,3 +193,49 @@ def _handshake(uffd: int, needed: int) -> int:
         else:
             return features
     raise AssertionError("unreachable")
+
+
+def features_of(uffd: int) -> int:
+    """What was agreed on by UFFDIO_API; 0: it was not called yet (userfaultfd_show_fdinfo in fs/userfaultfd.c)."""
+    text = Path(f"/proc/self/fdinfo/{uffd}").read_text()
+    match = re.search(r"^API:\s+[0-9a-f]+:([0-9a-f]+):", text, re.M)
+    if not match:
+        raise OSError(errno.EPROTO, f"/proc/self/fdinfo/{uffd} says nothing of a userfaultfd's features")
+    return int(match[1], 16)
+
+
+def agree_once(uffd: int, features: int) -> None:
+    """Of a userfaultfd that a VMM brought: UFFDIO_API, or a look at what was agreed on before (by it, or by a tierd). OSError
+    EINVAL: something else than tierd needs."""
+    found = features_of(uffd)
+    if not found:
+        agree(uffd, features)
+        return
+    missing, events = (FEATURES_NEEDED | features) & ~found, found & FEATURES_EVENT
+    if missing or events:
+        raise OSError(
+            errno.EINVAL,
+            f"the userfaultfd was given features {found:#x} by UFFDIO_API: {missing:#x} is missing, {events:#x} is too much; "
+            "make a new one and send it as it is",
+        )
+
+
+def may_enter(pidfd: int, fd: int) -> bool:
+    """Whether we have the right to enter that process: pidfd_getfd asks for the same as ptrace."""
+    try:
+        os.close(pidfd_getfd(pidfd, fd))
+    except PermissionError:
+        return False
+    return True
+
+
+def may_page_out(pidfd: int, address: int) -> bool:
+    """Whether process_madvise lets us: tried with an advice that changes next to nothing, on a page of the guest."""
+    page = struct.pack("PN", address, os.sysconf("SC_PAGESIZE"))
+    result = _libc.syscall(SYS_PROCESS_MADVISE, pidfd, page, 1, MADV_COLD, 0)
+    if result >= 0:
+        return True
+    error = ctypes.get_errno()
+    if error == errno.EPERM:
+        return False
+    raise OSError(error, f"process_madvise: {os.strerror(error)}")

@@ -19,6 +19,10 @@ from tierd.native._native import ffi, lib
 TIERS = int(lib.TIERD_TIERS)
 REGIONS_MAX = int(lib.TIERD_REGIONS_MAX)
 READAHEAD_PAGES_MAX = 512
+# locked in memory for a guest: a batch of 2 MiB, buffers, stacks of fault threads; its page table and bitmaps; where its pages
+# are huge, instead a batch of 8, one to compare, one of zeros, and one for each of 3 threads
+GUEST_LOCKED_BYTES, TABLE_BYTES_A_PAGE, HUGE_BUFFER_PAGES = 3 << 20, 9, 13
+CAP_IPC_LOCK = 14  # who has it may lock any amount
 READ_DEADLINE_S_MAX = 366 * 86400.0
 # of tierd_trial_step
 TRIAL_STEPS = (
@@ -105,6 +109,7 @@ class Serving:
     store_direct: bool = False
     uffd_in_vmm: int | None = None  # the VMM has it under this number now; None: as Identity says
     engine: EngineNumber = EngineNumber.STOCK
+    handshake: bool = False  # the VMM brought its descriptors, and must bring them again
 
 
 @dataclass(frozen=True)
@@ -263,6 +268,7 @@ def _serving(c: Any) -> Serving:
         store_direct=bool(c.store_flags & lib.TIERD_SPACE_DIRECT),
         uffd_in_vmm=c.uffd_moved - 1 if c.uffd_moved > 0 else None,
         engine=EngineNumber(c.engine),
+        handshake=c.handshake == 1,
     )
 
 
@@ -310,7 +316,10 @@ class NativeBatch:
 
     def __init__(self, guest: NativeGuest, max_pages: int) -> None:
         out = ffi.new("struct tierd_batch **")
-        check(lib.tierd_batch_create(guest._g, max_pages, out), "memory for an eviction batch")
+        check(
+            lib.tierd_batch_create(guest._g, max_pages, out),
+            "memory for an eviction batch (is RLIMIT_MEMLOCK high enough?)",
+        )
         self._b = out[0]
         self._guest = guest
         self._result = ffi.new("struct tierd_batch_result *")
@@ -403,7 +412,7 @@ class NativeGuest:
                 | (lib.TIERD_SPACE_LATE if tier.late else 0)
             )
         out = ffi.new("struct tierd_guest **")
-        check(lib.tierd_guest_create(args, out), "guest tables (is LimitMEMLOCK high enough?)")
+        check(lib.tierd_guest_create(args, out), "guest tables (is RLIMIT_MEMLOCK high enough?)")
         self._g = out[0]
         self.has_sync_mode = engine is not EngineNumber.STOCK
         self.page_bytes = page_bytes or os.sysconf("SC_PAGESIZE")
@@ -466,6 +475,10 @@ class NativeGuest:
     def set_uffd_in_vmm(self, uffd_in_vmm: int) -> None:
         """The VMM has the userfaultfd under this number now: a successor looks for it there."""
         lib.tierd_guest_set_uffd_in_vmm(self._g, uffd_in_vmm)
+
+    def set_handshake(self) -> None:
+        """The VMM brought its descriptors: a successor waits until it brings them again."""
+        lib.tierd_guest_set_handshake(self._g)
 
     def lost_addresses(self, addresses_max: int) -> list[int]:
         """Addresses in the VMM of pages that are LOST, ascending. Reads the table: 0.1 ms per GiB."""

@@ -285,6 +285,11 @@ void tierd_guest_set_uffd_in_vmm(struct tierd_guest *g, int32_t uffd_in_vmm)
 	g->header->serving.uffd_moved = uffd_in_vmm + 1;
 }
 
+void tierd_guest_set_handshake(struct tierd_guest *g)
+{
+	g->header->serving.handshake = 1;
+}
+
 int tierd_guest_lost(struct tierd_guest *g, uint64_t *next_page, uint64_t *addresses, uint32_t max, uint32_t *count)
 {
 	uint64_t page = *next_page;

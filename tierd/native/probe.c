@@ -19,6 +19,7 @@
 #include "tierd.h"
 
 void tierd_probe_native(struct tierd_probe *ret); /* probe_native.c */
+int trial_uffd_open(void);
 
 enum { PAGES = 4, FAULT_TIMEOUT_MS = 2000, FILLED = 0x5a, FETCHED = 0xa5 };
 
@@ -28,16 +29,41 @@ struct trial {
 	uint8_t *memory;
 };
 
+#ifndef UFFD_USER_MODE_ONLY
+#define UFFD_USER_MODE_ONLY 1
+#endif
+
+/* The faults of a trial are user faults: an ordinary user, who may have no others, can find out about the rest. A guest's
+ * userfaultfd is never one of these. */
+int trial_uffd_open(void)
+{
+	int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+
+	if (uffd < 0 && errno == EPERM)
+		uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+	return uffd < 0 ? -errno : uffd;
+}
+
+static int kernel_faults_allowed(void)
+{
+	int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+
+	if (uffd < 0)
+		return -errno;
+	close(uffd);
+	return 0;
+}
+
 static int open_uffd(struct tierd_probe *ret)
 {
 	struct uffdio_api api = {.api = UFFD_API};
 	struct uffdio_api wanted = {.api = UFFD_API,
 				    .features = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_PAGEFAULT_FLAG_WP |
 						UFFD_FEATURE_THREAD_ID | 1ull << 12 /* WP_HUGETLBFS_SHMEM, 5.19 */};
-	int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	int uffd = trial_uffd_open();
 
 	if (uffd < 0)
-		return -errno;
+		return uffd;
 	/* the first handshake only asks what there is; it binds the descriptor, so a second one is opened to use */
 	if (ioctl(uffd, UFFDIO_API, &api)) {
 		close(uffd);
@@ -45,9 +71,9 @@ static int open_uffd(struct tierd_probe *ret)
 	}
 	ret->features = api.features;
 	close(uffd);
-	uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	uffd = trial_uffd_open();
 	if (uffd < 0)
-		return -errno;
+		return uffd;
 	if (ioctl(uffd, UFFDIO_API, &wanted)) {
 		close(uffd);
 		return -EOPNOTSUPP;
@@ -210,7 +236,7 @@ int tierd_probe(struct tierd_probe *ret)
 	ret->page_bytes = t.page_bytes;
 	ret->userfaultfd = t.uffd = open_uffd(ret);
 	if (t.uffd >= 0)
-		ret->userfaultfd = 0;
+		ret->userfaultfd = kernel_faults_allowed();
 	if (!error && t.uffd >= 0) {
 		ret->write_protect =
 			sys_uffd_register(t.uffd, (uintptr_t)t.memory, PAGES * t.page_bytes, UFFDIO_REGISTER_MODE_WP);

@@ -16,6 +16,8 @@
 #include "sys.h"
 #include "tierd.h"
 
+int trial_uffd_open(void); /* probe.c */
+
 enum { PAGES = 3, TOUCHED = 0, UNTOUCHED = 1, NEVER_DEACTIVATED = 2, FAULT_TIMEOUT_MS = 2000 };
 /* RWP or MINOR_ANON, RWP_ASYNC or MINOR_ASYNC */
 static const uint64_t FEATURES = 1ull << 17 | 1ull << 18 | 1ull << 10 /* MINOR_SHMEM */ | UFFD_FEATURE_MISSING_SHMEM |
@@ -65,8 +67,10 @@ static int open_api(struct native_trial *t)
 {
 	struct uffdio_api api = {.api = UFFD_API, .features = FEATURES};
 
-	t->uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-	if (t->uffd < 0 || ioctl(t->uffd, UFFDIO_API, &api))
+	t->uffd = trial_uffd_open();
+	if (t->uffd < 0)
+		return t->uffd;
+	if (ioctl(t->uffd, UFFDIO_API, &api))
 		return -errno;
 	return !(api.ioctls & SET_MODE_BIT) == !t->g->offers_set_mode ? 0 : -EOPNOTSUPP;
 }

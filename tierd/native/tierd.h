@@ -54,7 +54,9 @@ struct tierd_serving {
 	uint32_t readahead_pages;
 	uint32_t store_flags; /* TIERD_SPACE_* of tier 1 */
 	int32_t uffd_moved;   /* not 0: the userfaultfd's number in the VMM is uffd_moved - 1 by now */
-	uint32_t engine; /* TIERD_ENGINE_*: with what it is registered. It cannot be changed while pages are away */
+	uint32_t engine;    /* TIERD_ENGINE_*: with what it is registered. It cannot be changed while pages are away */
+	uint32_t handshake; /* 1: the VMM brought its descriptors and brings them to every successor */
+	uint32_t reserved;
 };
 
 struct tierd_region {
@@ -247,6 +249,8 @@ void tierd_guest_set_reads(struct tierd_guest *g, uint64_t read_deadline_ns, uin
 void tierd_guest_health(struct tierd_guest *g, uint64_t hung_ns, struct tierd_health *ret);
 /* The VMM has the userfaultfd under another number now. */
 void tierd_guest_set_uffd_in_vmm(struct tierd_guest *g, int32_t uffd_in_vmm);
+/* The VMM brought its descriptors over a socket: a successor waits until it brings them again. */
+void tierd_guest_set_handshake(struct tierd_guest *g);
 /* Addresses in the VMM of pages that are LOST, from *next_page on, at most max of them. *next_page == pages of the guest when
  * there are no more. Reads the table only. */
 int tierd_guest_lost(struct tierd_guest *g, uint64_t *next_page, uint64_t *addresses, uint32_t max, uint32_t *count);
