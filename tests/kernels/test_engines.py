@@ -129,7 +129,7 @@ def test_the_seeded_driver(sections: dict[str, Section]) -> None:
     said = sections["driver"]
     assert said.status == 0, said.output
     figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
-    assert figures["pages evicted"] > SEEDS, said.output
+    assert figures["pages evicted"] > SEEDS // 4, said.output
     assert figures["kills in service"] > 0, said.output
 
 
