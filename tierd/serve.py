@@ -594,8 +594,8 @@ def _read_state(fd: int, path: Path, boot_id: str) -> Left:
         identity, regions, serving = table_read(fd)
         check_name(path, identity)
     except KernelError as error:
-        newer = error.errno == errno.EPROTONOSUPPORT
-        why = "was written by a newer tierd: start that one" if newer else f"is broken ({error})"
+        other = error.errno == errno.EPROTONOSUPPORT
+        why = "was written by another version of tierd: start that one" if other else f"is broken ({error})"
         raise StateError(f"{path} {why}; nothing was touched") from error
     if identity.boot_id != boot_id or start_ticks(identity.pid) != identity.start_ticks:
         text = f"{path}: its VMM, process {identity.pid} ({identity.name}), is gone"

@@ -108,14 +108,14 @@ def test_a_store_that_cannot_be_read_is_a_memory_error(start_vmm: Start, host: H
         assert tiered.counters()["store_read_errors"] >= 1
 
 
-def test_a_state_file_of_a_newer_tierd_is_not_touched(start_vmm: Start, host: Host) -> None:
+def test_a_state_file_of_another_version_is_not_touched(start_vmm: Start, host: Host) -> None:
     vmm = start_vmm(f"bytes={4 * MIB}")
     vmm.ask("fill")
     with host.attached(vmm) as tiered:
         tiered.evict_all()
         path = tiered.served.state_path
     good = path.read_bytes()
-    for offset, value, says in ((8, b"\x63\0\0\0", "newer"), (0, b"garbage!", "broken")):
+    for offset, value, says in ((8, b"\x63\0\0\0", "another version"), (8, b"\1\0\0\0", "another version"), (0, b"garbage!", "broken")):
         path.write_bytes(good[:offset] + value + good[offset + len(value) :])
         before = path.read_bytes()
         with pytest.raises(StateError, match=f"{says}.*nothing was touched"), host.adopted(vmm):

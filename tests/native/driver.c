@@ -630,7 +630,7 @@ static void set_up(void)
 	M.generation = engine;
 	M.async = true;
 	S.pages = M.pages;
-	S.failures = faulty;
+	S.failures = faulty || (hugetlb && M.faults.punch_stays);
 	S.losses = faulty != 2 && !below(3);
 	if (faulty == 2 && !crowded) {
 		M.faults.read_eio = below(200);

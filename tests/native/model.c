@@ -651,9 +651,7 @@ static void punch(uint32_t first, uint32_t count, uint32_t stays)
 		model_pause();
 	}
 	for (uint32_t p = first; p < first + count; p++) {
-		if (M.huge && model_chance(stays))
-			continue;
-		if (!M.huge && M.cached[p] && model_chance(stays)) {
+		if (M.cached[p] && model_chance(stays)) {
 			memset(M.bytes[p], 0, MODEL_PAGE_BYTES); /* part of a large folio with a reference */
 			M.zeroed[p] = true;
 		} else {
@@ -668,7 +666,11 @@ static void punch(uint32_t first, uint32_t count, uint32_t stays)
 
 int sys_mem_punch(int memfd, uint64_t offset, uint64_t bytes)
 {
-	punch(file_page(memfd, offset), (uint32_t)(bytes / MODEL_PAGE_BYTES), M.faults.punch_stays);
+	uint32_t page = file_page(memfd, offset), count = (uint32_t)(bytes / MODEL_PAGE_BYTES);
+
+	if (M.huge && model_chance(M.faults.punch_stays)) /* sealed, say: nothing of it */
+		return -EPERM;
+	punch(page, count, M.huge ? 0 : M.faults.punch_stays);
 	return 0;
 }
 
@@ -723,14 +725,15 @@ void sys_huge_close(struct sys_huge *h)
 
 int sys_huge_cached(struct sys_huge *h, uint64_t at)
 {
-	bool cached;
+	bool cached, failed;
 
 	if (at % MODEL_PAGE_BYTES || at >= h->bytes)
 		model_fail("look at %#lx of a memory file of %#lx", at, h->bytes);
 	model_enter();
 	cached = M.cached[h->uffd + at / MODEL_PAGE_BYTES];
+	failed = M.missing[h->uffd + at / MODEL_PAGE_BYTES] && model_chance(M.faults.copy_nomem); /* of a page table */
 	model_exit();
-	return cached;
+	return failed ? -ENOMEM : cached;
 }
 
 int sys_huge_place(struct sys_huge *h, uint64_t at, const void *from)

@@ -343,6 +343,18 @@ MUTATIONS.append(
 )
 HUGETLBFS = [
     Mutation(
+        "huge_page_that_cannot_be_seen_is_cached",
+        "evict.c",
+        "				data = (int64_t)offset + (b->g->huge && !punched);",
+        "				data = (int64_t)offset;",
+    ),
+    Mutation(
+        "huge_page_that_cannot_be_seen_is_a_hole",  # and the VMM gives it back when it has written to it
+        "evict.c",
+        "				data = (int64_t)offset + (b->g->huge && !punched);",
+        "				data = (int64_t)offset + b->g->huge;",
+    ),
+    Mutation(
         "huge_exists_is_believed",  # also said when there is no page for it
         "fault.c",
         "			err = mem_exists(g, page + placed);",

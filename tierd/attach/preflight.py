@@ -96,16 +96,16 @@ def _scan_holders(wanted: set[tuple[int, int]]) -> tuple[dict[tuple[int, int], l
             continue
         pid = int(name)
         try:
-            if pattern and (match := pattern.search(_read(f"/proc/{pid}/maps"))):
-                found.setdefault(texts[match[0]], []).append(Holder(pid, _comm(pid), "maps it"))
+            held: dict[tuple[int, int], str] = {}  # a process may hold the files of several guests
+            for text in set(pattern.findall(_read(f"/proc/{pid}/maps"))) if pattern else ():
+                held[texts[text]] = "maps it"
             for fd in os.listdir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(FileNotFoundError):
                     info = os.stat(f"/proc/{pid}/fd/{fd}")
                     if (info.st_dev, info.st_ino) in wanted:
-                        found.setdefault((info.st_dev, info.st_ino), []).append(
-                            Holder(pid, _comm(pid), f"descriptor {fd}")
-                        )
-                        break
+                        held.setdefault((info.st_dev, info.st_ino), f"descriptor {fd}")
+            for file, how in held.items():
+                found.setdefault(file, []).append(Holder(pid, _comm(pid), how))
         except (FileNotFoundError, ProcessLookupError):
             continue
         except PermissionError:

@@ -235,7 +235,7 @@ def table_create(fd: int, identity: Identity, regions: Sequence[TableRegion]) ->
 
 
 def table_read(fd: int) -> tuple[Identity, tuple[TableRegion, ...], Serving]:
-    """Read a state file's header. KernelError EBADMSG: broken or not ours; EPROTONOSUPPORT: written by a newer tierd."""
+    """Read a state file's header. KernelError EBADMSG: broken or not ours; EPROTONOSUPPORT: of another version."""
     c = ffi.new("struct tierd_identity *")
     regions = ffi.new("struct tierd_region[]", REGIONS_MAX)
     count = ffi.new("uint32_t *")

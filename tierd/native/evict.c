@@ -487,19 +487,23 @@ static bool has_split(struct tierd_guest *g, uint64_t page, uint64_t first, uint
 	return head < first || head + large_pages(g) > first + n;
 }
 
-/* Punches exactly the run [first, first + n), all DROPPING, and looks whether it is a hole now. */
+/*
+ * Punches exactly the run [first, first + n), all DROPPING, and looks whether it is a hole now. Where that cannot be seen, a page
+ * counts as cached: its bytes are written back. On hugetlbfs, where they cannot be, the answer of the punch is believed: all of the
+ * run is a hole, or it was refused and nothing was done (hugetlbfs_punch_hole in fs/hugetlbfs/inode.c knows no other end).
+ */
 static int drop_run(struct tierd_batch *b, uint32_t first, uint32_t n, struct tierd_batch_result *ret)
 {
 	struct region *r = region_of_page(b->g, b->pages[first]);
 	uint64_t offset = mem_offset_of(r, b->pages[first]), end = offset + n * b->page_bytes;
 	int64_t data = (int64_t)offset - 1;
-	int error = sys_mem_punch(r->memfd, offset, end - offset), failed;
+	int punched = sys_mem_punch(r->memfd, offset, end - offset), error = punched, failed;
 
 	for (uint32_t i = 0; i < n; i++, offset += b->page_bytes) {
 		if (data < (int64_t)offset) {
 			data = mem_next_data(b->g, r, b->pages[first + i]);
-			if (data < 0) /* not seen to be a hole: as if it were not one */
-				data = (int64_t)offset;
+			if (data < 0)
+				data = (int64_t)offset + (b->g->huge && !punched);
 		}
 		if (data != (int64_t)offset && has_split(b->g, b->pages[first + i], b->pages[first], n))
 			count_add(&b->g->count.large_folios_split, 1);

@@ -177,9 +177,9 @@ static int header_check(int fd, const struct table_header *h)
 
 	if (memcmp(h->magic, MAGIC, sizeof(MAGIC)))
 		return -EBADMSG;
-	if (h->version > TIERD_TABLE_VERSION)
+	if (h->version != TIERD_TABLE_VERSION)
 		return -EPROTONOSUPPORT;
-	if (h->version != TIERD_TABLE_VERSION || h->checksum != header_checksum(h))
+	if (h->checksum != header_checksum(h))
 		return -EBADMSG;
 	if (!identity_sane(&h->identity) || !regions_sane(h))
 		return -EBADMSG;

@@ -205,7 +205,7 @@ int tierd_page_bytes_of(int memfd, uint64_t *ret);
  * Blocks (fallocate). -ENOSPC, -EINVAL. On failure the file is to be unlinked by the caller. */
 int tierd_table_create(int fd, const struct tierd_identity *identity, const struct tierd_region *regions,
 		       uint32_t count);
-/* Reads a header back. -EBADMSG: broken or not ours; -EPROTONOSUPPORT: written by a newer tierd. Changes nothing. */
+/* Reads a header back. -EBADMSG: broken or not ours; -EPROTONOSUPPORT: of another version. Changes nothing. */
 int tierd_table_read(int fd, struct tierd_identity *identity, struct tierd_region *regions, uint32_t *count,
 		     struct tierd_serving *serving);
 /* Pages that are not with the guest, by the table (which may lag behind the kernel): 0 means that nothing is needed to leave
