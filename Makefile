@@ -37,8 +37,8 @@ kernels:
 bench-kernels: build kernels
 	$(PY) -m tests.kernels.bench $(ARGS)
 
-# Only the tests that boot them: two at once, all of one kernel by one process.
-BOOTED = $(PY) -m pytest -q -n 2 --dist loadgroup tests/kernels
+# Only the tests that boot them: two at once, all of one class by one process.
+BOOTED = $(PY) -m pytest -q -n 2 --dist loadscope tests/kernels
 test-kernels: setup kernels
 	$(BOOTED) $(ARGS)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the host does with shared memory: large folios and swap, for as long as a test wants it."""
+"""What the host does with memory: large folios, swap, huge pages, for as long as a test wants it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,24 @@ def large_shmem(value: str, path: Path = THP / "shmem_enabled") -> Iterator[None
         yield
     finally:
         path.write_text(before)
+
+
+@contextlib.contextmanager
+def huge_pages(count: int) -> Iterator[None]:
+    """So many more pages of 2 MiB in the pool."""
+    pool = Path("/proc/sys/vm/nr_hugepages")
+    before = int(pool.read_text())
+    pool.write_text(str(before + count))
+    try:
+        got = int(pool.read_text()) - before
+        need(
+            "hugetlbfs",
+            got >= count,
+            f"the host has no memory for {count} huge pages in one piece each, only for {got}",
+        )
+        yield
+    finally:
+        pool.write_text(str(before))
 
 
 def large_folios_kb(pid: int) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.vmm import huge_pages
+from tests.kernel.host_memory import huge_pages
 from tests.native.build import build_real, run_seeds
 
 SEEDS = int(os.environ.get("TIERD_REAL_SEEDS", "700"))

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernel.host_memory import huge_pages
 from tests.kernel.test_kill import check
 from tests.kernel.torture import torture
-from tests.kernel.vmm import MIB, SAFE, SLOWNESS, Host, Vmm, huge_pages, userfaultfds, wait_for
+from tests.kernel.vmm import MIB, SAFE, SLOWNESS, Host, Vmm, userfaultfds, wait_for
 from tierd.attach import Refused
 from tierd.attach.preflight import HolderScan, Subject, backing
 from tierd.engine.stock import StockEngine

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from tests.kernel.forced import ForcedEngine, Options
 from tests.kernel.sanitized import SANITIZERS, sanitized_python
 from tests.kernel.torture import ROOT, torture
-from tests.kernel.vmm import MIB, PAGE, ForcedEngine, Host, Options, Vmm, wait_for
+from tests.kernel.vmm import MIB, PAGE, Host, Vmm, wait_for
 from tierd.attach import Refused
 from tierd.attach.procfs import boot_id
 from tierd.native import KernelError
@@ -115,7 +116,8 @@ def test_a_state_file_of_another_version_is_not_touched(start_vmm: Start, host: 
         tiered.evict_all()
         path = tiered.served.state_path
     good = path.read_bytes()
-    for offset, value, says in ((8, b"\x63\0\0\0", "another version"), (8, b"\1\0\0\0", "another version"), (0, b"garbage!", "broken")):
+    other = "another version"
+    for offset, value, says in ((8, b"\x63\0\0\0", other), (8, b"\1\0\0\0", other), (0, b"garbage!", "broken")):
         path.write_bytes(good[:offset] + value + good[offset + len(value) :])
         before = path.read_bytes()
         with pytest.raises(StateError, match=f"{says}.*nothing was touched"), host.adopted(vmm):

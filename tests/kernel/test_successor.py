@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.disks import frozen_at_will, in_the_kernel
-from tests.kernel.vmm import MIB, PAGE, ForcedEngine, Host, Options, Tiered, Vmm, userfaultfds, wait_for
+from tests.kernel.forced import ForcedEngine, Options
+from tests.kernel.vmm import MIB, PAGE, Host, Tiered, Vmm, userfaultfds, wait_for
 from tests.need import need
 from tierd.attach import Refused
 from tierd.attach.procfs import maps_of, still_mapped

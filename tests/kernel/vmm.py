@@ -10,19 +10,19 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from tests.need import need
+from tests.kernel.forced import ForcedEngine, Options
 from tierd import cycle
 from tierd.attach import GuestSpec
 from tierd.attach.preflight import HolderScan, preflight, swap_can_receive
 from tierd.attach.procfs import boot_id, read_spec
 from tierd.config import Policy
 from tierd.engine import choose
-from tierd.native import NativeGuest, Zap
-from tierd.serve import Served, Tuning, adopt, attach, prepare_runtime_dir
+from tierd.native import NativeGuest
+from tierd.serve import Served, adopt, attach, prepare_runtime_dir
 from tierd.store.file import FileStore
 
 HERE = Path(__file__).parent
@@ -149,58 +149,6 @@ class Vmm:
         self.wrong += [line for line in rest.decode().splitlines() if line.startswith("WRONG")]
         if kind is None:
             assert not self.wrong
-
-
-@contextlib.contextmanager
-def huge_pages(count: int) -> Iterator[None]:
-    """So many more pages of 2 MiB in the pool."""
-    pool = Path("/proc/sys/vm/nr_hugepages")
-    before = int(pool.read_text())
-    pool.write_text(str(before + count))
-    try:
-        got = int(pool.read_text()) - before
-        need(
-            "hugetlbfs",
-            got >= count,
-            f"the host has no memory for {count} huge pages in one piece each, only for {got}",
-        )
-        yield
-    finally:
-        pool.write_text(str(before))
-
-
-@dataclass
-class Options:
-    """What a test may force."""
-
-    use_pagemap: bool = False
-    zap: Zap | None = None
-    direct: Literal["auto", "on", "off"] = "auto"
-    capacity_bytes: int = 1 << 50
-    readahead_pages: int = 16
-    read_deadline_s: float = 0.0  # no second chance for a page that cannot be read
-    hold_lost: bool = False
-    phases: cycle.Phases = field(default_factory=cycle.Phases)
-
-    def tuning(self, min_idle_s: float) -> Tuning:
-        return Tuning(min_idle_s, self.readahead_pages, read_deadline_s=self.read_deadline_s, hold_lost=self.hold_lost)
-
-
-class ForcedEngine:
-    """The engine of this kernel, with the choices that a test forces."""
-
-    def __init__(self, options: Options) -> None:
-        self._engine, self._options = choose(), options
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    @property
-    def use_pagemap(self) -> bool:
-        return self._options.use_pagemap or self._engine.use_pagemap
-
-    def zap(self, inside: bool) -> Zap:
-        return self._options.zap or self._engine.zap(inside)
 
 
 @dataclass

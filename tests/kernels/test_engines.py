@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.build import PATCHED
 from tests.kernels.machine import ROOT, booted, check_selftest
 from tests.need import need
 from tierd.demo.guest import GuestError, find_kernel
@@ -54,10 +53,10 @@ class Section:
     output: str
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in PATCHED])
+@pytest.fixture(scope="class")
 def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> dict[str, Section]:
     """Of one boot: what each command said, and its status."""
-    name: str = request.param
+    name: str = request.cls.kernel
     python = shlex.quote(sys.executable)
     try:
         guest_kernel = find_kernel(ROOT / "build" / "vm")
@@ -113,66 +112,72 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
 pytestmark = pytest.mark.timeout(1800)
 
 
-def test_the_interface_is_what_is_described(sections: dict[str, Section]) -> None:
-    said = sections["selftest"]
-    check_selftest(said.status, said.output, said.output, ())
+class Engine:
+    """All of one kernel's tests: one boot."""
+
+    kernel: str
+
+    def test_the_interface_is_what_is_described(self, sections: dict[str, Section]) -> None:
+        said = sections["selftest"]
+        check_selftest(said.status, said.output, said.output, ())
+
+    def test_check_names_the_engine_and_why(self, sections: dict[str, Section]) -> None:
+        said = sections["check"]
+        engine = next(f for f in json.loads(said.output)["findings"] if f["name"] == "engine")
+        assert engine["ok"]
+        assert engine["says"].startswith(f"{sections['name'].output}: ")
+
+    def test_the_seeded_driver(self, sections: dict[str, Section]) -> None:
+        said = sections["driver"]
+        assert said.status == 0, said.output
+        figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
+        assert figures["pages evicted"] > SEEDS // 4, said.output
+        assert figures["kills in service"] > 0, said.output
+
+    def test_the_seeded_driver_in_large_folios(self, sections: dict[str, Section]) -> None:
+        """Which mostly cannot be split: a punch leaves zeros, and deaths come between it and the repair."""
+        said = sections["large"]
+        assert said.status == 0, said.output
+        figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
+        assert figures["rewritten"] > 0, said.output
+        assert figures["kills in service"] > 0, said.output
+
+    def test_the_seeded_driver_on_hugetlbfs(self, sections: dict[str, Section]) -> None:
+        said = sections["hugetlb"]
+        assert said.status == 0, said.output
+        figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
+        assert figures["faults"] > 0, said.output
+        assert figures["kills in service"] > 0, said.output
+
+    def test_the_demo(self, sections: dict[str, Section]) -> None:
+        """A real QEMU guest, a KVM vCPU that faults in the kernel, the real daemon."""
+        said = sections["demo"]
+        print(said.output)
+        assert said.status == 0, said.output
+        result = json.loads(said.output.splitlines()[-1])
+        assert result["engine"] == sections["name"].output
+        assert result["accel"] == "kvm"
+        assert result["wrong_bytes"] == 0
+        assert result["verified_bytes"] > 32 << 20
+        assert result["given_back_ratio"] >= 0.4, "pages left"
+        assert result["tiers"]["file"] > 32 << 20, "of these not only zeros"
+        assert result["faults"] > 100, "and came back"
+
+    def test_an_ordinary_user(self, sections: dict[str, Section]) -> None:
+        said = sections["user"]
+        print(said.output)
+        assert said.status == 0, said.output
+        assert "1 passed" in said.output
+
+    def test_the_kernel_layer(self, sections: dict[str, Section]) -> None:
+        said = sections["suite"]
+        print(said.output)
+        assert said.status == 0, said.output
 
 
-def test_check_names_the_engine_and_why(sections: dict[str, Section]) -> None:
-    said = sections["check"]
-    engine = next(f for f in json.loads(said.output)["findings"] if f["name"] == "engine")
-    assert engine["ok"]
-    assert engine["says"].startswith(f"{sections['name'].output}: ")
+class TestRwp(Engine):
+    kernel = "rwp"
 
 
-def test_the_seeded_driver(sections: dict[str, Section]) -> None:
-    said = sections["driver"]
-    assert said.status == 0, said.output
-    figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
-    assert figures["pages evicted"] > SEEDS // 4, said.output
-    assert figures["kills in service"] > 0, said.output
-
-
-def test_the_seeded_driver_in_large_folios(sections: dict[str, Section]) -> None:
-    """Which mostly cannot be split: a punch leaves zeros, and deaths come between it and the repair."""
-    said = sections["large"]
-    assert said.status == 0, said.output
-    figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
-    assert figures["rewritten"] > 0, said.output
-    assert figures["kills in service"] > 0, said.output
-
-
-def test_the_seeded_driver_on_hugetlbfs(sections: dict[str, Section]) -> None:
-    said = sections["hugetlb"]
-    assert said.status == 0, said.output
-    figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
-    assert figures["faults"] > 0, said.output
-    assert figures["kills in service"] > 0, said.output
-
-
-def test_the_demo(sections: dict[str, Section]) -> None:
-    """A real QEMU guest, a KVM vCPU that faults in the kernel, the real daemon."""
-    said = sections["demo"]
-    print(said.output)
-    assert said.status == 0, said.output
-    result = json.loads(said.output.splitlines()[-1])
-    assert result["engine"] == sections["name"].output
-    assert result["accel"] == "kvm"
-    assert result["wrong_bytes"] == 0
-    assert result["verified_bytes"] > 32 << 20
-    assert result["given_back_ratio"] >= 0.4, "pages left"
-    assert result["tiers"]["file"] > 32 << 20, "of these not only zeros"
-    assert result["faults"] > 100, "and came back"
-
-
-def test_an_ordinary_user(sections: dict[str, Section]) -> None:
-    said = sections["user"]
-    print(said.output)
-    assert said.status == 0, said.output
-    assert "1 passed" in said.output
-
-
-def test_the_kernel_layer(sections: dict[str, Section]) -> None:
-    said = sections["suite"]
-    print(said.output)
-    assert said.status == 0, said.output
+class TestRfc(Engine):
+    kernel = "rfc"

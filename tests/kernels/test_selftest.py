@@ -37,7 +37,6 @@ SKIPS = {
     "debian-6.12": (r"this kernel has no guard pages", r"refused before 6\.13, as it should be"),
 }
 
-DEBIAN = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SKIPS]
 # Of the kernel layer: what depends on the kernel. (A whole run on both found what these find, in ten minutes more.)
 SUITE = (
     "test_life.py::test_everything_leaves_and_comes_back[default]",
@@ -84,14 +83,14 @@ def test_this_machine(selftest: Path, hugetlb_pool: None) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", DEBIAN)
+@pytest.mark.parametrize("name", list(SKIPS))
 def test_a_debian_kernel(selftest: Path, name: str) -> None:
     done = booted(name, f"{selftest} --system stock", 300)
     check_selftest(done.status or 0, done.output, done.said, SKIPS[name])
 
 
 @pytest.mark.timeout(1300)
-@pytest.mark.parametrize("name", DEBIAN)
+@pytest.mark.parametrize("name", list(SKIPS))
 def test_the_stock_engine_on_a_debian_kernel(children: Path, name: str) -> None:
     left_out = LACKS.get(name, {})
     variables = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.daemon.process import Daemon
-from tests.kernel.vmm import huge_pages
+from tests.kernel.host_memory import huge_pages
 from tests.need import need
 from tests.vm.libvirtd import LibvirtGuest
 from tierd.demo.guest import MIB, DemoGuest, GuestError, find_kernel, this_platform
