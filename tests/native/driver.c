@@ -678,6 +678,10 @@ static void check_end(void)
 	for (uint32_t page = 0; page < S.pages; page++)
 		if (state_of(page) != RESIDENT && (repaired || state_of(page) != LOST || !M.may_fail[page]))
 			model_fail("page %u is in state %d at the end", page, state_of(page));
+}
+
+static void count_up(void)
+{
 	accesses += S.accesses;
 	memory_errors += S.memory_errors;
 	evictions += S.evicted;
@@ -740,6 +744,7 @@ static void run_seed(uint64_t steps)
 	run_until(all_over, "the daemon does not end");
 	if (!M.gone)
 		check_end();
+	count_up();
 	tierd_guest_destroy(guest);
 	for (int i = 0; i < ALLOCATIONS_MAX; i++)
 		if (allocations[i].memory)
