@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,14 +21,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.daemon.peer import BYTES, Peer, talk, userfaultfd
-from tests.daemon.process import POLICY, Daemon, evicted
+from tests.daemon.peer import BYTES, Peer, send, talk, userfaultfd
+from tests.daemon.process import OURS, POLICY, Daemon, evicted
 from tests.daemon.test_uffd_kept import all_received, start_with
 from tests.kernel.conftest import kernel, vmm_binary  # noqa: F401  (fixtures)
 from tests.kernel.disks import hanging_disk
 from tests.kernel.vmm import MIB, Vmm, userfaultfds, vm_flags, wait_for
-from tierd import vmms
+from tierd import serve, vmms
+from tierd.attach import GuestSpec
 from tierd.attach.ptrace import NUMBER, pidfd_getfd
+from tierd.engine import choose
 from tierd.vmms import SO_PEERPIDFD
 
 NAME = "handshake"  # as vmm_handshake.c calls itself
@@ -229,6 +232,101 @@ def test_a_vmm_that_closes_its_copy(daemon: Daemon, vmm: Vmm) -> None:
     assert "must keep the descriptor" in told["reason"]
     wait_for(lambda: not daemon.stored_bytes(NAME), "everything is brought back")
     vmm.verify()
+
+
+# --- two at once ------------------------------------------------------------------------------------------------------
+
+
+def deleted_stores(daemon: Daemon) -> list[str]:
+    assert daemon.process is not None
+    fds = Path(f"/proc/{daemon.process.pid}/fd")
+    links = [os.readlink(fd) for fd in fds.iterdir() if os.path.lexists(fd)]
+    return [link for link in links if link.endswith(".pages (deleted)")]
+
+
+def test_two_connections_at_once_are_one_guest(daemon: Daemon, listening: Path) -> None:
+    """A second attach would remove the first one's store file: stored pages would be lost with tierd's next death."""
+    daemon.start()
+    with Peer() as peer, ExitStack() as owned:
+        peer.memory[:] = b"\xa5" * BYTES
+        message = json.dumps(peer.message(name="peer")).encode()
+        daemon.signal(signal.SIGSTOP)
+        socks = [owned.enter_context(send(listening, message, peer.fds)) for _ in range(3)]
+        daemon.signal(signal.SIGCONT)
+        answers = [json.loads(sock.recv(8192)) for sock in socks]
+        assert sum(answer["ok"] for answer in answers) == 1, answers
+        assert all(answer["ok"] or "another connection" in answer["error"] for answer in answers)
+        wait_for(lambda: daemon.stored_bytes("peer") == BYTES, "it is evicted")
+        assert not deleted_stores(daemon)
+        assert len(list(daemon.store_dir.glob("*.pages"))) == 1
+        assert len(list((daemon.runtime_dir / "guests").iterdir())) == 1
+        assert peer.memory[:] == b"\xa5" * BYTES
+
+
+def test_a_rule_does_not_replace_one_that_came_by_itself(
+    daemon: Daemon,
+    listening: Path,
+    vmm_binary: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Discovery was refused, and waits to try again; meanwhile the VMM connects. An orderly stop brings it back."""
+    daemon.write(handshake={"socket": str(listening)}, guests=[{"name": f"*{OURS}", **POLICY}], defaults=POLICY)
+    qemu, later = tmp_path / "qemu-system-test", tmp_path / "later"
+    qemu.symlink_to(vmm_binary)
+    arguments = (f"bytes={8 * MIB}", "regions=1", f"handshake={later}", "-name", f"guest=web{OURS},debug-threads=on")
+    with Vmm(vmm_binary, *arguments, arg0=str(qemu)) as vmm, ExitStack() as owned:
+        vmm.ask("fill")
+        pidfd = os.pidfd_open(vmm.pid)
+        owned.callback(os.close, pidfd)
+        numbers = [fd.name for fd in Path(f"/proc/{vmm.pid}/fd").iterdir() if "memfd" in os.readlink(fd)]
+        held = [pidfd_getfd(pidfd, int(number)) for number in numbers]  # a stranger, who has the guest's memory
+        daemon.start()
+        wait_for(lambda: daemon.logged("guest_refused"), "discovery is refused; it tries again in 1 s, then 2, then 5")
+        time.sleep(3.3)
+        for fd in held:
+            os.close(fd)
+        later.symlink_to(listening)
+        wait_for(lambda: accepted(vmm) == 1, "it is accepted")
+        daemon.signal(signal.SIGHUP)  # discovery tries again now
+        wait_for(lambda: daemon.logged("reloaded"), "it is reloaded")
+        evicted(daemon, NAME, vmm)
+        time.sleep(0.5)
+        assert daemon.guests()[NAME]["state"] == "active"
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 0
+        vmm.verify()
+        assert not list((daemon.runtime_dir / "guests").iterdir())
+
+
+def test_one_attach_at_a_time_whoever_makes_it(tmpfs_dir: Path) -> None:
+    """By the lock of the state file that has no name yet: one that an attach died over is removed, one that is held never."""
+    spec = GuestSpec("web", 1, 2, "boot", (), ())
+    path = tmpfs_dir / "1-2.state"
+
+    def take() -> tuple[serve.Served, Path]:
+        served = serve.Served(spec, path, choose())
+        try:
+            return served, serve._take_state(served)
+        except BaseException:
+            served.close()
+            raise
+
+    first, unfinished = take()
+    inode = unfinished.stat().st_ino
+    with pytest.raises(serve.StateError, match="being attached just now"):
+        take()
+    assert unfinished.stat().st_ino == inode
+    first.close()  # as by a death: the name stays
+    second, _ = take()
+    serve._publish_state(second, unfinished)
+    second.close()
+    with pytest.raises(serve.StateError, match="made by another attach"):
+        take()
+    assert path.exists()
+    assert not unfinished.exists()
+    with pytest.raises(serve.StateError, match="File exists"):
+        path.with_suffix(".new").touch()
+        serve._publish_state(second, unfinished)  # never in the place of another
 
 
 # --- what is not true -------------------------------------------------------------------------------------------------
