@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -154,6 +155,26 @@ def test_a_connection_that_breaks_changes_nothing(daemon: Daemon, listening: Pat
         sock.close()
         assert "another userfaultfd" in answer["error"]
         assert daemon.guests()["peer"]["state"] == "active"
+
+
+def test_one_that_closes_without_reading(daemon: Daemon, listening: Path) -> None:
+    """Reset for us: that ends its connection and nothing else. Also with more said, which is answered."""
+    daemon.start()
+    with Peer() as peer:
+        message = json.dumps(peer.message(name="peer")).encode()
+        for more in (b"", b"more"):
+            sock = send(listening, message, peer.fds)
+            wait_for(lambda: select.select([sock], [], [], 0)[0], "it is answered")  # noqa: B023
+            if more:
+                daemon.signal(signal.SIGSTOP)  # so that it finds what was said, and nobody any more
+                sock.send(more)
+            sock.close()
+            daemon.signal(signal.SIGCONT)
+            answer, sock = talk(listening, message, peer.fds)
+            sock.close()
+            assert answer["ok"], answer
+        assert daemon.running
+        assert not daemon.logged("handshake_failed")
 
 
 def test_a_successor_wants_the_same_userfaultfd(daemon: Daemon, listening: Path) -> None:
