@@ -37,6 +37,7 @@ from tierd.attach.ptrace import (
     features_of,
     may_enter,
     may_page_out,
+    must_be_agreed,
     pick_thread,
     pidfd_getfd,
     put_into_vmm,
@@ -745,6 +746,7 @@ def _userfaultfd_again(served: Served, identity: Identity, kept_uffd: int | None
     if handed is not None and registered_regions(served.spec):
         if not features_of(handed.uffd):
             raise _another_userfaultfd(served.spec)
+        must_be_agreed(handed.uffd, served.engine.features)
         return os.dup(handed.uffd)
     if handed is not None:
         pass  # whatever it brought: nothing is registered with it

@@ -10,11 +10,12 @@ import re
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from tests.kernel.conftest import kernel, vmm_binary  # noqa: F401  (fixtures)
 from tests.kernel.disks import hanging_disk
 from tests.kernel.vmm import MIB, Vmm, userfaultfds, vm_flags, wait_for
 from tierd import serve, vmms
-from tierd.attach import GuestSpec
-from tierd.attach.ptrace import NUMBER, pidfd_getfd
+from tierd.attach import GuestSpec, ptrace
+from tierd.attach.ptrace import FEATURES_HARMLESS, FEATURES_NEEDED, NUMBER, UFFD_API, UFFDIO_API, pidfd_getfd
 from tierd.engine import choose
 from tierd.vmms import SO_PEERPIDFD
 
@@ -441,6 +442,58 @@ def test_each_lie_is_told_and_changes_nothing(daemon: Daemon, started: Path) -> 
         answer, sock = talk(started, json.dumps(peer.message()).encode(), peer.fds)
         with sock:
             assert answer["ok"], answer
+
+
+WP_ASYNC, SIGBUS, EVENT_REMOVE = 1 << 15, 1 << 7, 1 << 3
+
+
+def agreed(peer: Peer, features: int) -> int:
+    """Another userfaultfd, with these features."""
+    fd = peer.own(userfaultfd())
+    fcntl.ioctl(fd, UFFDIO_API, bytearray(struct.pack("QQQ", UFFD_API, features, 0)))
+    return fd
+
+
+def test_a_userfaultfd_that_would_not_hold(daemon: Daemon, started: Path) -> None:
+    """With WP_ASYNC the kernel lets writes through while a page is on its way out: they would be lost. At an adoption, too."""
+    needed = FEATURES_NEEDED | choose().features
+    with Peer() as peer:
+        peer.memory[:] = b"\x5a" * BYTES
+        for feature in (WP_ASYNC, SIGBUS, EVENT_REMOVE):
+            uffd = agreed(peer, needed | feature)
+            message = json.dumps(peer.message(uffd=uffd)).encode()
+            error = must_be_refused(daemon, started, peer, message, [uffd, *peer.fds[1:]])
+            assert f"{feature:#x} is too much; make a new one" in error
+        uffd = agreed(peer, needed | FEATURES_HARMLESS)
+        message = json.dumps(peer.message(uffd=uffd, name="peer")).encode()
+        answer, sock = talk(started, message, [uffd, *peer.fds[1:]])
+        with sock:
+            assert answer["ok"], answer
+            wait_for(lambda: daemon.stored_bytes("peer") == BYTES, "it is evicted")
+            daemon.kill()
+        daemon.start()
+        other = agreed(peer, needed | WP_ASYNC)
+        message = json.dumps(peer.message(uffd=other, name="peer")).encode()
+        answer, sock = talk(started, message, [other, *peer.fds[1:]])
+        sock.close()
+        assert "is too much" in answer["error"]
+        message = json.dumps(peer.message(uffd=uffd, name="peer")).encode()
+        answer, sock = talk(started, message, [uffd, *peer.fds[1:]])
+        with sock:
+            assert answer["ok"], answer
+            assert peer.memory[:] == b"\x5a" * BYTES
+
+
+def test_what_may_be_agreed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, good in (
+        (FEATURES_NEEDED, True),
+        (FEATURES_NEEDED | FEATURES_HARMLESS, True),
+        (FEATURES_NEEDED & ~1, False),
+        *((FEATURES_NEEDED | 1 << bit, False) for bit in (1, 2, 3, 6, 7, 15, 17, 40)),
+    ):
+        monkeypatch.setattr(ptrace, "features_of", lambda _, found=found: found)
+        with nullcontext() if good else pytest.raises(OSError, match="make a new one"):
+            ptrace.agree_once(-1, 0)
 
 
 # A process that maps something else at the address of its parent's memory, and makes a userfaultfd; prints its number.
