@@ -317,6 +317,7 @@ class Guest:
         """Whatever the state and the policy: somebody besides us must hold the userfaultfd. False: refused for it just now."""
 
         def look() -> None:
+            served.native.keep_nonblocking()
             if (
                 not served.vmm_holds_uffd() and not served.native.gone()
             ):  # never into a program that the VMM has executed

@@ -13,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
@@ -176,6 +177,42 @@ def test_one_that_closes_without_reading(daemon: Daemon, listening: Path) -> Non
             assert answer["ok"], answer
         assert daemon.running
         assert not daemon.logged("handshake_failed")
+
+
+def test_a_userfaultfd_whose_reads_block(daemon: Daemon, listening: Path) -> None:
+    """The flag is the open file's, which the VMM has, too: before, meanwhile, and while the fault threads are ended."""
+
+    def block() -> None:
+        fcntl.fcntl(peer.uffd, fcntl.F_SETFL, fcntl.fcntl(peer.uffd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+
+    def always() -> None:
+        while not over.is_set():
+            block()
+            time.sleep(0.0002)
+
+    daemon.start()
+    with Peer() as peer:
+        peer.memory[:] = b"\xa5" * BYTES
+        over, blocking = threading.Event(), threading.Thread(target=always)
+        block()
+        answer, sock = talk(listening, json.dumps(peer.message(name="peer")).encode(), peer.fds)
+        with sock:
+            assert answer["ok"], answer
+            assert fcntl.fcntl(peer.uffd, fcntl.F_GETFL) & os.O_NONBLOCK
+            wait_for(lambda: daemon.stored_bytes("peer") == BYTES, "it is evicted")
+            block()
+            wait_for(lambda: fcntl.fcntl(peer.uffd, fcntl.F_GETFL) & os.O_NONBLOCK, "it is set again")
+            blocking.start()
+            try:
+                for page in range(0, BYTES, 1 << 16):  # a fault that is served: its thread reads again
+                    assert peer.memory[page] == 0xA5
+                done = daemon.tierd("detach", "peer")
+            finally:
+                over.set()
+                blocking.join()
+            assert done.returncode == 0, done.stderr
+            assert json.loads(sock.recv(4096)) == {"event": "left"}
+        assert peer.memory[:] == b"\xa5" * BYTES
 
 
 def test_a_successor_wants_the_same_userfaultfd(daemon: Daemon, listening: Path) -> None:
