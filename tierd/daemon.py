@@ -26,7 +26,6 @@ from tierd import __version__
 from tierd.attach import GuestSpec, Handed, Refused
 from tierd.attach.preflight import HolderScan
 from tierd.attach.procfs import Discovery, boot_id, read_spec, start_ticks
-from tierd.attach.ptrace import features_of
 from tierd.check import engine_findings
 from tierd.config import Config, ConfigErrors, changes, load
 from tierd.engine import EngineUnavailable, choose
@@ -528,6 +527,11 @@ class Daemon:
                 if guest.key not in self._offers:
                     await self._wait_to_try_again(guest.pid, delay_s)
                 offer = self._offers.pop(guest.key, None)
+                try:
+                    handed = offer.hand.brought.handed.dup() if offer else self._handed_of(guest.key)
+                except OSError as error:  # too many descriptors: the next try may have them
+                    log.error("handed_not_taken", guest=guest.name, pid=guest.pid, error=str(error))
+                    handed = None
                 paused = guest.paused or self._stopping  # what stopping has brought back stays there
                 guest = self._guests[guest.key] = Guest(
                     guest.spec,
@@ -536,7 +540,7 @@ class Daemon:
                     path,
                     paused,
                     kept_uffd=self.host.kept_uffds.get(guest.key),
-                    handed=offer.hand.brought.handed.dup() if offer else self._handed_of(guest.key),
+                    handed=handed,
                 )
                 if offer:
                     offer.take(guest)
@@ -606,7 +610,7 @@ class Daemon:
         if guest is not None and guest.served:
             if not guest.spec.handshake:
                 raise RequestRefused(f"guest {guest.name} was attached by its pid", "`tierd detach` it first")
-            if not features_of(hand.brought.handed.uffd):
+            if not guest.came_again(hand.brought.handed):
                 raise RequestRefused(f"guest {guest.name} is served with another userfaultfd", "send that one")
         elif guest is not None and not guest.begun.is_set():
             raise RequestRefused(f"a try to serve guest {guest.name} hangs", "see tierd's log; connect again")
@@ -620,6 +624,8 @@ class Daemon:
                 if key in self._guests and key not in self._running:
                     del self._guests[key]
                 raise
+        if key in self._hands:
+            self._hands[key].replaced()
         self._hands[key] = hand
         if self.notifier.keeps_fds and self._tell(self.notifier.store_fds, key, hand.brought.handed.fds()):
             self._kept.add(key)  # a successor need not wait until the VMM comes again

@@ -180,8 +180,12 @@ class Served:
             raise PermissionError(
                 errno.EPERM, f"process {self.spec.pid} has a seccomp filter that may kill it for our call"
             )
-        self.uffd_in_vmm = put_into_vmm(self.spec.pid, self.pidfd, self.uffd)
-        self.native.set_uffd_in_vmm(self.uffd_in_vmm)
+        self.set_uffd_in_vmm(put_into_vmm(self.spec.pid, self.pidfd, self.uffd))
+
+    def set_uffd_in_vmm(self, number: int) -> None:
+        """The VMM has its copy under this number now."""
+        self.uffd_in_vmm = number
+        self.native.set_uffd_in_vmm(number)
 
     def leave(self) -> bool:
         """Give the guest back to its VMM: unregister, remove what we kept of it, close the VMM's userfaultfd. KernelError

@@ -59,6 +59,10 @@ class Hand:
             _tell(self.sock, event="left")
         self.over.set()
 
+    def replaced(self) -> None:
+        """Its VMM has a newer connection."""
+        self.over.set()
+
 
 class Reception(Protocol):
     async def welcome(self, hand: Hand) -> str:
@@ -219,7 +223,7 @@ def peer(sock: socket.socket) -> tuple[int, int]:
 
 
 async def _stay(sock: socket.socket, hand: Hand) -> None:
-    """Until the VMM closes, or says anything more, or is left."""
+    """Until the VMM closes, or says anything more, or is left, or has another connection."""
     async with trio.open_nursery() as nursery:
 
         async def wait_left() -> None:

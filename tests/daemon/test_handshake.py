@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -31,7 +32,7 @@ from tests.kernel.conftest import kernel, vmm_binary  # noqa: F401  (fixtures)
 from tests.kernel.disks import hanging_disk
 from tests.kernel.vmm import MIB, Vmm, userfaultfds, vm_flags, wait_for
 from tierd import serve, vmms
-from tierd.attach import GuestSpec, ptrace
+from tierd.attach import GuestSpec, Handed, ptrace
 from tierd.attach.ptrace import FEATURES_HARMLESS, FEATURES_NEEDED, NUMBER, UFFD_API, UFFDIO_API, pidfd_getfd
 from tierd.engine import choose
 from tierd.vmms import SO_PEERPIDFD
@@ -157,6 +158,64 @@ def test_a_connection_that_breaks_changes_nothing(daemon: Daemon, listening: Pat
         sock.close()
         assert "another userfaultfd" in answer["error"]
         assert daemon.guests()["peer"]["state"] == "active"
+
+
+def test_it_connects_again(daemon: Daemon, listening: Path) -> None:
+    """Only with the userfaultfd that it is served with, perhaps under another number; its older connection is closed."""
+    with Peer() as peer, ExitStack() as owned:
+        peer.memory[:] = b"\xa5" * BYTES
+        daemon.start()
+        answer, first = talk(listening, json.dumps(peer.message(name="peer")).encode(), peer.fds)
+        owned.enter_context(first)
+        assert answer["ok"], answer
+        other = agreed(peer, FEATURES_NEEDED | choose().features)
+        answer, sock = talk(listening, json.dumps(peer.message(uffd=other)).encode(), [other, *peer.fds[1:]])
+        sock.close()
+        assert "another userfaultfd" in answer["error"]
+        number = os.dup(peer.uffd)
+        owned.callback(os.close, number)
+        answer, second = talk(listening, json.dumps(peer.message(uffd=number)).encode(), peer.fds)
+        owned.enter_context(second)
+        assert answer["ok"], answer
+        assert first.recv(4096) == b""
+        devnull = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(devnull, peer.uffd, inheritable=False)  # it keeps the other number only
+        os.close(devnull)
+        before = daemon.guests()["peer"]["cycles"]
+        wait_for(lambda: daemon.guests()["peer"]["cycles"] > before + 3, "cycles go on")
+        assert daemon.guests()["peer"]["state"] == "active"
+        assert not daemon.logged("guest_refused")
+        assert peer.memory[:] == b"\xa5" * BYTES
+        done = daemon.tierd("detach", "peer")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(second.recv(4096)) == {"event": "left"}
+
+
+@pytest.mark.parametrize("kcmp", [ptrace.NUMBER["kcmp"], 10_000])
+def test_whether_two_descriptors_are_one(monkeypatch: pytest.MonkeyPatch, kcmp: int) -> None:
+    """Also by a kernel without kcmp(2)."""
+    monkeypatch.setitem(ptrace.NUMBER, "kcmp", kcmp)
+    with Peer() as peer:
+        again = peer.own(os.dup(peer.uffd))
+        assert ptrace.same_open_file(peer.uffd, again)
+        assert not ptrace.same_open_file(peer.uffd, peer.own(userfaultfd()))
+
+
+def test_no_descriptor_for_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EMFILE: what was copied is closed again."""
+    with Peer() as peer:
+        handed = Handed(peer.own(os.dup(peer.uffd)), peer.uffd, peer.uffd, peer.pagemap, {(0, 1): peer.memfd})
+        fds, real, left = len(os.listdir("/proc/self/fd")), os.dup, iter((1, 1, 1))
+
+        def dup(fd: int) -> int:
+            if next(left, 0):
+                return real(fd)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        monkeypatch.setattr(os, "dup", dup)
+        with pytest.raises(OSError, match="Too many"):
+            handed.dup()
+        assert len(os.listdir("/proc/self/fd")) == fds
 
 
 def test_one_that_closes_without_reading(daemon: Daemon, listening: Path) -> None:

@@ -25,12 +25,13 @@ from tierd.native.inject import At, inject
 
 # system call numbers: <asm/unistd.h>; those above 424 are the same everywhere
 _NUMBERS = {
-    "x86_64": {"userfaultfd": 323, "close": 3, "socketpair": 53, "recvmsg": 47, "ioctl": 16},
-    "aarch64": {"userfaultfd": 282, "close": 57, "socketpair": 199, "recvmsg": 212, "ioctl": 29},
+    "x86_64": {"userfaultfd": 323, "close": 3, "socketpair": 53, "recvmsg": 47, "ioctl": 16, "kcmp": 312},
+    "aarch64": {"userfaultfd": 282, "close": 57, "socketpair": 199, "recvmsg": 212, "ioctl": 29, "kcmp": 272},
 }
 NUMBER = _NUMBERS[platform.machine()]
 SYS_PIDFD_GETFD, SYS_PROCESS_MADVISE = 438, 440
 MADV_COLD = 20
+KCMP_FILE = 0
 
 UFFD_API = 0xAA
 UFFDIO_API = 0xC018AA3F
@@ -76,6 +77,13 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
         error = ctypes.get_errno()
         raise OSError(error, f"pidfd_getfd of descriptor {fd}: {os.strerror(error)}")
     return result
+
+
+def same_open_file(a: int, b: int) -> bool:
+    """Whether two descriptors of ours are of one open file: kcmp(2), or, where the kernel has none, the inode, which is one
+    userfaultfd's alone (from 5.12 on)."""
+    result = int(_libc.syscall(NUMBER["kcmp"], os.getpid(), os.getpid(), KCMP_FILE, a, b))
+    return result == 0 if result >= 0 else os.path.sameopenfile(a, b)
 
 
 def pick_thread(pid: int) -> int:
