@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tests.daemon.test_uffd_kept import all_received, start_with
 from tests.kernel.conftest import kernel, vmm_binary  # noqa: F401  (fixtures)
 from tests.kernel.disks import hanging_disk
 from tests.kernel.vmm import MIB, Vmm, userfaultfds, vm_flags, wait_for
-from tierd import serve, vmms
+from tierd import resume, serve, vmms
 from tierd.attach import GuestSpec, Handed, ptrace
 from tierd.attach.ptrace import FEATURES_HARMLESS, FEATURES_NEEDED, NUMBER, UFFD_API, UFFDIO_API, pidfd_getfd
 from tierd.engine import choose
@@ -621,6 +621,92 @@ def test_another_process_s_userfaultfd(daemon: Daemon, started: Path) -> None:
         )
         assert "another process's" in error
         assert not UFFD_FLAGS & vm_flags(other.pid, peer.address)
+
+
+# A VMM in mounts of its own, with argv[2] (if any) bound on its pagemap; says that it is ready, connects, prints the answer.
+IN_ITS_OWN_MOUNTS = """
+import ctypes, json, os, sys
+from pathlib import Path
+from tests.daemon.peer import Peer, libc, talk
+with Peer() as peer:
+    pagemap = f"/proc/{os.getpid()}/pagemap"
+    assert not libc.unshare(0x20000), "CLONE_NEWNS"
+    assert not libc.mount(b"none", b"/", None, 0x44000, None), "MS_PRIVATE | MS_REC"
+    if sys.argv[2:]:
+        assert not libc.mount(sys.argv[2].encode(), pagemap.encode(), None, 0x1000, None), "MS_BIND"
+    fd = os.open(pagemap, os.O_RDONLY)
+    assert os.readlink(f"/proc/self/fd/{fd}") == pagemap
+    print(flush=True)
+    sys.stdin.readline()
+    answer, sock = talk(Path(sys.argv[1]), json.dumps(peer.message(name="peer")).encode(), [peer.uffd, fd, peer.memfd])
+    print(json.dumps(answer), flush=True)
+    sys.stdin.readline()
+    os._exit(0)
+"""
+
+
+@contextmanager
+def in_its_own_mounts(*arguments: str) -> Iterator[tuple[Callable[[], None], Callable[[], dict[str, Any]]]]:
+    """(wait until it is ready, its answer)"""
+    command = [sys.executable, "-c", IN_ITS_OWN_MOUNTS, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        stdin, stdout = child.stdin, child.stdout
+
+        def go() -> dict[str, Any]:
+            stdin.write("\n")
+            stdin.flush()
+            answer: dict[str, Any] = json.loads(stdout.readline())
+            return answer
+
+        def ready() -> None:
+            assert stdout.readline() == "\n"
+
+        try:
+            yield ready, go
+        finally:
+            stdin.write("\n")
+
+
+def test_what_is_mounted_over_a_pagemap(daemon: Daemon, started: Path, disk_dir: Path, tmp_path: Path) -> None:
+    """Its link says that it is the pagemap. Nothing of a file system that never answers is asked; and mounts of its own alone
+    are no fault of a VMM."""
+    (tmp_path / "file").write_bytes(bytes(4096))
+    for fake in (tmp_path / "file", Path(f"/proc/{os.getpid()}/pagemap")):
+        with in_its_own_mounts(str(started), str(fake)) as (ready, go):
+            ready()
+            assert "not the VMM's pagemap" in go()["error"]
+    with in_its_own_mounts(str(started)) as (ready, go):
+        ready()
+        assert go()["ok"]
+        assert daemon.guests()["peer"]["state"] == "active"
+    wait_for(lambda: not daemon.guests(), "it ended")
+    with hanging_disk(disk_dir) as disk:
+        (disk.mount / "pagemap").write_bytes(bytes(4096))
+        with in_its_own_mounts(str(started), str(disk.mount / "pagemap")) as (ready, go):
+            try:
+                ready()
+                disk.hang()
+                assert "not the VMM's pagemap" in go()["error"]
+                assert not daemon.guests()
+            finally:
+                disk.go_on()
+
+
+def test_the_manager_s_descriptors_are_told_apart(tmpfs_dir: Path) -> None:
+    """Not by names: guest memory may be a file that is called pagemap."""
+    with Peer() as peer:
+        memory = os.open(tmpfs_dir / "pagemap", os.O_RDWR | os.O_CREAT)
+        peer.own(memory)
+        key, resumed = f"{os.getpid()}-1", resume.Resumed(tmpfs_dir)
+        fds = [os.dup(fd) for fd in (memory, peer.uffd, peer.pagemap)]
+        resume._sort_out([(key, fd) for fd in fds], resumed)
+        handed, info = resumed.kept_handed[key], os.fstat(memory)
+        assert (handed.pagemap, dict(handed.memfds)) == (fds[2], {(info.st_dev, info.st_ino): fds[0]})
+        assert resumed.kept_uffds[key] == fds[1]
+        handed.close()
+        os.close(fds[1])
 
 
 def test_a_file_that_hangs_holds_up_nobody(daemon: Daemon, started: Path, disk_dir: Path) -> None:
