@@ -240,6 +240,12 @@ class Daemon:
             return (
                 f"the next tierd will not find them: runtime_dir is {ours} now, {new.runtime_dir} in {self.config_path}"
             )
+        listens = self.config.handshake.socket
+        if listens != new.handshake.socket and any(guest.spec.handshake for guest in self._guests.values()):
+            return (
+                f"the VMMs that connected will not find the next tierd: handshake.socket is {listens} now, "
+                f"{new.handshake.socket} in {self.config_path}"
+            )
         return ""
 
     async def _restore_for_stop(self, guest: Guest) -> None:

@@ -32,9 +32,12 @@ from tests.kernel.conftest import kernel, vmm_binary  # noqa: F401  (fixtures)
 from tests.kernel.disks import hanging_disk
 from tests.kernel.vmm import MIB, Vmm, userfaultfds, vm_flags, wait_for
 from tierd import resume, serve, vmms
-from tierd.attach import GuestSpec, Handed, ptrace
+from tierd.attach import GuestSpec, Handed, Region, ptrace
+from tierd.attach.procfs import boot_id, start_ticks
 from tierd.attach.ptrace import FEATURES_HARMLESS, FEATURES_NEEDED, NUMBER, UFFD_API, UFFDIO_API, pidfd_getfd
 from tierd.engine import choose
+from tierd.native import NativeGuest
+from tierd.store.file import FileStore
 from tierd.vmms import SO_PEERPIDFD
 
 NAME = "handshake"  # as vmm_handshake.c calls itself
@@ -139,6 +142,27 @@ def test_an_orderly_stop_leaves_it_and_it_comes_again(daemon: Daemon, listening:
                 assert json.loads(sock.recv(4096)) == {"event": "left"}
                 assert sock.recv(4096) == b""
             assert peer.memory[:] == bytes(range(256)) * (BYTES // 256)
+
+
+@pytest.mark.parametrize("then", [{}, {"handshake": {"socket": "/dev/shm/tierd-elsewhere/handshake.sock"}}])
+def test_a_restart_after_which_nobody_listens_there(daemon: Daemon, listening: Path, then: dict[str, Any]) -> None:
+    """Kept, its touches would wait for a tierd that it can connect to."""
+    with Peer() as peer:
+        peer.memory[:] = b"\xa5" * BYTES
+        daemon.write(handshake={"socket": str(listening)}, guests=[], defaults=POLICY, on_restart="keep")
+        daemon.start()
+        answer, sock = talk(listening, json.dumps(peer.message(name="peer")).encode(), peer.fds)
+        with sock:
+            assert answer["ok"], answer
+            wait_for(lambda: daemon.stored_bytes("peer") == BYTES, "it is evicted")
+            daemon.write(guests=[], defaults=POLICY, on_restart="keep", **then)
+            daemon.signal(signal.SIGUSR1)
+            assert daemon.wait() == 0
+            (told,) = daemon.logged("restart_restores")
+            assert "handshake.socket is" in told["why"]
+            assert json.loads(sock.recv(4096)) == {"event": "left"}
+        assert peer.memory[:] == b"\xa5" * BYTES
+        assert not list((daemon.runtime_dir / "guests").iterdir())
 
 
 def test_a_connection_that_breaks_changes_nothing(daemon: Daemon, listening: Path) -> None:
@@ -445,6 +469,40 @@ def test_one_attach_at_a_time_whoever_makes_it(tmpfs_dir: Path) -> None:
     with pytest.raises(serve.StateError, match="File exists"):
         path.with_suffix(".new").touch()
         serve._publish_state(second, unfinished)  # never in the place of another
+
+
+def test_a_state_file_says_from_its_first_moment_how_the_guest_came(
+    tmpfs_dir: Path, disk_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A death just after it has its name: a successor would look for a userfaultfd that it may not take."""
+    seen: list[tuple[bool, bool]] = []
+
+    def look(_: NativeGuest) -> None:  # what comes next
+        (path,) = tmpfs_dir.glob("*.state")
+        seen.append((serve.read_state(path, boot_id()).serving.handshake, path.with_suffix(".new").exists()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NativeGuest, "start", look)
+    with Peer() as peer, pytest.raises(KeyboardInterrupt):
+        pidfd = peer.own(os.pidfd_open(os.getpid()))
+        info = os.fstat(peer.memfd)
+        file, pid = (info.st_dev, info.st_ino), os.getpid()
+        ticks = start_ticks(pid)
+        assert ticks is not None
+        spec = GuestSpec("peer", pid, ticks, boot_id(), (), (Region(peer.address, BYTES, 0, *file),), handshake=True)
+        serve.attach(
+            spec,
+            engine=choose(),
+            store=FileStore(disk_dir / "store", None, "auto"),
+            guests_dir=tmpfs_dir,
+            tuning=serve.Tuning(1.0, 8),
+            swap_can_receive=False,
+            capacity_bytes=BYTES,
+            handed=Handed(pidfd, peer.uffd, peer.uffd, peer.pagemap, {file: peer.memfd}),
+        )
+    assert seen == [(True, True)]
+    assert not list(tmpfs_dir.iterdir())  # and what this attach made is gone
+    assert not list((disk_dir / "store").iterdir())
 
 
 # --- what is not true -------------------------------------------------------------------------------------------------
