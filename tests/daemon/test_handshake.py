@@ -19,9 +19,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,13 +33,17 @@ from tests.daemon.test_uffd_kept import all_received, start_with
 from tests.kernel.conftest import kernel, vmm_binary  # noqa: F401  (fixtures)
 from tests.kernel.disks import hanging_disk
 from tests.kernel.vmm import MIB, Vmm, userfaultfds, vm_flags, wait_for
+from tierd import daemon as daemons
 from tierd import resume, serve, vmms
 from tierd.attach import GuestSpec, Handed, Region, ptrace
 from tierd.attach.procfs import boot_id, start_ticks
 from tierd.attach.ptrace import FEATURES_HARMLESS, FEATURES_NEEDED, NUMBER, UFFD_API, UFFDIO_API, pidfd_getfd
+from tierd.config import Config
 from tierd.engine import choose
+from tierd.guest import Ending
 from tierd.native import NativeGuest
 from tierd.store.file import FileStore
+from tierd.systemd import Notifier
 from tierd.vmms import SO_PEERPIDFD
 
 NAME = "handshake"  # as vmm_handshake.c calls itself
@@ -374,6 +380,53 @@ def test_a_vmm_that_closes_its_copy(daemon: Daemon, vmm: Vmm) -> None:
     assert "must keep the descriptor" in told["reason"]
     wait_for(lambda: not daemon.stored_bytes(NAME), "everything is brought back")
     vmm.verify()
+
+
+def test_no_descriptor_for_another_try_ends_no_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """EMFILE where a guest is to be adopted once more: that try has nothing, and the task goes on."""
+    tries: list[object] = []
+
+    class Adopted:
+        """A guest that waits for its VMM at the first try, and ends at the second."""
+
+        def __init__(self, spec: GuestSpec, *_: object, handed: object = None, **__: object) -> None:
+            self.spec, self.policy, self.key, self.name, self.pid, self.paused = (
+                spec,
+                None,
+                "1-2",
+                "web",
+                spec.pid,
+                False,
+            )
+            tries.append(handed)
+
+        async def run(self) -> Ending:
+            if len(tries) == 1:
+                raise serve.AwaitsHandshake(self.name, self.pid)
+            return Ending.EXITED
+
+        def refuse(self, _: Exception) -> None:
+            pass
+
+    def no_descriptor(_: str) -> Handed:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    ticks = start_ticks(os.getpid())
+    assert ticks is not None
+    (tmp_path / "1-2.state").touch()
+    host: Any = SimpleNamespace(
+        notifier=Notifier(""), engine=choose(), guests_dir=tmp_path, kept_uffds={}, kept_handed={}
+    )
+    monkeypatch.setattr(daemons, "Guest", Adopted)
+
+    async def run() -> str | None:
+        under_test = daemons.Daemon(Config(), tmp_path, host, resume.Resumed(tmp_path))
+        monkeypatch.setattr(under_test, "_handed_of", no_descriptor)
+        guest: Any = Adopted(GuestSpec("web", os.getpid(), ticks or 0, "", (), ()))
+        return await under_test._run_guest(guest)
+
+    assert trio.run(run) is None
+    assert tries == [None, None]
 
 
 # --- two at once ------------------------------------------------------------------------------------------------------
