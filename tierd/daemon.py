@@ -26,7 +26,6 @@ from tierd import __version__
 from tierd.attach import GuestSpec, Handed, Refused
 from tierd.attach.preflight import HolderScan
 from tierd.attach.procfs import Discovery, boot_id, read_spec, start_ticks
-from tierd.attach.ptrace import features_of
 from tierd.check import engine_findings
 from tierd.config import Config, ConfigErrors, changes, load
 from tierd.engine import EngineUnavailable, choose
@@ -76,9 +75,9 @@ class _Offer:
     def __init__(self, hand: Hand) -> None:
         self.hand = hand
         self.taken = trio.Event()
-        self.guest: Guest  # when taken
+        self.guest: Guest | None = None  # when taken, unless the guest ended before
 
-    def take(self, guest: Guest) -> None:
+    def take(self, guest: Guest | None) -> None:
         self.guest = guest
         self.taken.set()
 
@@ -90,6 +89,8 @@ class Daemon:
         self.config, self.config_path, self.host = config, config_path, host
         self.notifier, self._resumed = host.notifier, resumed
         self._guests: dict[str, Guest] = {}
+        self._running: set[str] = set()  # by key: a task attaches, adopts, serves or leaves it; there is one at most
+        self._welcoming: set[str] = set()  # by key: a connection is being answered
         self._waiting: dict[str, trio.Event] = {}  # refused or not ready: set to try again now
         self._hands: dict[str, Hand] = {}  # by key: VMMs that are connected and served
         self._kept: set[str] = set()  # by key: what a VMM brought and the service manager has, too
@@ -239,6 +240,12 @@ class Daemon:
             return (
                 f"the next tierd will not find them: runtime_dir is {ours} now, {new.runtime_dir} in {self.config_path}"
             )
+        listens = self.config.handshake.socket
+        if listens != new.handshake.socket and any(guest.spec.handshake for guest in self._guests.values()):
+            return (
+                f"the VMMs that connected will not find the next tierd: handshake.socket is {listens} now, "
+                f"{new.handshake.socket} in {self.config_path}"
+            )
         return ""
 
     async def _restore_for_stop(self, guest: Guest) -> None:
@@ -358,7 +365,7 @@ class Daemon:
                 nursery.start_soon(self._adopt, path)
         for unfinished in self.host.guests_dir.glob("*.new"):
             with contextlib.suppress(OSError):  # what is no file is in the way of its guest only, which is told then
-                unfinished.unlink()  # an attach that died before its first registration
+                unfinished.unlink()  # an attach that died; its state file, if it has one, has its own name
         self._forget_dead()
 
     def _forget_dead(self) -> None:
@@ -394,7 +401,7 @@ class Daemon:
         except (StateError, Refused, OSError) as error:
             log.error("state_refused", path=str(path), error=str(error))
             return
-        self._guests[guest.key] = guest
+        self._begin(guest)
         self._nursery.start_soon(self._run_guest, guest)
         with trio.move_on_after(ADOPT_S_MAX):  # one whose store or predecessor hangs does not hold up the others
             await guest.begun.wait()
@@ -441,20 +448,39 @@ class Daemon:
         self._forget_refused(pid)
 
     def _forget_refused(self, pid: int) -> None:
-        for key in [key for key, guest in self._guests.items() if guest.pid == pid and not guest.served]:
+        for key in [key for key, guest in self._guests.items() if guest.pid == pid and key not in self._running]:
             del self._guests[key]
 
+    def _begin(self, guest: Guest) -> None:
+        """Its key is this guest's alone, until the task that runs it ends. To be called without an await after the look at
+        whether that is free."""
+        assert guest.key not in self._running
+        self._running.add(guest.key)
+        self._guests[guest.key] = guest
+
     async def _try_attach(self, pid: int, name: str, policy: Any) -> str | None:
-        """None when the guest was served (and is over); else why not."""
+        """None when the guest was served (and is over), or is, because its VMM connected; else why not."""
         try:
             spec = await trio.to_thread.run_sync(read_spec, pid, name)
         except (Refused, OSError) as error:
             return str(error)
+        key = key_of(spec)
+        if key in self._running:
+            return None if self._guests[key].served else f"guest {spec.name} is being attached or left just now"
         guest = Guest(spec, policy, self.host)
-        self._guests[guest.key] = guest
+        self._begin(guest)
         return await self._run_guest(guest)
 
     async def _run_guest(self, guest: Guest) -> str | None:
+        """Of a guest that _begin has noted. None: served and ended; else why it could not be served."""
+        try:
+            return await self._run_noted(guest)
+        finally:
+            self._running.discard(guest.key)
+            if guest.key in self._offers:
+                self._offers.pop(guest.key).take(None)
+
+    async def _run_noted(self, guest: Guest) -> str | None:
         """The one frame that survives a guest's failure. None: served and ended; else why it could not be served.
 
         While there is a state file, pages may have left the guest, and adoption is what recovers from anything: a bug of
@@ -507,6 +533,11 @@ class Daemon:
                 if guest.key not in self._offers:
                     await self._wait_to_try_again(guest.pid, delay_s)
                 offer = self._offers.pop(guest.key, None)
+                try:
+                    handed = offer.hand.brought.handed.dup() if offer else self._handed_of(guest.key)
+                except OSError as error:  # too many descriptors: the next try may have them
+                    log.error("handed_not_taken", guest=guest.name, pid=guest.pid, error=str(error))
+                    handed = None
                 paused = guest.paused or self._stopping  # what stopping has brought back stays there
                 guest = self._guests[guest.key] = Guest(
                     guest.spec,
@@ -515,7 +546,7 @@ class Daemon:
                     path,
                     paused,
                     kept_uffd=self.host.kept_uffds.get(guest.key),
-                    handed=offer.hand.brought.handed.dup() if offer else self._handed_of(guest.key),
+                    handed=handed,
                 )
                 if offer:
                     offer.take(guest)
@@ -547,12 +578,13 @@ class Daemon:
     async def _attach(self, spec: GuestSpec, handed: Handed | None) -> Guest:
         """`handed` is the caller's."""
         key = key_of(spec)
-        if key in self._guests and self._guests[key].served:
-            raise RequestRefused(f"guest {spec.name} (pid {spec.pid}) is served already", "see `tierd status`")
+        if key in self._running:
+            now = "served already" if self._guests[key].served else "being attached, adopted or left"
+            raise RequestRefused(f"guest {spec.name} (pid {spec.pid}) is {now}", "see `tierd status`")
         policy = self.config.match(spec.name, spec.pid, " ".join(spec.cmdline)) or self.config.defaults
         guest = Guest(spec, policy, self.host, handed=handed.dup() if handed else None)
         self._left.discard(key)
-        self._guests[key] = guest
+        self._begin(guest)
         self._nursery.start_soon(self._run_guest, guest)
         await guest.begun.wait()
         if not guest.served:
@@ -566,6 +598,15 @@ class Daemon:
         """A VMM brought its descriptors: for a guest that is new, that waits for them, or that is served already (its old
         connection broke). Its key. Refused, RequestRefused, StateError, OSError: nothing was changed."""
         key = f"{hand.pid}-{start_ticks(hand.pid)}"
+        if key in self._welcoming:
+            raise RequestRefused(f"another connection of process {hand.pid} is being answered", "connect again")
+        self._welcoming.add(key)
+        try:
+            return await self._welcome(key, hand)
+        finally:
+            self._welcoming.discard(key)
+
+    async def _welcome(self, key: str, hand: Hand) -> str:
         if self._stopping:
             raise RequestRefused("tierd is stopping", "connect again when one runs")
         if key in self._guests:
@@ -575,7 +616,7 @@ class Daemon:
         if guest is not None and guest.served:
             if not guest.spec.handshake:
                 raise RequestRefused(f"guest {guest.name} was attached by its pid", "`tierd detach` it first")
-            if not features_of(hand.brought.handed.uffd):
+            if not guest.came_again(hand.brought.handed):
                 raise RequestRefused(f"guest {guest.name} is served with another userfaultfd", "send that one")
         elif guest is not None and not guest.begun.is_set():
             raise RequestRefused(f"a try to serve guest {guest.name} hangs", "see tierd's log; connect again")
@@ -586,9 +627,11 @@ class Daemon:
             try:
                 guest = await self._attach(spec, hand.brought.handed)
             except RequestRefused:  # the VMM is told; it may come again
-                if key in self._guests and not self._guests[key].served:
+                if key in self._guests and key not in self._running:
                     del self._guests[key]
                 raise
+        if key in self._hands:
+            self._hands[key].replaced()
         self._hands[key] = hand
         if self.notifier.keeps_fds and self._tell(self.notifier.store_fds, key, hand.brought.handed.fds()):
             self._kept.add(key)  # a successor need not wait until the VMM comes again
@@ -596,12 +639,14 @@ class Daemon:
 
     async def _hand_over(self, key: str, hand: Hand) -> Guest:
         """To the task of a guest that is to be adopted, for its next try."""
-        if key not in self._guests:
+        if key not in self._running:
             raise StateError(f"the state file of process {hand.pid} was refused; see tierd's log")
         offer = self._offers[key] = _Offer(hand)
         self._try_again(hand.pid)
         with trio.move_on_after(HAND_OVER_S_MAX):
             await offer.taken.wait()
+            if offer.guest is None:
+                raise StateError(f"process {hand.pid} was left, or its guest is over; connect again")
             await offer.guest.begun.wait()
             if offer.guest.served:
                 return offer.guest
@@ -634,6 +679,8 @@ class Daemon:
                 f"guest {guest.name} is not served ({guest.status().reason}), but pages of it may be in the store",
                 "remove the cause; tierd goes on trying to adopt it, and then it can be detached",
             )
+        elif key in self._running:  # it must not be served and known to nobody
+            raise RequestRefused(f"guest {guest.name} is being attached or left just now", "try again")
         else:
             self._left.add(key)
             self._guests.pop(key, None)

@@ -27,6 +27,7 @@ from tierd import policy as policies
 from tierd.attach import GuestSpec, Handed, Refused
 from tierd.attach.preflight import HolderScan, preflight, recheck, swap_can_receive
 from tierd.attach.procfs import grown, start_ticks
+from tierd.attach.ptrace import same_open_file
 from tierd.config import Policy
 from tierd.engine import Engine
 from tierd.native import STATES, STORE_WRITE, KernelError, NativeGuest, Zap
@@ -132,6 +133,16 @@ class Guest:
     def served(self) -> bool:
         """Attached, and its faults are ours to serve."""
         return self._served is not None
+
+    def came_again(self, handed: Handed) -> bool:
+        """It is served, and its VMM connected again. False: with another userfaultfd; nothing was changed."""
+        served = self._served
+        assert served is not None
+        assert handed.uffd_in_vmm is not None
+        if not same_open_file(served.uffd, handed.uffd):
+            return False
+        served.set_uffd_in_vmm(handed.uffd_in_vmm)
+        return True
 
     # --- the life ---------------------------------------------------------------------------------------------------------
 
@@ -317,6 +328,7 @@ class Guest:
         """Whatever the state and the policy: somebody besides us must hold the userfaultfd. False: refused for it just now."""
 
         def look() -> None:
+            served.native.keep_nonblocking()
             if (
                 not served.vmm_holds_uffd() and not served.native.gone()
             ):  # never into a program that the VMM has executed

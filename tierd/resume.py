@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tierd.attach import Handed
 from tierd.attach.preflight import swap_can_receive
-from tierd.attach.procfs import UFFD_LINK, boot_id
+from tierd.attach.procfs import UFFD_LINK, boot_id, file_of, on_shared_memory
 from tierd.engine import Engine, EngineUnavailable, choose
 from tierd.serve import (
     SUFFIX,
@@ -84,18 +84,17 @@ def _sort_out(named: Sequence[tuple[str, int]], resumed: Resumed) -> None:
         memfds: dict[tuple[int, int], int] = {}
         uffd = pagemap = -1
         for fd in (fd for name, fd in named if name == key):
-            link, info = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd)
-            if link.endswith("/pagemap"):
-                pagemap = fd
-            elif link == UFFD_LINK:
+            if os.readlink(f"/proc/self/fd/{fd}") == UFFD_LINK:
                 uffd = fd
+            elif on_shared_memory(fd):  # whatever its name is
+                memfds[file_of(fd)] = fd
             else:
-                memfds[info.st_dev, info.st_ino] = fd
+                pagemap = fd
         if uffd >= 0:
             resumed.kept_uffds[key] = uffd
         pid = key.partition("-")[0]
         if min(uffd, pagemap) >= 0 and memfds and pid.isdecimal():
-            with contextlib.suppress(ProcessLookupError):  # then nobody needs them
+            with contextlib.suppress(OSError):  # its process is gone: nobody needs them
                 resumed.kept_handed[key] = Handed(os.pidfd_open(int(pid)), os.dup(uffd), None, pagemap, memfds)
                 continue
         for fd in (pagemap, *memfds.values()):

@@ -37,6 +37,7 @@ from tierd.attach.ptrace import (
     features_of,
     may_enter,
     may_page_out,
+    must_be_agreed,
     pick_thread,
     pidfd_getfd,
     put_into_vmm,
@@ -179,8 +180,12 @@ class Served:
             raise PermissionError(
                 errno.EPERM, f"process {self.spec.pid} has a seccomp filter that may kill it for our call"
             )
-        self.uffd_in_vmm = put_into_vmm(self.spec.pid, self.pidfd, self.uffd)
-        self.native.set_uffd_in_vmm(self.uffd_in_vmm)
+        self.set_uffd_in_vmm(put_into_vmm(self.spec.pid, self.pidfd, self.uffd))
+
+    def set_uffd_in_vmm(self, number: int) -> None:
+        """The VMM has its copy under this number now."""
+        self.uffd_in_vmm = number
+        self.native.set_uffd_in_vmm(number)
 
     def leave(self) -> bool:
         """Give the guest back to its VMM: unregister, remove what we kept of it, close the VMM's userfaultfd. KernelError
@@ -403,6 +408,8 @@ def attach(
             f"{served.state_path} is in the way; nothing was touched, move it away if it is not a page table"
         )
     with _undone_on_error(served), contextlib.ExitStack() as on_error:
+        unfinished = _take_state(served)  # from here on nobody else attaches it
+        on_error.callback(unfinished.unlink, missing_ok=True)
         _take_descriptors(served, handed)
         served.page_bytes = _page_bytes(served)
         _must_be_lockable(served)
@@ -419,9 +426,10 @@ def attach(
         served.space = store.create(key_of(spec), served.pages, served.page_bytes)
         served._undo.callback(served.space.close)
         on_error.callback(served.space.delete)
-        served.table_fd = _create_state(served, tuning)
-        on_error.callback(served.state_path.unlink, missing_ok=True)
+        _fill_state(served, tuning)
         _open_guest(served, engine, tuning, swap_can_receive, capacity_bytes)
+        _publish_state(served, unfinished)  # complete: whoever adopts from now on finds also how the guest came
+        on_error.callback(served.state_path.unlink, missing_ok=True)
         served.native.start()  # a fault thread before the first registration
         if handed is not None:
             on_error.callback(_disarm_quietly, served)  # the VMM's copy of the userfaultfd stays open
@@ -433,6 +441,7 @@ def attach(
                 f"pid {spec.pid}: its memory is not registered by a registration",
                 "send a userfaultfd that was made in the process that maps the memory (not in its parent or a child)",
             )
+        unfinished.unlink()  # the last of all: on the way out of an error, too, nobody else begins before
         on_error.pop_all()
     return served
 
@@ -479,18 +488,53 @@ def _close_in_vmm_quietly(pid: int, fd: int) -> None:
         close_in_vmm(pid, fd)
 
 
-def _create_state(served: Served, tuning: Tuning) -> int:
-    spec, path = served.spec, served.state_path
-    unfinished = path.with_suffix(".new")
-    if os.path.lexists(path):  # not ours: pids and start times do not come back
-        raise StateError(f"{path} is in the way of this guest's page table; look at what it is, then move it away")
+def _take_state(served: Served) -> Path:
+    """A new state file that has no name yet that adoption looks for, and its lock: one attach of a guest at a time, whoever
+    makes it. Its preliminary name."""
+    unfinished = served.state_path.with_suffix(".new")
     try:
-        unfinished.unlink(missing_ok=True)
-        fd = served._own(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        try:
+            fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            _remove_stale(unfinished)
+            fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise StateError(
             f"{unfinished} cannot be made: {error.strerror}; see to the file system of runtime_dir, remove what is in the way"
         ) from error
+    served.table_fd = served._own(fd)
+    if not table_lock(fd) or not _names(unfinished, fd):  # somebody took it for a stale one in between: it is his
+        raise _being_attached(unfinished)
+    if os.path.lexists(served.state_path):  # only now: whoever had the lock before us has put it there
+        unfinished.unlink()
+        raise StateError(f"{served.state_path} was made by another attach just now; nothing was touched")
+    return unfinished
+
+
+def _remove_stale(unfinished: Path) -> None:
+    """Of an attach that died before its first registration. StateError: it has not died."""
+    fd = open_ours(unfinished, os.O_RDWR)
+    try:
+        if not table_lock(fd) or not _names(unfinished, fd):
+            raise _being_attached(unfinished)
+        unfinished.unlink()
+    finally:
+        os.close(fd)
+
+
+def _being_attached(unfinished: Path) -> StateError:
+    return StateError(f"{unfinished} is locked: its guest is being attached just now; nothing was touched")
+
+
+def _names(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _fill_state(served: Served, tuning: Tuning) -> None:
+    spec = served.spec
     identity = Identity(
         pid=spec.pid,
         start_ticks=spec.start_ticks,
@@ -502,20 +546,22 @@ def _create_state(served: Served, tuning: Tuning) -> int:
         page_bytes=served.page_bytes,
     )
     try:
-        if not table_lock(fd):
-            raise StateError(f"{unfinished} is locked by another process, though it was made just now")
-        try:
-            table_create(fd, identity, _table_regions(spec.regions))
-        except KernelError as error:
-            raise StateError(
-                f"the page table of {spec.name} does not fit: {error}; give the file system of {path.parent} more space "
-                "(0.2 % of guest memory)"
-            ) from error
-        os.rename(unfinished, path)  # complete, or not there at all
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    return fd
+        table_create(served.table_fd, identity, _table_regions(spec.regions))
+    except KernelError as error:
+        raise StateError(
+            f"the page table of {spec.name} does not fit: {error}; give the file system of {served.state_path.parent} more "
+            "space (0.2 % of guest memory)"
+        ) from error
+
+
+def _publish_state(served: Served, unfinished: Path) -> None:
+    """Complete, or not there at all; and never in the place of another."""
+    try:
+        os.link(unfinished, served.state_path)
+    except OSError as error:  # not ours: pids and start times do not come back
+        raise StateError(
+            f"{served.state_path} cannot be made: {error.strerror}; look at what it is, then move it away"
+        ) from error
 
 
 def open_state(path: Path, flags: int) -> int:
@@ -704,6 +750,7 @@ def _userfaultfd_again(served: Served, identity: Identity, kept_uffd: int | None
     if handed is not None and registered_regions(served.spec):
         if not features_of(handed.uffd):
             raise _another_userfaultfd(served.spec)
+        must_be_agreed(handed.uffd, served.engine.features)
         return os.dup(handed.uffd)
     if handed is not None:
         pass  # whatever it brought: nothing is registered with it

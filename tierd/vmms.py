@@ -59,6 +59,10 @@ class Hand:
             _tell(self.sock, event="left")
         self.over.set()
 
+    def replaced(self) -> None:
+        """Its VMM has a newer connection."""
+        self.over.set()
+
 
 class Reception(Protocol):
     async def welcome(self, hand: Hand) -> str:
@@ -120,6 +124,13 @@ class _Door:
         self._told: dict[int, str] = {}  # by pid: what a VMM was refused for last
 
     async def connection(self, sock: socket.socket) -> None:
+        """Nothing in a connection ends the daemon: not what its peer does, and no bug in what talks to it."""
+        try:
+            await self._connection(sock)
+        except Exception:  # an ExceptionGroup is one, too
+            log.exception("handshake_failed")
+
+    async def _connection(self, sock: socket.socket) -> None:
         async with contextlib.AsyncExitStack() as owned:
             owned.callback(self.places.release)
             owned.enter_context(sock)
@@ -129,9 +140,6 @@ class _Door:
                 key = await self._reception.welcome(hand)
             except (Malformed, Refused, RequestRefused, StateError, StoreError, OSError) as error:
                 self._refuse(sock, error)
-                return
-            except Exception:  # a bug in what talks to new VMMs does not stop a daemon that serves faults of others
-                log.exception("handshake_failed")
                 return
             with contextlib.suppress(OSError):  # it is gone already; the guest's own task sees that
                 _tell(sock, ok=True, guest=key)
@@ -215,7 +223,7 @@ def peer(sock: socket.socket) -> tuple[int, int]:
 
 
 async def _stay(sock: socket.socket, hand: Hand) -> None:
-    """Until the VMM closes, or says anything more, or is left."""
+    """Until the VMM closes, or says anything more, or is left, or has another connection."""
     async with trio.open_nursery() as nursery:
 
         async def wait_left() -> None:
@@ -224,8 +232,9 @@ async def _stay(sock: socket.socket, hand: Hand) -> None:
 
         nursery.start_soon(wait_left)
         await trio.lowlevel.wait_readable(sock)
-        if sock.recv(1):
-            _tell(sock, ok=False, error="one message is all that is expected; connect again to send it again")
+        with contextlib.suppress(OSError):  # ECONNRESET: it closed without a look at our answer
+            if sock.recv(1):
+                _tell(sock, ok=False, error="one message is all that is expected; connect again to send it again")
         nursery.cancel_scope.cancel()
 
 

@@ -27,12 +27,18 @@ def userfaultfd() -> int:
     return fd
 
 
-def talk(path: Path, message: bytes, fds: list[int]) -> tuple[dict[str, Any], socket.socket]:
-    """The answer, and the connection that it came by."""
+def send(path: Path, message: bytes, fds: list[int]) -> socket.socket:
+    """The connection; the answer is still in it."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sock.settimeout(ANSWER_S_MAX)
     sock.connect(str(path))
     sock.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else [])
+    return sock
+
+
+def talk(path: Path, message: bytes, fds: list[int]) -> tuple[dict[str, Any], socket.socket]:
+    """The answer, and the connection that it came by."""
+    sock = send(path, message, fds)
     return json.loads(sock.recv(8192)), sock
 
 

@@ -110,7 +110,8 @@ def test_the_system_call_filter_lets_the_data_plane_work() -> None:
     allowed = set().union(*(calls_of(word) if word.startswith("@") else {word} for word in words))
     needed = (
         "ptrace pidfd_open pidfd_getfd process_madvise process_vm_readv process_vm_writev userfaultfd ioctl fallocate "
-        "pread64 pwritev pwritev2 preadv2 mlock flock memfd_create sched_setaffinity poll sendmsg clone3"
+        "pread64 pwritev pwritev2 preadv2 mlock flock memfd_create sched_setaffinity poll sendmsg clone3 "
+        "kcmp statx link linkat tgkill"
     )
     assert set(needed.split()) <= allowed
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -45,11 +46,18 @@ class Handed:
     memfds: Mapping[tuple[int, int], int]  # by (device, inode)
 
     def dup(self) -> Handed:
-        """The caller closes it."""
-        memfds = {file: os.dup(fd) for file, fd in self.memfds.items()}
-        return replace(
-            self, pidfd=os.dup(self.pidfd), uffd=os.dup(self.uffd), pagemap=os.dup(self.pagemap), memfds=memfds
-        )
+        """The caller closes it. OSError: too many are open."""
+        with contextlib.ExitStack() as on_error:
+
+            def dup(fd: int) -> int:
+                again = os.dup(fd)
+                on_error.callback(os.close, again)
+                return again
+
+            memfds = {file: dup(fd) for file, fd in self.memfds.items()}
+            copy = replace(self, pidfd=dup(self.pidfd), uffd=dup(self.uffd), pagemap=dup(self.pagemap), memfds=memfds)
+            on_error.pop_all()
+        return copy
 
     def fds(self) -> list[int]:
         """What cannot be had from anybody else."""

@@ -24,11 +24,13 @@ from tierd.attach.procfs import (
     boot_id,
     clean_name,
     cmdline_of,
+    file_of,
     first_unmapped,
     maps_of,
     name_of,
     start_ticks,
 )
+from tierd.attach.ptrace import features_of
 from tierd.config import Frozen
 from tierd.native import REGIONS_MAX
 
@@ -165,16 +167,30 @@ def _must_be_userfaultfds(uffd: int, pid: int, uffd_in_vmm: int) -> None:
             target = "not open"
         if target != UFFD_LINK:
             _refuse("that is no userfaultfd", f"{path}: {target}", remedy)
+    features_of(uffd)  # OSError: it only looks like one
+
+
+def _file_at(path: str) -> tuple[int, int] | None:
+    try:
+        info = os.stat(path)
+    except (FileNotFoundError, ProcessLookupError):  # a thread that has ended
+        return None
+    return info.st_dev, info.st_ino
 
 
 def _must_be_pagemap(pagemap: int, pid: int, address: int) -> None:
-    """Of this process, and of the program that it runs now: of one that is no more there is nothing to read."""
+    """Of this process, and of the program that it runs now: of one that is no more there is nothing to read.
+
+    What a link says is a path in the VMM's mounts, where anything may be mounted. That is asked for without a call into its
+    file system (FUSE answers when it likes, or never): it must be the very file that we see under this path.
+    """
     target = os.readlink(f"/proc/self/fd/{pagemap}")
-    if not re.fullmatch(rf"/proc/{pid}(/task/\d+)?/pagemap", target):
+    path = re.fullmatch(rf"/proc/{pid}(/task/\d+)?/pagemap", target)
+    if not path or file_of(pagemap) != _file_at(target):
         _refuse(
             "the second descriptor is not the VMM's pagemap",
             f"pid {pid} sent {target}",
-            "send /proc/self/pagemap, opened by the VMM itself in the same mount of /proc that tierd sees",
+            "send /proc/self/pagemap, opened by the VMM itself in the /proc that tierd sees",
         )
     try:
         entry = os.pread(pagemap, 8, address // PAGE_BYTES * 8)

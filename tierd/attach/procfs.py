@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import fcntl
 import itertools
 import os
 import re
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +24,14 @@ VMM = re.compile(r"qemu-system-.*|qemu-kvm|kvm|cloud-hypervisor|firecracker")
 RAM_MEMFD = re.compile(r"/memfd:(memory-backend-memfd|ch_ram|guest_mem|guest-ram|pc\.ram|ram)[^/]* \(deleted\)")
 RAM_BYTES_MIN = 1 << 20
 UFFD_LINK = "anon_inode:[userfaultfd]"
+AT_EMPTY_PATH, AT_STATX_DONT_SYNC, STATX_INO = 0x1000, 0x4000, 0x100  # <linux/fcntl.h>, <linux/stat.h>
 NAME_BYTES_MAX = 255  # TIERD_NAME_BYTES
 MEMFD_REMEDY = (
     "give the VM shared memory: -object memory-backend-memfd,id=ram,size=<its size>,share=on -machine memory-backend=ram; "
     "in libvirt <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
 )
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -329,3 +335,23 @@ def _just_forked(pid: int) -> bool:
     with open("/proc/uptime") as file:
         uptime_s = float(file.read().split()[0])
     return uptime_s - ticks / os.sysconf("SC_CLK_TCK") < 2.0
+
+
+def file_of(fd: int) -> tuple[int, int]:
+    """(device, inode) of an open file, whatever it is: by statx(2), which asks no file system that would not answer."""
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.statx(fd, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_INO, buffer):
+        error = ctypes.get_errno()
+        raise OSError(error, f"statx: {os.strerror(error)}")
+    (inode,) = struct.unpack_from("=Q", buffer, 32)  # struct statx of <linux/stat.h>
+    major, minor = struct.unpack_from("=II", buffer, 136)
+    return os.makedev(major, minor), inode
+
+
+def on_shared_memory(fd: int) -> bool:
+    """Only shmem and hugetlbfs have seals; no other file system is asked."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return True

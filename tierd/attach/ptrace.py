@@ -25,12 +25,13 @@ from tierd.native.inject import At, inject
 
 # system call numbers: <asm/unistd.h>; those above 424 are the same everywhere
 _NUMBERS = {
-    "x86_64": {"userfaultfd": 323, "close": 3, "socketpair": 53, "recvmsg": 47, "ioctl": 16},
-    "aarch64": {"userfaultfd": 282, "close": 57, "socketpair": 199, "recvmsg": 212, "ioctl": 29},
+    "x86_64": {"userfaultfd": 323, "close": 3, "socketpair": 53, "recvmsg": 47, "ioctl": 16, "kcmp": 312},
+    "aarch64": {"userfaultfd": 282, "close": 57, "socketpair": 199, "recvmsg": 212, "ioctl": 29, "kcmp": 272},
 }
 NUMBER = _NUMBERS[platform.machine()]
 SYS_PIDFD_GETFD, SYS_PROCESS_MADVISE = 438, 440
 MADV_COLD = 20
+KCMP_FILE = 0
 
 UFFD_API = 0xAA
 UFFDIO_API = 0xC018AA3F
@@ -42,8 +43,6 @@ FEATURE_MISSING_SHMEM = 1 << 5
 FEATURE_THREAD_ID = 1 << 8
 FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
 FEATURE_POISON = 1 << 14
-# no EVENT_* feature: on shared memory they would block the VMM's own madvise until somebody reads them
-FEATURES_EVENT = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6  # FORK, REMAP, REMOVE, UNMAP
 FEATURES_NEEDED = (
     FEATURE_PAGEFAULT_FLAG_WP
     | FEATURE_MISSING_HUGETLBFS
@@ -51,6 +50,12 @@ FEATURES_NEEDED = (
     | FEATURE_THREAD_ID
     | FEATURE_WP_HUGETLBFS_SHMEM
 )
+FEATURE_INITIALIZED = 1 << 31  # the kernel's own mark, which fdinfo shows: UFFDIO_API was called
+# What a VMM may have agreed on besides: MINOR_HUGETLBFS, MINOR_SHMEM, EXACT_ADDRESS, WP_UNPOPULATED (of anonymous memory),
+# MOVE (of anonymous memory). Nothing else: an EVENT_* blocks the VMM's own madvise until somebody reads it, with SIGBUS
+# nobody waits for a page, with WP_ASYNC the kernel lifts a hold by itself and what is written then is lost. What does not
+# exist yet may do anything.
+FEATURES_HARMLESS = FEATURE_POISON | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 13 | 1 << 16
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -72,6 +77,13 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
         error = ctypes.get_errno()
         raise OSError(error, f"pidfd_getfd of descriptor {fd}: {os.strerror(error)}")
     return result
+
+
+def same_open_file(a: int, b: int) -> bool:
+    """Whether two descriptors of ours are of one open file: kcmp(2), or, where the kernel has none, the inode, which is one
+    userfaultfd's alone (from 5.12 on)."""
+    result = int(_libc.syscall(NUMBER["kcmp"], os.getpid(), os.getpid(), KCMP_FILE, a, b))
+    return result == 0 if result >= 0 else os.path.sameopenfile(a, b)
 
 
 def pick_thread(pid: int) -> int:
@@ -207,15 +219,20 @@ def features_of(uffd: int) -> int:
 def agree_once(uffd: int, features: int) -> None:
     """Of a userfaultfd that a VMM brought: UFFDIO_API, or a look at what was agreed on before (by it, or by a tierd). OSError
     EINVAL: something else than tierd needs."""
-    found = features_of(uffd)
-    if not found:
+    if features_of(uffd):
+        must_be_agreed(uffd, features)
+    else:
         agree(uffd, features)
-        return
-    missing, events = (FEATURES_NEEDED | features) & ~found, found & FEATURES_EVENT
-    if missing or events:
+
+
+def must_be_agreed(uffd: int, features: int) -> None:
+    """OSError EINVAL: UFFDIO_API agreed on something else than what tierd needs and can live with."""
+    found, needed = features_of(uffd), FEATURES_NEEDED | features
+    missing, more = needed & ~found, found & ~(needed | FEATURES_HARMLESS | FEATURE_INITIALIZED)
+    if missing or more:
         raise OSError(
             errno.EINVAL,
-            f"the userfaultfd was given features {found:#x} by UFFDIO_API: {missing:#x} is missing, {events:#x} is too much; "
+            f"the userfaultfd was given features {found:#x} by UFFDIO_API: {missing:#x} is missing, {more:#x} is too much; "
             "make a new one and send it as it is",
         )
 

@@ -456,6 +456,10 @@ class NativeGuest:
         """End all fault threads. Blocks until the faults in service are done."""
         lib.tierd_guest_stop(self._g)
 
+    def keep_nonblocking(self) -> None:
+        """Of the userfaultfd, which the VMM shares: it may have made the fault threads' reads block. Cheap."""
+        check(lib.tierd_guest_keep_nonblocking(self._g), "O_NONBLOCK of the userfaultfd")
+
     def set_limits(self, readahead_pages: int, capacity_pages: int) -> None:
         lib.tierd_guest_set_limits(self._g, readahead_pages, capacity_pages)
 

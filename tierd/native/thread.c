@@ -7,9 +7,11 @@
  * the next fault, and nothing is burnt.
  */
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
@@ -18,6 +20,7 @@
 #include "internal.h"
 
 enum { FOLLOW_EVERY = 64, CREDIT_MAX = 16, IDLE_MS_MAX = 10000, FAILED_MS = 100 };
+enum { KICK_SIGNAL = SIGURG, KICK_EVERY_US = 1000 };
 #ifdef __SANITIZE_THREAD__
 enum { STACK_BYTES = 2 << 20 }; /* the sanitizer's own share is most of a mebibyte */
 #else
@@ -112,13 +115,49 @@ static bool wait_idle(struct tierd_thread *t, uint64_t due_ns, bool failed)
 	return !poll(fds, 2, ms) && ms == IDLE_MS_MAX;
 }
 
+/*
+ * O_NONBLOCK belongs to the open file, which the VMM shares: it can clear the flag at any time, and then a fault thread may
+ * sleep in read(2), where neither stop_fd nor a parked fault reaches it. A signal does: its handler does nothing, and without
+ * SA_RESTART read ends with EINTR. It may come just before the read; whoever needs the thread sends it again.
+ */
+static void kick(struct tierd_thread *t)
+{
+	if (!tierd_worker_busy_since(t->worker)) /* not into its I/O */
+		pthread_kill(t->id, KICK_SIGNAL);
+}
+
+static void on_kick(int number)
+{
+	(void)number;
+}
+
+int tierd_guest_keep_nonblocking(struct tierd_guest *g)
+{
+	int flags = fcntl(g->uffd, F_GETFL);
+
+	if (flags < 0 || (!(flags & O_NONBLOCK) && fcntl(g->uffd, F_SETFL, flags | O_NONBLOCK)))
+		return -errno;
+	if ((flags & O_NONBLOCK) && !atomic_load(&g->parked_pages))
+		return 0;
+	pthread_mutex_lock(&g->threads_lock);
+	for (struct tierd_thread *t = g->threads; t; t = t->next)
+		if (!t->ended)
+			kick(t);
+	pthread_mutex_unlock(&g->threads_lock);
+	return 0;
+}
+
 static void *thread_main(void *argument)
 {
 	struct tierd_thread *t = argument;
 	struct tierd_guest *g = t->g;
 	uint64_t last_fault_ns = 0;
 	bool slept = false;
+	sigset_t kicks;
 
+	sigemptyset(&kicks);
+	sigaddset(&kicks, KICK_SIGNAL);
+	pthread_sigmask(SIG_UNBLOCK, &kicks, NULL);
 	while (!atomic_load_explicit(&g->stopping, memory_order_relaxed)) {
 		uint64_t due_ns = 0;
 		uint32_t tid = 0;
@@ -157,13 +196,22 @@ static void thread_free(struct tierd_thread *t)
 	sys_free(t, sizeof(*t));
 }
 
+static void join_one(struct tierd_thread *t)
+{
+	kick(t);
+	while (pthread_tryjoin_np(t->id, NULL) == EBUSY) {
+		sys_pause_us(KICK_EVERY_US);
+		kick(t);
+	}
+}
+
 static void join(struct tierd_thread *threads)
 {
 	while (threads) {
 		struct tierd_thread *t = threads;
 
 		threads = t->next;
-		pthread_join(t->id, NULL);
+		join_one(t);
 		thread_free(t);
 	}
 }
@@ -204,15 +252,19 @@ static int thread_run(struct tierd_thread *t)
 int tierd_guest_start(struct tierd_guest *g)
 {
 	struct tierd_thread *t = sys_alloc(sizeof(*t));
+	struct sigaction action = {.sa_handler = on_kick};
 	int error;
 
 	if (!t)
 		return -ENOMEM;
+	sigaction(KICK_SIGNAL, &action, NULL);
 	t->g = g;
 	t->cpu = -1;
 	t->credit = CREDIT_MAX / 2;
 	t->stack = sys_alloc(STACK_BYTES);
 	error = t->stack ? tierd_worker_create(g, &t->worker) : -ENOMEM;
+	if (!error)
+		error = tierd_guest_keep_nonblocking(g);
 	pthread_mutex_lock(&g->threads_lock);
 	join(take_ended(g));
 	if (!error && g->stop_fd < 0) {

@@ -239,6 +239,8 @@ int tierd_guest_disarm(struct tierd_guest *g);
 /* Starts one more fault thread (one that finds nothing to do for some seconds ends again, but the last one) / ends all of them (a fault in service is finished first). */
 int tierd_guest_start(struct tierd_guest *g);
 void tierd_guest_stop(struct tierd_guest *g);
+/* The VMM shares the userfaultfd's open file and can make its reads block: not from now on, and not those that do. Cheap. */
+int tierd_guest_keep_nonblocking(struct tierd_guest *g);
 /* Takes effect at once, from any thread. */
 void tierd_guest_set_limits(struct tierd_guest *g, uint32_t readahead_pages, uint64_t capacity_pages);
 void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret);
