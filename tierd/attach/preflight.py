@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tierd.attach import GuestSpec, Refused, Region
-from tierd.attach.procfs import Mapping, filtered, first_unmapped, maps_of, option_values, split_options, start_ticks
+from tierd.attach.procfs import (
+    Mapping,
+    file_of,
+    filtered,
+    first_unmapped,
+    maps_of,
+    option_values,
+    split_options,
+    start_ticks,
+)
 from tierd.systemd import Notifier
 
 if TYPE_CHECKING:  # adoption comes before the configuration
@@ -101,9 +110,9 @@ def _scan_holders(wanted: set[tuple[int, int]]) -> tuple[dict[tuple[int, int], l
                 held[texts[text]] = "maps it"
             for fd in os.listdir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(FileNotFoundError):
-                    info = os.stat(f"/proc/{pid}/fd/{fd}")
-                    if (info.st_dev, info.st_ino) in wanted:
-                        held.setdefault((info.st_dev, info.st_ino), f"descriptor {fd}")
+                    file = file_of(-1, f"/proc/{pid}/fd/{fd}")  # of FUSE, perhaps, and hanging
+                    if file in wanted:
+                        held.setdefault(file, f"descriptor {fd}")
             for file, how in held.items():
                 found.setdefault(file, []).append(Holder(pid, _comm(pid), how))
         except (FileNotFoundError, ProcessLookupError):

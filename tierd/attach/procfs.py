@@ -337,10 +337,12 @@ def _just_forked(pid: int) -> bool:
     return uptime_s - ticks / os.sysconf("SC_CLK_TCK") < 2.0
 
 
-def file_of(fd: int) -> tuple[int, int]:
-    """(device, inode) of an open file, whatever it is: by statx(2), which asks no file system that would not answer."""
+def file_of(fd: int, path: str = "") -> tuple[int, int]:
+    """(device, inode) of an open file, or of what `path` (absolute; a descriptor in /proc, say) leads to, whatever it is: by
+    statx(2), which asks no file system that would not answer."""
     buffer = ctypes.create_string_buffer(256)
-    if _libc.statx(fd, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_INO, buffer):
+    flags = AT_STATX_DONT_SYNC | (0 if path else AT_EMPTY_PATH)
+    if _libc.statx(fd, path.encode(), flags, STATX_INO, buffer):
         error = ctypes.get_errno()
         raise OSError(error, f"statx: {os.strerror(error)}")
     (inode,) = struct.unpack_from("=Q", buffer, 32)  # struct statx of <linux/stat.h>
