@@ -45,6 +45,7 @@ class FakeGuest:
             key=self.key,
             state=self.state,
             engine="stock",
+            page_bytes=PAGE_BYTES,
             total_bytes=GIB,
             resident_bytes=GIB // 2,
             stored_bytes={"zero": 0, "file": self.stored_bytes},

@@ -56,7 +56,7 @@ def of(name: str, guest: str, pid: int, **labels: str) -> Sample:
 def test_every_name_that_is_promised() -> None:
     found = {line.split("{")[0].split(" ")[0] for line in scrape(two_guests()).splitlines() if line[0] != "#"}
     guest = (
-        "size_bytes resident_bytes stored_bytes hole_bytes idle_bytes faults_total fault_latency_seconds_bucket "
+        "page_bytes size_bytes resident_bytes stored_bytes hole_bytes idle_bytes faults_total fault_latency_seconds_bucket "
         "fault_latency_seconds_count fault_latency_seconds_sum pages_evicted_total pages_cancelled_total "
         "pages_fetched_total pages_zero_total pages_lost_total cycle_seconds_total cycles_total errors_total state "
         "inject_stops_total parked_pages fault_threads window_faults_total sync_window_seconds_bucket "
@@ -86,6 +86,7 @@ def test_values_and_labels() -> None:
     assert found[of("large_folios_split_total", "web", 10)] == 3
     assert found[of("sync_window_seconds_count", "web", 10)] == 3
     assert found[of("sync_window_seconds_sum", "web", 10)] == pytest.approx(0.002)
+    assert found[of("page_bytes", "web", 10)] == 4096
     assert found[of("state", "db", 11, state="paused")] == 1
     assert found[of("state", "db", 11, state="active")] == 0
     assert found[("tierd_store_used_bytes", (("store", "file"),))] == GIB

@@ -187,7 +187,7 @@ def test_a_second_daemon_refuses(daemon: Daemon, tmp_path: Path) -> None:
 
 
 def test_a_state_file_that_is_refused_keeps_its_store(daemon: Daemon, boot: Boot) -> None:
-    """A newer tierd was here: this one touches nothing of that guest, the stored pages least of all."""
+    """A tierd of another version was here: this one touches nothing of that guest, the stored pages least of all."""
     vmm = boot("web")
     daemon.write(on_stop="keep")
     daemon.start()
@@ -198,7 +198,7 @@ def test_a_state_file_that_is_refused_keeps_its_store(daemon: Daemon, boot: Boot
     good = state.read_bytes()
     state.write_bytes(good[:8] + b"\x63" + good[9:])
     daemon.start()
-    assert "newer" in daemon.logged("state_refused")[0]["error"]
+    assert "another version" in daemon.logged("state_refused")[0]["error"]
     assert len(list(daemon.store_dir.iterdir())) == 1
     assert len(list((daemon.runtime_dir / "guests").iterdir())) == 1
     daemon.kill()
