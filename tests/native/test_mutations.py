@@ -70,10 +70,11 @@ MUTATIONS = [
     Mutation(
         "punch_rounded_to_pieces",  # rule 7
         "evict.c",
-        "	int error = sys_mem_punch(r->memfd, offset, end - offset), failed;",
+        "	int punched = sys_mem_punch(r->memfd, offset, end - offset), error = punched, failed;",
         "	uint64_t piece = 4 * b->page_bytes, low = r->offset + (offset - r->offset) / piece * piece;\n"
         "	uint64_t high = r->offset + ((end - r->offset) + piece - 1) / piece * piece;\n"
-        "	int error = sys_mem_punch(r->memfd, low, (high < r->offset + r->bytes ? high : r->offset + r->bytes) - low), failed;",
+        "	int punched = sys_mem_punch(r->memfd, low, (high < r->offset + r->bytes ? high : r->offset + r->bytes) - low);\n"
+        "	int error = punched, failed;",
     ),
     Mutation(
         "missing_not_registered_before_the_punch",
@@ -194,8 +195,8 @@ MUTATIONS = [
     Mutation(
         "younger_than_min_idle_leaves",  # rule 8
         "evict.c",
-        "word_untouched(w) || page_age(now, w) < min_age ||",
-        "word_untouched(w) || page_age(now, w) + 2 < min_age ||",
+        "word_untouched(w) || page_age(g, page, now, w) < min_age ||",
+        "word_untouched(w) || page_age(g, page, now, w) + 2 < min_age ||",
     ),
     Mutation(
         "owned_page_is_deactivated",  # rule 8: its owner may have read the clock before the guest's last access
@@ -392,6 +393,7 @@ MORE = {
     "parked_page_read_whatever_its_tier": ("--from", "37400"),  # it takes a page that leaves again between two looks
     **{mutation.name: ("--engine", mutation.name[:3]) for mutation in NATIVE_ENGINES},
     **{mutation.name: ("--engine", "rwp", "--hugetlb") for mutation in HUGETLBFS},
+    "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--from", "109001"),  # one seed in ten thousand
     "rwp_absence_is_taken_for_protection": ("--engine", "rwp", "--remap"),
 }
 # Two walls stand behind each other here: one alone holds, so both are broken.
