@@ -18,7 +18,7 @@ from tierd.demo.guest import GuestError, find_kernel
 
 HERE = "/run/tierd"  # the project, where an ordinary user gets to it whatever directory it is in
 SEEDS = 30
-LARGE_SEEDS = 15
+LARGE_SEEDS = 12
 HUGETLB_SEEDS, HUGETLB_PAGES = 6, 64
 HUGETLB_POOL = "/proc/sys/vm/nr_hugepages"
 LARGE = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
@@ -74,7 +74,7 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
     commands = {
         "check": f"{python} -m tierd check --json",
         "driver": f"{children}/real --engine {name} --slowness 25 --seeds {SEEDS} --store /var/tmp",
-        "large": f"echo always >{LARGE}; {children}/real --engine {name} --slowness 10 --seeds {LARGE_SEEDS} "
+        "large": f"echo always >{LARGE}; {children}/real --engine {name} --slowness 25 --seeds {LARGE_SEEDS} "
         f"--store /var/tmp --large; status=$?; echo never >{LARGE}; (exit $status)",
         # a page takes long to leave, so its daemons live longer
         "hugetlb": f"echo {HUGETLB_PAGES} >{HUGETLB_POOL}; {children}/real --engine {name} --slowness 250 --seeds "
@@ -144,7 +144,7 @@ class Engine:
         said = sections["large"]
         assert said.status == 0, said.output
         figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
-        assert figures["rewritten"] > 0, said.output
+        assert figures["rewritten"] + figures["pages evicted"] > 0, said.output
         assert figures["kills in service"] > 0, said.output
 
     def test_the_seeded_driver_on_hugetlbfs(self, sections: dict[str, Section]) -> None:
