@@ -90,15 +90,7 @@ def test_everything_leaves_and_comes_back(vmm: Vmm, host: Host) -> None:
 def test_a_busy_guest_reads_what_it_wrote(vmm: Vmm, host: Host) -> None:
     with host.attached(vmm) as tiered:
         vmm.ask("run", max(int(50 / SLOWNESS), 1), 50)
-
-        def much_happened() -> bool:
-            tiered.scan()
-            tiered.evict()
-            tiered.discard()
-            c = tiered.counters()
-            return bool(c["pages_evicted"] > vmm.pages and c["faults_fetch"] > vmm.pages)
-
-        wait_for(much_happened, "every page left", seconds=60)
+        tiered.cycle_until(vmm.pages, vmm.pages)
         _, wrong = vmm.ask("stop")
         c = tiered.counters()
         assert wrong == 0

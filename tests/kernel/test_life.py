@@ -69,15 +69,7 @@ def test_a_busy_guest_reads_what_it_wrote(start_vmm: Start, host: Host, variant:
     vmm.ask("fill")
     with host.attached(vmm, **variant) as tiered:
         vmm.ask("run", 4000, 50)
-
-        def much_happened() -> bool:
-            tiered.scan()
-            tiered.evict()
-            tiered.discard()
-            c = tiered.counters()
-            return bool(c["pages_evicted"] > 2 * vmm.pages and c["faults_fetch"] > 1000)
-
-        wait_for(much_happened, "1,000 faults", seconds=60)
+        tiered.cycle_until(2 * vmm.pages, 1000)
         _, wrong = vmm.ask("stop")
         c = tiered.counters()
         assert wrong == 0

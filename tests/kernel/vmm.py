@@ -187,6 +187,18 @@ class Tiered:
             // self.native.page_bytes
         )
 
+    def cycle_until(self, evicted_pages: int, fetches: int) -> None:
+        """Without a pause, under a guest that works, until so much has happened."""
+
+        def much_happened() -> bool:
+            self.scan()
+            self.evict()
+            self.discard()
+            c = self.counters()
+            return bool(c["pages_evicted"] > evicted_pages and c["faults_fetch"] > fetches)
+
+        wait_for(much_happened, f"{fetches} fetches", seconds=60)
+
     def evict_all(self, but_pages: int = 0) -> None:
         """Everything that was ever touched, but at most so many pages; the guest must be at rest."""
 

@@ -136,7 +136,7 @@ class Engine:
         said = sections["driver"]
         assert said.status == 0, said.output
         figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
-        assert figures["pages evicted"] > 0, said.output  # in cycles that came to their end
+        assert figures["pages evicted"] > SEEDS, said.output
         assert figures["kills in service"] > 0, said.output
 
     def test_the_seeded_driver_in_large_folios(self, sections: dict[str, Section]) -> None:
@@ -144,7 +144,7 @@ class Engine:
         said = sections["large"]
         assert said.status == 0, said.output
         figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
-        assert figures["rewritten"] + figures["pages evicted"] > 0, said.output
+        assert figures["rewritten"] > 0, said.output
         assert figures["kills in service"] > 0, said.output
 
     def test_the_seeded_driver_on_hugetlbfs(self, sections: dict[str, Section]) -> None:
