@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import struct
@@ -16,6 +17,7 @@ import pytest
 
 from tests.kernel.disks import frozen_at_will, in_the_kernel
 from tests.kernel.forced import ForcedEngine, Options
+from tests.kernel.host_memory import huge_pages
 from tests.kernel.vmm import MIB, PAGE, Host, Tiered, Vmm, userfaultfds, wait_for
 from tests.need import need
 from tierd.attach import Refused
@@ -241,36 +243,39 @@ def test_space_that_a_late_write_may_hit_is_not_used_again(
     vmm.verify()
 
 
-def test_a_retry_that_was_killed_half_way_leaves_the_page_lost(start_vmm: Start, host: Host) -> None:
+@pytest.mark.parametrize("kind", ["memfd", "huge"])
+def test_a_retry_that_was_killed_half_way_leaves_the_page_lost(start_vmm: Start, host: Host, kind: str) -> None:
     """Its poison is there still: were it called stored, the guest would get a memory error at a page that can be had."""
     need("poison", not probe().poison, "UFFDIO_POISON is from Linux 6.6 on")
-    vmm = start_vmm(f"bytes={4 * MIB}", "survive")
-    vmm.ask("fill")
-    page, state_words = 517, 65536
-    with host.attached(vmm, direct="off") as tiered:
-        tiered.evict_all()
-        store = tiered.served.space.path
-        good = store.read_bytes()
-        with store.open("r+b") as file:
-            file.seek(page * PAGE)
-            file.write(bytes(PAGE))
-        vmm.send("verify", page, 1)
-        wait_for(vmm.answered, "the guest is told of a memory error")
-        assert tiered.counters()["state_pages"][STATES.index("lost")] == 1
-        state_path = tiered.served.state_path
-    with store.open("r+b") as file:
-        file.write(good)
-    with state_path.open("r+b") as file:
-        file.seek(state_words + 4 * page)
-        (word,) = struct.unpack("I", file.read(4))
-        file.seek(state_words + 4 * page)
-        file.write(struct.pack("I", word & ~0xF | STATES.index("arriving")))
-    with host.adopted(vmm) as tiered:
-        assert tiered.counters()["state_pages"][STATES.index("lost")] == 1
-        assert tiered.native.retry() == (1, 0)
-        assert tiered.counters()["state_pages"][STATES.index("lost")] == 0
-        vmm.ask("verify", 0, page)
-        vmm.ask("verify", page + 1)
+    page, pages, state_words = 5, 8, 65536
+    lost, arriving = STATES.index("lost"), STATES.index("arriving")
+    page_bytes = 2 * MIB if kind == "huge" else PAGE
+    with huge_pages(pages) if kind == "huge" else contextlib.nullcontext():
+        vmm = start_vmm(f"bytes={max(pages * page_bytes, MIB)}", "survive", f"kind={kind}")
+        vmm.ask("fill")
+        with host.attached(vmm, direct="off") as tiered:
+            tiered.evict_all()
+            store, state = tiered.served.space.path, tiered.served.state_path
+            good = store.read_bytes()
+            with store.open("r+b") as file:
+                file.seek(page * page_bytes)
+                file.write(bytes(page_bytes))
+            vmm.send("verify", page, 1)
+            wait_for(vmm.answered, "the guest is told of a memory error")
+            assert tiered.counters()["state_pages"][lost] == 1
+        store.write_bytes(good)
+        with state.open("r+b") as file:
+            file.seek(state_words + 4 * page)
+            (word,) = struct.unpack("I", file.read(4))
+            file.seek(state_words + 4 * page)
+            file.write(struct.pack("I", word & ~0xF | arriving))
+        with host.adopted(vmm) as tiered:
+            assert tiered.counters()["state_pages"][lost] == 1
+            assert tiered.native.retry() == (1, 0)
+            assert tiered.counters()["state_pages"][lost] == 0
+            vmm.ask("verify", 0, page)
+            vmm.ask("verify", page + 1)
+        vmm.kill()
 
 
 def _has_data(tiered: Tiered, page: int) -> bool:

@@ -306,10 +306,10 @@ static enum page_state state_of(uint32_t page)
 	return word_state(atomic_load(&guest->words[page]));
 }
 
-/* A page that is STORED can be had: no poison of an earlier time may be there still. (Of a huge page an adoption cannot tell.) */
+/* A page that is STORED can be had: no poison of an earlier time may be there still. */
 bool world_may_fail(uint32_t page)
 {
-	return M.may_fail[page] && (hugetlb || state_of(page) != STORED);
+	return M.may_fail[page] && state_of(page) != STORED;
 }
 
 static bool looks_untouched(uint32_t page)
@@ -732,10 +732,6 @@ static void run_seed(uint64_t steps)
 	repaired = below(2);
 	for (uint32_t page = 0; page < S.pages && repaired; page++)
 		model_repair(page);
-	/* of a huge page nobody can tell: a death in a retry leaves the poison on a page that is STORED again */
-	for (uint32_t page = 0; page < S.pages; page++)
-		if (M.poisoned[page] && state_of(page) != LOST && hugetlb)
-			model_zap(page);
 	stopping = true;
 	for (uint32_t i = 0; i < guest_threads && !M.gone; i++)
 		spawn(GUEST, run_final_read, i);

@@ -533,6 +533,9 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t any
 		bool swapped = M.marker[first + i] || M.poisoned[first + i];
 		uint64_t is = M.present[first + i] ? SYS_PAGE_PRESENT : swapped ? SYS_PAGE_SWAPPED : 0;
 
+		if (is && !M.marker[first + i] && !M.protected[first + i])
+			is |= SYS_PAGE_WRITTEN;
+
 		if (is && M.rwp[first + i] && !M.rwp_protected[first + i])
 			is |= SYS_RWP_ACCESSED;
 

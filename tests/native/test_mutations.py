@@ -330,8 +330,8 @@ MUTATIONS.append(
     Mutation(
         "poison_of_a_retry_that_was_cut_off_is_forgotten",
         "guest.c",
-        "	*ret = (entry >> 62 & 1) && !(entry >> 63) && !(entry >> 57 & 1);",
-        "	*ret = false;",
+        "	return word_state(w) == ARRIVING ? look_for_poison(g, address_of(g, page), ret) : 0;",
+        "	return word_state(w) == MOVING ? look_for_poison(g, address_of(g, page), ret) : 0;",
     )
 )
 MUTATIONS.append(
@@ -343,6 +343,12 @@ MUTATIONS.append(
     )
 )
 HUGETLBFS = [
+    Mutation(
+        "huge_hold_taken_for_poison",
+        "guest.c",
+        "	const uint64_t poison = SYS_PAGE_SWAPPED | SYS_PAGE_WRITTEN;",
+        "	const uint64_t poison = SYS_PAGE_SWAPPED;",
+    ),
     Mutation(
         "huge_page_that_cannot_be_seen_is_cached",
         "evict.c",
@@ -393,6 +399,7 @@ MORE = {
     "parked_page_read_whatever_its_tier": ("--from", "37400"),  # it takes a page that leaves again between two looks
     **{mutation.name: ("--engine", mutation.name[:3]) for mutation in NATIVE_ENGINES},
     **{mutation.name: ("--engine", "rwp", "--hugetlb") for mutation in HUGETLBFS},
+    "huge_hold_taken_for_poison": ("--engine", "rfc", "--hugetlb"),
     "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--from", "109001"),  # one seed in ten thousand
     "rwp_absence_is_taken_for_protection": ("--engine", "rwp", "--remap"),
 }

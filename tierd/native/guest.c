@@ -507,21 +507,29 @@ static int punch_again(struct tierd_guest *g, uint64_t page)
 	return mem_next_data(g, r, page) == (int64_t)offset ? -EBUSY : 0;
 }
 
-/* An operator's retry of a LOST page that did not come to its end: its poison is there still, and nobody would wait at it. The entry
- * of a hold's marker has bit 57. (Of a huge page /proc/PID/pagemap does not show markers.) */
-static int still_lost(struct tierd_guest *g, uint64_t page, page_word w, bool *ret)
+/* Whether the entry of a page that is not in the cache is poison. A hold's marker has bit 57; of a huge page /proc/PID/pagemap
+ * shows no markers, and PAGEMAP_SCAN says of those that are no hold's that they are written. */
+static int look_for_poison(struct tierd_guest *g, uint64_t address, bool *ret)
 {
-	uint64_t entry = 0;
+	const uint64_t poison = SYS_PAGE_SWAPPED | SYS_PAGE_WRITTEN;
+	struct sys_page_region found = {0};
+	uint64_t entry = 0, end;
 	ssize_t n;
 
-	*ret = false;
-	if (word_state(w) != ARRIVING || g->huge)
-		return 0;
 	do
-		n = sys_pagemap_read(g->pagemap, &entry, 1, address_of(g, page));
+		n = g->huge ? sys_pagemap_scan(g->pagemap, address, address + g->page_bytes, poison, &found, 1, &end)
+			    : sys_pagemap_read(g->pagemap, &entry, 1, address);
 	while (n == -EINTR);
-	*ret = (entry >> 62 & 1) && !(entry >> 63) && !(entry >> 57 & 1);
-	return n < 0 ? (int)n : n ? 0 : -ESRCH;
+	*ret = g->huge ? n == 1 && (found.categories & poison) == poison
+		       : (entry >> 62 & 1) && !(entry >> 63) && !(entry >> 57 & 1);
+	return n < 0 ? (int)n : n || g->huge ? 0 : -ESRCH;
+}
+
+/* An operator's retry of a LOST page that did not come to its end: its poison is there still, and nobody would wait at it. */
+static int still_lost(struct tierd_guest *g, uint64_t page, page_word w, bool *ret)
+{
+	*ret = false;
+	return word_state(w) == ARRIVING ? look_for_poison(g, address_of(g, page), ret) : 0;
 }
 
 static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct tierd_adoption *ret)

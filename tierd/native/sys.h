@@ -18,7 +18,7 @@
 struct sys_page_region { /* struct page_region of PAGEMAP_SCAN */
 	uint64_t start, end, categories;
 };
-enum { SYS_PAGE_PRESENT = 1 << 3, SYS_PAGE_SWAPPED = 1 << 4, SYS_PAGE_HUGE = 1 << 6 };
+enum { SYS_PAGE_PRESENT = 1 << 3, SYS_PAGE_SWAPPED = 1 << 4, SYS_PAGE_WRITTEN = 1 << 1, SYS_PAGE_HUGE = 1 << 6 };
 /* Only on a kernel that is rwp: on one that is rfc the same bits mean something else. */
 enum { SYS_RWP_ACCESSED = 1 << 9, SYS_RWP_REGISTER_MODE = 1 << 3, SYS_RWP_FAULT = 1 << 3 };
 
