@@ -327,8 +327,7 @@ def _must_be_lockable(served: Served) -> None:
         raise StateError(
             f"the page table and the buffers of {served.spec.name} ({needed >> 10} KiB) cannot be locked in memory: "
             f"RLIMIT_MEMLOCK is {limit >> 10} KiB, {locked >> 10} KiB are used; raise LimitMEMLOCK= of tierd's unit, for a user "
-            "unit also that of "
-            "user@.service"
+            "unit also that of user@.service"
         )
 
 
@@ -747,17 +746,15 @@ def _another_userfaultfd(spec: GuestSpec) -> StateError:
 
 
 def _userfaultfd_again(served: Served, identity: Identity, kept_uffd: int | None, handed: Handed | None) -> int:
-    if handed is not None and registered_regions(served.spec):
+    if handed is None and _is_userfaultfd(identity.pid, served.uffd_in_vmm):
+        return pidfd_getfd(served.pidfd, served.uffd_in_vmm)
+    if handed is None and kept_uffd is not None:
+        return fcntl.fcntl(kept_uffd, fcntl.F_DUPFD_CLOEXEC, 0)
+    if handed is not None and registered_regions(served.spec):  # else nothing is, with whatever it brought
         if not features_of(handed.uffd):
             raise _another_userfaultfd(served.spec)
         must_be_agreed(handed.uffd, served.engine.features)
         return os.dup(handed.uffd)
-    if handed is not None:
-        pass  # whatever it brought: nothing is registered with it
-    elif _is_userfaultfd(identity.pid, served.uffd_in_vmm):
-        return pidfd_getfd(served.pidfd, served.uffd_in_vmm)
-    elif kept_uffd is not None:
-        return fcntl.fcntl(kept_uffd, fcntl.F_DUPFD_CLOEXEC, 0)
     away = table_away(served.table_fd)
     if not os.listdir(f"/proc/{identity.pid}/fd"):  # its first thread has ended, and with it what can be seen of it
         raise StateError(f"nothing can be seen of process {identity.pid} ({identity.name}): did its main thread end?")
