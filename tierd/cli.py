@@ -254,7 +254,8 @@ def _check_host() -> list[Finding]:
 
 def _check_guest(options: Options, pid: int) -> list[Finding]:
     from tierd.attach import Refused
-    from tierd.attach.preflight import HolderScan, findings
+    from tierd.attach.holders import HolderScan
+    from tierd.attach.preflight import findings
     from tierd.attach.procfs import read_spec
     from tierd.check import guest_findings
     from tierd.config import Policy, load

@@ -24,7 +24,7 @@ import trio
 
 from tierd import __version__
 from tierd.attach import GuestSpec, Handed, Refused
-from tierd.attach.preflight import HolderScan
+from tierd.attach.holders import HolderScan
 from tierd.attach.procfs import Discovery, boot_id, read_spec, start_ticks
 from tierd.check import engine_findings
 from tierd.config import Config, ConfigErrors, changes, load

@@ -25,7 +25,8 @@ import trio
 from tierd import cycle
 from tierd import policy as policies
 from tierd.attach import GuestSpec, Handed, Refused
-from tierd.attach.preflight import HolderScan, preflight, recheck, swap_can_receive
+from tierd.attach.holders import HolderScan
+from tierd.attach.preflight import preflight, recheck, swap_can_receive
 from tierd.attach.procfs import grown, start_ticks
 from tierd.attach.ptrace import same_open_file
 from tierd.config import Policy

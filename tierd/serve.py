@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tierd.attach import GuestSpec, Handed, Refused, Region
-from tierd.attach.preflight import HolderScan, registered_regions, status_field
+from tierd.attach.holders import HolderScan
+from tierd.attach.preflight import registered_regions, status_field
 from tierd.attach.procfs import (
     UFFD_LINK,
     Mapping,

@@ -20,7 +20,8 @@ from tests.kernel.vmm import MIB, PAGE, SAFE, Host, Vmm, wait_for
 from tests.need import need
 from tierd.attach import GuestSpec, Refused
 from tierd.attach import preflight as checks
-from tierd.attach.preflight import CHECKS, HolderScan, findings, preflight, recheck, swap_can_receive
+from tierd.attach.holders import HolderScan
+from tierd.attach.preflight import CHECKS, findings, preflight, recheck, swap_can_receive
 from tierd.attach.procfs import read_spec
 from tierd.engine import choose
 from tierd.native import KernelError, Zap
@@ -138,6 +139,22 @@ def test_a_mapping_that_is_replaced(start_vmm: Start) -> None:
     with pytest.raises(Refused) as caught:
         recheck(spec, SAFE, HolderScan())
     assert caught.value.check == "regions"
+
+
+def test_who_holds_the_files_of_several_guests() -> None:
+    """As the VMM of one guest may that maps another's memory: it is seen at each of them."""
+    fds = [os.memfd_create(f"guest {i}") for i in range(2)]
+    files = [(info.st_dev, info.st_ino) for info in map(os.fstat, fds)]
+    with subprocess.Popen(["sleep", "60"], pass_fds=fds) as holder:
+        try:
+            scan = HolderScan()
+            for file in files:
+                assert [found.pid for found in scan.holders([file], set())] == [holder.pid]
+            assert [found.pid for found in scan.holders(files, set())] == [holder.pid] * 2
+        finally:
+            holder.kill()
+            for fd in fds:
+                os.close(fd)
 
 
 @pytest.mark.parametrize(
@@ -270,13 +287,13 @@ def test_by_their_traces(start_vmm: Start, monkeypatch: pytest.MonkeyPatch) -> N
     with monkeypatch.context() as patch:
         patch.setattr(checks.os, "readlink", with_vfio)
         assert refused(spec).check == "vfio"
-    text = checks._read
+    text = checks.read_proc
 
     def nested_on(path: str | Path, default: str = "") -> str:
         return "Y" if str(path) == "/sys/module/kvm_intel/parameters/nested" else text(path, default)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checks, "_read", nested_on)
+        patch.setattr(checks, "read_proc", nested_on)
         patch.setattr(checks, "_readlink", lambda path: "anon_inode:kvm-vm")
         nested = replace(spec, cmdline=("qemu-system-x86_64", "-cpu", "host"))
         assert refused(nested).check == "nested"

@@ -20,7 +20,8 @@ from tests.kernel.test_kill import check
 from tests.kernel.torture import torture
 from tests.kernel.vmm import MIB, SAFE, SLOWNESS, Host, Vmm, userfaultfds, wait_for
 from tierd.attach import Refused
-from tierd.attach.preflight import HolderScan, Subject, backing
+from tierd.attach.holders import HolderScan
+from tierd.attach.preflight import Subject, backing
 from tierd.engine.stock import StockEngine
 from tierd.native import KernelError, probe
 

@@ -24,7 +24,8 @@ from tests.kernel.host_memory import large_folios_kb
 from tests.kernel.vmm import MIB, PAGE, SAFE, Host, Tiered, Vmm, userfaultfds, vm_flags, wait_for
 from tests.need import need
 from tierd.attach import Refused
-from tierd.attach.preflight import HolderScan, recheck
+from tierd.attach.holders import HolderScan
+from tierd.attach.preflight import recheck
 from tierd.engine import choose
 from tierd.native import KernelError, Zap
 

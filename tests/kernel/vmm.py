@@ -17,7 +17,8 @@ from typing import Any, Self
 from tests.kernel.forced import ForcedEngine, Options
 from tierd import cycle
 from tierd.attach import GuestSpec
-from tierd.attach.preflight import HolderScan, preflight, swap_can_receive
+from tierd.attach.holders import HolderScan
+from tierd.attach.preflight import preflight, swap_can_receive
 from tierd.attach.procfs import boot_id, read_spec
 from tierd.config import Policy
 from tierd.engine import choose

@@ -22,7 +22,8 @@ from typing import Any
 
 from tests.kernel.forced import ForcedEngine, Options
 from tierd import cycle
-from tierd.attach.preflight import HolderScan, preflight, swap_can_receive
+from tierd.attach.holders import HolderScan
+from tierd.attach.preflight import preflight, swap_can_receive
 from tierd.attach.procfs import boot_id, read_spec
 from tierd.engine import choose
 from tierd.native import KernelError, Zap

@@ -11,125 +11,37 @@ import contextlib
 import itertools
 import os
 import re
-import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tierd.attach import GuestSpec, Refused, Region
+from tierd.attach.holders import HolderScan
 from tierd.attach.procfs import (
     Mapping,
-    file_of,
+    comm_of,
     filtered,
     first_unmapped,
     maps_of,
     option_values,
+    read_proc,
     split_options,
     start_ticks,
 )
-from tierd.systemd import Notifier
 
 if TYPE_CHECKING:  # adoption comes before the configuration
     from tierd.config import Policy
     from tierd.engine import Engine
 
-HOLDER_SCAN_S = 1.0
 MEMCG_HEADROOM_BYTES = 64 << 20
 HUGE_PAGE_BYTES_MAX = 32 << 20  # PAGE_BYTES_MAX of table.c
-PF_KTHREAD = 0x00200000  # in field 9 of /proc/PID/stat
-
-
-def _read(path: str | Path, default: str = "") -> str:
-    """A file of /proc or /sys; `default` where this kernel or process has none."""
-    try:
-        return Path(path).read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError, NotADirectoryError):
-        return default
 
 
 def status_field(pid: int, key: str) -> int:
     """A number of /proc/PID/status; 0 where it is missing."""
-    match = re.search(rf"^{key}:\s+(\d+)", _read(f"/proc/{pid}/status"), re.M)
+    match = re.search(rf"^{key}:\s+(\d+)", read_proc(f"/proc/{pid}/status"), re.M)
     return int(match[1]) if match else 0
-
-
-# --- who else holds the memory ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Holder:
-    pid: int
-    comm: str
-    how: str  # "maps it" or "descriptor N"
-
-
-class HolderScan:
-    """Who holds which file: one pass over /proc for all guests, at most once a second. Any thread."""
-
-    def __init__(self) -> None:
-        self.unseen = 0  # processes that the last pass had no right to look at
-        self._lock = threading.Lock()
-        self._at = -1e9
-        self._wanted: set[tuple[int, int]] = set()
-        self._found: dict[tuple[int, int], list[Holder]] = {}
-
-    def holders(self, files: Iterable[tuple[int, int]], except_pids: set[int]) -> list[Holder]:
-        """Processes other than `except_pids`, ourselves and who keeps descriptors for us that map or have open one of `files`
-        (device, inode)."""
-        wanted = set(files)
-        with self._lock:
-            if not wanted <= self._wanted or time.monotonic() - self._at > HOLDER_SCAN_S:
-                self._wanted |= wanted
-                self._found, self.unseen = _scan_holders(self._wanted)
-                self._at = time.monotonic()
-            found = [holder for file in wanted for holder in self._found.get(file, [])]
-        ours = {os.getpid(), os.getppid() if Notifier.from_environment().keeps_fds else 0}
-        return [holder for holder in found if holder.pid not in except_pids | ours]
-
-    def forget(self, files: Iterable[tuple[int, int]]) -> None:
-        """A guest is gone: its files need not be looked for any more."""
-        with self._lock:
-            self._wanted -= set(files)
-
-
-def _scan_holders(wanted: set[tuple[int, int]]) -> tuple[dict[tuple[int, int], list[Holder]], int]:
-    found: dict[tuple[int, int], list[Holder]] = {}
-    unseen = 0
-    # the kernel prints device and inode of a mapping as text: look for the text, which is far quicker than parsing
-    texts = {f"{os.major(device):02x}:{os.minor(device):02x} {inode} ": (device, inode) for device, inode in wanted}
-    pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
-    for name in os.listdir("/proc"):
-        if not name.isdecimal():
-            continue
-        pid = int(name)
-        try:
-            held: dict[tuple[int, int], str] = {}  # a process may hold the files of several guests
-            for text in set(pattern.findall(_read(f"/proc/{pid}/maps"))) if pattern else ():
-                held[texts[text]] = "maps it"
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                with contextlib.suppress(FileNotFoundError):
-                    file = file_of(-1, f"/proc/{pid}/fd/{fd}")  # of FUSE, perhaps, and hanging
-                    if file in wanted:
-                        held.setdefault(file, f"descriptor {fd}")
-            for file, how in held.items():
-                found.setdefault(file, []).append(Holder(pid, _comm(pid), how))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        except PermissionError:
-            unseen += _has_memory(pid)
-    return found, unseen
-
-
-def _has_memory(pid: int) -> bool:
-    """Whether it could hold anything: a thread of the kernel and a zombie do not."""
-    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return len(fields) > 6 and fields[0] not in ("Z", "X") and not int(fields[6]) & PF_KTHREAD
-
-
-def _comm(pid: int) -> str:
-    return _read(f"/proc/{pid}/comm").strip()
 
 
 # --- the checks -------------------------------------------------------------------------------------------------------------
@@ -174,7 +86,7 @@ def tracer(s: Subject) -> None:
     # it may be a thread of ours that cannot let go yet: inject.c
     if pid and not os.path.exists(f"/proc/self/task/{pid}"):
         raise Refused(
-            "tracer", "the VMM is being traced", f"TracerPid {pid} ({_comm(pid)})", "end the debugger, then attach"
+            "tracer", "the VMM is being traced", f"TracerPid {pid} ({comm_of(pid)})", "end the debugger, then attach"
         )
 
 
@@ -290,12 +202,12 @@ def large_folios(s: Subject) -> None:
         return
     base = Path("/sys/kernel/mm/transparent_hugepage")
     for path in [base / "shmem_enabled", *sorted(base.glob("hugepages-*/shmem_enabled"))]:
-        chosen = re.search(r"\[(\w+)\]", _read(path))
+        chosen = re.search(r"\[(\w+)\]", read_proc(path))
         if not chosen or chosen[1] in ("never", "deny"):
             continue
         inherits = chosen[1] == "inherit"
         if inherits:
-            top = re.search(r"\[(\w+)\]", _read(base / "shmem_enabled"))
+            top = re.search(r"\[(\w+)\]", read_proc(base / "shmem_enabled"))
             if not top or top[1] in ("never", "deny"):
                 continue
         raise Refused(
@@ -317,7 +229,7 @@ def large_folios(s: Subject) -> None:
 
 
 def _tmpfs_huge(s: Subject) -> None:
-    for line in _read("/proc/self/mountinfo").split("\n")[:-1]:
+    for line in read_proc("/proc/self/mountinfo").split("\n")[:-1]:
         fields = line.split()
         major, minor = fields[2].split(":")
         if os.makedev(int(major), int(minor)) not in {device for device, _ in s.files}:
@@ -336,7 +248,7 @@ def backing(s: Subject) -> None:
     """A punch in a file on a disk means something else, and tierd's buffers hold whole pages, several of them."""
     kinds = {}
     sizes: set[int] = set()
-    for line in _read("/proc/self/mountinfo").split("\n")[:-1]:
+    for line in read_proc("/proc/self/mountinfo").split("\n")[:-1]:
         fields = line.split()
         major, minor = fields[2].split(":")
         kinds[os.makedev(int(major), int(minor))] = fields[fields.index("-") + 1]
@@ -408,7 +320,7 @@ def _registration(smaps: str, address: int) -> str:
 
 def registered_regions(spec: GuestSpec) -> int:
     """How many of the regions begin with memory that is registered with a userfaultfd now, whoever's."""
-    smaps = _read(f"/proc/{spec.pid}/smaps")
+    smaps = read_proc(f"/proc/{spec.pid}/smaps")
     return sum(bool(_registration(smaps, region.address)) for region in spec.regions)
 
 
@@ -430,7 +342,7 @@ def memory_cgroup(s: Subject) -> None:
 def _cgroup_limits(pid: int) -> list[tuple[Path, int, int]]:
     """(cgroup, limit, used) in bytes for every level that has a limit; version 1 and 2."""
     found = []
-    for line in _read(f"/proc/{pid}/cgroup").split("\n")[:-1]:
+    for line in read_proc(f"/proc/{pid}/cgroup").split("\n")[:-1]:
         _, controllers, name = line.split(":", 2)
         if controllers == "":
             base, limit_file, used_file = _cgroup2_root(), "memory.max", "memory.current"
@@ -444,9 +356,9 @@ def _cgroup_limits(pid: int) -> list[tuple[Path, int, int]]:
             continue
         path = base / name.lstrip("/")
         while path != base.parent:
-            limit = _read(path / limit_file).strip()
+            limit = read_proc(path / limit_file).strip()
             if limit.isdecimal() and int(limit) < 1 << 60:
-                found.append((path, int(limit), int(_read(path / used_file, "0"))))
+                found.append((path, int(limit), int(read_proc(path / used_file, "0"))))
             path = path.parent
     return found
 
@@ -463,7 +375,7 @@ def nested(s: Subject) -> None:
     enabled = [
         name
         for name in ("kvm_intel", "kvm_amd")
-        if _read(f"/sys/module/{name}/parameters/nested").strip() in ("Y", "1")
+        if read_proc(f"/sys/module/{name}/parameters/nested").strip() in ("Y", "1")
     ]
     cpus = option_values(s.spec.cmdline, "cpu")
     exposed = [
@@ -531,7 +443,7 @@ CHECKS_EVERY_CYCLE: tuple[Check, ...] = (alive, regions_unchanged, private_mappi
 def _subject(spec: GuestSpec, policy: Policy, holders: HolderScan, engine: Engine | None) -> Subject:
     if start_ticks(spec.pid) != spec.start_ticks:
         return Subject(spec, policy, holders, engine=engine)
-    smaps = _read(f"/proc/{spec.pid}/smaps") if engine else ""
+    smaps = read_proc(f"/proc/{spec.pid}/smaps") if engine else ""
     return Subject(spec, policy, holders, maps_of(spec.pid), smaps, engine)
 
 
@@ -569,15 +481,15 @@ def recheck(spec: GuestSpec, policy: Policy, holders: HolderScan) -> None:
 
 def swap_can_receive(pid: int) -> bool:
     """Whether a page of the VMM that is paged out could go to swap: then deactivation must not be MADV_PAGEOUT."""
-    total = re.search(r"^SwapTotal:\s+(\d+) kB", _read("/proc/meminfo"), re.M)
+    total = re.search(r"^SwapTotal:\s+(\d+) kB", read_proc("/proc/meminfo"), re.M)
     if not total or int(total[1]) == 0:
         return False
-    for line in _read(f"/proc/{pid}/cgroup").split("\n")[:-1]:
+    for line in read_proc(f"/proc/{pid}/cgroup").split("\n")[:-1]:
         _, controllers, name = line.split(":", 2)
         if controllers == "":
             path = _cgroup2_root() / name.lstrip("/")
             while path != _cgroup2_root().parent:
-                if _read(path / "memory.swap.max").strip() == "0":
+                if read_proc(path / "memory.swap.max").strip() == "0":
                     return False
                 path = path.parent
     return True

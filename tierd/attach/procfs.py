@@ -51,6 +51,18 @@ class Mapping:
         return self.mode.startswith("rw") and self.mode[3] == "s" and self.inode != 0
 
 
+def read_proc(path: str | Path, default: str = "") -> str:
+    """A file of /proc or /sys; `default` where this kernel or process has none."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError, NotADirectoryError):
+        return default
+
+
+def comm_of(pid: int) -> str:
+    return read_proc(f"/proc/{pid}/comm").strip()
+
+
 def parse_maps(text: str) -> list[Mapping]:
     """/proc/PID/maps (proc_pid_maps(5))."""
     found = []
