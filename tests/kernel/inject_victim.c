@@ -188,7 +188,7 @@ static void *take_signals(void *alternate)
 	stack_t stack = {.ss_sp = alternate, .ss_size = ALTERNATE_BYTES}, now;
 	sigset_t mask, blocked;
 	struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGALRM};
-	struct itimerspec every = {{0, 500000}, {0, 500000}};
+	struct itimerspec every = {{0, 50000}, {0, 50000}};
 	timer_t timer;
 
 	prctl(PR_SET_NAME, names[5]);

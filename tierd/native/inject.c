@@ -131,8 +131,9 @@ static int stop_thread(pid_t tid, uint64_t deadline_ns, int *status)
 			return error;
 		if (event_of(*status) == PTRACE_EVENT_STOP)
 			return 0;
-		/* a signal on its way: deliver it, our interrupt is still pending */
-		if (ptrace(PTRACE_CONT, tid, NULL, (void *)(intptr_t)(WSTOPSIG(*status) & 0x7f)))
+		/* A signal on its way is delivered. The interrupt is said again: entering any stop takes back one that was pending. */
+		if (ptrace(PTRACE_INTERRUPT, tid, NULL, NULL) ||
+		    ptrace(PTRACE_CONT, tid, NULL, (void *)(intptr_t)(WSTOPSIG(*status) & 0x7f)))
 			return -errno;
 	}
 	return -ETIMEDOUT;
