@@ -3,8 +3,9 @@
  * inject_victim.c: a process whose threads would notice if a call made in them left a trace.
  *
  * Each thread is in a state that an excursion could spoil: general and vector registers full of values, blocked in calls that
- * the kernel restarts or that it does not, handling signals on an alternate stack. Each checks itself all the time and counts
- * its rounds. One line on stdin, one line with all counters on stdout; a thread that finds something wrong says so and aborts.
+ * the kernel restarts or that it does not, handling signals on an alternate stack, inside a restartable sequence. Each checks
+ * itself all the time and counts its rounds. One line on stdin, one line with all counters on stdout; a thread that finds
+ * something wrong says so and aborts.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -19,13 +20,14 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/prctl.h>
+#include <sys/rseq.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { THREADS = 7, RED_WORDS = 15, ALTERNATE_BYTES = 65536 };
+enum { THREADS = 8, RED_WORDS = 15, ALTERNATE_BYTES = 65536 };
 
-static const char *const names[THREADS] = {"compute", "read", "sleep", "futex", "epoll", "signals", "poll"};
+static const char *const names[THREADS] = {"compute", "read", "sleep", "futex", "epoll", "signals", "poll", "rseq"};
 static _Atomic uint64_t rounds[THREADS];
 static int pipes[THREADS][2];
 static uint32_t futex_word;
@@ -211,12 +213,72 @@ static void *take_signals(void *alternate)
 	return NULL;
 }
 
+/* --- restartable sequences ---------------------------------------------------------------------------------------------- */
+
+/*
+ * One sequence, rseq(2), in which the thread spends nearly all of its time. Whoever leaves it in the middle must come back to the
+ * abort handler. The kernel forgets a sequence that it finds left: so one that is still there at the end was never left.
+ */
+#ifdef __x86_64__
+static void run_sequence(struct rseq *abi, uint64_t *committed)
+{
+	__asm__ goto volatile(".pushsection __rseq_cs, \"aw\"\n"
+			      ".balign 32\n"
+			      "3: .long 0, 0\n"
+			      ".quad 1f, 2f - 1f, 4f\n"
+			      ".popsection\n"
+			      "lea 3b(%%rip), %%rax\n"
+			      "mov %%rax, %[section]\n"
+			      "1: mov $20000, %%ecx\n"
+			      "5: dec %%ecx\n"
+			      "jnz 5b\n"
+			      "cmpq $0, %[section]\n"
+			      "je %l[left]\n"
+			      "incq %[committed]\n"
+			      "2:\n"
+			      ".pushsection .text.rseq, \"ax\"\n"
+			      ".byte 0x0f, 0xb9, 0x3d\n"
+			      ".long 0x53053053\n" /* RSEQ_SIG */
+			      "4: jmp %l[aborted]\n"
+			      ".popsection\n"
+			      :
+			      : [section] "m"(abi->rseq_cs), [committed] "m"(*committed)
+			      : "rax", "rcx", "memory", "cc"
+			      : left, aborted);
+aborted:
+	return;
+left:
+	errno = 0;
+	wrong("a restartable sequence went on after it had been left");
+}
+#endif
+
+static void *run_sequences(void *unused)
+{
+#ifdef __x86_64__
+	struct rseq *abi = (struct rseq *)((char *)__builtin_thread_pointer() + __rseq_offset);
+	uint64_t committed = 0;
+#endif
+
+	(void)unused;
+	prctl(PR_SET_NAME, names[7]);
+	for (;; rounds[7]++) {
+#ifdef __x86_64__
+		if (__rseq_size)
+			run_sequence(abi, &committed);
+		if (rounds[7] > 100000 && __rseq_size && !committed)
+			wrong("no sequence is ever committed");
+#endif
+	}
+	return NULL;
+}
+
 /* --- the main thread keeps the others going ----------------------------------------------------------------------------- */
 
 int main(void)
 {
 	void *(*const run[THREADS])(void *) = {compute,    read_pipe,    sleep_a_while, wait_futex,
-					       wait_epoll, take_signals, wait_poll};
+					       wait_epoll, take_signals, wait_poll,     run_sequences};
 	struct sigaction action = {.sa_handler = on_alarm, .sa_flags = SA_ONSTACK | SA_RESTART};
 	struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
 	pthread_t thread;

@@ -17,7 +17,7 @@ import pytest
 from tests.kernel.vmm import HERE, wait_for
 
 NATIVE = HERE.parents[1] / "tierd" / "native"
-THREADS = ("compute", "read", "sleep", "futex", "epoll", "signals", "poll")
+THREADS = ("compute", "read", "sleep", "futex", "epoll", "signals", "poll", "rseq")
 STEPS = range(1, 11)
 RANDOM_KILLS = int(os.environ.get("TIERD_INJECT_KILLS", "1000"))
 ALIVE_S_MAX = 0.01

@@ -40,8 +40,8 @@ struct inject_registers; /* of the architecture */
 extern const uint8_t inject_call_pattern[], inject_sigreturn_pattern[];
 extern const size_t inject_call_bytes, inject_sigreturn_bytes;
 
-/* Thread tid is stopped. Builds the frame that restores it (with the registers it should have *after* a system call restart)
- * and the call's arguments; -ENOTSUP when its state cannot be restored by a signal frame. */
+/* Thread tid is stopped. Builds the frame that restores it (with the registers it should have *after* a system call restart
+ * or the abort of a restartable sequence) and the call's arguments; -ENOTSUP when its state cannot be restored by a signal frame. */
 int inject_prepare(pid_t tid, const struct inject_code *code, struct tierd_call *call, const void *scratch,
 		   size_t scratch_bytes, struct inject_frame *frame);
 /* The one atomic step: from here on the thread goes through the call and back by itself, whether we live or not. */
