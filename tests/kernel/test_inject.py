@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call made inside the VMM leaves no trace, and killing us at any step of it leaves the VMM unharmed (rule 16)."""
+"""Calls made inside the VMM leave no trace, and killing us at any step of them leaves the VMM unharmed (rule 16)."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import platform
 import random
+import signal
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,6 +22,8 @@ from tests.kernel.vmm import HERE, wait_for
 NATIVE = HERE.parents[1] / "tierd" / "native"
 THREADS = ("compute", "read", "sleep", "futex", "epoll", "signals", "poll", "rseq")
 STEPS = range(1, 11)
+BATCH_STEPS = (1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15)
+HEADER_OFFSET = 4096
 RANDOM_KILLS = int(os.environ.get("TIERD_INJECT_KILLS", "1000"))
 ALIVE_S_MAX = 0.01
 
@@ -33,7 +38,7 @@ def _compile(output: Path, *arguments: str) -> Path:
 @pytest.fixture(scope="module")
 def binaries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     directory = tmp_path_factory.mktemp("inject")
-    sources = [str(NATIVE / name) for name in ("inject.c", "inject_x86_64.c", "sys.c")]
+    sources = [str(NATIVE / name) for name in ("inject.c", "inject_x86_64.c", "calls.c", "sys.c")]
     hooked = ["-include", str(HERE / "inject_step.h"), f"-I{NATIVE}"]
     return (
         _compile(directory / "victim", "-mavx", str(HERE / "inject_victim.c")),
@@ -108,12 +113,12 @@ def test_a_death_at_every_step(binaries: tuple[Path, Path], victim: Victim) -> N
         victim.assert_unharmed()
 
 
-@pytest.mark.timeout(600)
-def test_deaths_at_random_moments(binaries: tuple[Path, Path], victim: Victim) -> None:
+def _kill_at_random(binary: Path, victim: Victim, *more: str) -> None:
     chance = random.Random(16)
     for i in range(RANDOM_KILLS):
         name = chance.choice(THREADS)
-        with subprocess.Popen([binaries[1], str(victim.tids[name]), "for-ever"], stderr=subprocess.PIPE) as killer:
+        command = [binary, str(victim.tids[name]), "for-ever", *more]
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as killer:
             try:
                 time.sleep(chance.random() * ALIVE_S_MAX)
             finally:
@@ -123,6 +128,11 @@ def test_deaths_at_random_moments(binaries: tuple[Path, Path], victim: Victim) -
         if i % 50 == 49:
             victim.assert_unharmed()
     victim.assert_unharmed()
+
+
+@pytest.mark.timeout(600)
+def test_deaths_at_random_moments(binaries: tuple[Path, Path], victim: Victim) -> None:
+    _kill_at_random(binaries[1], victim)
 
 
 def test_a_naive_tracer_would_harm(binaries: tuple[Path, Path]) -> None:
@@ -141,3 +151,193 @@ def test_a_naive_tracer_would_harm(binaries: tuple[Path, Path]) -> None:
             victim.process.kill()
             victim.process.communicate()
     assert harmed
+
+
+class Area:
+    """The area for batches in a victim, made in the thread `first`, and runs of the killer that use it."""
+
+    def __init__(self, binary: Path, victim: Victim, first: str = "compute") -> None:
+        self.binary, self.victim = binary, victim
+        self.address = self._killer(first, "create").stdout.strip()
+
+    def _killer(self, name: str, *words: object) -> subprocess.CompletedProcess[str]:
+        command = [self.binary, self.victim.tids[name], *words]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=60)
+        assert done.returncode in (0, -9), f"{command}: {done.stderr}"
+        return done
+
+    def run(self, name: str, kind: str) -> tuple[int, int, int]:
+        """Error, calls made, microseconds stopped."""
+        error, made, stopped_us = self._killer(name, 0, self.address, kind).stdout.split()
+        return int(error), int(made), int(stopped_us)
+
+    def die(self, name: str, step: int | str, kind: str) -> None:
+        done = self._killer(name, step, self.address, kind)
+        assert done.returncode == -9, f"{name}, step {step}: {done.stdout} {done.stderr}"
+
+    def settle(self, timeout_ms: int = 2000) -> int:
+        return int(self._killer("compute", "settle", self.address, timeout_ms).stdout)
+
+    def destroy(self, name: str = "compute") -> int:
+        return int(self._killer(name, "destroy", self.address).stdout)
+
+    def starve(self, name: str) -> int:
+        """Bytes of stack that batches took which are cancelled at once."""
+        return int(self._killer(name, "starve", self.address).stdout)
+
+    def made(self) -> int:
+        """As the header says it."""
+        with open(f"/proc/{self.victim.process.pid}/mem", "rb", buffering=0) as memory:
+            memory.seek(int(self.address) + HEADER_OFFSET)
+            return int(struct.unpack("<5Q", memory.read(40))[3])
+
+    def is_mapped(self) -> bool:
+        start = f"{int(self.address):x}-"
+        maps = Path(f"/proc/{self.victim.process.pid}/maps").read_text()
+        return any(line.startswith(start) for line in maps.splitlines())
+
+    def bytes_written(self) -> int:
+        """By the batch, to the victim's stderr, since the last time."""
+        assert self.victim.process.stderr is not None
+        descriptor = self.victim.process.stderr.fileno()
+        os.set_blocking(descriptor, False)
+        try:
+            return len(os.read(descriptor, 65536))
+        except BlockingIOError:
+            return 0
+        finally:
+            os.set_blocking(descriptor, True)
+
+
+@pytest.fixture
+def area(binaries: tuple[Path, Path], victim: Victim) -> Area:
+    return Area(binaries[1], victim)
+
+
+def test_batches_leave_no_trace(victim: Victim, area: Area) -> None:
+    for name in THREADS:
+        for _ in range(20):
+            assert area.run(name, "quick")[:2] == (0, 40)
+    victim.assert_unharmed()
+
+
+def test_an_area_goes_when_nobody_is_in_it(binaries: tuple[Path, Path], victim: Victim) -> None:
+    for name in THREADS:
+        area = Area(binaries[1], victim, first=name)
+        assert area.run(name, "quick")[0] == 0
+        assert area.is_mapped()
+        assert area.destroy(name) == 0
+        assert not area.is_mapped()
+        assert area.run(name, "quick")[0] == -errno.EFAULT
+    victim.assert_unharmed()
+
+
+def test_a_death_at_every_step_of_a_batch(victim: Victim, area: Area) -> None:
+    for name in THREADS:
+        for step in BATCH_STEPS:
+            area.die(name, step, "sleeps")
+            assert area.settle() == 0, f"{name}, step {step}"
+        victim.assert_unharmed()
+        assert area.run(name, "quick")[:2] == (0, 40)
+
+
+@pytest.mark.timeout(600)
+def test_deaths_at_random_moments_of_batches(binaries: tuple[Path, Path], victim: Victim, area: Area) -> None:
+    _kill_at_random(binaries[1], victim, area.address)
+
+
+@pytest.mark.parametrize("name", THREADS)
+def test_batches_back_to_back(binaries: tuple[Path, Path], victim: Victim, area: Area, name: str) -> None:
+    """The next one often interrupts the thread on its way out of the last."""
+    command = [str(binaries[1]), str(victim.tids[name]), "for-ever", area.address]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as killer:
+        time.sleep(0.5)
+        assert killer.poll() is None, killer.stderr and killer.stderr.read()
+        killer.kill()
+    victim.assert_unharmed()
+
+
+def test_batches_that_come_too_late_do_not_pile_up(victim: Victim, area: Area) -> None:
+    for name in ("compute", "rseq"):
+        assert area.starve(name) < 64 << 10
+    victim.assert_unharmed()
+
+
+def test_a_batch_ends_with_its_budget(victim: Victim, area: Area) -> None:
+    total = 0
+    for name in THREADS:
+        error, made, _ = area.run(name, "sleeps")
+        assert error == 0
+        assert made < 64, "the budget is 2 ms, each sleeps for 1 ms"
+        assert made == area.made(), "none that ended late is left out"
+        total += made
+    assert total
+    victim.assert_unharmed()
+
+
+def test_a_batch_that_does_not_end_is_settled_later(victim: Victim, area: Area) -> None:
+    assert area.run("compute", "long")[:2] == (-errno.EINPROGRESS, 0)
+    assert area.run("read", "quick")[:2] == (-errno.EBUSY, 0)
+    assert area.destroy() == -errno.EBUSY
+    assert area.settle(10) == -errno.ETIMEDOUT
+    assert area.settle() == 0
+    assert (area.made(), area.bytes_written()) == (1, 0), "the sleep, not the write after it"
+    assert area.run("read", "quick")[:2] == (0, 40)
+    victim.assert_unharmed()
+
+
+def test_a_successor_settles_a_batch_that_runs(victim: Victim, area: Area) -> None:
+    for name in THREADS:
+        area.die(name, 12, "writes")
+        wait_for(lambda: area.made() > 4, "the batch goes on without its tracer")
+        assert area.settle() == 0
+        made = area.made()
+        assert made < 64
+        assert area.bytes_written() == made // 2
+        time.sleep(0.02)
+        assert (area.made(), area.bytes_written()) == (made, 0)
+    victim.assert_unharmed()
+
+
+def _send_to_the_stopped(area: Area, name: str) -> None:
+    area.die(name, "stop", "writes")
+    assert (area.made(), area.bytes_written()) == (0, 0)
+
+
+def test_a_batch_that_was_sent_runs_without_its_tracer(victim: Victim, area: Area) -> None:
+    for name in THREADS:
+        _send_to_the_stopped(area, name)
+        os.kill(victim.process.pid, signal.SIGCONT)
+        wait_for(lambda: area.made() == 64, "the batch is made")
+        assert area.bytes_written() == 32
+    victim.assert_unharmed()
+
+
+def test_a_batch_that_was_sent_and_settled_is_not_made(victim: Victim, area: Area) -> None:
+    """A successor need not wait for a stopped thread: it will make no call when it goes on."""
+    for name in THREADS:
+        _send_to_the_stopped(area, name)
+        assert area.settle(100) == 0
+        os.kill(victim.process.pid, signal.SIGCONT)
+        victim.assert_unharmed()
+        assert (area.made(), area.bytes_written()) == (0, 0)
+
+
+def test_a_settled_batch_is_not_made_with_the_next(victim: Victim, area: Area) -> None:
+    for name in THREADS:
+        _send_to_the_stopped(area, name)
+        assert area.settle(100) == 0
+        os.kill(victim.process.pid, signal.SIGCONT)
+        assert area.run("read", "writes")[:2] == (0, 64)
+        victim.assert_unharmed()
+        assert (area.made(), area.bytes_written()) == (64, 32)
+
+
+def test_a_stopped_victim_gets_no_batch_and_keeps_the_area(victim: Victim, area: Area) -> None:
+    _send_to_the_stopped(area, "compute")
+    assert area.settle(100) == 0
+    assert area.destroy("read") == -errno.EBUSY, "a thread would wake up in unmapped memory"
+    assert area.run("read", "quick")[:2] == (-errno.EAGAIN, 0)
+    os.kill(victim.process.pid, signal.SIGCONT)
+    victim.assert_unharmed()
+    assert area.run("compute", "quick")[:2] == (0, 40)

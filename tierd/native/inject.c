@@ -183,7 +183,7 @@ static void let_go_at_last(pid_t tid)
  * blocked until the frame's sigreturn puts the thread's own mask back; after the commit, so that whoever dies here leaves a
  * thread that unblocks itself.
  */
-static int block_signals(pid_t tid)
+int inject_block_signals(pid_t tid)
 {
 	uint64_t all = ~0ull;
 
@@ -227,13 +227,16 @@ static int read_scratch(pid_t tid, const struct inject_frame *frame, void *scrat
 	return process_vm_readv(tid, &to, 1, &from, 1, 0) == (ssize_t)bytes ? 0 : -EFAULT;
 }
 
-static void make_pointers(struct inject_frame *frame, uint64_t pointers, size_t scratch_bytes)
+static void make_pointers(struct tierd_call *call, struct inject_frame *frame, size_t scratch_bytes)
 {
 	uint8_t *area = frame->data + (frame->scratch - frame->address);
 	uint64_t word;
 
+	for (int i = 0; i < 6; i++)
+		if (call->in_scratch >> i & 1)
+			call->argument[i] += frame->scratch;
 	for (size_t i = 0; i < 64 && (i + 1) * sizeof(word) <= scratch_bytes; i++) {
-		if (!(pointers >> i & 1))
+		if (!(call->pointers >> i & 1))
 			continue;
 		memcpy(&word, area + i * sizeof(word), sizeof(word));
 		word += frame->scratch;
@@ -241,7 +244,7 @@ static void make_pointers(struct inject_frame *frame, uint64_t pointers, size_t 
 	}
 }
 
-static int write_frame(pid_t tid, const struct inject_frame *frame)
+int inject_write_frame(pid_t tid, const struct inject_frame *frame)
 {
 	struct iovec from = {(void *)frame->data, frame->bytes}, to = {(void *)(uintptr_t)frame->address, frame->bytes};
 	ssize_t n = process_vm_writev(tid, &from, 1, &to, 1, 0);
@@ -249,88 +252,47 @@ static int write_frame(pid_t tid, const struct inject_frame *frame)
 	return n == (ssize_t)frame->bytes ? 0 : n < 0 ? -errno : -EFAULT;
 }
 
-static int run_stopped(pid_t tid, const struct inject_code *code, struct tierd_call *call, void *scratch, size_t bytes,
-		       struct inject_frame *frame, uint64_t deadline_ns, bool *stopped, int *signal)
+/* --- an excursion ------------------------------------------------------------------------------------------------------- */
+
+void inject_release(struct inject_excursion *e)
 {
-	int error = inject_prepare(tid, code, call, scratch, bytes, frame);
-
-	if (!error) {
-		make_pointers(frame, call->pointers, bytes);
-		error = write_frame(tid, frame);
-	}
-	TIERD_INJECT_STEP(4);
-	if (!error)
-		error = inject_commit(tid, code, call, frame);
-	TIERD_INJECT_STEP(5);
-	if (!error)
-		error = block_signals(tid);
-	TIERD_INJECT_STEP(6);
-	if (!error)
-		error = watch_call(tid, code, frame, deadline_ns, stopped, signal);
-	TIERD_INJECT_STEP(9);
-	if (!error)
-		error = inject_result(tid, &call->result);
-	if (!error)
-		error = read_scratch(tid, frame, scratch, bytes);
-	TIERD_INJECT_STEP(10);
-	return error;
-}
-
-/* One call, in a thread of its own: only the thread that traces can let go, and that may take longer than the caller waits. */
-struct injection {
-	int32_t tid;
-	uint32_t scratch_bytes, timeout_ms;
-	int error;
-	struct tierd_call call;
-	uint8_t scratch[INJECT_SCRATCH_MAX];
-	struct inject_frame frame;
-	sem_t done;
-	_Atomic int users; /* the thread and the caller */
-};
-
-static void injection_release(struct injection *i)
-{
-	if (atomic_fetch_sub(&i->users, 1) != 1)
+	if (atomic_fetch_sub(&e->users, 1) != 1)
 		return;
-	sem_destroy(&i->done);
-	free(i);
+	sem_destroy(&e->done);
+	free(e);
 }
 
-static void *injection_main(void *argument)
+static void *excursion_main(void *argument)
 {
-	struct injection *i = argument;
-	struct inject_code code = {0};
-	uint64_t began_ns, deadline_ns = sys_now_ns() + i->timeout_ms * 1000000ull;
-	bool stopped = false, gone = true;
-	int error, status, signal = 0;
+	struct inject_excursion *e = argument;
+	bool gone = true;
+	int status;
 
-	error = find_code(i->tid, &code); /* before the stop: it takes milliseconds */
-	if (!error && ptrace(PTRACE_SEIZE, i->tid, NULL, (void *)(intptr_t)PTRACE_O_TRACESYSGOOD))
-		error = errno == EPERM ? -EBUSY : -errno; /* root is refused only where somebody else traces */
-	if (!error) {
+	e->deadline_ns = sys_now_ns() + e->timeout_ms * 1000000ull;
+	if (ptrace(PTRACE_SEIZE, e->tid, NULL, (void *)(intptr_t)PTRACE_O_TRACESYSGOOD)) {
+		e->error = errno == EPERM ? -EBUSY : -errno; /* root is refused only where somebody else traces */
+	} else {
 		TIERD_INJECT_STEP(1);
-		began_ns = sys_now_ns();
-		error = stop_thread(i->tid, deadline_ns, &status);
+		e->began_ns = sys_now_ns();
+		e->error = stop_thread(e->tid, e->deadline_ns, &status);
 		TIERD_INJECT_STEP(3);
-		stopped = !error;
-		if (!error && in_group_stop(status))
-			error = -EAGAIN; /* stopped by a SIGSTOP: it would not run our call */
-		if (!error)
-			error = run_stopped(i->tid, &code, &i->call, i->scratch, i->scratch_bytes, &i->frame,
-					    deadline_ns, &stopped, &signal);
-		if (error != -ESRCH)
-			gone = let_go(i->tid, stopped, signal);
-		i->call.stopped_ns = sys_now_ns() - began_ns;
+		e->stopped = !e->error;
+		if (!e->error && in_group_stop(status))
+			e->error = -EAGAIN; /* stopped by a SIGSTOP: it would not run our call */
+		if (!e->error)
+			e->error = e->run(e);
+		if (e->error != -ESRCH)
+			gone = let_go(e->tid, e->stopped, e->signal);
+		e->stopped_ns = sys_now_ns() - e->began_ns;
 	}
-	i->error = error;
-	sem_post(&i->done);
+	sem_post(&e->done);
 	if (!gone)
-		let_go_at_last(i->tid);
-	injection_release(i);
+		let_go_at_last(e->tid);
+	inject_release(e);
 	return NULL;
 }
 
-static int start_thread(struct injection *i)
+static int start_thread(struct inject_excursion *e)
 {
 	pthread_attr_t attributes;
 	pthread_t thread;
@@ -340,9 +302,63 @@ static int start_thread(struct injection *i)
 		return -error;
 	pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
 	pthread_attr_setstacksize(&attributes, STACK_BYTES);
-	error = pthread_create(&thread, &attributes, injection_main, i);
+	error = pthread_create(&thread, &attributes, excursion_main, e);
 	pthread_attr_destroy(&attributes);
 	return -error;
+}
+
+int inject_excurse(struct inject_excursion *e)
+{
+	int error;
+
+	atomic_store(&e->users, 2);
+	sem_init(&e->done, 0, 0);
+	error = start_thread(e);
+	if (error) {
+		inject_release(e);
+		return error;
+	}
+	while (sem_wait(&e->done)) /* EINTR */
+		;
+	return e->error;
+}
+
+/* --- one call ----------------------------------------------------------------------------------------------------------- */
+
+struct injection {
+	struct inject_excursion excursion; /* first: it is freed by that address */
+	struct inject_code code;
+	struct tierd_call call;
+	uint32_t scratch_bytes;
+	uint8_t scratch[INJECT_SCRATCH_MAX];
+	struct inject_frame frame;
+};
+
+static int run_call(struct inject_excursion *e)
+{
+	struct injection *i = (struct injection *)e;
+	int error = inject_prepare(e->tid, i->code.sigreturn, i->scratch, i->scratch_bytes, &i->frame);
+
+	if (!error) {
+		make_pointers(&i->call, &i->frame, i->scratch_bytes);
+		error = inject_write_frame(e->tid, &i->frame);
+	}
+	TIERD_INJECT_STEP(4);
+	if (!error)
+		error = inject_commit(e->tid, &i->code, &i->call, &i->frame);
+	TIERD_INJECT_STEP(5);
+	if (!error)
+		error = inject_block_signals(e->tid);
+	TIERD_INJECT_STEP(6);
+	if (!error)
+		error = watch_call(e->tid, &i->code, &i->frame, e->deadline_ns, &e->stopped, &e->signal);
+	TIERD_INJECT_STEP(9);
+	if (!error)
+		error = inject_result(e->tid, &i->call.result);
+	if (!error)
+		error = read_scratch(e->tid, &i->frame, i->scratch, i->scratch_bytes);
+	TIERD_INJECT_STEP(10);
+	return error;
 }
 
 int tierd_inject(int32_t tid, struct tierd_call *call, void *scratch, uint32_t scratch_bytes, uint32_t timeout_ms)
@@ -355,26 +371,21 @@ int tierd_inject(int32_t tid, struct tierd_call *call, void *scratch, uint32_t s
 	i = calloc(1, sizeof(*i));
 	if (!i)
 		return -ENOMEM;
-	i->tid = tid;
-	i->timeout_ms = timeout_ms;
-	i->scratch_bytes = scratch_bytes;
-	i->call = *call;
-	if (scratch_bytes)
-		memcpy(i->scratch, scratch, scratch_bytes);
-	atomic_store(&i->users, 2);
-	sem_init(&i->done, 0, 0);
-	error = start_thread(i);
+	error = find_code(tid, &i->code); /* before the stop: it takes milliseconds */
 	if (error) {
-		injection_release(i);
-		injection_release(i);
+		free(i);
 		return error;
 	}
-	while (sem_wait(&i->done)) /* EINTR */
-		;
-	error = i->error;
+	i->excursion = (struct inject_excursion){.tid = tid, .timeout_ms = timeout_ms, .run = run_call};
+	i->call = *call;
+	i->scratch_bytes = scratch_bytes;
+	if (scratch_bytes)
+		memcpy(i->scratch, scratch, scratch_bytes);
+	error = inject_excurse(&i->excursion);
 	*call = i->call;
+	call->stopped_ns = i->excursion.stopped_ns;
 	if (scratch_bytes)
 		memcpy(scratch, i->scratch, scratch_bytes);
-	injection_release(i);
+	inject_release(&i->excursion);
 	return error;
 }

@@ -10,10 +10,10 @@ const size_t inject_call_bytes = sizeof(inject_call_pattern);
 const uint8_t inject_sigreturn_pattern[] = {0};
 const size_t inject_sigreturn_bytes = sizeof(inject_sigreturn_pattern);
 
-int inject_prepare(pid_t tid, const struct inject_code *code, struct tierd_call *call, const void *scratch,
-		   size_t scratch_bytes, struct inject_frame *frame)
+int inject_prepare(pid_t tid, uint64_t return_address, const void *scratch, size_t scratch_bytes,
+		   struct inject_frame *frame)
 {
-	(void)tid, (void)code, (void)call, (void)scratch, (void)scratch_bytes, (void)frame;
+	(void)tid, (void)return_address, (void)scratch, (void)scratch_bytes, (void)frame;
 	return -ENOTSUP;
 }
 
@@ -21,6 +21,30 @@ int inject_commit(pid_t tid, const struct inject_code *code, const struct tierd_
 		  const struct inject_frame *frame)
 {
 	(void)tid, (void)code, (void)call, (void)frame;
+	return -ENOTSUP;
+}
+
+const uint8_t *inject_stub(size_t *bytes)
+{
+	*bytes = 0;
+	return NULL;
+}
+
+int inject_commit_batch(pid_t tid, uint64_t stub, uint64_t header, uint64_t batch, const struct inject_frame *frame)
+{
+	(void)tid, (void)stub, (void)header, (void)batch, (void)frame;
+	return -ENOTSUP;
+}
+
+bool inject_has_frame(pid_t tid, uint64_t stub, uint64_t header)
+{
+	(void)tid, (void)stub, (void)header;
+	return false;
+}
+
+int inject_where(pid_t tid, uint64_t *address)
+{
+	(void)tid, (void)address;
 	return -ENOTSUP;
 }
 

@@ -208,8 +208,8 @@ static void fill_context(struct sigcontext_64 *c, const struct user_regs_struct 
 	c->ss = (uint16_t)r->ss;
 }
 
-int inject_prepare(pid_t tid, const struct inject_code *code, struct tierd_call *call, const void *scratch,
-		   size_t scratch_bytes, struct inject_frame *frame)
+int inject_prepare(pid_t tid, uint64_t return_address, const void *scratch, size_t scratch_bytes,
+		   struct inject_frame *frame)
 {
 	uint8_t image[XSTATE_BYTES_MAX + 64] __attribute__((aligned(64)));
 	struct user_regs_struct registers;
@@ -242,7 +242,7 @@ int inject_prepare(pid_t tid, const struct inject_code *code, struct tierd_call 
 	if (frame->bytes > sizeof(frame->data))
 		return -ENOTSUP;
 	sigframe = (struct rt_sigframe *)frame->data;
-	sigframe->return_address = code->sigreturn;
+	sigframe->return_address = return_address;
 	sigframe->uc.flags = UC_FLAGS;
 	sigframe->uc.stack.flags = STACK_UNTOUCHED;
 	fill_context(&sigframe->uc.mcontext, &registers);
@@ -252,9 +252,6 @@ int inject_prepare(pid_t tid, const struct inject_code *code, struct tierd_call 
 	memcpy(frame->data + (fpstate - frame->address), image, bytes + sizeof(uint32_t));
 	if (scratch_bytes)
 		memcpy(frame->data + (frame->scratch - frame->address), scratch, scratch_bytes);
-	for (int i = 0; i < 6; i++)
-		if (call->in_scratch >> i & 1)
-			call->argument[i] += frame->scratch;
 	return 0;
 }
 
@@ -277,6 +274,95 @@ int inject_commit(pid_t tid, const struct inject_code *code, const struct tierd_
 	r.r8 = call->argument[4];
 	r.r9 = call->argument[5];
 	return ptrace(PTRACE_SETREGSET, tid, (void *)NT_PRSTATUS, &v) ? -errno : 0;
+}
+
+/*
+ * The stub of a batch (calls.c), copied from here and run at the start of the area. Entered with rbx: the header; r12: the
+ * batch's number; rsp: as rt_sigreturn wants it, one word above the frame. rcx, r11 and rax are the system calls'.
+ */
+__asm__(".pushsection .rodata\n"
+	"inject_stub_start:\n"
+	"	lock incq 32(%rbx)\n" /* running; a full fence, too: before the first look at `batch` */
+	"1:	mov 24(%rbx), %r13\n" /* done */
+	"	cmp 16(%rbx), %r13\n" /* count */
+	"	jae 2f\n"
+	"	cmp 8(%rbx), %r12\n" /* batch */
+	"	jne 2f\n"
+	"	mov %r13, %r14\n"
+	"	shl $7, %r14\n"
+	"	lea 128(%rbx,%r14), %r14\n"
+	"	mov (%r14), %rax\n"
+	"	mov 8(%r14), %rdi\n"
+	"	mov 16(%r14), %rsi\n"
+	"	mov 24(%r14), %rdx\n"
+	"	mov 32(%r14), %r10\n"
+	"	mov 40(%r14), %r8\n"
+	"	mov 48(%r14), %r9\n"
+	"	syscall\n"
+	"	mov %rax, 56(%r14)\n"
+	"	inc %r13\n"
+	"	mov %r13, 24(%rbx)\n"
+	"	jmp 1b\n"
+	"2:	lock decq 32(%rbx)\n"
+	"inject_stub_over:\n"
+	"	mov $15, %eax\n" /* rt_sigreturn */
+	"	syscall\n"
+	"inject_stub_end:\n"
+	".popsection\n");
+
+_Static_assert(offsetof(struct inject_header, batch) == 8 && offsetof(struct inject_header, count) == 16 &&
+		       offsetof(struct inject_header, done) == 24 && offsetof(struct inject_header, running) == 32 &&
+		       sizeof(struct inject_header) == 128,
+	       "the stub's idea of the header");
+_Static_assert(offsetof(struct inject_entry, argument) == 8 && offsetof(struct inject_entry, result) == 56 &&
+		       sizeof(struct inject_entry) == 1 << 7,
+	       "the stub's idea of an entry");
+
+extern const uint8_t inject_stub_start[] __attribute__((visibility("hidden")));
+extern const uint8_t inject_stub_over[] __attribute__((visibility("hidden")));
+extern const uint8_t inject_stub_end[] __attribute__((visibility("hidden")));
+
+const uint8_t *inject_stub(size_t *bytes)
+{
+	*bytes = (size_t)(inject_stub_end - inject_stub_start);
+	return inject_stub_start;
+}
+
+int inject_commit_batch(pid_t tid, uint64_t stub, uint64_t header, uint64_t batch, const struct inject_frame *frame)
+{
+	struct user_regs_struct r;
+	struct iovec v = {&r, sizeof(r)};
+
+	if (ptrace(PTRACE_GETREGS, tid, NULL, &r))
+		return -errno;
+	r.rip = stub;
+	if (frame)
+		r.rsp = frame->address + sizeof(uint64_t);
+	r.orig_rax = (uint64_t)-1; /* no restart on top of ours */
+	r.rbx = header;
+	r.r12 = batch;
+	return ptrace(PTRACE_SETREGSET, tid, (void *)NT_PRSTATUS, &v) ? -errno : 0;
+}
+
+bool inject_has_frame(pid_t tid, uint64_t stub, uint64_t header)
+{
+	size_t over = (size_t)(inject_stub_over - inject_stub_start),
+	       end = (size_t)(inject_stub_end - inject_stub_start);
+	struct user_regs_struct r;
+
+	if (ptrace(PTRACE_GETREGS, tid, NULL, &r) || r.rbx != header)
+		return false;
+	return r.rip == stub || (r.rip - stub >= over && r.rip - stub < end);
+}
+
+int inject_where(pid_t tid, uint64_t *address)
+{
+	struct user_regs_struct r;
+
+	if (ptrace(PTRACE_GETREGS, tid, NULL, &r))
+		return -errno;
+	*address = r.rip;
+	return 0;
 }
 
 bool inject_in_call(pid_t tid, const struct inject_code *code, const struct inject_frame *frame)

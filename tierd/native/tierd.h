@@ -325,6 +325,51 @@ struct tierd_call {
  */
 int tierd_inject(int32_t tid, struct tierd_call *call, void *scratch, uint32_t scratch_bytes, uint32_t timeout_ms);
 
+/*
+ * A batch of calls at the price of one stop: the thread is sent through a table of them in an area of the VMM's memory, and
+ * restores itself at the end. Batches of one area follow each other: whoever calls sees to that. Whoever knows the area's
+ * address can wait for what a predecessor left behind.
+ */
+enum { TIERD_CALLS_MAX = 64 };
+
+struct tierd_inside_call {
+	int64_t number; /* of the system call */
+	uint64_t argument[6];
+	uint32_t in_data; /* bit i: argument[i] is an offset into data */
+	uint32_t reserved;
+	uint64_t data[8]; /* in and out: memory that the call is pointed at */
+	int64_t result;   /* out: what the call returned (-errno as the kernel gives it) */
+};
+
+/*
+ * An area: 16 KiB of private memory of the process that thread tid is of, one page of it executable. Blocks, a few seconds at
+ * most. Errors as tierd_inject(); -ENOTSUP also where there is no stub for the architecture; -EACCES or -EPERM: a security module
+ * or prctl(PR_SET_MDWE) forbids executable memory there. On failure nothing stays mapped, unless the thread cannot be stopped
+ * any more; nor is it known to anybody if we die meanwhile.
+ */
+int tierd_calls_create(int32_t tid, uint64_t *area);
+/* Unmaps it, after seeing every thread outside of its code: those that do not sleep are stopped for that. Blocks, a few seconds
+ * at most. -EBUSY: a batch runs, or a thread did not leave in time (it is stopped, say); -EFAULT: there is no area. On failure
+ * the area is as usable as before. */
+int tierd_calls_destroy(int32_t tid, uint64_t area);
+/*
+ * Runs calls[0..count) in thread tid, in that order, whatever they return. When budget_ns have passed since it was sent, the
+ * thread goes on after the call that it is in. *done: how many were made; of those `result` and `data` are filled in.
+ * *stopped_ns: from the interrupt to the end, as we saw it. Blocks, at most twice timeout_ms and half a second.
+ *
+ * -EINPROGRESS: it does not come to its end (uninterruptible sleep, SIGSTOP). It is cancelled, but calls[*done] may be under way:
+ * it is as good as made until tierd_calls_settle() has returned 0.
+ * -ESRCH, -EFAULT: the process is gone, or its area, as by execve(2). With any other error no call was or will be made: -EINVAL;
+ * -EBUSY: traced by somebody else, or a batch still ran after 10 ms; -EAGAIN: stopped by a SIGSTOP; -ETIMEDOUT, -ENOTSUP: as
+ * tierd_inject().
+ */
+int tierd_calls_run(int32_t tid, uint64_t area, struct tierd_inside_call *calls, uint32_t count, uint64_t budget_ns,
+		    uint32_t timeout_ms, uint32_t *done, uint64_t *stopped_ns);
+/* Cancels what runs, by whomever it was sent (us, a predecessor that was killed), and waits until no call is being made. After 0
+ * none will be, also by a thread that was sent and has not run yet. Blocks, at most timeout_ms. -ETIMEDOUT: a call is still being
+ * made; nothing new begins. -ESRCH: no such process, or it is dying: a call that is being made ends with it. -EFAULT: no area. */
+int tierd_calls_settle(int32_t pid, uint64_t area, uint32_t timeout_ms);
+
 /* --- what this kernel can do ---------------------------------------------------------------------------------------- */
 
 /* steps of the trials of rwp and rfc */
