@@ -3,7 +3,7 @@
 
     python3 -m tests.kernels.boot rwp 'uname -r; ls /work'
 
-In there /tmp, /run and /dev/shm are empty tmpfs, /var/tmp is an ext4 (a disk for stores), everything else is the host's.
+In there /tmp, /run and /dev/shm are empty tmpfs (but for a checkout that lies there), /var/tmp is an ext4 (a disk for stores), everything else is the host's.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tests.kernels.build import HERE, BuildError, Kernel, build, install_tools, run
 
+TREE = Path(__file__).resolve().parents[2]
 DISK_BYTES = 1 << 30
 KERNEL_COMMAND_LINE = "console=ttyS0 quiet panic=-1 oops=panic"
 
@@ -81,7 +82,7 @@ def boot(
             ),
             *("-cpu", "max", "-smp", str(cpus), "-m", str(memory_mib)),
             *("-kernel", str(kernel.image), "-initrd", str(make_initramfs(kernel, command, scratch))),
-            *("-append", f"{KERNEL_COMMAND_LINE} {append}"),
+            *("-append", f"{KERNEL_COMMAND_LINE} tree={TREE} {append}"),
             *("-serial", f"file:{console}", "-serial", f"file:{output}"),
             *("-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"),
             *("-device", "virtio-9p-pci,fsdev=root,mount_tag=root"),

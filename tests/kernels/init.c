@@ -69,9 +69,28 @@ static void read_command(void)
 	close(fd);
 }
 
+/* The checkout ("tree=" of the kernel's command line) may lie in a directory that is scratch in here. */
+static void show_again(int tree, char *path)
+{
+	char source[64];
+
+	if (!access(path, F_OK))
+		return;
+	for (char *slash = strchr(path + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
+		*slash = 0;
+		mkdir(path, 0755);
+		*slash = '/';
+	}
+	mkdir(path, 0755);
+	snprintf(source, sizeof(source), "/proc/self/fd/%d", tree);
+	must_mount(source, path, NULL, MS_BIND, NULL);
+}
+
 static void enter_host_root(void)
 {
 	static const char *const scratch[] = {"/tmp", "/run", "/dev/shm"};
+	char *path = getenv("tree");
+	int tree;
 
 	mkdir("/root", 0755);
 	must_mount("root", "/root", "9p", MS_RDONLY, "trans=virtio,version=9p2000.L,cache=loose,msize=262144");
@@ -81,11 +100,14 @@ static void enter_host_root(void)
 	must_mount("proc", "/proc", "proc", 0, NULL);
 	must_mount("sys", "/sys", "sysfs", 0, NULL);
 	mkdir("/dev/shm", 01777);
+	tree = path ? open(path, O_PATH | O_CLOEXEC) : -1;
 	for (size_t i = 0; i < sizeof(scratch) / sizeof(scratch[0]); i++)
 		must_mount("scratch", scratch[i], "tmpfs", 0, NULL);
 	must_mount("/dev/vda", "/var/tmp", "ext4", 0, NULL);
 	chmod("/var/tmp", 01777);
 	chmod("/tmp", 01777);
+	if (tree >= 0)
+		show_again(tree, path);
 }
 
 static void loopback_up(void)
