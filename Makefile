@@ -20,9 +20,9 @@ $(STAMP): pyproject.toml setup.py $(C_SOURCES)
 setup: build
 	@tests/setup.sh vm
 
-# The main job on a real guest; JSON=1 ends with one JSON object on the last line.
+# The main job on a real guest; JSON=1 ends with one JSON object on the last line. MEMORY=anon: with QEMU's default memory.
 demo: setup
-	@$(VENV)/bin/tierd --config config/tierd.yaml demo --directory build/vm $(if $(JSON),--json)
+	@$(VENV)/bin/tierd --config config/tierd.yaml demo --directory build/vm $(if $(JSON),--json) $(if $(filter anon,$(MEMORY)),--backing anonymous)
 
 test: setup lint kernels
 	@tests/setup.sh libvirt metrics disks boot

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -324,8 +324,22 @@ def _size(context: click.Context, param: click.Parameter, value: str | None) -> 
     show_default=True,
     help="Of the virtual machine; 128MiB at least.",
 )
+@click.option(
+    "--backing",
+    type=click.Choice(["memfd", "anonymous"]),
+    default="memfd",
+    show_default=True,
+    help="Of its memory: shared, or private and anonymous, which is what QEMU makes when nobody says anything.",
+)
 @click.pass_obj
-def demo(options: Options, as_json: bool, directory: Path, accel: str, memory_bytes: int) -> NoReturn:
+def demo(
+    options: Options,
+    as_json: bool,
+    directory: Path,
+    accel: str,
+    memory_bytes: int,
+    backing: Literal["memfd", "anonymous"],
+) -> NoReturn:
     """Boot a virtual machine, tier it, and let it verify every byte: two minutes at most, as root.
 
     Exit status 0 if every byte was right and at least 40 % of the memory was given back. With --json the last line of
@@ -336,7 +350,7 @@ def demo(options: Options, as_json: bool, directory: Path, accel: str, memory_by
     config = options.config if options.config.exists() else None
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        sys.exit(run_demo(as_json, directory, config, accel, memory_bytes))
+        sys.exit(run_demo(as_json, directory, config, accel, memory_bytes, backing))
     except (DemoError, GuestError) as error:
         raise Failure(str(error)) from error
 

@@ -7,6 +7,9 @@ With an engine that has a sync mode the copy is made before the hold, so that th
 batch select, copy, write, and then windows, each of which holds (sync mode, and a look whether the copy is still right),
 drops and releases.
 
+Private anonymous memory goes through a staging area in the VMM: a page that was not written lately is moved there, and waits
+for somebody to read it. What nobody fetches back for long enough is evicted from there: select, copy, write, drop.
+
 Seen from a page that is the loop of the design: deactivated, slept on for the interval, scanned, held, evicted, released.
 Only pages found present are deactivated again, so no access falls between a scan and the next deactivation (scan.c).
 Everything here runs in the guest's one worker thread and blocks; a call covers a bounded stretch, and between calls `check`
@@ -19,12 +22,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tierd.native import BatchResult, NativeBatch, NativeGuest
+from tierd.native import BatchResult, NativeBatch, NativeGuest, Staged
 
 BATCH_BYTES = 2 << 20
 BATCH_PAGES_MIN = 8  # huge ones
 FILE_TIER = 1
-PHASES = ("scan", "deactivate", "select", "hold", "copy", "write", "drop", "release", "discard")
+PHASES = ("scan", "deactivate", "stage", "select", "hold", "copy", "write", "drop", "release", "discard")
+STAGE_AFTER_INTERVALS = 2  # not written for so many: the page may be cold
+SAMPLE = 64  # one page in so many goes into the staging area in the first cycle
+SAMPLE_PAGES_MIN = 256
+STOPS_SHARE = 0.2  # of the time of the thread that is stopped
+STOPS_IN_VAIN_MAX = 20
 
 
 @dataclass
@@ -59,6 +67,70 @@ def scan_and_deactivate(guest: NativeGuest, phases: Phases, check: Callable[[], 
     return Touched(guest.pages, touched)
 
 
+@dataclass
+class Staging:
+    """How many pages a cycle moves into the staging area: twice as many as the last one while readers are few, half as many when
+    their faults cost the guest more than `stall_budget` of its time. The worker's own."""
+
+    max_pages: int = 0
+    page: int = 0  # where the next cycle begins
+    faults: int = 0
+    latency_count: int = 0
+    latency_sum_ns: int = 0
+
+    def adapt(self, guest: NativeGuest, stall_budget: float, elapsed_s: float) -> None:
+        c = guest.counters()
+        faults, count = c["faults_staged"] - self.faults, c["latency_count"] - self.latency_count
+        mean_s = (c["latency_sum_ns"] - self.latency_sum_ns) / 1e9 / count if count else 0.0
+        self.faults, self.latency_count, self.latency_sum_ns = (
+            c[name] for name in ("faults_staged", "latency_count", "latency_sum_ns")
+        )
+        least = max(guest.pages // SAMPLE, SAMPLE_PAGES_MIN)
+        stall_s, budget_s = faults * mean_s, stall_budget * elapsed_s
+        if not self.max_pages:
+            self.max_pages = least
+        elif stall_s > budget_s:
+            self.max_pages = max(self.max_pages // 2, least)
+        elif stall_s < budget_s / 2:
+            self.max_pages = min(self.max_pages * 2, guest.pages)
+
+
+def stage(
+    guest: NativeGuest,
+    staging: Staging,
+    *,
+    interval_s: float,
+    stall_budget: float,
+    phases: Phases,
+    check: Callable[[], None],
+) -> int:
+    """Of anonymous memory: give back room in the staging area, then move pages there. Returns pages moved."""
+    began = time.monotonic()
+    staging.adapt(guest, stall_budget, interval_s)
+    page = 0
+    while page < guest.pages:
+        check()
+        page = _spaced(guest.unstage(page)).next_page
+    moved = in_vain = looked = 0
+    while moved < staging.max_pages and looked < guest.pages and in_vain < STOPS_IN_VAIN_MAX:
+        check()
+        page = staging.page % guest.pages
+        done = _spaced(guest.stage(page, STAGE_AFTER_INTERVALS * interval_s, staging.max_pages - moved))
+        moved += done.staged_pages
+        looked += done.next_page - page
+        in_vain = 0 if done.next_page > page else in_vain + 1  # the thread got no CPU in its time
+        staging.page = done.next_page
+    phases.seconds["stage"] += time.monotonic() - began
+    return moved
+
+
+def _spaced(done: Staged) -> Staged:
+    """After a stop the thread has some time for itself."""
+    if done.stopped_ns:
+        time.sleep(done.stopped_ns / 1e9 * (1 / STOPS_SHARE - 1))
+    return done
+
+
 @dataclass(frozen=True)
 class Evicted:
     """What became of a batch."""
@@ -81,6 +153,8 @@ def evict_batch(
             return Evicted(0, selected.next_page)
         if hold_ms_max is not None:
             return Evicted(_drop_in_windows(batch, hold_ms_max, phases), selected.next_page)
+        if batch.anonymous:
+            return Evicted(_drop_staged(batch, phases), selected.next_page)
         phases.add_batch(batch.hold())  # LEAVING came first: a fault in between takes the page back
         phases.add_batch(batch.copy())
         phases.add_batch(batch.write(FILE_TIER))  # durable from here on
@@ -91,6 +165,15 @@ def evict_batch(
         batch.cancel()
         raise
     return Evicted(dropped.evicted_pages, selected.next_page)
+
+
+def _drop_staged(batch: NativeBatch, phases: Phases) -> int:
+    phases.add_batch(batch.copy())  # nobody writes there; who reads takes the page back
+    phases.add_batch(batch.write(FILE_TIER))  # durable from here on
+    dropped = batch.drop()
+    phases.add_batch(dropped)
+    phases.add_batch(batch.release())
+    return dropped.evicted_pages
 
 
 def _drop_in_windows(batch: NativeBatch, hold_ms_max: float, phases: Phases) -> int:

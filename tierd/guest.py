@@ -30,8 +30,8 @@ from tierd.attach.preflight import preflight, recheck, swap_can_receive
 from tierd.attach.procfs import grown, start_ticks
 from tierd.attach.ptrace import same_open_file
 from tierd.config import Policy
-from tierd.engine import Engine
-from tierd.native import STATES, STORE_WRITE, KernelError, NativeGuest, Zap
+from tierd.engine import Engine, fitting
+from tierd.native import STAGING_TIER, STATES, STORE_WRITE, KernelError, NativeGuest, Zap
 from tierd.serve import AwaitsHandshake, Served, Tuning, adopt, attach, holders_of, key_of
 from tierd.store import StoreError
 from tierd.store.file import FileStore
@@ -117,6 +117,7 @@ class Guest:
         self._served: Served | None = None
         self.begun = trio.Event()  # attached, or not and over
         self.phases = cycle.Phases()
+        self._staging = cycle.Staging()
 
     @property
     def name(self) -> str:
@@ -157,6 +158,7 @@ class Guest:
             raise
         finally:
             self.begun.set()
+        self.spec = served.spec  # with what is ours in the VMM
         self._state = "paused" if self._paused else "active"
         self._apply_reads(served)
         self._log.info(
@@ -211,11 +213,12 @@ class Guest:
                 kept_uffd=self._kept_uffd,
                 handed=self._handed,
             )
-        entered = not self.spec.handshake or host.engine.zap(inside=swappable) is Zap.INJECT
-        preflight(self.spec, policy, host.holders, host.engine, entered=entered)
+        engine = fitting(host.engine, self.spec.anonymous)
+        entered = not self.spec.handshake or engine.zap(inside=swappable) is Zap.INJECT
+        preflight(self.spec, policy, host.holders, engine, entered=entered)
         return attach(
             self.spec,
-            engine=host.engine,
+            engine=engine,
             store=host.store,
             guests_dir=host.guests_dir,
             tuning=tuning,
@@ -293,6 +296,8 @@ class Guest:
             await self._in_worker(
                 cycle.scan_and_deactivate, served.native, self.phases, trio.from_thread.check_cancelled
             )
+            if served.spec.anonymous and not self._paused and not self.policy.dry_run:
+                await self._in_worker(self._stage, served)
             decision = policies.decide(self.policy, await self._in_worker(self._sample, served))
             self._reason = decision.reason
             if decision.evict_bytes_max and not self._paused and trio.current_time() >= self._not_before:
@@ -383,6 +388,16 @@ class Guest:
         if self._served is None or self._served.vmm_holds_uffd():
             return False
         return not (restart and self._uffd_kept)
+
+    def _stage(self, served: Served) -> None:
+        cycle.stage(
+            served.native,
+            self._staging,
+            interval_s=self.policy.interval_s,
+            stall_budget=self.policy.stall_budget,
+            phases=self.phases,
+            check=trio.from_thread.check_cancelled,
+        )
 
     def _sample(self, served: Served) -> policies.Sample:
         stored = served.space.used_bytes()
@@ -707,12 +722,13 @@ class Guest:
             pid=self.pid,
             key=self.key,
             state=self._state,
-            engine=self._host.engine.name,
+            engine=served.engine.name,
             reason=self._trouble or self._reason,
             page_bytes=served.page_bytes,
             total_bytes=counters["pages"] * served.page_bytes,
             resident_bytes=served.resident_bytes(),
             stored_bytes={"zero": tiers[0] * served.page_bytes, "file": tiers[cycle.FILE_TIER] * served.page_bytes},
+            staged_bytes=tiers[STAGING_TIER] * served.page_bytes,
             hole_bytes=counters["untouched_pages"] * served.page_bytes,
             idle=self._idle(served),
             counters=counters,

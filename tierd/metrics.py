@@ -23,6 +23,7 @@ LATENCY_FIRST, LATENCY_LAST = 10, 34
 # counter -> (kind, outcome)
 _FAULTS = {
     "faults_fetch": ("fetch", "served"),
+    "faults_staged": ("staged", "served"),
     "faults_zero": ("zero", "served"),
     "faults_cancel": ("cancel", "served"),
     "faults_resolve": ("resolve", "served"),
@@ -82,6 +83,12 @@ _GAUGES: tuple[_Family, ...] = (
         ("tier",),
         lambda g: (((tier,), size) for tier, size in g.stored_bytes.items()),
     ),
+    (
+        "staged_bytes",
+        "Private anonymous memory in the staging area: still in the host's memory, and cold if nobody reads it.",
+        (),
+        lambda g: _nothing_more(g.staged_bytes),
+    ),
     ("hole_bytes", "Guest memory that the guest has never used.", (), lambda g: _nothing_more(g.hole_bytes)),
     (
         "idle_bytes",
@@ -101,7 +108,7 @@ _GAUGES: tuple[_Family, ...] = (
 _COUNTERS: tuple[_Family, ...] = (
     (
         "faults",
-        "Faults by what they took: fetch, zero, cancel (of an eviction), resolve (of a hold), wait; and by outcome.",
+        "Faults by what they took: fetch, staged, zero, cancel (of an eviction), resolve (of a hold), wait; and by outcome.",
         ("kind", "outcome"),
         _faults,
     ),
@@ -122,6 +129,13 @@ _COUNTERS: tuple[_Family, ...] = (
         (),
         _counter("large_folios_split"),
     ),
+    ("pages_staged", "Pages moved into the staging area of anonymous memory.", (), _counter("pages_staged")),
+    (
+        "pages_unmovable",
+        "Pages that could not be moved there: shared by fork or KSM, or pinned.",
+        (),
+        _counter("pages_unmovable"),
+    ),
     ("inject_stops", "Times that a thread of the VMM was stopped to run a call in it.", (), _counter("inject_stops")),
     ("cycles", "Cycles completed.", (), lambda g: _nothing_more(g.cycles)),
     (
@@ -134,7 +148,9 @@ _COUNTERS: tuple[_Family, ...] = (
 )
 
 
-def _histogram(guests: Sequence[GuestStatus], name: str, text: str, field: str) -> HistogramMetricFamily:
+def _histogram(
+    guests: Sequence[GuestStatus], name: str, text: str, field: str, sum_field: str = ""
+) -> HistogramMetricFamily:
     """`field`: the part before _buckets and _sum_ns of its counters."""
     family = HistogramMetricFamily(f"tierd_guest_{name}_seconds", text, labels=LABELS)
     for guest in guests:
@@ -145,7 +161,7 @@ def _histogram(guests: Sequence[GuestStatus], name: str, text: str, field: str) 
         buckets = [(f"{2**i / 1e9!r}", float(sum(counts[: i + 1]))) for i in range(LATENCY_FIRST, LATENCY_LAST + 1)]
         # the count is taken from the buckets: one of its own would be read at another moment
         buckets.append(("+Inf", float(sum(counts))))
-        family.add_metric(_labels(guest), buckets, guest.counters[f"{field}_sum_ns"] / 1e9)
+        family.add_metric(_labels(guest), buckets, guest.counters[sum_field or f"{field}_sum_ns"] / 1e9)
     return family
 
 
@@ -186,6 +202,7 @@ def _guests(guests: Sequence[GuestStatus]) -> Iterable[Metric]:
             yield family
     yield _histogram(guests, "fault_latency", "From reading a fault to the page being in place.", "latency")
     yield _histogram(guests, "sync_window", "Sync windows of engines rwp and rfc: while pages leave.", "window")
+    yield _histogram(guests, "stop", "Stops of a thread of the VMM for a batch of calls.", "stop", "inject_stopped_ns")
 
 
 def _stores(status: DaemonStatus) -> Iterable[Metric]:

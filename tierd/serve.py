@@ -32,10 +32,12 @@ from tierd.attach.procfs import (
     still_mapped,
 )
 from tierd.attach.ptrace import (
+    FEATURES_ANONYMOUS,
     Taken,
     agree_once,
     close_in_vmm,
     features_of,
+    map_staging,
     may_enter,
     may_page_out,
     must_be_agreed,
@@ -43,12 +45,14 @@ from tierd.attach.ptrace import (
     pidfd_getfd,
     put_into_vmm,
     take_userfaultfd,
+    unmap_staging,
 )
 from tierd.engine import Engine, engine_of
 from tierd.native import (
     CAP_IPC_LOCK,
     GUEST_LOCKED_BYTES,
     HUGE_BUFFER_PAGES,
+    STAGING_TIER,
     STATES,
     TABLE_BYTES_A_PAGE,
     Adoption,
@@ -59,6 +63,7 @@ from tierd.native import (
     TableRegion,
     Tier,
     Zap,
+    calls_destroy,
     page_bytes_of,
     set_async,
     table_away,
@@ -117,7 +122,7 @@ class Served:
         self._undo = contextlib.ExitStack()
         self.native: NativeGuest
         self.space: FileSpace
-        self.pidfd = self.uffd = self.uffd_in_vmm = self.pagemap = self.table_fd = -1
+        self.pidfd = self.uffd = self.uffd_in_vmm = self.pagemap = self.mem = self.table_fd = -1
         self.memfds: list[int] = []
         self.page_bytes = PAGE_BYTES
 
@@ -141,7 +146,12 @@ class Served:
         return sum(region.bytes for region in self.spec.regions) // self.page_bytes
 
     def resident_bytes(self) -> int:
-        """Memory that the guest's files occupy now (blocks, not RSS: deactivation alone empties RSS)."""
+        """Memory that the guest's files occupy now (blocks, not RSS: deactivation alone empties RSS). Of anonymous memory: what
+        is with the guest or in its staging area, by the page table."""
+        if self.spec.anonymous:
+            counters = self.native.counters()
+            away = sum(counters["tier_pages"]) - counters["tier_pages"][STAGING_TIER] + counters["untouched_pages"]
+            return int(counters["pages"] - away + counters["spent_pages"]) * self.page_bytes
         return sum(os.fstat(fd).st_blocks * 512 for fd in self.memfds if fd >= 0)
 
     def adapt(self, swap_can_receive: bool) -> None:
@@ -155,14 +165,20 @@ class Served:
                 "swapoff -a, or memory.swap.max=0 in the VM's control group, then detach and let it connect again",
             )
         if zap is not self.zap:
-            self._inject_tid = pick_thread(self.spec.pid) if zap is Zap.INJECT else 0
+            self._inject_tid = self._pick_thread(zap)
             self.native.set_zap(zap, self._inject_tid)
             self.zap = zap
-        elif zap is Zap.INJECT and not os.path.exists(f"/proc/{self.spec.pid}/task/{self._inject_tid}"):
+        elif self._inject_tid and not os.path.exists(f"/proc/{self.spec.pid}/task/{self._inject_tid}"):
             self._inject_tid = pick_thread(self.spec.pid)
             self.native.set_zap(zap, self._inject_tid)
 
+    def _pick_thread(self, zap: Zap) -> int:
+        """The thread of the VMM that makes our calls; 0: none has to."""
+        return pick_thread(self.spec.pid) if zap is Zap.INJECT or self.spec.anonymous else 0
+
     def _zap(self, swap_can_receive: bool) -> Zap:
+        if self.spec.anonymous:
+            return Zap.USERFAULTFD
         return self.engine.zap(inside=swap_can_receive or self.page_bytes != PAGE_BYTES)
 
     def vmm_holds_uffd(self) -> bool:
@@ -196,6 +212,7 @@ class Served:
         when the VMM cannot be entered (False), a userfaultfd stays open in it that nothing is registered with.
         """
         self._disarm()
+        serving = table_read(self.table_fd)[2]
         self.forget()
         self.native.stop()
         if self.spec.handshake:  # it made its userfaultfd, it closes it
@@ -203,10 +220,18 @@ class Served:
         try:
             if filtered(self.spec.pid, self.spec.cmdline):
                 return False
+            self._unmap_ours(serving)
             close_in_vmm(self.spec.pid, self.uffd_in_vmm)
         except OSError:
             return False
         return True
+
+    def _unmap_ours(self, serving: Serving) -> None:
+        if serving.calls:
+            calls_destroy(pick_thread(self.spec.pid), serving.calls)
+        for region in self.spec.regions:
+            if region.staging:
+                unmap_staging(self.spec.pid, region.staging, region.bytes)
 
     def _disarm(self) -> None:
         """A guest goes on faulting: a page that a fault thread owns just now is busy, too, but only for a moment. Nothing
@@ -282,7 +307,7 @@ def prepare_runtime_dir(path: Path) -> Path:
 
 
 def _table_regions(regions: tuple[Region, ...]) -> list[TableRegion]:
-    return [TableRegion(r.address, r.bytes, r.offset, r.device, r.inode) for r in regions]
+    return [TableRegion(r.address, r.bytes, r.offset, r.device, r.inode, r.staging) for r in regions]
 
 
 def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive: bool, capacity_bytes: int) -> None:
@@ -290,7 +315,7 @@ def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive
     capacity_pages = capacity_bytes // served.page_bytes
     spec, space = served.spec, served.space
     served.zap = served._zap(swap_can_receive)
-    served._inject_tid = pick_thread(spec.pid) if served.zap is Zap.INJECT else 0
+    served._inject_tid = served._pick_thread(served.zap)
     served.native = NativeGuest(
         table_fd=served.table_fd,
         uffd=served.uffd,
@@ -303,6 +328,7 @@ def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive
         page_bytes=served.page_bytes,
         zap=served.zap,
         inject_tid=served._inject_tid,
+        mem_fd=served.mem,
         use_pagemap=engine.use_pagemap,
         readahead_pages=tuning.readahead_pages_max,
         spin_us_max=tuning.fault_spin_us_max,
@@ -345,6 +371,10 @@ def _take_descriptors(served: Served, handed: Handed | None, maps: Sequence[Mapp
         raise ProcessLookupError(errno.ESRCH, f"process {spec.pid} is not the VMM of {spec.name} any more")
     path = f"/proc/{spec.pid}/pagemap"
     served.pagemap = served._own(os.dup(handed.pagemap) if handed else os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    if spec.anonymous:
+        served.mem = served._own(os.open(f"/proc/{spec.pid}/mem", os.O_RDONLY | os.O_CLOEXEC))
+        served.memfds = [-1] * len(spec.regions)
+        return
     for region in spec.regions:
         try:
             fd = _handed_memfd(handed, region, spec) if handed else open_memfd(spec.pid, region)
@@ -357,6 +387,8 @@ def _take_descriptors(served: Served, handed: Handed | None, maps: Sequence[Mapp
 
 def _page_bytes(served: Served) -> int:
     """Of the guest's memory files, which preflight has seen to be of one kind."""
+    if served.spec.anonymous:
+        return PAGE_BYTES
     sizes = {page_bytes_of(fd) for fd in served.memfds}
     if len(sizes) > 1:
         raise OSError(
@@ -423,6 +455,8 @@ def attach(
             served.uffd, served.uffd_in_vmm = served._own(taken.uffd), taken.uffd_in_vmm
             os.close(taken.pidfd)
             on_error.callback(_close_in_vmm_quietly, spec.pid, taken.uffd_in_vmm)
+            if spec.anonymous:
+                spec = served.spec = _with_staging(spec, on_error)
         served.space = store.create(key_of(spec), served.pages, served.page_bytes)
         served._undo.callback(served.space.close)
         on_error.callback(served.space.delete)
@@ -446,9 +480,25 @@ def attach(
     return served
 
 
+def _with_staging(spec: GuestSpec, on_error: contextlib.ExitStack) -> GuestSpec:
+    """Killed here, we leave address space behind in the VMM, and nothing else."""
+    regions = []
+    for region in spec.regions:
+        staging = map_staging(spec.pid, region.address, region.bytes)
+        on_error.callback(_unmap_quietly, spec.pid, staging, region.bytes)
+        regions.append(replace(region, staging=staging))
+    return replace(spec, regions=tuple(regions))
+
+
+def _unmap_quietly(pid: int, address: int, size: int) -> None:
+    """On the way out of a failed attach, like _close_in_vmm_quietly."""
+    with contextlib.suppress(OSError):
+        unmap_staging(pid, address, size)
+
+
 def _taken(spec: GuestSpec, engine: Engine) -> Taken:
     try:
-        return take_userfaultfd(spec.pid, engine.features)
+        return take_userfaultfd(spec.pid, engine.features | (FEATURES_ANONYMOUS if spec.anonymous else 0))
     except PermissionError as error:
         raise PermissionError(
             error.errno,
@@ -652,7 +702,7 @@ def _read_state(fd: int, path: Path, boot_id: str) -> Left:
         start_ticks=identity.start_ticks,
         boot_id=boot_id,
         cmdline=cmdline_of(identity.pid),
-        regions=tuple(Region(r.address, r.bytes, r.offset, r.device, r.inode) for r in regions),
+        regions=tuple(Region(r.address, r.bytes, r.offset, r.device, r.inode, r.staging) for r in regions),
         handshake=serving.handshake,
     )
     return Left(spec, identity, serving)
@@ -695,7 +745,7 @@ def adopt(
     served.table_fd = served._own(fd)
     with _undone_on_error(served):
         _take_descriptors(served, handed, maps_of(spec.pid))
-        if all(fd < 0 for fd in served.memfds) and not holders_of(spec.regions):
+        if _memory_gone(served):
             text = f"{state_path}: process {spec.pid} executed another program, the memory of {spec.name} is gone"
             raise Stale(text, state_path, left.identity.store_path)
         served.uffd_in_vmm = left.identity.uffd_in_vmm if serving.uffd_in_vmm is None else serving.uffd_in_vmm
@@ -718,6 +768,13 @@ def adopt(
     return served
 
 
+def _memory_gone(served: Served) -> bool:
+    """Neither the VMM nor anybody else has it any more."""
+    if served.spec.anonymous:
+        return not still_mapped(served.spec)
+    return all(fd < 0 for fd in served.memfds) and not holders_of(served.spec.regions)
+
+
 def _is_userfaultfd(pid: int, fd: int) -> bool:
     try:
         return os.readlink(f"/proc/{pid}/fd/{fd}") == UFFD_LINK
@@ -727,7 +784,8 @@ def _is_userfaultfd(pid: int, fd: int) -> bool:
 
 def holders_of(regions: Sequence[Region]) -> bool:
     """Whether any process but us has one of these files."""
-    return bool(HolderScan().holders({(region.device, region.inode) for region in regions}, set()))
+    files = {(region.device, region.inode) for region in regions if not region.anonymous}
+    return bool(files and HolderScan().holders(files, set()))
 
 
 def _adopted(served: Served, handed: Handed | None) -> Adoption:

@@ -30,6 +30,7 @@ class GuestStatus:
     page_bytes: int = 0  # of the guest's memory: the system's, or of hugetlbfs
     total_bytes: int = 0
     resident_bytes: int = 0  # blocks that the guest's memory files occupy
+    staged_bytes: int = 0  # of anonymous memory: with the host still, waiting for somebody to read it
     stored_bytes: Mapping[str, int] = field(default_factory=dict)  # by tier; tier "zero" needs no store
     hole_bytes: int = 0  # never used by the guest
     idle: Sequence[tuple[float, int]] = ()  # (idle at least this many seconds and less than the next, bytes), ascending

@@ -112,7 +112,7 @@ static void deactivate(char **a)
 		while (from < stop) {
 			struct sys_page_region found[RANGES];
 			struct iovec ranges[RANGES];
-			ssize_t n = sys_pagemap_scan(pagemap, from, stop, SYS_PAGE_PRESENT, found, RANGES, &from);
+			ssize_t n = sys_pagemap_scan(pagemap, from, stop, 0, SYS_PAGE_PRESENT, found, RANGES, &from);
 
 			for (ssize_t i = 0; i < n; i++)
 				ranges[i] = (struct iovec){(void *)found[i].start, found[i].end - found[i].start};

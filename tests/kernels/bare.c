@@ -62,7 +62,7 @@ static void scan(void)
 	struct sys_page_region found[256];
 
 	while (at < end)
-		must(sys_pagemap_scan(pagemap, at, end, is_rwp ? SYS_RWP_ACCESSED : SYS_PAGE_PRESENT, found, 256,
+		must(sys_pagemap_scan(pagemap, at, end, 0, is_rwp ? SYS_RWP_ACCESSED : SYS_PAGE_PRESENT, found, 256,
 				      &at) >= 0,
 		     "scan");
 }

@@ -3,7 +3,8 @@
 
     python3 -m tests.kernels.boot rwp 'uname -r; ls /work'
 
-In there /tmp, /run and /dev/shm are empty tmpfs (but for a checkout that lies there), /var/tmp is an ext4 (a disk for stores), everything else is the host's.
+In there /tmp, /run and /dev/shm are empty tmpfs (but for a checkout that lies there), /var/tmp is an ext4 (a disk for stores),
+everything else is the host's.
 """
 
 from __future__ import annotations

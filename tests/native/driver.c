@@ -2,7 +2,7 @@
 /*
  * driver.c: the data plane against the model kernel, under a seeded scheduler.
  *
- *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--hugetlb] [--vmm-ends] [--engine stock|rwp|rfc] [-v]
+ *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--hugetlb] [--anon] [--vmm-ends] [--engine stock|rwp|rfc] [-v]
  *
  * Guest threads read and write, fault workers serve, one worker evicts, a killer kills the daemon and starts another, an
  * operator repairs what was destroyed. Every page-table access and every piece of a system call is a point where somebody else
@@ -32,7 +32,7 @@ enum {
 	GUEST_THREADS_MAX = 6
 };
 
-enum kind { GUEST, DAEMON };
+enum kind { GUEST, DAEMON, INSIDE /* the VMM's thread that makes a batch of calls */ };
 
 /* swapcontext saves the signal mask by a system call each time, which took half of a run; but the address sanitizer must see
  * that another stack is used, and it knows swapcontext. */
@@ -67,7 +67,7 @@ static uint32_t engine; /* TIERD_ENGINE_* */
 static uint32_t stall_chance, reclaim_chance, guest_threads;
 static void (*staller)(uint32_t); /* who stalls; NULL: anybody */
 static uint32_t remapped;         /* nobody sees what is touched there: MODEL_PAGES_MAX: none */
-static bool remap, verbose, vmm_ends, late_io, hugetlb, guests_stop, stopping, daemon_done, adopting, repaired;
+static bool remap, verbose, vmm_ends, late_io, hugetlb, anon, guests_stop, stopping, daemon_done, adopting, repaired;
 
 /* One corner is known and allowed: a daemon that is killed between the COPY of a fetch and the fetch's last move, and a page
  * that the VMM gives back before the successor has looked at it. The successor cannot tell whether the COPY was made, and
@@ -197,6 +197,8 @@ static bool runnable(struct coroutine *c)
 		return false;
 	if (c->kind == GUEST && M.waiter[c->argument].waiting)
 		return false;
+	if (c->kind == INSIDE)
+		return M.calls_run;
 	if (c->idle && !model_unread() && !daemon_done)
 		return false;
 	return true;
@@ -375,12 +377,13 @@ void world_before_pass(void)
 {
 }
 
-/* Rule 8: what leaves was idle for long enough. A page that is mapped was touched since, and is turned back by the hold. */
+/* Rule 8: what leaves was idle for long enough. A page that is mapped was touched since, and is turned back by the hold (or it was
+ * fetched from the staging area, so the batch has lost it). */
 void world_selected(double min_idle_s)
 {
 	for (uint32_t page = 0; page < S.pages; page++)
-		if (page != remapped && state_of(page) == LEAVING && looks_untouched(page) && !S.giving_back[page] &&
-		    M.now_ns - touched_ns[page] < (uint64_t)(min_idle_s * 1e9))
+		if (page != remapped && state_of(page) == (anon ? MOVING : LEAVING) && looks_untouched(page) &&
+		    !S.giving_back[page] && M.now_ns - touched_ns[page] < (uint64_t)(min_idle_s * 1e9))
 			model_fail("page %u leaves %lu ns after the guest touched it", page,
 				   M.now_ns - touched_ns[page]);
 }
@@ -400,6 +403,15 @@ static void run_remapper(uint32_t unused)
 			remapped = page;
 			break;
 		}
+		model_pause();
+	}
+}
+
+static void run_inside(uint32_t unused)
+{
+	(void)unused;
+	for (;;) {
+		model_inside();
 		model_pause();
 	}
 }
@@ -469,6 +481,8 @@ static void run_worker(uint32_t adopted)
 				: tierd_guest_arm(guest)))
 		if (M.gone)
 			return;
+		else if (error == -ETIMEDOUT && anon)
+			continue;                 /* the predecessor's batch is under way still */
 		else if (!adopted || !S.failures) /* the daemon tries again for as long as the VMM lives */
 			model_fail("%s failed: error %d", adopted ? "adoption" : "arm", -error);
 	adopting = false;
@@ -516,10 +530,11 @@ static void daemon_start(bool adopted)
 		.uffd = FD_UFFD,
 		.pidfd = FD_PIDFD,
 		.pagemap_fd = FD_PAGEMAP,
+		.mem_fd = FD_VMM,
 		.zap = hugetlb ? TIERD_ZAP_INJECT : TIERD_ZAP_PAGEOUT,
 		.engine = engine,
 		.page_bytes = hugetlb ? MODEL_PAGE_BYTES : 0,
-		.use_pagemap = engine == TIERD_ENGINE_STOCK && seed % 2 && !hugetlb,
+		.use_pagemap = engine == TIERD_ENGINE_STOCK && seed % 2 && !hugetlb && !anon,
 		.chunk_bytes = 8 * MODEL_PAGE_BYTES,
 		.region_count = M.regions,
 		.readahead_pages = 1u << seed % 4,
@@ -529,7 +544,8 @@ static void daemon_start(bool adopted)
 		args.regions[i] = (struct tierd_region){.address = M.region[i].address,
 							.bytes = M.region[i].pages * MODEL_PAGE_BYTES,
 							.offset = M.region[i].offset,
-							.memfd = FD_MEM + (int)i};
+							.staging = anon ? M.region[i].address + MODEL_STAGING : 0,
+							.memfd = anon ? -1 : FD_MEM + (int)i};
 	for (int i = 0; i < TIERD_TIERS; i++)
 		args.tiers[i].fd = -1;
 	args.tiers[1] = (struct tierd_tier){
@@ -619,7 +635,7 @@ static void set_up(void)
 						 .store_eio = below(100),
 						 .store_short = below(100),
 						 .sync_loses = below(300)};
-	if (!below(4))
+	if (!below(4) && !anon)
 		M.faults.punch_stays = below(300);
 	if (faulty && engine != TIERD_ENGINE_STOCK) {
 		M.faults.resolve_fails = below(200);
@@ -627,6 +643,12 @@ static void set_up(void)
 	}
 	M.late_io = late_io;
 	M.huge = hugetlb;
+	M.anon = S.anon = anon;
+	if (anon && faulty) {
+		M.faults.move_busy = below(100);
+		M.faults.enter_fails = below(100);
+		M.faults.cut_short = below(60);
+	}
 	M.generation = engine;
 	M.async = true;
 	S.pages = M.pages;
@@ -659,7 +681,7 @@ static void run_until(bool (*over)(void), const char *what)
 static bool all_over(void)
 {
 	for (int i = 0; i < COROUTINES_MAX; i++)
-		if (coroutines[i].used && !coroutines[i].over)
+		if (coroutines[i].used && !coroutines[i].over && coroutines[i].kind != INSIDE)
 			return false;
 	return true;
 }
@@ -705,6 +727,8 @@ static void run_seed(uint64_t steps)
 		spawn(GUEST, run_remapper, GUEST_THREADS_MAX);
 		S.failures = true; /* it is refused, then */
 	}
+	if (anon)
+		spawn(INSIDE, run_inside, 0);
 	daemon_start(false);
 	for (uint64_t i = 0; i < steps; i++) {
 		if (!schedule())
@@ -765,6 +789,8 @@ int main(int count, char **arguments)
 			vmm_ends = true;
 		else if (!strcmp(arguments[i], "--hugetlb"))
 			hugetlb = true;
+		else if (!strcmp(arguments[i], "--anon"))
+			anon = true;
 		else if (i + 1 < count && !strcmp(arguments[i], "--engine") && script_engine(arguments[i + 1], &engine))
 			i++;
 		else if (i + 1 < count && !strcmp(arguments[i], "--seeds"))
@@ -775,7 +801,7 @@ int main(int count, char **arguments)
 			steps = strtoull(arguments[++i], NULL, 10);
 		else
 			return fprintf(stderr, "usage: driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] "
-					       "[--hugetlb] [--vmm-ends] [--engine "
+					       "[--hugetlb] [--anon] [--vmm-ends] [--engine "
 					       "stock|rwp|rfc] [-v]\n"),
 			       2;
 	}

@@ -27,9 +27,16 @@ static uint32_t range(uint64_t address, uint64_t bytes, uint32_t *count)
 	int64_t first = page_at(address), last = page_at(address + bytes - 1);
 
 	*count = (uint32_t)(bytes / MODEL_PAGE_BYTES);
+	if (M.anon && first < 0) /* the staging area, where that makes sense */
+		first = page_at(address - MODEL_STAGING), last = page_at(address - MODEL_STAGING + bytes - 1);
 	if (first < 0 || last != first + *count - 1 || address % MODEL_PAGE_BYTES || bytes % MODEL_PAGE_BYTES)
 		model_fail("call on addresses %#lx + %#lx outside of a region", address, bytes);
 	return (uint32_t)first;
+}
+
+static bool in_staging(uint64_t address)
+{
+	return M.anon && page_at(address) < 0;
 }
 
 static uint32_t file_page(int memfd, uint64_t offset)
@@ -50,7 +57,9 @@ static void wake(uint32_t first, uint32_t count)
 
 static void unmap(uint32_t page)
 {
-	if (M.present[page] && M.protected[page])
+	if (M.anon)
+		M.marker[page] = M.cached[page] = false;
+	else if (M.present[page] && M.protected[page])
 		M.marker[page] = true; /* zapping a protected page of shmem leaves a marker */
 	M.present[page] = M.protected[page] = M.rwp_protected[page] = false;
 }
@@ -125,6 +134,8 @@ enum model_access model_access(uint32_t thread, uint32_t page, bool write, uint6
 		M.protected[page] = M.marker[page];
 		M.marker[page] = false;
 	}
+	if (write && M.protected[page] && M.anon)
+		M.protected[page] = false; /* UFFD_FEATURE_WP_ASYNC */
 	if (write && M.protected[page])
 		return wait_for(thread, page, UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP);
 	for (int i = 0; i < MODEL_PAGE_BYTES / 8; i++) {
@@ -217,6 +228,8 @@ int sys_uffd_register(int uffd, uint64_t address, uint64_t bytes, uint64_t mode)
 
 	if (M.gone)
 		return -ESRCH;
+	if (in_staging(address))
+		return mode == UFFDIO_REGISTER_MODE_MISSING ? 0 : -EINVAL;
 	if (rwp && (wp || M.generation != TIERD_ENGINE_RWP))
 		return -EINVAL;
 	if (missing && M.faults.register_fails && model_chance(M.faults.register_fails)) /* vm.max_map_count */
@@ -517,8 +530,8 @@ ssize_t sys_uffd_read(int uffd, struct uffd_msg *messages, size_t count)
 
 /* --- page tables -------------------------------------------------------------------------------------------------------- */
 
-ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t any_of, struct sys_page_region *regions,
-			 size_t count, uint64_t *walk_end)
+ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t all_of, uint64_t any_of,
+			 struct sys_page_region *regions, size_t count, uint64_t *walk_end)
 {
 	uint32_t pages, first = range(start, end - start, &pages);
 	size_t n = 0;
@@ -533,12 +546,16 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t any
 		bool swapped = M.marker[first + i] || M.poisoned[first + i];
 		uint64_t is = M.present[first + i] ? SYS_PAGE_PRESENT : swapped ? SYS_PAGE_SWAPPED : 0;
 
-		if (is && !M.marker[first + i] && !M.protected[first + i])
-			is |= SYS_PAGE_WRITTEN;
+		if ((is || M.anon) && !M.marker[first + i] && !M.protected[first + i])
+			is |= SYS_PAGE_WRITTEN; /* of a hole, too, in anonymous memory */
 
 		if (is && M.rwp[first + i] && !M.rwp_protected[first + i])
 			is |= SYS_RWP_ACCESSED;
 
+		if (in_staging(start))
+			is = M.staged[first + i] ? SYS_PAGE_PRESENT | SYS_PAGE_WRITTEN : 0;
+		if ((is & all_of) != all_of)
+			is = 0;
 		*walk_end = at;
 		if (n == count && is & any_of)
 			break;
@@ -608,6 +625,141 @@ int sys_zap_inside(int tid, uint64_t address, uint64_t bytes, uint64_t *stopped_
 
 	*stopped_ns = 0;
 	return sys_pageout(tid, &v, 1) < 0 ? -EIO : 0;
+}
+
+/* --- private anonymous memory -------------------------------------------------------------------------------------------- */
+
+ssize_t sys_vmm_read(int mem, void *to, size_t bytes, uint64_t address)
+{
+	uint32_t count, first = range(address, bytes, &count);
+
+	if (M.gone)
+		return 0;
+	if (mem != FD_VMM || !in_staging(address))
+		model_fail("read of the VMM's memory at %#lx", address);
+	model_enter();
+	for (uint32_t i = 0; i < count; i++) {
+		if (!M.staged[first + i]) {
+			model_exit();
+			return i ? (ssize_t)(i * MODEL_PAGE_BYTES) : -EIO;
+		}
+		memcpy((char *)to + i * MODEL_PAGE_BYTES, M.staged_bytes[first + i], MODEL_PAGE_BYTES);
+		model_pause();
+	}
+	model_exit();
+	return (ssize_t)bytes;
+}
+
+/* Page by page, each at once; stops at the first that cannot be moved. */
+static int64_t move(const struct sys_inside_call *c)
+{
+	uint32_t count, first = range(c->from, c->bytes, &count), n = 0;
+
+	if (in_staging(c->from) || c->to != c->from + MODEL_STAGING)
+		model_fail("a move from %#lx to %#lx", c->from, c->to);
+	for (; n < count; n++) {
+		uint32_t p = first + n;
+
+		model_pause();
+		if (M.gone || model_chance(M.faults.move_busy))
+			break;
+		if (M.marker[p] || M.poisoned[p])
+			break;
+		if (!M.present[p])
+			continue; /* a hole */
+		if (M.staged[p])
+			break; /* EEXIST */
+		memcpy(M.staged_bytes[p], M.bytes[p], MODEL_PAGE_BYTES);
+		M.staged[p] = true;
+		M.cached[p] = M.present[p] = M.protected[p] = false;
+	}
+	return n ? (int64_t)n * MODEL_PAGE_BYTES : -EBUSY;
+}
+
+static int64_t drop(const struct sys_inside_call *c)
+{
+	uint32_t count, first = range(c->from, c->bytes, &count);
+
+	if (!in_staging(c->from))
+		model_fail("a drop at %#lx, which is the guest's", c->from);
+	if (model_chance(M.faults.move_busy))
+		return -EAGAIN;
+	for (uint32_t p = first; p < first + count; p++) {
+		M.staged[p] = false;
+		memset(M.staged_bytes[p], 0xdd, MODEL_PAGE_BYTES);
+		model_pause();
+	}
+	return 0;
+}
+
+void model_inside(void)
+{
+	while (!M.calls_cancelled && M.calls_done < M.calls_count && !M.gone) {
+		struct sys_inside_call *c = &M.calls[M.calls_done];
+
+		for (uint32_t i = 0; i < 20 && model_chance(800); i++) /* it is not scheduled at once */
+			model_pause();
+		if (M.calls_cancelled)
+			break;
+		c->result = c->what == SYS_INSIDE_MOVE ? move(c) : drop(c);
+		M.calls_done++;
+	}
+	M.calls_run = false;
+}
+
+int sys_inside_create(int32_t tid, uint64_t *area)
+{
+	(void)tid;
+	if (M.gone)
+		return -ESRCH;
+	*area = 1;
+	return 0;
+}
+
+int sys_inside_run(const struct sys_inside *in, struct sys_inside_call *calls, uint32_t count, uint32_t *done,
+		   uint64_t *stopped_ns)
+{
+	bool lost_sight = false;
+
+	*done = 0;
+	*stopped_ns = 1000;
+	if (in->area != 1)
+		model_fail("a batch without an area");
+	if (M.gone)
+		return -ESRCH;
+	if (M.calls_run)
+		return -EBUSY;
+	if (model_chance(M.faults.enter_fails))
+		return -EBUSY; /* a debugger has the thread */
+	model_enter();
+	memcpy(M.calls, calls, count * sizeof(*calls));
+	M.calls_count = count;
+	M.calls_done = 0;
+	M.calls_cancelled = false;
+	M.calls_run = true;
+	while (M.calls_run && !model_dying() && !lost_sight) {
+		model_pause();
+		if (model_chance(M.faults.cut_short)) {
+			M.calls_cancelled = true;
+			lost_sight = model_chance(300);
+		}
+	}
+	*done = M.calls_done;
+	memcpy(calls, M.calls, *done * sizeof(*calls));
+	lost_sight = M.calls_run;
+	model_exit();
+	return lost_sight ? -EINPROGRESS : 0;
+}
+
+int sys_inside_settle(const struct sys_inside *in)
+{
+	(void)in;
+	model_enter();
+	M.calls_cancelled = true;
+	for (int i = 0; i < 20 && M.calls_run; i++)
+		model_pause();
+	model_exit();
+	return M.gone ? -ESRCH : M.calls_run ? -ETIMEDOUT : 0;
 }
 
 /* --- memory files ------------------------------------------------------------------------------------------------------- */

@@ -13,6 +13,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "sys.h"
+
 enum {
 	MODEL_PAGE_BYTES = 64,
 	MODEL_BASE_BYTES = 16, /* where the guest's pages are huge */
@@ -21,13 +23,15 @@ enum {
 	MODEL_THREADS_MAX = 8,
 	MODEL_LATE_MAX = 256
 };
-enum { FD_UFFD = 1000, FD_PIDFD, FD_PAGEMAP, FD_STORE, FD_MEM /* + region */ };
+enum { FD_UFFD = 1000, FD_PIDFD, FD_PAGEMAP, FD_VMM, FD_STORE, FD_MEM /* + region */ };
+enum { MODEL_STAGING = 0x80000, MODEL_CALLS_MAX = 64 }; /* from a region's address to its staging area's */
 
 struct model_faults { /* how often what goes wrong, in 1/1000 of the calls */
 	/* punch_stays: zeroed and cached, as a large folio may; of hugetlbfs the punch is refused */
 	uint32_t copy_nomem, copy_again, protect_fails, store_eio, store_short, sync_loses, punch_stays;
 	uint32_t read_eio, read_short, read_flip;
-	uint32_t resolve_fails, register_fails; /* not of a stock kernel, whose seeds stay what they are */
+	uint32_t resolve_fails, register_fails;     /* not of a stock kernel, whose seeds stay what they are */
+	uint32_t move_busy, enter_fails, cut_short; /* of anonymous memory */
 };
 
 enum model_access { ACCESS_MADE, ACCESS_WAITS, ACCESS_POISONED };
@@ -61,6 +65,13 @@ struct model {
 	bool gone;           /* the VMM has ended, and its memory with it: the files are there still */
 	bool huge;           /* the memory files are of hugetlbfs: a page of theirs is several of the system's */
 	uint32_t under_way;  /* faults that have seen the mode and are not done */
+	/* private anonymous memory: `cached` is `present`; a staging area; a thread of the VMM that makes calls of a batch */
+	bool anon;
+	bool staged[MODEL_PAGES_MAX];
+	uint64_t staged_bytes[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
+	struct sys_inside_call calls[MODEL_CALLS_MAX];
+	uint32_t calls_count, calls_done;
+	bool calls_run, calls_cancelled;
 	/* the store: what reads give, what is on the device, what of the former is not yet on the latter */
 	uint64_t store[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8], device[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
 	bool dirty[MODEL_PAGES_MAX], sync_error;
@@ -103,6 +114,7 @@ void model_give_back(
 void model_zap(uint32_t page); /* MADV_DONTNEED by the VMM itself: poison goes, markers of a hold stay */
 /* The host unmaps a page that the file holds: it swaps the page out, or splits a large folio that the page is in. */
 void model_reclaim(uint32_t page, bool swap_out);
+void model_inside(void);         /* the VMM's thread, while there is a batch: to its end */
 void model_remap(uint32_t page); /* the VMM maps the file there anew: not registered with anybody */
 bool model_unread(void);
 

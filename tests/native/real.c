@@ -47,7 +47,7 @@ struct shared {
 	uint64_t seed;
 	uint32_t life, pages, region_count;
 	uint32_t engine, page_bytes;
-	bool failures, losses, direct, use_pagemap, inside;
+	bool failures, losses, anon, direct, use_pagemap, inside;
 	int uffd, table_fd, store_fd, memfd[REGIONS_MAX], inject_tid;
 	_Atomic bool guests_stop, finish, repaired, all_read;
 	_Atomic uint32_t phase;
@@ -190,7 +190,7 @@ void world_settled(uint32_t page)
 
 void world_give_back(uint32_t page)
 {
-	must(madvise(memory[page], page_bytes, MADV_REMOVE), "MADV_REMOVE");
+	must(madvise(memory[page], page_bytes, S.anon ? MADV_DONTNEED : MADV_REMOVE), "to give a page back");
 }
 
 void world_zap(uint32_t page)
@@ -300,10 +300,12 @@ static struct tierd_guest *create_guest(int table_fd)
 
 	snprintf(path, sizeof(path), "/proc/%d/pagemap", getppid());
 	args.pagemap_fd = must(open(path, O_RDONLY | O_CLOEXEC), path);
+	snprintf(path, sizeof(path), "/proc/%d/mem", getppid());
+	args.mem_fd = must(open(path, O_RDONLY | O_CLOEXEC), path);
 	if (tierd_table_read(table_fd, &identity, args.regions, &args.region_count, &serving))
 		script_fail("the state file cannot be read");
 	for (uint32_t i = 0; i < args.region_count; i++)
-		args.regions[i].memfd = shared->memfd[i];
+		args.regions[i].memfd = S.anon ? -1 : shared->memfd[i];
 	for (int i = 0; i < TIERD_TIERS; i++)
 		args.tiers[i].fd = -1;
 	args.tiers[1] = (struct tierd_tier){.fd = shared->store_fd, .capacity_pages = S.pages - below(4)};
@@ -361,6 +363,7 @@ static int daemon_main(void)
 	S.pages = shared->pages;
 	S.failures = shared->failures;
 	S.losses = shared->losses;
+	S.anon = shared->anon;
 	seed_thread(100 + shared->life);
 	table_fd = locked_table();
 	g = create_guest(table_fd);
@@ -368,7 +371,9 @@ static int daemon_main(void)
 	atomic_store(&shared->phase, ADOPTING);
 	if (!shared->life)
 		error = tierd_guest_start(g);
-	error = shared->life ? tierd_guest_adopt(g, g->mapped, g->mapped_count, &adoption) : tierd_guest_arm(g);
+	do
+		error = shared->life ? tierd_guest_adopt(g, g->mapped, g->mapped_count, &adoption) : tierd_guest_arm(g);
+	while (error == -ETIMEDOUT && S.anon); /* the predecessor's batch is under way still */
 	for (uint32_t i = shared->life ? 0 : 1; !error && i < 1 + shared->seed % 2; i++)
 		error = tierd_guest_start(g);
 	if (error)
@@ -406,7 +411,7 @@ static int daemon_main(void)
 static bool verbose;
 static const char *store_directory = "/var/tmp";
 static uint32_t engine; /* TIERD_ENGINE_* */
-static bool large;
+static bool large, anon;
 static int references[2] = {-1, -1}; /* a pipe that refers to a page of each large folio */
 static pid_t daemon_pid;
 static uint64_t kills[LEFT + 1], accesses, faults, evicted, errors_seen, lost_pages;
@@ -436,6 +441,9 @@ static int userfaultfd_create(void)
 			    1ull << 4 /* MISSING_HUGETLBFS */ | 1ull << 12 /* WP_HUGETLBFS_SHMEM, 5.19 */;
 	struct uffdio_api api = {.api = UFFD_API};
 
+	if (anon)
+		features = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_THREAD_ID | 1ull << 15 /* WP_ASYNC */ |
+			   1ull << 16 /* MOVE */;
 	if (engine != TIERD_ENGINE_STOCK)
 		features |= 1ull << 10 | 1ull << 9 /* MINOR_SHMEM, MINOR_HUGETLBFS */ | 1ull << 17 |
 			    1ull << 18 /* tracking, and its async mode */;
@@ -476,6 +484,29 @@ static void drop_references(void)
 	}
 }
 
+static uint8_t *map_anonymous(size_t bytes)
+{
+	uint8_t *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (at == MAP_FAILED)
+		must(-1, "memory");
+	must(madvise(at, bytes, MADV_DONTFORK), "MADV_DONTFORK"); /* what a child has, too, cannot be moved */
+	return at;
+}
+
+/* A page between the two, so that they stay mappings of their own. */
+static void make_anonymous_region(uint32_t i, uint32_t count)
+{
+	size_t bytes = count * page_bytes;
+	uint8_t *at = map_anonymous(bytes), *staging = map_anonymous(bytes);
+
+	regions[i] = (struct tierd_region){
+		.address = (uintptr_t)at, .bytes = bytes, .staging = (uintptr_t)staging, .memfd = -1};
+	for (uint32_t page = 0; page < count; page++)
+		memory[S.pages + page] = at + page * page_bytes;
+	S.pages += count;
+}
+
 static void make_region(uint32_t i, uint32_t count)
 {
 	size_t bytes = count * page_bytes, offset = below(3) * page_bytes;
@@ -498,7 +529,8 @@ static void make_region(uint32_t i, uint32_t count)
 
 static void make_state_and_store(void)
 {
-	struct tierd_identity identity = {.pid = getpid(), .epoch_ns = 1000000, .page_bytes = page_bytes};
+	struct tierd_identity identity = {
+		.pid = getpid(), .uffd_in_vmm = shared->uffd, .epoch_ns = 1000000, .page_bytes = page_bytes};
 	uint64_t bytes;
 	uint8_t *table;
 
@@ -542,12 +574,13 @@ static void set_up(void)
 		must(pipe2(references, O_CLOEXEC), "pipe");
 	shared->region_count = crowded ? 1 : 1 + below(REGIONS_MAX);
 	for (uint32_t i = 0; i < shared->region_count; i++)
-		make_region(i, crowded ? 2 + below(4) : 4 + below(16));
+		(anon ? make_anonymous_region : make_region)(i, crowded ? 2 + below(4) : 4 + below(16));
 	shared->pages = S.pages;
 	shared->failures = S.failures = below(3);
 	shared->losses = S.losses = !below(3);
 	shared->direct = below(2);
-	shared->use_pagemap = below(2) && engine == TIERD_ENGINE_STOCK && !hugetlb;
+	shared->use_pagemap = below(2) && engine == TIERD_ENGINE_STOCK && !hugetlb && !anon;
+	shared->anon = S.anon = anon;
 	shared->engine = engine;
 	shared->inside = !below(4) || swap_is_on() || hugetlb;
 	shared->uffd = userfaultfd_create();
@@ -566,8 +599,11 @@ static void tear_down(void)
 	drop_references();
 	munmap((char *)words - TABLE_HEADER_BYTES, table_bytes(S.pages));
 	for (uint32_t i = 0; i < shared->region_count; i++) {
-		close(shared->memfd[i]);
+		if (!anon)
+			close(shared->memfd[i]);
 		munmap((void *)(uintptr_t)regions[i].address, regions[i].bytes);
+		if (anon)
+			munmap((void *)(uintptr_t)regions[i].staging, regions[i].bytes);
 	}
 	accesses += S.accesses;
 	errors_seen += S.memory_errors;
@@ -587,7 +623,7 @@ static void daemon_spawn(void)
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	for (size_t i = 0; i < sizeof(keep) / sizeof(keep[0]); i++)
 		fcntl(keep[i], F_SETFD, 0);
-	for (uint32_t i = 0; i < shared->region_count; i++)
+	for (uint32_t i = 0; i < shared->region_count && !anon; i++)
 		fcntl(shared->memfd[i], F_SETFD, 0);
 	execv("/proc/self/exe", arguments);
 	_exit(3);
@@ -643,8 +679,8 @@ static void destroy_copies(void)
 	for (uint32_t page = 0; page < S.pages; page++) {
 		page_word word = atomic_load(&words[page]);
 
-		if (destroyed[page] || word_state(word) != STORED || word_tier(word) == TIER_ZERO || below(2) ||
-		    pthread_mutex_trylock(&locks[page]))
+		if (destroyed[page] || word_state(word) != STORED || word_tier(word) == TIER_ZERO ||
+		    word_staged(word) || below(2) || pthread_mutex_trylock(&locks[page]))
 			continue;
 		destroyed[page] = may_fail[page] = true;
 		flipped_at[page] = page * page_bytes + below((uint32_t)page_bytes);
@@ -827,6 +863,8 @@ int main(int count, char **arguments)
 			take_page_bytes(2 << 20);
 		} else if (!strcmp(arguments[i], "--large")) {
 			large = true;
+		} else if (!strcmp(arguments[i], "--anon")) {
+			anon = true;
 		} else if (i + 1 < count && !strcmp(arguments[i], "--daemon")) {
 			shared = map_shared(atoi(arguments[i + 1]));
 			return daemon_main();
@@ -842,9 +880,9 @@ int main(int count, char **arguments)
 		} else if (i + 1 < count && !strcmp(arguments[i], "--store")) {
 			store_directory = arguments[++i];
 		} else {
-			return fprintf(stderr,
-				       "usage: real [--engine stock|rwp|rfc] [--hugetlb] [--large] [--slowness N] "
-				       "[--seeds N] [--from S] [--store DIRECTORY] [-v]\n"),
+			return fprintf(stderr, "usage: real [--engine stock|rwp|rfc] [--hugetlb] [--large] [--anon] "
+					       "[--slowness N] "
+					       "[--seeds N] [--from S] [--store DIRECTORY] [-v]\n"),
 			       2;
 		}
 	}

@@ -40,8 +40,10 @@ static void memory_error(uint32_t page)
 	S.memory_errors++;
 	if (!world_may_fail(page))
 		script_fail("a memory error at page %u, and nothing destroyed its stored copy", page);
-	if (chance(500))
+	if (chance(500)) {
+		S.maybe_zero[page] |= S.anon;
 		world_zap(page);
+	}
 }
 
 static void check(uint32_t page, uint64_t value)
@@ -117,7 +119,7 @@ void script_guest(uint32_t thread)
 			write_page(thread, page, false);
 		else if (what < 92)
 			write_page(thread, page, true);
-		else if (what < 94)
+		else if (what < 94 && !S.anon) /* of anonymous memory it is the other thing */
 			world_zap(page);
 		else
 			give_back(page);
@@ -190,7 +192,7 @@ static void evict_batch(struct tierd_guest *g, struct tierd_batch *b, uint64_t *
 	world_selected(min_idle_s);
 	if (cancelled_at_will(b, &r))
 		return;
-	if (!g->engine->set_async && (failed(tierd_batch_hold(b, &r), "hold") || cancelled_at_will(b, &r))) {
+	if (!g->engine->set_async && !S.anon && (failed(tierd_batch_hold(b, &r), "hold") || cancelled_at_will(b, &r))) {
 		tierd_batch_cancel(b, &r);
 		return;
 	}
@@ -212,6 +214,21 @@ static void evict_batch(struct tierd_guest *g, struct tierd_batch *b, uint64_t *
 	failed(tierd_batch_release(b, &r), "release");
 }
 
+/* Of anonymous memory: room in the staging area back, and new pages into it. */
+static void stage(struct tierd_guest *g)
+{
+	double min_idle_s = below(2) ? 0 : 0.002;
+	struct tierd_staged r;
+
+	for (uint64_t page = 0; page < g->pages; page = r.next_page)
+		if (failed(tierd_guest_unstage(g, page, &r), "unstage"))
+			break;
+	for (uint64_t page = 0; page < g->pages; page = r.next_page)
+		if (failed(tierd_guest_stage(g, page, min_idle_s, 1 + below(BATCH_PAGES_MAX), &r), "stage") ||
+		    chance(100))
+			break;
+}
+
 void script_cycle(struct tierd_guest *g)
 {
 	struct tierd_pass pass;
@@ -225,6 +242,10 @@ void script_cycle(struct tierd_guest *g)
 		page = pass.next_page;
 	}
 	world_rest(below(80));
+	if (S.anon) {
+		stage(g);
+		world_rest(below(80));
+	}
 	if (tierd_batch_create(g, BATCH_PAGES_MAX, &b))
 		script_fail("no batch");
 	for (page = 0; page < g->pages;)
@@ -252,5 +273,5 @@ uint64_t script_bring_back(struct tierd_guest *g, bool repaired)
 		script_fail("retry failed");
 	tierd_guest_counters(g, &c);
 	return c.state_pages[STORED] + c.state_pages[ARRIVING] + c.state_pages[DROPPING] + c.state_pages[LEAVING] +
-	       (repaired ? c.state_pages[LOST] : 0);
+	       c.state_pages[STAGING] + c.state_pages[MOVING] + (repaired ? c.state_pages[LOST] : 0);
 }

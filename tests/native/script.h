@@ -21,6 +21,7 @@ struct script {
 	uint32_t pages;
 	bool failures; /* calls of the kernel or the store fail now and then, so a batch may */
 	bool losses;   /* stored copies are destroyed, so pages may be LOST */
+	bool anon;     /* the guest's memory is private and anonymous */
 	/* the guest's side, by page; under world_lock */
 	uint64_t last[SCRIPT_PAGES_MAX]; /* what the guest last wrote */
 	uint32_t writes[SCRIPT_PAGES_MAX];

@@ -47,7 +47,7 @@ def huge_guest(vm_directory: Path) -> Iterator[DemoGuest]:
     """A guest whose memory is on hugetlbfs, filled."""
     with (
         huge_pages(GUEST_BYTES // (2 * MIB)),
-        DemoGuest(vm_directory, "test-huge", memory_bytes=GUEST_BYTES, hugetlb=True) as guest,
+        DemoGuest(vm_directory, "test-huge", memory_bytes=GUEST_BYTES, backing="hugetlb") as guest,
     ):
         guest.wait_ready()
         yield guest

@@ -13,13 +13,19 @@ EVIDENCE_CHARS_MAX = 1000
 
 @dataclass(frozen=True)
 class Region:
-    """A stretch of guest RAM: `bytes` at `address` in the VMM, backed by the file (device, inode) from `offset` on."""
+    """A stretch of guest RAM: `bytes` at `address` in the VMM, backed by the file (device, inode) from `offset` on; or private
+    and anonymous (inode 0), and then its staging area is at `staging`, as large, once it is served."""
 
     address: int
     bytes: int
     offset: int
     device: int
     inode: int
+    staging: int = 0
+
+    @property
+    def anonymous(self) -> bool:
+        return self.inode == 0
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,11 @@ class GuestSpec:
     cmdline: tuple[str, ...]
     regions: tuple[Region, ...]
     handshake: bool = False  # its VMM connected and brought its descriptors: nothing is ever entered or taken
+
+    @property
+    def anonymous(self) -> bool:
+        """All of its memory is private and anonymous: it goes through a staging area in the VMM."""
+        return all(region.anonymous for region in self.regions)
 
 
 @dataclass(frozen=True)

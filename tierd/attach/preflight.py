@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from tierd.attach import GuestSpec, Refused, Region
 from tierd.attach.holders import HolderScan
 from tierd.attach.procfs import (
+    MEMFD_REMEDY,
     Mapping,
     comm_of,
     filtered,
@@ -61,11 +62,13 @@ class Subject:
     @property
     def on_hugetlbfs(self) -> bool:
         """All of the guest's memory is."""
-        return all(_page_bytes(self, region) != os.sysconf("SC_PAGESIZE") for region in self.spec.regions)
+        return not self.spec.anonymous and all(
+            _page_bytes(self, region) != os.sysconf("SC_PAGESIZE") for region in self.spec.regions
+        )
 
     @property
     def files(self) -> set[tuple[int, int]]:
-        return {(region.device, region.inode) for region in self.spec.regions}
+        return {(region.device, region.inode) for region in self.spec.regions if not region.anonymous}
 
 
 Check = Callable[[Subject], None]
@@ -112,7 +115,7 @@ def second_mapping(s: Subject) -> None:
                 f"pid {s.spec.pid}: {m.start:#x}-{m.end:#x} {m.mode} {m.path}",
                 "use a VM without devices that do that",
             )
-    offsets = sorted((r.device, r.inode, r.offset, r.offset + r.bytes) for r in s.spec.regions)
+    offsets = sorted((r.device, r.inode, r.offset, r.offset + r.bytes) for r in s.spec.regions if not r.anonymous)
     for a, b in itertools.pairwise(offsets):
         if a[:2] == b[:2] and b[2] < a[3]:
             raise Refused(
@@ -198,7 +201,7 @@ def mlocked(s: Subject) -> None:
 def large_folios(s: Subject) -> None:
     """A punch inside a shmem large folio with another reference leaves zeros, until their bytes are written back: the guest
     must wait meanwhile, readers too."""
-    if (s.engine and s.engine.holds_reads) or s.on_hugetlbfs:
+    if (s.engine and s.engine.holds_reads) or s.on_hugetlbfs or s.spec.anonymous:
         return
     base = Path("/sys/kernel/mm/transparent_hugepage")
     for path in [base / "shmem_enabled", *sorted(base.glob("hugepages-*/shmem_enabled"))]:
@@ -246,6 +249,8 @@ def _tmpfs_huge(s: Subject) -> None:
 
 def backing(s: Subject) -> None:
     """A punch in a file on a disk means something else, and tierd's buffers hold whole pages, several of them."""
+    if s.spec.anonymous:
+        return _anonymous(s)
     kinds = {}
     sizes: set[int] = set()
     for line in read_proc("/proc/self/mountinfo").split("\n")[:-1]:
@@ -286,6 +291,16 @@ def backing(s: Subject) -> None:
             "the guest's memory is in pages of different sizes",
             f"pid {s.spec.pid}: {', '.join(f'{size >> 10} KiB' for size in sorted(sizes))}",
             "use one kind of memory for all of its RAM",
+        )
+
+
+def _anonymous(s: Subject) -> None:
+    if s.engine and "anonymous" not in s.engine.backings:
+        raise Refused(
+            "backing",
+            f"the guest's memory is private and anonymous, which engine {s.engine.name} cannot tier on this kernel",
+            f"pid {s.spec.pid}: {s.spec.regions[0].address:#x}, {sum(r.bytes for r in s.spec.regions) >> 20} MiB",
+            f"use Linux 6.8 or newer (UFFDIO_MOVE), or {MEMFD_REMEDY}",
         )
 
 

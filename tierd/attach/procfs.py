@@ -12,7 +12,7 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tierd.attach import GuestSpec, Refused, Region
@@ -23,6 +23,7 @@ VMM = re.compile(r"qemu-system-.*|qemu-kvm|kvm|cloud-hypervisor|firecracker")
 # memfds that hold guest RAM, by the name that the VMM gave them
 RAM_MEMFD = re.compile(r"/memfd:(memory-backend-memfd|ch_ram|guest_mem|guest-ram|pc\.ram|ram)[^/]* \(deleted\)")
 RAM_BYTES_MIN = 1 << 20
+ANONYMOUS_RAM_BYTES_MIN = 64 << 20  # of a VMM whose command line does not say how large its memory is
 UFFD_LINK = "anon_inode:[userfaultfd]"
 AT_EMPTY_PATH, AT_STATX_DONT_SYNC, STATX_INO = 0x1000, 0x4000, 0x100  # <linux/fcntl.h>, <linux/stat.h>
 NAME_BYTES_MAX = 255  # TIERD_NAME_BYTES
@@ -49,6 +50,18 @@ class Mapping:
     @property
     def shared_ram(self) -> bool:
         return self.mode.startswith("rw") and self.mode[3] == "s" and self.inode != 0
+
+    @property
+    def anonymous_ram(self) -> bool:
+        """May be: not a heap or a stack, which have names; not code."""
+        return self.mode == "rw-p" and self.inode == 0 and (not self.path or self.path.startswith("[anon:"))
+
+    def backs(self, region: Region) -> bool:
+        """It is of this region's memory, as far as it lies there."""
+        if region.anonymous:
+            return self.anonymous_ram
+        same = (self.device, self.inode) == (region.device, region.inode)
+        return same and self.offset - self.start == region.offset - region.address and self.shared_ram
 
 
 def read_proc(path: str | Path, default: str = "") -> str:
@@ -204,8 +217,46 @@ def _is_ram(mapping: Mapping, files: set[str]) -> bool:
     return any(path == file or path.startswith(file.rstrip("/") + "/") for file in files)
 
 
+def anonymous_regions(maps: list[Mapping], cmdline: tuple[str, ...]) -> tuple[Region, ...]:
+    """Guest RAM of a VMM that was told nothing of its kind: private anonymous memory of a size that its command line names, or
+    else whatever is large. (What is taken for RAM and is none is tiered like it, and is as safe.)"""
+    found: list[Region] = []
+    for m in maps:
+        if not m.anonymous_ram:
+            continue
+        if found and found[-1].address + found[-1].bytes == m.start:
+            found[-1] = replace(found[-1], bytes=m.end - found[-1].address)
+        else:
+            found.append(Region(m.start, m.end - m.start, 0, 0, 0))
+    sizes = ram_sizes(cmdline)
+    named = [region for region in found if region.bytes in sizes]
+    return tuple(named or [region for region in found if region.bytes >= ANONYMOUS_RAM_BYTES_MIN])
+
+
+def ram_sizes(cmdline: tuple[str, ...]) -> set[int]:
+    """Sizes of memory that QEMU's `-m` and memory-backend-ram objects name, in bytes."""
+    values = [("-m", parts) for value in option_values(cmdline, "m") if (parts := split_options(value))]
+    values += [
+        ("-object", parts)
+        for value in option_values(cmdline, "object")
+        if (parts := split_options(value))[0] in ("memory-backend-ram", "qom-type=memory-backend-ram")
+    ]
+    sizes = set()
+    for flag, parts in values:
+        for i, part in enumerate(parts):
+            key, equals, text = part.partition("=")
+            if flag == "-m" and i == 0 and not equals:
+                text = key
+            elif key != "size":
+                continue
+            if match := re.fullmatch(r"(\d+)([kmgtKMGT]?)[bB]?", text):
+                shift = {"k": 10, "m": 20, "g": 30, "t": 40, "": 20 if flag == "-m" else 0}[match[2].lower()]
+                sizes.add(int(match[1]) << shift)
+    return sizes
+
+
 def ram_regions(maps: list[Mapping], cmdline: tuple[str, ...]) -> tuple[Region, ...]:
-    """Guest RAM among the mappings. Pieces that a registration has split are put together again."""
+    """Guest RAM that is shared memory, among the mappings. Pieces that a registration has split are put together again."""
     files = _backend_files(cmdline)
     found: list[Region] = []
     for m in maps:
@@ -236,8 +287,7 @@ def mapped_parts(maps: Iterable[Mapping], regions: Sequence[Region]) -> list[tup
     for m in maps:
         for r in regions:
             start, end = max(m.start, r.address), min(m.end, r.address + r.bytes)
-            same = (m.device, m.inode) == (r.device, r.inode) and m.offset - m.start == r.offset - r.address
-            if not (start < end and same and m.shared_ram):
+            if not (start < end and m.backs(r)):
                 continue
             if found and sum(found[-1]) == start:  # registered differently, so two mappings of one region
                 found[-1] = (found[-1][0], end - found[-1][0])
@@ -257,18 +307,26 @@ def first_unmapped(maps: Iterable[Mapping], regions: Sequence[Region]) -> Region
 
 def grown(spec: GuestSpec) -> list[Region]:
     """Guest memory that its VMM has now and that `spec` does not know."""
+    maps = maps_of(spec.pid)
+    if spec.anonymous:
+        ours = [(start, start + r.bytes) for r in spec.regions for start in (r.address, r.staging)]
+        return [
+            r
+            for r in anonymous_regions(maps, spec.cmdline)
+            if not any(start < r.address + r.bytes and r.address < end for start, end in ours)
+        ]
     known = {(r.device, r.inode) for r in spec.regions}
-    return [r for r in ram_regions(maps_of(spec.pid), spec.cmdline) if (r.device, r.inode) not in known]
+    return [r for r in ram_regions(maps, spec.cmdline) if (r.device, r.inode) not in known]
 
 
 def read_spec(pid: int, name: str | None = None) -> GuestSpec:
-    """What there is to know of VMM `pid`. Refused (anonymous-memory): no shared RAM. ProcessLookupError: gone."""
+    """What there is to know of VMM `pid`. Refused (memory): nothing looks like RAM. ProcessLookupError: gone."""
     ticks = start_ticks(pid)
     if ticks is None:
         raise ProcessLookupError(3, f"there is no process {pid}")
     cmdline = cmdline_of(pid)
     maps = maps_of(pid)
-    regions = ram_regions(maps, cmdline)
+    regions = ram_regions(maps, cmdline) or anonymous_regions(maps, cmdline)
     if not regions:
         largest = max((m for m in maps if m.mode.startswith("rw")), key=lambda m: m.end - m.start, default=None)
         evidence = f"pid {pid}" + (
@@ -277,7 +335,7 @@ def read_spec(pid: int, name: str | None = None) -> GuestSpec:
             if largest
             else ""
         )
-        raise Refused("anonymous-memory", "the guest's memory is not shared (memfd or tmpfs)", evidence, MEMFD_REMEDY)
+        raise Refused("memory", "nothing in the process looks like a guest's memory", evidence, MEMFD_REMEDY)
     if start_ticks(pid) != ticks:
         raise ProcessLookupError(3, f"process {pid} ended")
     return GuestSpec(clean_name(name or "") or name_of(pid, cmdline), pid, ticks, boot_id(), cmdline, regions)

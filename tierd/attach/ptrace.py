@@ -25,12 +25,21 @@ from tierd.native.inject import At, inject
 
 # system call numbers: <asm/unistd.h>; those above 424 are the same everywhere
 _NUMBERS = {
-    "x86_64": {"userfaultfd": 323, "close": 3, "socketpair": 53, "recvmsg": 47, "ioctl": 16, "kcmp": 312},
-    "aarch64": {"userfaultfd": 282, "close": 57, "socketpair": 199, "recvmsg": 212, "ioctl": 29, "kcmp": 272},
+    "x86_64": {
+        **{"userfaultfd": 323, "close": 3, "socketpair": 53, "recvmsg": 47, "ioctl": 16, "kcmp": 312},
+        **{"mmap": 9, "munmap": 11, "madvise": 28},
+    },
+    "aarch64": {
+        **{"userfaultfd": 282, "close": 57, "socketpair": 199, "recvmsg": 212, "ioctl": 29, "kcmp": 272},
+        **{"mmap": 222, "munmap": 215, "madvise": 233},
+    },
 }
 NUMBER = _NUMBERS[platform.machine()]
 SYS_PIDFD_GETFD, SYS_PROCESS_MADVISE = 438, 440
 MADV_COLD = 20
+MADV_DONTFORK, MADV_DONTDUMP = 10, 16
+PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS, MAP_NORESERVE = 3, 0x22, 0x4000
+LARGE_PAGE_BYTES = 2 << 20
 KCMP_FILE = 0
 
 UFFD_API = 0xAA
@@ -43,6 +52,10 @@ FEATURE_MISSING_SHMEM = 1 << 5
 FEATURE_THREAD_ID = 1 << 8
 FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
 FEATURE_POISON = 1 << 14
+FEATURE_WP_ASYNC = 1 << 15
+FEATURE_MOVE = 1 << 16
+# of private anonymous memory, which is never held: the kernel lifts its protection by itself
+FEATURES_ANONYMOUS = FEATURE_WP_ASYNC | FEATURE_MOVE
 FEATURES_NEEDED = (
     FEATURE_PAGEFAULT_FLAG_WP
     | FEATURE_MISSING_HUGETLBFS
@@ -235,6 +248,30 @@ def must_be_agreed(uffd: int, features: int) -> None:
             f"the userfaultfd was given features {found:#x} by UFFDIO_API: {missing:#x} is missing, {more:#x} is too much; "
             "make a new one and send it as it is",
         )
+
+
+def map_staging(pid: int, address: int, size: int) -> int:
+    """A staging area in the VMM for the `size` bytes at `address`: address space only. Its address, which lies in a large page
+    as `address` does, so that large pages are moved as such. On OSError nothing of it stays."""
+    tid, flags = pick_thread(pid), MAP_PRIVATE_ANONYMOUS | MAP_NORESERVE
+    spare = LARGE_PAGE_BYTES
+    base = inject(tid, "mmap", NUMBER["mmap"], 0, size + spare, PROT_READ_WRITE, flags, -1, 0).result
+    start = base + (address - base) % spare
+    try:
+        for at, length in ((base, start - base), (start + size, base + spare - start)):
+            if length:
+                inject(tid, "munmap", NUMBER["munmap"], at, length)
+        for advice in (MADV_DONTFORK, MADV_DONTDUMP):
+            inject(tid, "madvise", NUMBER["madvise"], start, size, advice)
+    except BaseException:
+        inject(tid, "munmap", NUMBER["munmap"], base, size + spare)
+        raise
+    return start
+
+
+def unmap_staging(pid: int, address: int, size: int) -> None:
+    """OSError: the VMM cannot be entered now."""
+    inject(pick_thread(pid), "munmap", NUMBER["munmap"], address, size)
 
 
 def may_enter(pidfd: int, fd: int) -> bool:

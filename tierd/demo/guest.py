@@ -20,9 +20,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 MIB = 1 << 20
+Backing = Literal["memfd", "hugetlb", "anonymous"]
 SLOWNESS = float(os.environ.get("TIERD_SLOWNESS", "1"))  # an emulated machine is given so many times as long
 KVM_BOOT_S_MAX = 10.0 * SLOWNESS
 BOOT_S_MAX = 60.0 * SLOWNESS
@@ -172,13 +173,15 @@ def numbers(line: str) -> dict[str, int]:
 
 
 def memory_bytes(pid: int) -> int:
-    """Host memory that the guest's RAM occupies: the blocks of QEMU's memfd, mapped or not. Needs the rights to look at
-    `pid`'s descriptors."""
+    """Host memory that the guest's RAM occupies: the blocks of QEMU's memfd, mapped or not, or else QEMU's anonymous memory, of
+    which it has little of its own. Needs the rights to look at `pid`'s descriptors."""
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed since it was listed
             if "/memfd:memory-backend-memfd" in os.readlink(entry):
                 return os.stat(entry).st_blocks * 512
-    raise GuestError(f"process {pid} has no memory-backend-memfd")
+    if match := re.search(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M):
+        return int(match[1]) * 1024
+    raise GuestError(f"process {pid} has ended")
 
 
 class DemoGuest:
@@ -188,7 +191,8 @@ class DemoGuest:
     nothing behind: enter it in a thread that outlives the guest.
 
     accel: "kvm", "tcg", or "auto", which tries KVM for a bounded time, because on nested hosts a guest may hang in it.
-    user: runs QEMU as this ordinary user, as libvirt does. hugetlb: its memory is in pages of 2 MiB.
+    user: runs QEMU as this ordinary user, as libvirt does. backing: of its memory. "hugetlb": a memfd with pages of 2 MiB;
+    "anonymous": private anonymous memory, QEMU's default.
     """
 
     def __init__(
@@ -199,7 +203,7 @@ class DemoGuest:
         memory_bytes: int = MEMORY_BYTES,
         accel: str = "auto",
         user: str | None = None,
-        hugetlb: bool = False,
+        backing: Backing = "memfd",
         arguments: tuple[str, ...] = (),
         **settings: int,
     ) -> None:
@@ -210,7 +214,7 @@ class DemoGuest:
         self._boot = build(directory, **settings)
         self._user = user
         self._arguments = arguments
-        self._hugetlb = hugetlb
+        self._backing = backing
         self._qemu: subprocess.Popen[bytes] | None = None
         self._console: Console | None = None
 
@@ -273,10 +277,13 @@ class DemoGuest:
             ours, theirs = socket.socketpair()
             stack.enter_context(theirs)
             command += [qemu, "-name", f"guest={self.name},debug-threads=on", "-nodefaults", "-no-user-config"]
-            command += ["-machine", f"{target.machine},memory-backend=ram", "-accel", accel, "-smp", "1", "-no-reboot"]
+            anonymous = self._backing == "anonymous"
+            backend = "" if anonymous else ",memory-backend=ram"
+            command += ["-machine", f"{target.machine}{backend}", "-accel", accel, "-smp", "1", "-no-reboot"]
             command += ["-cpu", target.kvm_cpu if accel == "kvm" else target.cpu, "-m", f"{self.memory_bytes}B"]
-            huge = ",hugetlb=on,hugetlbsize=2M" if self._hugetlb else ""
-            command += ["-object", f"memory-backend-memfd,id=ram,size={self.memory_bytes}B,share=on{huge}"]
+            huge = ",hugetlb=on,hugetlbsize=2M" if self._backing == "hugetlb" else ""
+            if not anonymous:
+                command += ["-object", f"memory-backend-memfd,id=ram,size={self.memory_bytes}B,share=on{huge}"]
             command += ["-kernel", f"/proc/self/fd/{kernel}", "-initrd", f"/proc/self/fd/{initramfs}"]
             command += ["-append", self._boot.append, "-display", "none", "-serial", "stdio", *self._arguments]
             self._console = Console(self.name, ours)

@@ -24,7 +24,7 @@ import yaml
 
 from tierd.client import Client, Unreachable
 from tierd.demo.display import MIB, Display, Sample, choose, tiers_text
-from tierd.demo.guest import MEMORY_BYTES, SLOWNESS, DemoGuest, numbers
+from tierd.demo.guest import MEMORY_BYTES, SLOWNESS, Backing, DemoGuest, numbers
 from tierd.show import latency_text, quantile_us
 
 NAME = "demo"
@@ -289,6 +289,7 @@ def run_demo(
     config: Path | None = None,
     accel: str = "auto",
     memory_bytes: int = MEMORY_BYTES,
+    backing: Backing = "memfd",
 ) -> int:
     """The whole demo, under two minutes; main thread only. The exit status: 0 if the guest verified every byte and at
     least 40 % of its memory was given back at the low point, else 1. DemoError or GuestError when it does not come that
@@ -297,13 +298,13 @@ def run_demo(
     json: the result as one JSON object on the last line of standard output; progress goes to standard error.
     directory: for the guest's files (its kernel is looked for there first) and the store; not on a tmpfs.
     config: the shipped tierd.yaml, of which places and times are changed. None: tierd's defaults.
-    memory_bytes: of the guest.
+    memory_bytes: of the guest; backing: see DemoGuest.
     """
     if os.geteuid() != 0:
         raise DemoError("the demo needs root, as tierd does (ptrace, userfaultfd): run it with sudo")
     began = time.monotonic()
     with _terminated_in_order(), choose(json) as display:
-        guest = DemoGuest(directory, NAME, memory_bytes=memory_bytes, accel=accel, VERIFY_S=VERIFY_S)
+        guest = DemoGuest(directory, NAME, memory_bytes=memory_bytes, accel=accel, backing=backing, VERIFY_S=VERIFY_S)
         display.say("booting a virtual machine under an unmodified QEMU")
         with guest:
             result = _show(guest, config, directory, display, began)

@@ -93,6 +93,15 @@ def _make(name: str, found: Probe, tried: bool = True) -> Engine:
     return engines[name](found, tried)  # type: ignore[call-arg]
 
 
+def fitting(engine: Engine, anonymous: bool) -> Engine:
+    """The engine for a guest: the host's, unless it cannot tier private anonymous memory and the stock one can."""
+    if anonymous and "anonymous" not in engine.backings:
+        stock = _make("stock", engine.found, tried=False)
+        if "anonymous" in stock.backings:
+            return stock
+    return engine
+
+
 def choose(wanted: str = "auto", found: Probe | None = None) -> Engine:
     """The engine for this kernel, by trial on scratch pages (some milliseconds). EngineUnavailable: none, or not the one
     that the configuration forces."""

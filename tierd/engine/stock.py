@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engine `stock`: any kernel from 5.19 on, shared (memfd, tmpfs) guest memory.
+"""Engine `stock`: any kernel from 5.19 on, shared (memfd, tmpfs) guest memory; from 6.8 on private anonymous memory, too.
 
 Deactivation unmaps (the page cache keeps the bytes), a re-access is an ordinary minor fault, the scan sees who is mapped
-again, write-protection holds writers, and a punched page comes back as a MISSING fault.
+again, write-protection holds writers, and a punched page comes back as a MISSING fault. Of anonymous memory only writes are
+seen; what is not written waits in a staging area for somebody to read it (stage.c).
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class StockEngine:
     @property
     def backings(self) -> frozenset[str]:
         # /proc/PID/pagemap does not show a hold's marker of a huge page
-        return frozenset({"shmem"} if self.use_pagemap else {"shmem", "hugetlbfs"})
+        kinds = {"shmem"} if self.use_pagemap else {"shmem", "hugetlbfs"}
+        return frozenset(kinds if self.found.anonymous else {*kinds, "anonymous"})
 
     @property
     def use_pagemap(self) -> bool:

@@ -38,8 +38,12 @@ TRIAL_STEPS = (
     "the answer to it",
     "the change to async mode",
 )
-TRIALS = ("userfaultfd", "write_protect", "missing", "pageout", "pagemap_scan", "poison", "self_zap", "rwp", "rfc")
-STATES = ("resident", "resolving", "leaving", "dropping", "stored", "moving", "arriving", "lost")
+TRIALS = (
+    *("userfaultfd", "write_protect", "missing", "pageout", "pagemap_scan", "poison", "self_zap", "anonymous"),
+    *("rwp", "rfc"),
+)
+STATES = ("resident", "resolving", "leaving", "dropping", "stored", "moving", "arriving", "lost", "staging")
+STAGING_TIER = int(lib.TIERD_TIER_STAGING)
 
 
 STORE_WRITE = "store write"  # the noun of a KernelError when a store did not take a batch
@@ -76,13 +80,15 @@ class Zap(enum.IntEnum):
 
 @dataclass(frozen=True)
 class TableRegion:
-    """A stretch of guest memory: `bytes` at `address` in the VMM, from `offset` of a file on."""
+    """A stretch of guest memory: `bytes` at `address` in the VMM, from `offset` of a file on; or private and anonymous, with its
+    staging area at `staging`."""
 
     address: int
     bytes: int
     offset: int
     device: int
     inode: int
+    staging: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ class Serving:
     uffd_in_vmm: int | None = None  # the VMM has it under this number now; None: as Identity says
     engine: EngineNumber = EngineNumber.STOCK
     handshake: bool = False  # the VMM brought its descriptors, and must bring them again
+    calls: int = 0  # where in the VMM batches of calls are run from
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,18 @@ class BatchResult:
 
 
 @dataclass(frozen=True)
+class Staged:
+    """What one batch of moves into the staging area, or of drops there, did: see struct tierd_staged."""
+
+    selected_pages: int
+    staged_pages: int
+    unmovable_pages: int
+    next_page: int
+    stopped_ns: int
+    ns: int
+
+
+@dataclass(frozen=True)
 class Adoption:
     resident_pages: int
     stored_pages: int
@@ -192,6 +211,7 @@ class Probe:
     pagemap_scan: int
     poison: int
     self_zap: int
+    anonymous: int
     rwp: int
     rfc: int
     rwp_step: int
@@ -215,7 +235,7 @@ def _c_regions(regions: Sequence[TableRegion], memfds: Sequence[int]) -> Any:
     out = ffi.new("struct tierd_region[]", len(regions))
     for c, region, memfd in zip(out, regions, memfds, strict=True):
         c.address, c.bytes, c.offset = region.address, region.bytes, region.offset
-        c.device, c.inode, c.memfd = region.device, region.inode, memfd
+        c.device, c.inode, c.memfd, c.staging = region.device, region.inode, memfd, region.staging
     return out
 
 
@@ -251,7 +271,9 @@ def table_read(fd: int) -> tuple[Identity, tuple[TableRegion, ...], Serving]:
         store_path=os.fsdecode(ffi.string(c.store_path)),
         page_bytes=c.page_bytes,
     )
-    found = tuple(TableRegion(r.address, r.bytes, r.offset, r.device, r.inode) for r in regions[0 : count[0]])
+    found = tuple(
+        TableRegion(r.address, r.bytes, r.offset, r.device, r.inode, r.staging) for r in regions[0 : count[0]]
+    )
     return identity, found, _serving(serving)
 
 
@@ -269,7 +291,14 @@ def _serving(c: Any) -> Serving:
         uffd_in_vmm=c.uffd_moved - 1 if c.uffd_moved > 0 else None,
         engine=EngineNumber(c.engine),
         handshake=c.handshake == 1,
+        calls=c.calls,
     )
+
+
+def calls_destroy(tid: int, calls: int) -> None:
+    """Give back to the VMM, by its thread `tid`, where batches of calls were run from (`Serving.calls`). Blocks, a few seconds at
+    most."""
+    check(lib.tierd_calls_destroy(tid, calls), "removal of the place of our calls")
 
 
 def page_bytes_of(memfd: int) -> int:
@@ -322,6 +351,7 @@ class NativeBatch:
         )
         self._b = out[0]
         self._guest = guest
+        self.anonymous = guest.anonymous
         self._result = ffi.new("struct tierd_batch_result *")
 
     def __enter__(self) -> NativeBatch:
@@ -337,7 +367,8 @@ class NativeBatch:
         return result
 
     def select(self, first_page: int, min_idle_s: float, max_pages: int) -> BatchResult:
-        """RESIDENT -> LEAVING for touched pages idle at least `min_idle_s`, from `first_page` on."""
+        """RESIDENT -> LEAVING for touched pages idle at least `min_idle_s`, from `first_page` on; of anonymous memory, what
+        has been in the staging area for so long."""
         return self._done(lib.tierd_batch_select(self._b, first_page, min_idle_s, max_pages, self._result), "select")
 
     def hold(self) -> BatchResult:
@@ -353,7 +384,7 @@ class NativeBatch:
         return self._done(lib.tierd_batch_write(self._b, tier, self._result), STORE_WRITE)
 
     def drop(self) -> BatchResult:
-        """LEAVING -> DROPPING, punch exactly those runs, see the hole, STORED."""
+        """LEAVING -> DROPPING, punch exactly those runs, see the hole, STORED. Of anonymous memory: in its staging area."""
         return self._done(lib.tierd_batch_drop(self._b, self._result), "punch")
 
     def release(self) -> BatchResult:
@@ -388,6 +419,7 @@ class NativeGuest:
         page_bytes: int = 0,
         zap: Zap = Zap.PAGEOUT,
         inject_tid: int = 0,
+        mem_fd: int = -1,
         use_pagemap: bool = False,
         chunk_bytes: int = 0,
         readahead_pages: int = 16,
@@ -397,6 +429,7 @@ class NativeGuest:
         args = ffi.new("struct tierd_guest_args *")
         args.table_fd, args.uffd, args.pidfd, args.pagemap_fd = table_fd, uffd, pidfd, pagemap_fd
         args.engine, args.zap, args.inject_tid, args.use_pagemap = int(engine), int(zap), inject_tid, use_pagemap
+        args.mem_fd = mem_fd
         args.chunk_bytes, args.readahead_pages, args.page_bytes = chunk_bytes, readahead_pages, page_bytes
         args.spin_us_max, args.follow, args.region_count = spin_us_max, follow, len(regions)
         c_regions = _c_regions(regions, memfds)
@@ -414,6 +447,7 @@ class NativeGuest:
         out = ffi.new("struct tierd_guest **")
         check(lib.tierd_guest_create(args, out), "guest tables (is RLIMIT_MEMLOCK high enough?)")
         self._g = out[0]
+        self.anonymous = any(region.staging for region in regions)
         self.has_sync_mode = engine is not EngineNumber.STOCK
         self.page_bytes = page_bytes or os.sysconf("SC_PAGESIZE")
         self.pages = sum(region.bytes for region in regions) // self.page_bytes
@@ -526,6 +560,20 @@ class NativeGuest:
         out = ffi.new("struct tierd_pass *")
         check(lib.tierd_guest_pass(self._g, first_page, out), "scan")
         result: Pass = _fields(out, Pass)
+        return result
+
+    def stage(self, first_page: int, min_idle_s: float, max_pages: int) -> Staged:
+        """Move pages idle at least `min_idle_s` into the staging area: one stop of a thread of the VMM at most. Worker."""
+        out = ffi.new("struct tierd_staged *")
+        check(lib.tierd_guest_stage(self._g, first_page, min_idle_s, max_pages, out), "move into the staging area")
+        result: Staged = _fields(out, Staged)
+        return result
+
+    def unstage(self, first_page: int) -> Staged:
+        """Give back room in the staging area whose pages were fetched: one stop at most. Worker."""
+        out = ffi.new("struct tierd_staged *")
+        check(lib.tierd_guest_unstage(self._g, first_page, out), "drop in the staging area")
+        result: Staged = _fields(out, Staged)
         return result
 
     def restore(self, first_page: int, max_pages: int) -> tuple[int, int]:

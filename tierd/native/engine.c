@@ -4,6 +4,7 @@
  *
  *   stock   deactivation unmaps, the page cache keeps the bytes; who is mapped again was touched. Write-protection holds
  *           writers while a page leaves: on an unmapped page it is a marker.
+ *           Of private anonymous memory: protected by the kernel alone, moved out while it leaves (stage.c).
  *   rfc     the same, unmapped by UFFDIO_DEACTIVATE; while pages leave, the context is in sync mode, so that readers wait,
  *           too. SET_MODE does not drain faults that are under way, so the marker stays what an eviction relies on.
  *   rwp     deactivation protects the page where it is mapped (RWPROTECT); who lost the protection was touched. While pages
@@ -115,6 +116,24 @@ static const struct engine stock = {
 	.resolve = stock_resolve,
 };
 
+/*
+ * Private anonymous memory: writes are seen, by the protection that the kernel lifts itself (UFFD_FEATURE_WP_ASYNC). Reads are not:
+ * who is read is found out in the staging area. Pages are never held.
+ */
+static int stock_anon_deactivate(struct tierd_guest *g, struct iovec *ranges, size_t count, struct tierd_pass *ret)
+{
+	return deactivate_by(sys_uffd_protect, g, ranges, count, ret);
+}
+
+static const struct engine stock_anon = {
+	.mode = UFFDIO_REGISTER_MODE_WP,
+	.mode_missing = UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING,
+	.touched = SYS_PAGE_WRITTEN,
+	.all_of = SYS_PAGE_PRESENT, /* holes are called written, too */
+	.deactivate = stock_anon_deactivate,
+	.resolve = stock_resolve,
+};
+
 /* --- rfc ---------------------------------------------------------------------------------------------------------------- */
 
 static int rfc_deactivate(struct tierd_guest *g, struct iovec *ranges, size_t count, struct tierd_pass *ret)
@@ -190,8 +209,10 @@ static const struct engine rwp = {
 	.holds_mapped = true,
 };
 
-const struct engine *engine_of(uint32_t number)
+const struct engine *engine_of(uint32_t number, bool anon)
 {
+	if (anon)
+		return number == TIERD_ENGINE_STOCK ? &stock_anon : NULL;
 	switch (number) {
 	case TIERD_ENGINE_STOCK:
 		return &stock;
@@ -206,7 +227,7 @@ const struct engine *engine_of(uint32_t number)
 
 int tierd_set_async(uint32_t number, int uffd)
 {
-	const struct engine *engine = engine_of(number);
+	const struct engine *engine = engine_of(number, false);
 
 	return !engine ? -EINVAL : engine->set_async ? engine->set_async(uffd, true) : 0;
 }

@@ -3,8 +3,10 @@
  * evict.c: one batch of pages on its way out: select, hold, copy, write, drop, release. With an engine that has a sync mode:
  * select, copy, write, and windows, each of which holds, drops and releases.
  *
+ * Private anonymous memory comes from the staging area (stage.c), where nobody writes: select, copy, write, drop.
+ *
  * The steps must come in this order (a batch in the wrong step answers -EINVAL), and a batch can be cancelled between any
- * two. Until a page is DROPPING its truth is guest memory, so cancelling is free; from then on it is the tier's, durably.
+ * two. Until a page is DROPPING its truth is where it was, so cancelling is free; from then on it is the tier's, durably.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -24,7 +26,7 @@ struct tierd_batch {
 	uint32_t max_pages, count, held_runs;
 	uint32_t first; /* of those that are still to leave in a window */
 	unsigned int tier;
-	uint64_t *pages;  /* ascending; all LEAVING (or, in drop, DROPPING) unless a fault took them */
+	uint64_t *pages;  /* ascending; all LEAVING or MOVING (or, in drop, DROPPING) unless a fault took them */
 	page_word *words; /* what we expect the page's word to be */
 	uint8_t *zero;    /* all zeros: needs no store */
 	uint8_t *bytes;   /* the copy: slot i belongs to pages[i] */
@@ -139,6 +141,23 @@ static void select_pages(struct tierd_batch *b, uint64_t page, uint32_t min_age,
 	*next_page = page < g->pages ? page : g->pages;
 }
 
+/* Out of the staging area: what has been there for long enough. */
+static void select_staged(struct tierd_batch *b, uint64_t page, uint32_t min_age, uint32_t max, uint64_t *next_page)
+{
+	struct tierd_guest *g = b->g;
+
+	for (; page < g->pages && b->count < max; page++) {
+		page_word w = page_load(g, page), moving = word_with_state(w, MOVING);
+
+		if (!word_staged(w) || epoch_age(epoch_now(g), word_epoch(w)) < min_age || quarantined(g, page) ||
+		    !page_move(g, page, w, moving))
+			continue;
+		b->pages[b->count] = page;
+		b->words[b->count++] = moving;
+	}
+	*next_page = page;
+}
+
 int tierd_batch_select(struct tierd_batch *b, uint64_t first_page, double min_idle_s, uint64_t max_pages,
 		       struct tierd_batch_result *ret)
 {
@@ -153,8 +172,9 @@ int tierd_batch_select(struct tierd_batch *b, uint64_t first_page, double min_id
 	age = min_age < 0xf000 ? (uint32_t)min_age : 0xf000;
 	age += age < min_age;
 	b->count = b->held_runs = b->first = 0;
-	select_pages(b, first_page, age, max_pages < b->max_pages ? (uint32_t)max_pages : b->max_pages,
-		     &ret->next_page);
+	b->tier = TIER_ZERO;
+	(g->anon ? select_staged : select_pages)(
+		b, first_page, age, max_pages < b->max_pages ? (uint32_t)max_pages : b->max_pages, &ret->next_page);
 	b->step = b->count ? SELECTED : EMPTY;
 	ret->selected_pages = b->count;
 	ret->select_ns = sys_now_ns() - began_ns;
@@ -199,7 +219,7 @@ int tierd_batch_hold(struct tierd_batch *b, struct tierd_batch_result *ret)
 	struct tierd_guest *g = b->g;
 	uint64_t began_ns = sys_now_ns();
 	uint32_t n, kept = 0, count = b->count;
-	int error = batch_enter(b, SELECTED, ret);
+	int error = g->anon ? -EINVAL : batch_enter(b, SELECTED, ret);
 
 	if (error)
 		return error;
@@ -237,6 +257,8 @@ static int read_pages(struct tierd_batch *b, uint64_t page, uint32_t n, uint8_t 
 	struct region *r = region_of_page(b->g, page);
 	size_t bytes = n * b->page_bytes, done = 0;
 
+	if (b->g->anon)
+		return staged_read(b->g, page, n, to);
 	while (done < bytes) {
 		ssize_t got = sys_mem_read(r->memfd, to + done, bytes - done, mem_offset_of(r, page) + done);
 
@@ -306,7 +328,7 @@ int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret)
 	struct tierd_guest *g = b->g;
 	uint64_t began_ns = sys_now_ns();
 	uint32_t n;
-	int error = batch_enter(b, g->engine->set_async ? SELECTED : HELD, ret);
+	int error = batch_enter(b, g->engine->set_async || g->anon ? SELECTED : HELD, ret);
 
 	if (error)
 		return error;
@@ -336,7 +358,8 @@ int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret)
 
 /* --- write -------------------------------------------------------------------------------------------------------------- */
 
-/* The word says that the tier holds space for the page before it does, so that space is never forgotten. */
+/* The word says that the tier holds space for the page before it does, so that space is never forgotten. (But of a page in the
+ * staging area: its word speaks of that. What a crash leaves in the file then is written over when the page comes next.) */
 static void mark_copies(struct tierd_batch *b)
 {
 	uint32_t kept = 0;
@@ -344,7 +367,7 @@ static void mark_copies(struct tierd_batch *b)
 	for (uint32_t i = 0; i < b->count; i++) {
 		page_word to = word_with_tier(word_with_copy(b->words[i], true), b->tier);
 
-		if (!b->zero[i] && to != b->words[i]) {
+		if (!b->g->anon && !b->zero[i] && to != b->words[i]) {
 			if (!page_move(b->g, b->pages[i], b->words[i], to))
 				continue; /* touched: it is the guest's again */
 			b->g->copy_pages += !word_copy(b->words[i]);
@@ -361,7 +384,7 @@ static uint64_t pages_to_allocate(const struct tierd_batch *b)
 	uint64_t n = 0;
 
 	for (uint32_t i = 0; i < b->count; i++)
-		n += !b->zero[i] && !word_copy(b->words[i]);
+		n += !b->zero[i] && !word_takes_space(b->words[i]);
 	return n;
 }
 
@@ -426,6 +449,20 @@ int tierd_batch_write(struct tierd_batch *b, uint32_t tier, struct tierd_batch_r
 
 /* --- drop --------------------------------------------------------------------------------------------------------------- */
 
+/* Of a page that stays in the staging area: what was written of it. Best effort: its space is written again when it comes next. */
+static void forget_written(struct tierd_batch *b, uint32_t slot)
+{
+	int error;
+
+	if (b->zero[slot])
+		return;
+	worker_io_begin(b->g);
+	error = store_discard(b->g, b->tier, b->pages[slot], 1);
+	worker_io_end(b->g);
+	if (error)
+		count_error(b->g, &b->g->count.store_write_errors, error);
+}
+
 /* Of the slots [first, first + n): those that are DROPPING now are the first ones, this many. */
 static uint32_t claim_dropping(struct tierd_batch *b, uint32_t first, uint32_t n)
 {
@@ -436,8 +473,15 @@ static uint32_t claim_dropping(struct tierd_batch *b, uint32_t first, uint32_t n
 
 		if (b->zero[i])
 			to = word_with_tier(to, TIER_ZERO);
-		if (!page_move(b->g, b->pages[i], b->words[i], to))
+		else if (b->g->anon)
+			to = word_with_tier(to, b->tier);
+		if (b->g->anon)
+			to = word_with_copy(to, !b->zero[i]);
+		if (!page_move(b->g, b->pages[i], b->words[i], to)) {
+			if (b->g->anon)
+				forget_written(b, i);
 			continue;
+		}
 		b->words[i] = to;
 		keep(b, kept++, i);
 	}
@@ -552,17 +596,71 @@ static int drop_slots(struct tierd_batch *b, uint32_t first, uint32_t n, struct 
 	return error;
 }
 
+/* --- out of the staging area ------------------------------------------------------------------------------------------ */
+
+/* DROPPING -> STORED: of the tier when its room in the staging area is seen to be empty, else there again. */
+static void settle_moved(struct tierd_batch *b, uint32_t i, bool there, struct tierd_batch_result *ret)
+{
+	struct tierd_guest *g = b->g;
+	page_word to = word_with_state(b->words[i], STORED);
+
+	if (there) {
+		forget_written(b, i);
+		to = word_with_copy(word_with_tier(to, TIER_STAGING), true);
+		count_add(&g->count.pages_cancelled, 1);
+	} else {
+		g->copy_pages += !b->zero[i];
+		ret->evicted_pages++;
+		count_add(&g->count.pages_evicted, 1);
+		count_add(&g->count.pages_evicted_zero, b->zero[i]);
+		heat_down(g, b->pages[i]);
+	}
+	if (!page_move(g, b->pages[i], b->words[i], to))
+		abort();
+}
+
+static int drop_staged(struct tierd_batch *b, struct tierd_batch_result *ret)
+{
+	struct tierd_guest *g = b->g;
+	uint64_t waits = waits_now(g), stopped_ns = 0;
+	struct sys_inside_call calls[SYS_INSIDE_MAX];
+	uint32_t n, count = 0, done;
+	int error = 0, failed;
+
+	b->count = claim_dropping(b, 0, b->count);
+	for (uint32_t i = 0; i < b->count && !error; i += n) {
+		n = run_length(g, b->pages + i, b->count - i);
+		calls[count++] = drop_of(g, b->pages[i], n);
+		if (count < SYS_INSIDE_MAX && i + n < b->count)
+			continue;
+		error = inside_run(g, calls, count, &done, &stopped_ns);
+		count = 0;
+	}
+	for (uint32_t i = 0; i < b->count; i += n) {
+		n = run_length(g, b->pages + i, b->count - i);
+		failed = staged_look(g, b->pages[i], n, b->touched);
+		for (uint32_t k = 0; k < n; k++)
+			settle_moved(b, i + k, bit_get(b->touched, k), ret);
+		wake_waiters(g, b->pages[i], n, waits);
+		if (!error)
+			error = failed;
+	}
+	return error;
+}
+
 int tierd_batch_drop(struct tierd_batch *b, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
 	uint64_t began_ns = sys_now_ns();
-	int error = batch_enter(b, WRITTEN, ret), first;
+	int error = batch_enter(b, WRITTEN, ret), first = 0;
 
 	if (error)
 		return error;
-	first = discard_zeroed(b);
-	b->count = claim_dropping(b, 0, b->count);
-	error = drop_slots(b, 0, b->count, ret);
+	if (!g->anon) {
+		first = discard_zeroed(b);
+		b->count = claim_dropping(b, 0, b->count);
+	}
+	error = g->anon ? drop_staged(b, ret) : drop_slots(b, 0, b->count, ret);
 	if (!first)
 		first = error;
 	if (first)
@@ -615,8 +713,11 @@ int tierd_batch_cancel(struct tierd_batch *b, struct tierd_batch_result *ret)
 
 	if (error)
 		return error;
-	for (uint32_t i = b->first; i < b->count; i++)
-		page_move(g, b->pages[i], b->words[i], word_with_state(b->words[i], RESIDENT));
+	for (uint32_t i = b->first; i < b->count; i++) {
+		if (g->anon && b->tier != TIER_ZERO)
+			forget_written(b, i);
+		page_move(g, b->pages[i], b->words[i], word_with_state(b->words[i], g->anon ? STORED : RESIDENT));
+	}
 	ret->cancelled_pages = b->count - b->first;
 	count_add(&g->count.pages_cancelled, b->count - b->first);
 	b->count = b->first = 0;
@@ -773,7 +874,7 @@ int tierd_batch_window(struct tierd_batch *b, uint64_t window_ns_max, struct tie
 
 static bool stale(struct tierd_guest *g, uint64_t page, page_word w)
 {
-	return word_state(w) == RESIDENT && word_copy(w) && !quarantined(g, page);
+	return word_state(w) == RESIDENT && word_takes_space(w) && !quarantined(g, page);
 }
 
 int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint64_t *discarded)

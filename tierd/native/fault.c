@@ -92,12 +92,12 @@ static void wake(struct tierd_guest *g, uint64_t page, uint64_t count)
  * ever. So: who leaves a fault counts it and then looks at the page again; who owns a page moves it on and then looks at the
  * count. One of the two sees the other.
  */
-static uint64_t waits_now(struct tierd_guest *g)
+uint64_t waits_now(struct tierd_guest *g)
 {
 	return atomic_load(&g->waits);
 }
 
-static void wake_waiters(struct tierd_guest *g, uint64_t page, uint64_t count, uint64_t waits_before)
+void wake_waiters(struct tierd_guest *g, uint64_t page, uint64_t count, uint64_t waits_before)
 {
 	atomic_thread_fence(memory_order_seq_cst);
 	if (waits_now(g) != waits_before)
@@ -257,6 +257,7 @@ static int resolve(struct tierd_worker *w, uint64_t page, page_word word, uint64
 
 /* --- a page that is stored ---------------------------------------------------------------------------------------------- */
 
+/* A page on its way to another tier is taken back where it is; only the one that is waited for. */
 static uint32_t claim_stored(struct tierd_worker *w, uint64_t page, uint32_t want)
 {
 	struct tierd_guest *g = w->g;
@@ -266,7 +267,8 @@ static uint32_t claim_stored(struct tierd_worker *w, uint64_t page, uint32_t wan
 	while (n < want && page + n < r->first_page + r->pages) {
 		page_word word = page_load(g, page + n);
 
-		if (word_state(word) != STORED || (n && word_tier(word) != word_tier(w->claimed[0])))
+		if ((word_state(word) != STORED && (n || word_state(word) != MOVING)) ||
+		    (n && word_tier(word) != word_tier(w->claimed[0])))
 			break;
 		if (!page_move(g, page + n, word, word_with_state(word, ARRIVING)))
 			break;
@@ -300,15 +302,25 @@ static uint32_t verified(struct tierd_worker *w, uint64_t page, uint32_t n)
 	return n;
 }
 
+/* The staging area holds the pages themselves: there is nothing to verify. */
+static int read_tier(struct tierd_worker *w, uint64_t page, uint32_t n, uint32_t *good)
+{
+	struct tierd_guest *g = w->g;
+	unsigned int tier = word_tier(w->claimed[0]);
+	int error = tier == TIER_STAGING ? staged_read(g, page, n, w->buffer) : store_read(g, tier, page, n, w->buffer);
+
+	*good = error ? 0 : tier == TIER_STAGING ? n : verified(w, page, n);
+	return error;
+}
+
 /* Reads what is claimed. Shrinks the claim to what could be read; 0: not even the first page, which stays claimed. */
 static uint32_t read_claimed(struct tierd_worker *w, uint64_t page, uint32_t n)
 {
 	struct tierd_guest *g = w->g;
-	unsigned int tier = word_tier(w->claimed[0]);
 
 	for (int try = 0; try < READ_TRIES; try++) {
-		int error = store_read(g, tier, page, n, w->buffer);
-		uint32_t good = error ? 0 : verified(w, page, n);
+		uint32_t good;
+		int error = read_tier(w, page, n, &good);
 
 		if (error)
 			count_error(g, &g->count.store_read_errors, error);
@@ -441,16 +453,17 @@ static int fetch_failed(struct tierd_worker *w, struct parked *p)
 static int fetch(struct tierd_worker *w, uint64_t page, uint64_t began_ns)
 {
 	struct tierd_guest *g = w->g;
-	bool zero = word_tier(page_load(g, page)) == TIER_ZERO;
+	unsigned int tier = word_tier(page_load(g, page));
+	bool memory = tier == TIER_ZERO || tier == TIER_STAGING; /* no I/O */
 	struct parked later = {.page = page, .fault_ns = began_ns, .due_ns = began_ns};
 	struct stream *s;
 	uint32_t claimed, window = stream_window(w, page, &s);
 	int64_t placed;
 
-	if (!zero && !reader_enter(g))
+	if (!memory && !reader_enter(g))
 		return claim_stored(w, page, 1) ? fetch_later(w, &later) : -EALREADY;
 	placed = fetch_run(w, page, window, &claimed);
-	if (!zero)
+	if (!memory)
 		reader_leave(g);
 	if (!claimed)
 		return -EALREADY; /* somebody else took it: look again */
@@ -459,7 +472,13 @@ static int fetch(struct tierd_worker *w, uint64_t page, uint64_t began_ns)
 	s->next_page = page + (placed > 0 ? (uint64_t)placed : 1);
 	if (placed < 0)
 		return (int)placed;
-	count_add(zero ? &g->count.faults_zero : &g->count.faults_fetch, 1);
+	tier = word_tier(w->claimed[0]); /* it may have become another one since the look at it */
+	count_add(tier == TIER_ZERO      ? &g->count.faults_zero
+		  : tier == TIER_STAGING ? &g->count.faults_staged
+					 : &g->count.faults_fetch,
+		  1);
+	if (tier == TIER_STAGING)
+		heat_up(g, page);
 	count_add(&g->count.pages_fetched, (uint64_t)placed);
 	count_add(&g->count.pages_readahead, (uint64_t)placed - 1);
 	return 0;
@@ -487,7 +506,7 @@ static int serve_page(struct tierd_worker *w, uint64_t page, uint64_t flags, uin
 			return leave_to_owner(g, page, word); /* the operator, whose retry wakes it */
 		poison_lost(g, page, word);
 		return -EIO;
-	default: /* RESOLVING, DROPPING, ARRIVING: whoever owns the page wakes its waiters */
+	default: /* RESOLVING, DROPPING, ARRIVING, STAGING: whoever owns the page wakes its waiters */
 		return leave_to_owner(g, page, word);
 	}
 }

@@ -120,7 +120,9 @@ static int regions_take(struct tierd_guest *g, const struct tierd_guest_args *ar
 		r->address = args->regions[i].address;
 		r->bytes = args->regions[i].bytes;
 		r->offset = args->regions[i].offset;
-		if (!r->bytes || (r->address | r->bytes | r->offset) % g->page_bytes)
+		r->staging = args->regions[i].staging;
+		if (!r->bytes || (r->address | r->bytes | r->offset | r->staging) % g->page_bytes ||
+		    (r->staging != 0) != g->anon)
 			return -EINVAL;
 		r->pages = r->bytes / g->page_bytes;
 		r->first_page = g->pages;
@@ -145,9 +147,10 @@ static int descriptors_take(struct tierd_guest *g, const struct tierd_guest_args
 	g->uffd = sys_dup(args->uffd);
 	g->pidfd = sys_dup(args->pidfd);
 	g->pagemap = sys_dup(args->pagemap_fd);
+	g->mem = g->anon ? sys_dup(args->mem_fd) : -1;
 	/* not a seam: the state file is a real one in the model too */
 	g->table_fd = args->table_fd;
-	if (g->uffd < 0 || g->pidfd < 0 || g->pagemap < 0)
+	if (g->uffd < 0 || g->pidfd < 0 || g->pagemap < 0 || (g->anon && g->mem < 0))
 		return -EBADF;
 	for (int i = 0; i < TIERD_TIERS; i++) {
 		g->tiers[i] = args->tiers[i];
@@ -167,8 +170,9 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	g->huge = args->page_bytes > sys_page_bytes();
 	g->page_bytes = g->huge ? args->page_bytes : (uint32_t)sys_page_bytes();
 	g->chunk_pages = (args->chunk_bytes ? args->chunk_bytes : CHUNK_BYTES) / g->page_bytes;
-	g->engine = engine_of(args->engine);
-	if (!g->engine)
+	g->anon = args->region_count && args->regions[0].staging;
+	g->engine = engine_of(args->engine, g->anon);
+	if (!g->engine || (g->anon && g->huge))
 		return -EPROTONOSUPPORT;
 	g->zap = g->engine->set_async ? 0 : args->zap;
 	g->inject_tid = args->inject_tid;
@@ -193,17 +197,20 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	g->header->serving.store_flags = args->tiers[1].flags;
 	g->header->serving.readahead_pages = g->readahead_max;
 	for (uint64_t page = 0; page < g->pages; page++)
-		g->copy_pages += word_copy(atomic_load_explicit(&g->words[page], memory_order_relaxed));
+		g->copy_pages += word_takes_space(atomic_load_explicit(&g->words[page], memory_order_relaxed));
 	g->chunks = g->pages / g->chunk_pages + 1;
 	error = parking_create(g);
 	if (error)
 		return error;
 	g->missing = sys_alloc(g->chunks);
 	g->touched = sys_alloc(bitmap_bytes(g->chunk_pages));
+	g->other = sys_alloc(bitmap_bytes(g->chunk_pages));
 	g->large = sys_alloc(bitmap_bytes(g->pages));
+	if (g->anon)
+		g->heat = sys_alloc(g->pages / GROUP_PAGES + 1);
 	if (g->huge)
 		g->zeros = sys_alloc(g->page_bytes);
-	if (!g->missing || !g->touched || !g->large || (g->huge && !g->zeros))
+	if (!g->missing || !g->touched || !g->other || !g->large || (g->huge && !g->zeros) || (g->anon && !g->heat))
 		return -ENOMEM;
 	if (args->tiers[1].flags & TIERD_SPACE_LATE) {
 		g->quarantine = sys_alloc(bitmap_bytes(g->pages));
@@ -222,7 +229,7 @@ int tierd_guest_create(const struct tierd_guest_args *args, struct tierd_guest *
 		return -ENOMEM;
 	g->bytes = sizeof(*g);
 	pthread_mutex_init(&g->threads_lock, NULL);
-	g->uffd = g->pidfd = g->pagemap = g->stop_fd = -1;
+	g->uffd = g->pidfd = g->pagemap = g->mem = g->stop_fd = -1;
 	for (int i = 0; i < TIERD_TIERS; i++)
 		g->tiers[i].fd = -1;
 	error = guest_fill(g, args);
@@ -236,7 +243,7 @@ int tierd_guest_create(const struct tierd_guest_args *args, struct tierd_guest *
 
 void tierd_guest_destroy(struct tierd_guest *g)
 {
-	int fds[] = {g ? g->uffd : -1, g ? g->pidfd : -1, g ? g->pagemap : -1};
+	int fds[] = {g ? g->uffd : -1, g ? g->pidfd : -1, g ? g->pagemap : -1, g ? g->mem : -1};
 
 	if (!g)
 		return;
@@ -261,6 +268,10 @@ void tierd_guest_destroy(struct tierd_guest *g)
 		sys_free(g->zeros, g->page_bytes);
 	if (g->touched)
 		sys_free(g->touched, bitmap_bytes(g->chunk_pages));
+	if (g->other)
+		sys_free(g->other, bitmap_bytes(g->chunk_pages));
+	if (g->heat)
+		sys_free(g->heat, g->pages / GROUP_PAGES + 1);
 	if (g->large)
 		sys_free(g->large, bitmap_bytes(g->pages));
 	if (g->quarantine)
@@ -343,7 +354,9 @@ int missing_register(struct tierd_guest *g, uint64_t page)
 
 static int register_all(struct tierd_guest *g)
 {
-	return register_mapped(g, 0, UINT64_MAX, g->engine->mode);
+	int error = register_mapped(g, 0, UINT64_MAX, g->engine->mode);
+
+	return error || !g->anon ? error : staged_register(g);
 }
 
 static void mark_page(struct tierd_guest *g, uint64_t page, uint16_t epoch)
@@ -367,6 +380,31 @@ static int mark_huge(struct tierd_guest *g, struct region *r)
 	return 0;
 }
 
+/* The pages of r in pieces of at most a chunk: `page` is moved on, its length is returned; 0 at the end. */
+static uint64_t next_piece(struct tierd_guest *g, struct region *r, uint64_t *page)
+{
+	uint64_t end = r->first_page + r->pages, n = end - *page < g->chunk_pages ? end - *page : g->chunk_pages;
+
+	*page += n;
+	return n;
+}
+
+static int mark_anon(struct tierd_guest *g, struct region *r)
+{
+	uint64_t n, page = r->first_page;
+
+	while ((n = next_piece(g, r, &page))) {
+		int error = scan_there(g, address_of(g, page - n), n, g->touched);
+
+		if (error)
+			return error;
+		for (uint64_t i = 0; i < n; i++)
+			if (bit_get(g->touched, i))
+				mark_page(g, page - n + i, epoch_next(g));
+	}
+	return 0;
+}
+
 /* What the file already holds counts as touched now; the rest was never touched and needs no eviction. */
 static int mark_data(struct tierd_guest *g, struct region *r)
 {
@@ -375,7 +413,8 @@ static int mark_data(struct tierd_guest *g, struct region *r)
 
 	if (g->huge)
 		return mark_huge(g, r);
-
+	if (g->anon)
+		return mark_anon(g, r);
 	while ((data = sys_mem_seek_data(r->memfd, (uint64_t)data)) >= 0 && (uint64_t)data < end) {
 		uint16_t epoch = epoch_next(g);
 
@@ -398,6 +437,8 @@ int tierd_guest_arm(struct tierd_guest *g)
 	error = register_all(g);
 	for (uint32_t i = 0; !error && i < g->region_count; i++)
 		error = mark_data(g, &g->regions[i]);
+	if (!error && g->anon)
+		error = sys_inside_create(g->inject_tid, &g->header->serving.calls);
 	guest_leave(g);
 	return error;
 }
@@ -450,6 +491,7 @@ static page_word adopted_word(page_word w, bool cached)
 		return w;
 	case RESOLVING: /* it was being given zeros or un-held: not in the cache, it is a hole, as before */
 	case LEAVING:   /* not in the cache, the VMM gave it back itself */
+	case STAGING:   /* not in the staging area */
 		return word_with_state(w, RESIDENT);
 	default: /* DROPPING, STORED, MOVING, ARRIVING: each carries its tier */
 		return word_with_state(w, cached ? RESIDENT : STORED);
@@ -460,6 +502,8 @@ static page_word adopted_word(page_word w, bool cached)
  * begins, a discard only after it has ended. A page that stays quarantined keeps its mark, for the successor's successor. */
 static bool in_flight(page_word w)
 {
+	if (word_tier(w) == TIER_STAGING) /* on its way to the next tier, or taken back from there */
+		return word_copy(w) && word_state(w) != STORED;
 	return word_copy(w) && (word_state(w) == RESIDENT || word_state(w) == RESOLVING || word_state(w) == LEAVING);
 }
 
@@ -517,7 +561,7 @@ static int look_for_poison(struct tierd_guest *g, uint64_t address, bool *ret)
 	ssize_t n;
 
 	do
-		n = g->huge ? sys_pagemap_scan(g->pagemap, address, address + g->page_bytes, poison, &found, 1, &end)
+		n = g->huge ? sys_pagemap_scan(g->pagemap, address, address + g->page_bytes, 0, poison, &found, 1, &end)
 			    : sys_pagemap_read(g->pagemap, &entry, 1, address);
 	while (n == -EINTR);
 	*ret = g->huge ? n == 1 && (found.categories & poison) == poison
@@ -532,6 +576,31 @@ static int still_lost(struct tierd_guest *g, uint64_t page, page_word w, bool *r
 	return word_state(w) == ARRIVING ? look_for_poison(g, address_of(g, page), ret) : 0;
 }
 
+static void adopt_in_flight(struct tierd_guest *g, uint64_t page, struct tierd_adoption *ret)
+{
+	if (!g->quarantine)
+		return;
+	bit_set(g->quarantine, page);
+	atomic_fetch_add(&g->quarantined_pages, 1);
+	ret->quarantined_pages++;
+}
+
+/* The page is `to` from now on. */
+static int adopt_as(struct tierd_guest *g, uint64_t page, page_word w, page_word to, struct tierd_adoption *ret)
+{
+	if (to != w) {
+		if (word_state(to) == RESIDENT ||
+		    word_state(w) == STAGING) /* it was with the guest until a moment ago */
+			to = word_with_epoch(to, epoch_next(g));
+		atomic_store_explicit(&g->words[page], to, memory_order_release);
+		ret->corrected_pages++;
+	}
+	ret->resident_pages += word_state(to) == RESIDENT;
+	ret->stored_pages += word_state(to) == STORED;
+	ret->lost_pages += word_state(to) == LOST;
+	return word_state(to) == RESIDENT ? 0 : missing_register(g, page);
+}
+
 static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct tierd_adoption *ret)
 {
 	page_word w = page_load(g, page), to = adopted_word(w, cached);
@@ -543,11 +612,8 @@ static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct 
 	if (lost)
 		to = word_with_state(w, LOST);
 
-	if (g->quarantine && in_flight(w)) {
-		bit_set(g->quarantine, page);
-		atomic_fetch_add(&g->quarantined_pages, 1);
-		ret->quarantined_pages++;
-	}
+	if (in_flight(w))
+		adopt_in_flight(g, page, ret);
 	if (word_state(w) == DROPPING && cached && word_tier(w) != TIER_ZERO) {
 		error = adopt_unpunched(g, page, w);
 		if (error == -ENODATA) { /* one page, not the guest: the punch again, and then it waits for its bytes */
@@ -557,16 +623,77 @@ static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct 
 		if (error)
 			return error;
 	}
-	if (to != w) {
-		if (word_state(to) == RESIDENT)
-			to = word_with_epoch(to, epoch_next(g));
-		atomic_store_explicit(&g->words[page], to, memory_order_release);
-		ret->corrected_pages++;
+	return adopt_as(g, page, w, to, ret);
+}
+
+/*
+ * Of anonymous memory: a page is where the kernel says. With the guest: RESIDENT, and what the staging area has of it is spent. Else
+ * in the staging area, where nobody writes: STORED there, if it was on its way in or out. Else as the word says.
+ */
+static page_word adopted_anon_word(page_word w, bool with_guest, bool staged)
+{
+	enum page_state state = word_state(w);
+
+	if (staged && (state == STAGING || state == DROPPING))
+		return word_with_copy(word_with_tier(word_with_state(w, STORED), TIER_STAGING), true);
+	return adopted_word(w, with_guest);
+}
+
+/* Not mapped, and something is there: swapped out, or poison (of a page that an operator's retry had in hand). Poison is an entry of
+ * the last type of all, where /proc/PID/pagemap shows it (with CAP_SYS_ADMIN); else it is taken for that: a page that is LOST and
+ * is there after all is RESIDENT with the next retry. */
+static int anon_poisoned(struct tierd_guest *g, uint64_t page, bool *ret)
+{
+	enum { TYPE_BITS = 5, MARKER = 31 };
+	uint64_t entry = 0;
+	ssize_t n;
+
+	do
+		n = sys_pagemap_read(g->pagemap, &entry, 1, address_of(g, page));
+	while (n == -EINTR);
+	*ret = !(entry >> 63) && (entry >> 62 & 1) &&
+	       (!(entry & ((1ull << 55) - 1)) || (entry & ((1 << TYPE_BITS) - 1)) == MARKER);
+	return n < 0 ? (int)n : n ? 0 : -ESRCH;
+}
+
+static int adopt_anon_page(struct tierd_guest *g, uint64_t page, bool with_guest, bool staged,
+			   struct tierd_adoption *ret)
+{
+	page_word w = page_load(g, page);
+	bool lost = false;
+	int error = with_guest && word_state(w) == ARRIVING ? anon_poisoned(g, page, &lost) : 0;
+
+	if (error)
+		return error;
+	if (in_flight(w) || (word_state(w) == DROPPING && staged)) /* that may be a discard */
+		adopt_in_flight(g, page, ret);
+	return adopt_as(g, page, w, lost ? word_with_state(w, LOST) : adopted_anon_word(w, with_guest, staged), ret);
+}
+
+static int adopt_anon(struct tierd_guest *g, struct region *r, struct tierd_adoption *ret)
+{
+	uint64_t n, page = r->first_page;
+
+	while ((n = next_piece(g, r, &page))) {
+		uint64_t first = page - n;
+		int error = scan_there(g, address_of(g, first), n, g->touched);
+
+		if (!error)
+			error = scan_there(g, staging_of(r, first), n, g->other);
+		for (uint64_t i = 0; !error && i < n; i++)
+			error = adopt_anon_page(g, first + i, bit_get(g->touched, i), bit_get(g->other, i), ret);
+		if (error)
+			return error;
 	}
-	ret->resident_pages += word_state(to) == RESIDENT;
-	ret->stored_pages += word_state(to) == STORED;
-	ret->lost_pages += word_state(to) == LOST;
-	return word_state(to) == RESIDENT ? 0 : missing_register(g, page);
+	return 0;
+}
+
+/* Killed in a batch of calls, the predecessor left the VMM to make them. */
+static int settle_inside(struct tierd_guest *g)
+{
+	struct sys_inside in = inside_of(g);
+
+	return in.area ? sys_inside_settle(&in) : 0;
 }
 
 static int adopt_region(struct tierd_guest *g, struct region *r, struct tierd_adoption *ret)
@@ -654,13 +781,17 @@ int tierd_guest_adopt(struct tierd_guest *g, const struct tierd_range *mapped, u
 	}
 	memmove(g->mapped, mapped, count * sizeof(*mapped));
 	g->mapped_count = count;
+	if (g->anon)
+		error = settle_inside(g);
 	if (g->engine->set_async)
 		error = leave_window(g, ret);
 	if (!error)
 		error = register_all(g);
 	for (uint32_t i = 0; !error && i < g->region_count; i++)
-		error = adopt_region(g, &g->regions[i], ret);
-	if (!g->engine->holds_mapped)
+		error = g->anon ? adopt_anon(g, &g->regions[i], ret) : adopt_region(g, &g->regions[i], ret);
+	if (!error && g->anon && !g->header->serving.calls)
+		error = sys_inside_create(g->inject_tid, &g->header->serving.calls);
+	if (!g->engine->holds_mapped && !g->anon)
 		for (uint32_t i = 0; !error && i < count; i++)
 			error = unprotect_by_chunk(g, &mapped[i]);
 	/* messages that the predecessor had read are not delivered again until a wake */
@@ -679,10 +810,11 @@ int tierd_guest_idle(struct tierd_guest *g, const double *edges_s, uint32_t coun
 	memset(ret, 0, count * sizeof(*ret));
 	for (uint64_t page = 0; page < g->pages; page++) {
 		page_word w = atomic_load_explicit(&g->words[page], memory_order_relaxed);
-		double idle_s = page_age(g, page, now, w) * epoch_s;
+		double idle_s = (g->anon ? epoch_age(now, word_epoch(w)) : page_age(g, page, now, w)) * epoch_s;
 		uint32_t i = count;
 
-		if (word_state(w) != RESIDENT || word_untouched(w))
+		/* of anonymous memory: what may leave, and since when it is known that nobody reads it */
+		if (g->anon ? !word_staged(w) : word_state(w) != RESIDENT || word_untouched(w))
 			continue;
 		while (i && idle_s < edges_s[i - 1])
 			i--;
@@ -704,7 +836,8 @@ void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret)
 		ret->state_pages[word_state(w) % PAGE_STATES]++;
 		ret->tier_pages[word_tier(w)] += word_state(w) == STORED;
 		ret->untouched_pages += word_untouched(w);
-		ret->stale_pages += word_state(w) == RESIDENT && word_copy(w);
+		ret->stale_pages += word_state(w) == RESIDENT && word_takes_space(w);
+		ret->spent_pages += word_spent(w);
 	}
 #define COPY(field) ret->field = atomic_load_explicit(&c->field, memory_order_relaxed)
 	COPY(faults_fetch);
@@ -721,6 +854,9 @@ void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret)
 	COPY(pages_cancelled);
 	COPY(pages_lost);
 	COPY(pages_repaired);
+	COPY(pages_staged);
+	COPY(pages_unmovable);
+	COPY(faults_staged);
 	COPY(store_read_errors);
 	COPY(store_write_errors);
 	COPY(checksum_errors);
@@ -738,6 +874,8 @@ void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret)
 		COPY(latency_buckets[i]);
 	for (int i = 0; i < TIERD_LATENCY_BUCKETS; i++)
 		COPY(window_buckets[i]);
+	for (int i = 0; i < TIERD_LATENCY_BUCKETS; i++)
+		COPY(stop_buckets[i]);
 #undef COPY
 	ret->quarantined_pages = atomic_load(&g->quarantined_pages);
 	ret->missing_chunks = atomic_load(&g->missing_chunks);

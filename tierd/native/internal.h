@@ -14,7 +14,9 @@
  *   LEAVING    guest memory; held or about to be        worker -> DROPPING, RESIDENT; fault thread -> RESOLVING
  *   DROPPING   the tier, durably; punch under way       worker -> STORED once seen to be a hole, RESIDENT when written back
  *   STORED     the tier                                 fault thread or restore -> ARRIVING
- *   MOVING     the old tier                             (demotion, not used yet)
+ *   STAGING    guest memory or the staging area,        worker -> STORED, RESIDENT
+ *              whichever has it
+ *   MOVING     the old tier                             worker -> DROPPING, STORED; fault thread -> ARRIVING
  *   ARRIVING   the tier until the COPY, then memory     its owner -> RESIDENT, STORED (COPY refused), LOST
  *   LOST       nowhere; poisoned, or its waiters blocked    an operator's `tierd retry` -> ARRIVING
  */
@@ -38,9 +40,10 @@ void tierd_model_yield(void);
 #define TIERD_YIELD() ((void)0)
 #endif
 
-enum page_state { RESIDENT, RESOLVING, LEAVING, DROPPING, STORED, MOVING, ARRIVING, LOST, PAGE_STATES };
+enum page_state { RESIDENT, RESOLVING, LEAVING, DROPPING, STORED, MOVING, ARRIVING, LOST, STAGING, PAGE_STATES };
+_Static_assert((int)PAGE_STATES == TIERD_STATES, "counters");
 
-enum { TIER_ZERO = 0, TIER_UNTOUCHED = 15 };
+enum { TIER_ZERO = 0, TIER_STAGING = TIERD_TIER_STAGING, TIER_UNTOUCHED = 15 };
 
 /* word: state 0-3, tier 4-7, copy 8 (the tier's file holds space for this page), generation 9-15, epoch 16-31 */
 typedef uint32_t page_word;
@@ -90,6 +93,23 @@ static inline page_word word_next_generation(page_word w)
 	return (w & ~0xfe00u) | ((w + 0x200u) & 0xfe00u);
 }
 
+/* The tier's file holds space for the page. */
+static inline bool word_takes_space(page_word w)
+{
+	return word_copy(w) && word_tier(w) != TIER_STAGING;
+}
+
+/* Fetched from the staging area, whose room is not given back yet. */
+static inline bool word_spent(page_word w)
+{
+	return word_state(w) == RESIDENT && word_copy(w) && word_tier(w) == TIER_STAGING;
+}
+
+static inline bool word_staged(page_word w)
+{
+	return word_state(w) == STORED && word_tier(w) == TIER_STAGING;
+}
+
 static inline bool word_untouched(page_word w)
 {
 	return word_state(w) == RESIDENT && word_tier(w) == TIER_UNTOUCHED;
@@ -112,6 +132,7 @@ struct region {
 	uint64_t address, bytes, offset;
 	uint64_t first_page, pages;
 	int memfd;
+	uint64_t staging;     /* address in the VMM; 0: not of anonymous memory */
 	struct sys_huge huge; /* of hugetlbfs, and there is a memfd */
 };
 
@@ -120,8 +141,9 @@ struct counters {
 	_Atomic uint64_t faults_fetch, faults_zero, faults_cancel, faults_resolve, faults_wait, faults_failed;
 	_Atomic uint64_t pages_fetched, pages_readahead, pages_restored;
 	_Atomic uint64_t pages_evicted, pages_evicted_zero, pages_cancelled, pages_lost, pages_repaired;
+	_Atomic uint64_t pages_staged, pages_unmovable, faults_staged;
 	_Atomic uint64_t store_read_errors, store_write_errors, checksum_errors, kernel_errors, last_errno;
-	_Atomic uint64_t inject_stops, inject_stopped_ns;
+	_Atomic uint64_t inject_stops, inject_stopped_ns, stop_buckets[TIERD_LATENCY_BUCKETS];
 	_Atomic uint64_t large_folios_split;
 	_Atomic uint64_t faults_window, windows, window_sum_ns, window_buckets[TIERD_LATENCY_BUCKETS];
 	_Atomic uint64_t latency_count, latency_sum_ns, latency_buckets[TIERD_LATENCY_BUCKETS];
@@ -142,6 +164,7 @@ struct tierd_guest;
 struct engine {
 	uint64_t mode, mode_missing; /* of UFFDIO_REGISTER: at attach, and for a chunk whose pages may leave */
 	uint64_t touched;            /* PAGEMAP_SCAN: the category of a page that was touched since its deactivation */
+	uint64_t all_of;             /* PAGEMAP_SCAN: such a page is of these, too */
 	bool holds_mapped;           /* a page that is mapped and was not touched waits in sync mode */
 	int (*deactivate)(struct tierd_guest *g, struct iovec *ranges, size_t count, struct tierd_pass *ret);
 	int (*hold)(struct tierd_guest *g, uint64_t page, uint64_t count);
@@ -164,11 +187,12 @@ struct parked {
 
 struct tierd_guest {
 	const struct engine *engine;
-	int uffd, pidfd, pagemap, table_fd;
+	int uffd, pidfd, pagemap, mem, table_fd;
 	int zap, inject_tid;
 	bool use_pagemap;
 	uint32_t page_bytes, chunk_pages;
 	bool huge;      /* hugetlbfs */
+	bool anon;      /* private anonymous memory */
 	uint8_t *zeros; /* a page of it; NULL: fault.c has enough of its own */
 	uint32_t spin_us_max, follow;
 	uint32_t readahead_max; /* what the workers' buffers hold */
@@ -187,6 +211,7 @@ struct tierd_guest {
 	_Atomic page_word *words;
 	/* when every page of a group was last seen touched: one store for all of them */
 	_Atomic uint16_t *groups;
+	_Atomic uint8_t *heat; /* by group: staged pages were read, so often (stage.c) */
 	uint32_t *checksums; /* of stored pages; written by the worker before DROPPING, read by the owner of ARRIVING */
 	uint64_t epoch_ns, epoch_zero_ns;
 
@@ -195,8 +220,8 @@ struct tierd_guest {
 	uint8_t *missing;    /* one a chunk: MISSING is registered; the worker's own */
 	uint64_t chunks;
 	_Atomic uint64_t missing_chunks;
-	uint64_t *touched; /* bitmap of one chunk; the worker's own */
-	uint64_t *large;   /* bitmap of the guest, the worker's own: seen mapped by a large entry that begins here */
+	uint64_t *touched, *other; /* bitmaps of one chunk; the worker's own */
+	uint64_t *large; /* bitmap of the guest, the worker's own: seen mapped by a large entry that begins here */
 	uint64_t *
 		quarantine; /* bitmap of the guest: adoption's, then only read by the worker; NULL: nothing lands late */
 	_Atomic uint64_t quarantined_pages;
@@ -292,7 +317,26 @@ static inline void count_add(_Atomic uint64_t *counter, uint64_t n)
 }
 
 /* engine.c */
-const struct engine *engine_of(uint32_t number); /* NULL: no such engine */
+const struct engine *engine_of(uint32_t number, bool anon); /* NULL: no such engine */
+
+/* stage.c */
+static inline uint64_t staging_of(const struct region *r, uint64_t page)
+{
+	return r->staging + (page - r->first_page) * (r->bytes / r->pages);
+}
+struct sys_inside inside_of(struct tierd_guest *g);
+/* All of the calls, in as many stops as they take, and nothing of them is under way afterwards: how many were made. */
+int inside_run(struct tierd_guest *g, struct sys_inside_call *calls, uint32_t count, uint32_t *done,
+	       uint64_t *stopped_ns);
+/* Drops what the staging area holds of the pages [page, page + count), by address. */
+struct sys_inside_call drop_of(struct tierd_guest *g, uint64_t page, uint64_t count);
+int staged_register(struct tierd_guest *g);
+int staged_read(struct tierd_guest *g, uint64_t page, uint32_t count, void *to);
+/* Bits of the pages [page, page + count) that the staging area holds; asks until it is told. -ESRCH: the VMM is gone. */
+int staged_look(struct tierd_guest *g, uint64_t page, uint64_t count, uint64_t *there);
+/* A staged page of the group was wanted / left the host. */
+void heat_up(struct tierd_guest *g, uint64_t page);
+void heat_down(struct tierd_guest *g, uint64_t page);
 
 /* of latency_buckets and window_buckets */
 static inline int bucket_of(uint64_t ns)
@@ -306,6 +350,9 @@ static inline int bucket_of(uint64_t ns)
  * SYS_PAGE_SWAPPED (a hold's marker, where the page is not present) */
 int scan_range(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint64_t *touched, uint64_t other_category,
 	       uint64_t *other);
+
+/* Bits of what is mapped at address, or swapped (markers look like that, too). */
+int scan_there(struct tierd_guest *g, uint64_t address, uint64_t pages, uint64_t *there);
 
 /* Pages that are mapped and carry the uffd bit, and mapped ones that do not. From the entries themselves: PAGEMAP_SCAN says nothing
  * of a mapping that is not registered. */
@@ -332,6 +379,9 @@ static inline void bit_clear(uint64_t *bits, uint64_t i)
 }
 
 /* fault.c: serving faults, without a thread of its own */
+/* Who owns pages and moves them on asks before, and says after, that somebody may have been left to it: fault.c. */
+uint64_t waits_now(struct tierd_guest *g);
+void wake_waiters(struct tierd_guest *g, uint64_t page, uint64_t count, uint64_t waits_before);
 struct tierd_worker;
 int tierd_worker_create(struct tierd_guest *g, struct tierd_worker **ret);
 void tierd_worker_destroy(struct tierd_worker *w);

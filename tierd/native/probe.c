@@ -122,8 +122,8 @@ static int try_pagemap_scan(struct trial *t)
 {
 	struct sys_page_region found[PAGES];
 	uint64_t walk_end, start = (uintptr_t)t->memory;
-	ssize_t n = sys_pagemap_scan(t->pagemap, start, start + PAGES * t->page_bytes, SYS_PAGE_PRESENT, found, PAGES,
-				     &walk_end);
+	ssize_t n = sys_pagemap_scan(t->pagemap, start, start + PAGES * t->page_bytes, 0, SYS_PAGE_PRESENT, found,
+				     PAGES, &walk_end);
 
 	return n < 0 ? (int)n : 0;
 }
@@ -174,6 +174,65 @@ static int try_self_zap(struct trial *t)
 	struct iovec range = {t->memory + 2 * t->page_bytes, t->page_bytes};
 
 	return syscall(SYS_process_madvise, t->pidfd, &range, 1, MADV_DONTNEED, 0) < 0 ? -errno : 0;
+}
+
+static bool anonymous_written(struct trial *t, uint8_t *page)
+{
+	struct sys_page_region found;
+	uint64_t walk_end, at = (uintptr_t)page;
+
+	return sys_pagemap_scan(t->pagemap, at, at + t->page_bytes, SYS_PAGE_PRESENT, SYS_PAGE_WRITTEN, &found, 1,
+				&walk_end) == 1;
+}
+
+/* Page 0 of the memory is the guest's; it goes to page 2, its staging area. Touched by /proc/self/mem, where what should not have to
+ * wait for anybody is an error if it does. */
+static int try_anonymous_in(struct trial *t, int uffd, int mem, uint8_t *memory)
+{
+	uint8_t byte = FETCHED;
+	uint64_t guest = (uintptr_t)memory, staging = guest + 2 * t->page_bytes;
+	int error;
+
+	memory[0] = FILLED;
+	error = sys_uffd_register(uffd, guest, t->page_bytes, UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING);
+	if (!error)
+		error = sys_uffd_register(uffd, staging, t->page_bytes, UFFDIO_REGISTER_MODE_MISSING);
+	if (!error)
+		error = sys_uffd_protect(uffd, guest, t->page_bytes);
+	if (error)
+		return error;
+	if (anonymous_written(t, memory))
+		return -EILSEQ;
+	if (pwrite(mem, &byte, 1, (off_t)guest) != 1 || !anonymous_written(t, memory))
+		return -EILSEQ;
+	byte = 0;
+	if (sys_uffd_move(uffd, staging, guest, t->page_bytes) != (int64_t)t->page_bytes)
+		return -EOPNOTSUPP;
+	return pread(mem, &byte, 1, (off_t)staging) == 1 && byte == FETCHED && !anonymous_written(t, memory) ? 0
+													     : -EILSEQ;
+}
+
+static int try_anonymous(struct trial *t)
+{
+	struct uffdio_api api = {.api = UFFD_API,
+				 .features = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_THREAD_ID |
+					     1ull << 15 /* WP_ASYNC, 6.7 */ | 1ull << 16 /* MOVE, 6.8 */};
+	int uffd = trial_uffd_open(), mem = open("/proc/self/mem", O_RDWR | O_CLOEXEC), error;
+	uint8_t *memory;
+
+	if (uffd < 0) {
+		close(mem);
+		return uffd;
+	}
+	memory = mmap(NULL, 3 * t->page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	error = memory == MAP_FAILED ? -errno : ioctl(uffd, UFFDIO_API, &api) ? -EOPNOTSUPP : 0;
+	if (!error)
+		error = try_anonymous_in(t, uffd, mem, memory);
+	if (memory != MAP_FAILED)
+		munmap(memory, 3 * t->page_bytes);
+	close(mem);
+	close(uffd);
+	return error;
 }
 
 static int trial_open(struct trial *t)
@@ -245,6 +304,7 @@ int tierd_probe(struct tierd_probe *ret)
 			ret->write_protect = try_write_protect(&t);
 		ret->pagemap_scan = try_pagemap_scan(&t);
 		ret->self_zap = try_self_zap(&t);
+		ret->anonymous = try_anonymous(&t);
 		ret->missing = try_missing(&t, page);
 		ret->poison = try_poison(&t);
 	}

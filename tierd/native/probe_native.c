@@ -93,7 +93,7 @@ static int scan(struct native_trial *t, unsigned int *touched)
 {
 	struct sys_page_region found[PAGES];
 	uint64_t end = at(t, PAGES), walk_end;
-	ssize_t n = sys_pagemap_scan(t->pagemap, at(t, 0), end, t->g->touched, found, PAGES, &walk_end);
+	ssize_t n = sys_pagemap_scan(t->pagemap, at(t, 0), end, 0, t->g->touched, found, PAGES, &walk_end);
 
 	*touched = 0;
 	for (ssize_t i = 0; i < n; i++)

@@ -43,7 +43,7 @@ static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, ui
 
 	while (at < end) {
 		uint64_t walk_end = at;
-		ssize_t n = sys_pagemap_scan(g->pagemap, at, end, any_of, found, VECTOR, &walk_end);
+		ssize_t n = sys_pagemap_scan(g->pagemap, at, end, g->engine->all_of, any_of, found, VECTOR, &walk_end);
 
 		if (n == -EINTR)
 			continue;
@@ -54,11 +54,35 @@ static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, ui
 				region_mark(touched, start, g->page_bytes, &found[i]);
 			if (found[i].categories & other_category)
 				region_mark(other, start, g->page_bytes, &found[i]);
-			if (found[i].categories & SYS_PAGE_HUGE && !g->huge)
+			if (found[i].categories & SYS_PAGE_HUGE && !g->huge && !g->anon)
 				mark_large(g, &found[i]);
 		}
 		if (walk_end <= at)
 			return n ? -EIO : -ESRCH; /* the walk does not go on: the VMM's memory is gone */
+		at = walk_end;
+	}
+	return 0;
+}
+
+int scan_there(struct tierd_guest *g, uint64_t address, uint64_t pages, uint64_t *there)
+{
+	struct sys_page_region found[VECTOR];
+	uint64_t at = address, end = address + pages * g->page_bytes;
+
+	memset(there, 0, bitmap_bytes(pages));
+	while (at < end) {
+		uint64_t walk_end = at;
+		ssize_t n = sys_pagemap_scan(g->pagemap, at, end, 0, SYS_PAGE_PRESENT | SYS_PAGE_SWAPPED, found, VECTOR,
+					     &walk_end);
+
+		if (n == -EINTR)
+			continue;
+		if (n < 0)
+			return (int)n;
+		for (ssize_t i = 0; i < n; i++)
+			region_mark(there, address, g->page_bytes, &found[i]);
+		if (walk_end <= at)
+			return n ? -EIO : -ESRCH;
 		at = walk_end;
 	}
 	return 0;

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/magic.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -25,6 +26,16 @@ struct uffdio_poison {
 #define UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct uffdio_poison)
 #endif
 
+#ifndef UFFDIO_MOVE
+struct uffdio_move {
+	__u64 dst, src, len, mode;
+	__s64 move;
+};
+#define UFFDIO_MOVE _IOWR(UFFDIO, 0x05, struct uffdio_move)
+#endif
+enum { MOVE_ALLOW_SRC_HOLES = 1 << 1 };
+_Static_assert(sizeof(struct uffdio_move) == 40, "UFFDIO_MOVE");
+
 struct pagemap_scan { /* struct pm_scan_arg, Documentation/admin-guide/mm/pagemap.rst */
 	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
 	uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
@@ -45,7 +56,9 @@ _Static_assert(sizeof(struct uffd_msg) == 32, "read(2) gives whole messages");
 #define UFFD_USER_MODE_ONLY 1
 #endif
 
-enum { INJECT_TIMEOUT_MS = 1000, AGAIN_MAX = 1000 };
+enum { INJECT_TIMEOUT_MS = 1000, AGAIN_MAX = 1000, SETTLE_TIMEOUT_MS = 1000 };
+enum { BATCH_BUDGET_NS = 2000000 }; /* for which a thread of the VMM may be ours at once */
+_Static_assert((int)SYS_INSIDE_MAX == (int)TIERD_CALLS_MAX, "of a batch");
 
 uint64_t sys_now_ns(void)
 {
@@ -214,6 +227,14 @@ int sys_uffd_poison(int uffd, uint64_t address, uint64_t bytes)
 	return uffd_ioctl(uffd, UFFDIO_POISON, &p);
 }
 
+int64_t sys_uffd_move(int uffd, uint64_t to, uint64_t from, uint64_t bytes)
+{
+	struct uffdio_move m = {.dst = to, .src = from, .len = bytes, .mode = MOVE_ALLOW_SRC_HOLES};
+	int error = uffd_ioctl(uffd, UFFDIO_MOVE, &m);
+
+	return error && m.move <= 0 ? error : m.move;
+}
+
 ssize_t sys_uffd_read(int uffd, struct uffd_msg *messages, size_t count)
 {
 	ssize_t n = read(uffd, messages, count * sizeof(*messages));
@@ -221,14 +242,15 @@ ssize_t sys_uffd_read(int uffd, struct uffd_msg *messages, size_t count)
 	return n < 0 ? -errno : n / (ssize_t)sizeof(*messages);
 }
 
-ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t any_of, struct sys_page_region *regions,
-			 size_t count, uint64_t *walk_end)
+ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t all_of, uint64_t any_of,
+			 struct sys_page_region *regions, size_t count, uint64_t *walk_end)
 {
 	struct pagemap_scan scan = {.size = sizeof(scan),
 				    .start = start,
 				    .end = end,
 				    .vec = (uintptr_t)regions,
 				    .vec_len = count,
+				    .category_mask = all_of,
 				    .category_anyof_mask = any_of,
 				    .return_mask = any_of | SYS_PAGE_HUGE};
 	int n = ioctl(pagemap, IOCTL_PAGEMAP_SCAN, &scan);
@@ -259,6 +281,61 @@ int sys_zap_inside(int tid, uint64_t address, uint64_t bytes, uint64_t *stopped_
 
 	*stopped_ns = call.stopped_ns;
 	return error ? error : (int)call.result;
+}
+
+ssize_t sys_vmm_read(int mem, void *to, size_t bytes, uint64_t address)
+{
+	ssize_t n = pread(mem, to, bytes, (off_t)address);
+
+	return n < 0 ? -errno : n;
+}
+
+int sys_inside_create(int32_t tid, uint64_t *area)
+{
+	return tierd_calls_create(tid, area);
+}
+
+static struct tierd_inside_call inside_call(const struct sys_inside *in, const struct sys_inside_call *c)
+{
+	struct uffdio_move move = {.dst = c->to, .src = c->from, .len = c->bytes, .mode = MOVE_ALLOW_SRC_HOLES};
+	struct tierd_inside_call call = {.number = SYS_madvise, .argument = {c->from, c->bytes, MADV_DONTNEED}};
+
+	if (c->what == SYS_INSIDE_MOVE) {
+		call = (struct tierd_inside_call){.number = SYS_ioctl,
+						  .argument = {(uint64_t)in->uffd_in_vmm, UFFDIO_MOVE, 0},
+						  .in_data = 1 << 2};
+		memcpy(call.data, &move, sizeof(move));
+	}
+	return call;
+}
+
+static int64_t inside_result(const struct sys_inside_call *c, const struct tierd_inside_call *call)
+{
+	struct uffdio_move move;
+
+	if (c->what != SYS_INSIDE_MOVE)
+		return call->result;
+	memcpy(&move, call->data, sizeof(move));
+	return move.move > 0 && (uint64_t)move.move <= c->bytes ? move.move : call->result ? call->result : -EIO;
+}
+
+int sys_inside_run(const struct sys_inside *in, struct sys_inside_call *calls, uint32_t count, uint32_t *done,
+		   uint64_t *stopped_ns)
+{
+	struct tierd_inside_call batch[TIERD_CALLS_MAX];
+	int error;
+
+	for (uint32_t i = 0; i < count; i++)
+		batch[i] = inside_call(in, &calls[i]);
+	error = tierd_calls_run(in->tid, in->area, batch, count, BATCH_BUDGET_NS, INJECT_TIMEOUT_MS, done, stopped_ns);
+	for (uint32_t i = 0; i < *done; i++)
+		calls[i].result = inside_result(&calls[i], &batch[i]);
+	return error;
+}
+
+int sys_inside_settle(const struct sys_inside *in)
+{
+	return tierd_calls_settle(in->pid, in->area, SETTLE_TIMEOUT_MS);
 }
 
 ssize_t sys_mem_read(int memfd, void *to, size_t bytes, uint64_t offset)

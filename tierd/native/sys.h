@@ -50,20 +50,46 @@ int sys_rwp_set_async(int uffd, bool async);                       /* on: wakes 
 /* generation rfc (2026-04) */
 int sys_rfc_deactivate(int uffd, uint64_t address, uint64_t bytes);
 int sys_rfc_set_async(int uffd, bool async); /* on: wakes everybody */
+/* anonymous memory of our own, for trials; a guest's is moved by its VMM: sys_inside_run */
+int64_t sys_uffd_move(int uffd, uint64_t to, uint64_t from, uint64_t bytes);
 /* number of messages read (never 0), -EAGAIN when there is none */
 ssize_t sys_uffd_read(int uffd, struct uffd_msg *messages, size_t count);
 
 /* page tables of the VMM */
-/* Regions that match: any of `any_of` set; of their categories those of `any_of`, and SYS_PAGE_HUGE. Returns how many were filled, *walk_end says where the walk ended. -ENOTTY or
- * -EINVAL where the kernel has no PAGEMAP_SCAN. */
-ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t any_of, struct sys_page_region *regions,
-			 size_t count, uint64_t *walk_end);
+/* Regions that match: all of `all_of` set, and any of `any_of`; of their categories those of `any_of`, and SYS_PAGE_HUGE. Returns
+ * how many were filled, *walk_end says where the walk ended. -ENOTTY or -EINVAL where the kernel has no PAGEMAP_SCAN. */
+ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t all_of, uint64_t any_of,
+			 struct sys_page_region *regions, size_t count, uint64_t *walk_end);
 /* 64-bit entries of /proc/PID/pagemap; returns bytes read */
 ssize_t sys_pagemap_read(int pagemap, uint64_t *entries, size_t count, uint64_t address);
 /* process_madvise(MADV_PAGEOUT); returns bytes advised */
 ssize_t sys_pageout(int pidfd, const struct iovec *ranges, size_t count);
 /* madvise(MADV_DONTNEED) executed by thread tid of the VMM: unmaps, the file keeps the bytes */
 int sys_zap_inside(int tid, uint64_t address, uint64_t bytes, uint64_t *stopped_ns);
+
+/* private anonymous memory of the VMM: /proc/PID/mem, which answers EIO where a page is missing and never waits for it */
+ssize_t sys_vmm_read(int mem, void *to, size_t bytes, uint64_t address);
+
+/* Batches of calls made by thread tid of the VMM, in one stop: inject.c. A batch goes on when we die. */
+struct sys_inside {
+	int32_t pid, tid;
+	int32_t uffd_in_vmm;
+	uint64_t area; /* from sys_inside_create */
+};
+struct sys_inside_call {
+	enum { SYS_INSIDE_MOVE, SYS_INSIDE_DROP } what; /* UFFDIO_MOVE, with holes allowed; MADV_DONTNEED */
+	uint64_t to;                                    /* of a move */
+	uint64_t from, bytes;
+	int64_t result; /* bytes moved, 0, or -errno */
+};
+enum { SYS_INSIDE_MAX = 64 };
+int sys_inside_create(int32_t tid, uint64_t *area);
+/* The first *done of the calls were made: in a stop that took too long, not all of them. -EINPROGRESS: the thread does not come to
+ * the end of a call. On other errors none was made. */
+int sys_inside_run(const struct sys_inside *in, struct sys_inside_call *calls, uint32_t count, uint32_t *done,
+		   uint64_t *stopped_ns);
+/* Nothing of a batch will be made any more once this is 0; -ETIMEDOUT: it is under way still. By anybody: a successor, too. */
+int sys_inside_settle(const struct sys_inside *in);
 
 /* the memory file */
 ssize_t sys_mem_read(int memfd, void *to, size_t bytes, uint64_t offset);

@@ -24,15 +24,16 @@ static const char MAGIC[8] = "tierd\0\0";
 #define TO(state) (1u << (state))
 
 /* The one place that knows which moves exist. A move to the same state changes tier, copy bit or epoch only. */
-static const uint8_t LEGAL[PAGE_STATES] = {
-	[RESIDENT] = TO(RESIDENT) | TO(RESOLVING) | TO(LEAVING),
+static const uint16_t LEGAL[PAGE_STATES] = {
+	[RESIDENT] = TO(RESIDENT) | TO(RESOLVING) | TO(LEAVING) | TO(STAGING),
 	[RESOLVING] = TO(RESIDENT),
 	[LEAVING] = TO(LEAVING) | TO(DROPPING) | TO(RESIDENT) | TO(RESOLVING),
 	[DROPPING] = TO(STORED) | TO(RESIDENT),
 	[STORED] = TO(ARRIVING) | TO(MOVING),
-	[MOVING] = TO(STORED) | TO(ARRIVING),
+	[MOVING] = TO(STORED) | TO(ARRIVING) | TO(DROPPING),
 	[ARRIVING] = TO(RESIDENT) | TO(STORED) | TO(LOST),
 	[LOST] = TO(ARRIVING),
+	[STAGING] = TO(STORED) | TO(RESIDENT),
 };
 
 bool page_move(struct tierd_guest *g, uint64_t page, page_word from, page_word to)
@@ -111,7 +112,8 @@ int tierd_table_create(int fd, const struct tierd_identity *identity, const stru
 	if (!count || count > TIERD_REGIONS_MAX || !identity->epoch_ns || !page_size_sane(page_bytes))
 		return -EINVAL;
 	for (uint32_t i = 0; i < count; i++) {
-		if (!regions[i].bytes || (regions[i].bytes | regions[i].address | regions[i].offset) % page_bytes)
+		if (!regions[i].bytes ||
+		    (regions[i].bytes | regions[i].address | regions[i].offset | regions[i].staging) % page_bytes)
 			return -EINVAL;
 		pages += regions[i].bytes / page_bytes;
 	}
@@ -163,8 +165,9 @@ static bool regions_sane(const struct table_header *h)
 	for (uint32_t i = 0; i < h->region_count; i++) {
 		const struct tierd_region *r = &h->regions[i];
 
-		if (!r->bytes || (r->bytes | r->address | r->offset) % page_bytes || r->bytes > REGION_BYTES_MAX ||
-		    r->address > UINT64_MAX - r->bytes || r->offset > INT64_MAX - r->bytes)
+		if (!r->bytes || (r->bytes | r->address | r->offset | r->staging) % page_bytes ||
+		    r->bytes > REGION_BYTES_MAX || r->address > UINT64_MAX - r->bytes ||
+		    r->staging > UINT64_MAX - r->bytes || r->offset > INT64_MAX - r->bytes)
 			return false;
 		pages += r->bytes / page_bytes;
 	}
@@ -260,7 +263,7 @@ int table_map(struct tierd_guest *g)
 		struct region *r = &g->regions[i];
 
 		if (i >= h.region_count || h.regions[i].address != r->address || h.regions[i].bytes != r->bytes ||
-		    h.regions[i].offset != r->offset)
+		    h.regions[i].offset != r->offset || h.regions[i].staging != r->staging)
 			return -ESTALE;
 		pages += r->pages;
 	}

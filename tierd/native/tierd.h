@@ -8,11 +8,13 @@
  */
 
 enum {
-	TIERD_TABLE_VERSION = 2,
+	TIERD_TABLE_VERSION = 3,
 	TIERD_REGIONS_MAX = 32,
 	TIERD_RANGES_MAX = 1024,
 	TIERD_TIERS =
-		16, /* tier 0 is "all zeros", needs no store; 15 marks a RESIDENT page that was never seen touched */
+		16, /* tier 0 is "all zeros", needs no store; 14 is the staging area; 15 marks a RESIDENT page that was never seen touched */
+	TIERD_TIER_STAGING = 14,
+	TIERD_STATES = 9,
 	TIERD_LATENCY_BUCKETS = 40, /* bucket i counts service times below 2^i ns (and not below 2^(i-1)) */
 	TIERD_NAME_BYTES = 256,
 	TIERD_BOOT_ID_BYTES = 40,
@@ -57,6 +59,7 @@ struct tierd_serving {
 	uint32_t engine;    /* TIERD_ENGINE_*: with what it is registered. It cannot be changed while pages are away */
 	uint32_t handshake; /* 1: the VMM brought its descriptors and brings them to every successor */
 	uint32_t reserved;
+	uint64_t calls; /* where in the VMM batches of calls are run from: tierd_calls_create; 0: nowhere yet */
 };
 
 struct tierd_region {
@@ -65,7 +68,8 @@ struct tierd_region {
 	uint64_t offset;  /* of `address` in the file */
 	uint64_t device;  /* st_dev and st_ino of the file: its identity across a restart */
 	uint64_t inode;
-	int32_t memfd; /* our descriptor; -1: nobody has the file any more (and in what tierd_table_read gives back) */
+	uint64_t staging; /* of private anonymous memory: where in the VMM its staging area is, as large; else 0 */
+	int32_t memfd;    /* our descriptor; -1: there is no file (and in what tierd_table_read gives back) */
 	int32_t reserved;
 };
 
@@ -85,8 +89,9 @@ struct tierd_guest_args {
 	int32_t uffd;
 	int32_t pidfd;
 	int32_t pagemap_fd;
+	int32_t mem_fd;      /* /proc/PID/mem; needed for private anonymous memory only */
 	int32_t zap;         /* TIERD_ZAP_* */
-	int32_t inject_tid;  /* thread of the VMM that runs TIERD_ZAP_INJECT */
+	int32_t inject_tid;  /* thread of the VMM that runs TIERD_ZAP_INJECT, and batches of calls */
 	uint32_t engine;     /* TIERD_ENGINE_*; an adoption takes what the state file says */
 	uint32_t page_bytes; /* 0: the system's; more: the memory is of hugetlbfs with pages of this size */
 	int32_t use_pagemap; /* 1: read /proc/PID/pagemap even where PAGEMAP_SCAN exists (kernels before 6.7 have only that) */
@@ -103,10 +108,11 @@ struct tierd_guest_args {
 /* Counters since tierd_guest_create. One snapshot; each number is exact, the set is not taken at one instant. */
 struct tierd_counters {
 	uint64_t pages;             /* size of the guest */
-	uint64_t state_pages[8];    /* by enum page_state, from the table */
+	uint64_t state_pages[9];    /* by enum page_state, from the table */
 	uint64_t tier_pages[16];    /* STORED by tier */
 	uint64_t untouched_pages;   /* RESIDENT and never seen touched */
 	uint64_t stale_pages;       /* RESIDENT, store space not yet given back */
+	uint64_t spent_pages;       /* RESIDENT, their room in the staging area not yet given back */
 	uint64_t quarantined_pages; /* not evicted again: a predecessor's I/O may still land in their space */
 	uint64_t faults_fetch;      /* STORED: brought back from a tier */
 	uint64_t faults_zero;       /* hole, or tier 0 */
@@ -122,6 +128,9 @@ struct tierd_counters {
 	uint64_t pages_cancelled;    /* LEAVING and back: touched meanwhile, or an error */
 	uint64_t pages_lost;
 	uint64_t pages_repaired; /* a punch did not punch: the bytes were written back */
+	uint64_t pages_staged;
+	uint64_t pages_unmovable; /* shared by fork or KSM, pinned, or gone: they stay with the guest */
+	uint64_t faults_staged;   /* of a page in the staging area: it was read after all */
 	uint64_t store_read_errors;
 	uint64_t store_write_errors;
 	uint64_t checksum_errors;
@@ -130,6 +139,7 @@ struct tierd_counters {
 	uint64_t missing_chunks; /* chunks registered MISSING */
 	uint64_t inject_stops;   /* ptrace stops of the VMM */
 	uint64_t inject_stopped_ns;
+	uint64_t stop_buckets[40]; /* like latency_buckets: a stop of a thread of the VMM for a batch of calls */
 	uint64_t fault_threads;
 	uint64_t parked_pages;
 	uint64_t large_folios_split; /* seen mapped by one large entry, and only a part of their pages left */
@@ -185,6 +195,16 @@ struct tierd_batch_result {
 	uint64_t next_page;  /* select: where to look next; == pages of the guest at the end */
 	uint64_t left_pages; /* window: still to leave, in another one */
 	uint64_t select_ns, hold_ns, copy_ns, write_ns, drop_ns, release_ns;
+};
+
+/* What one batch of moves into the staging area did. */
+struct tierd_staged {
+	uint64_t selected_pages;
+	uint64_t staged_pages;
+	uint64_t unmovable_pages;
+	uint64_t next_page;  /* where to look next; == pages of the guest at the end */
+	uint64_t stopped_ns; /* a thread of the VMM, 0: none was */
+	uint64_t ns;
 };
 
 struct tierd_adoption {
@@ -257,7 +277,7 @@ void tierd_guest_set_handshake(struct tierd_guest *g);
  * there are no more. Reads the table only. */
 int tierd_guest_lost(struct tierd_guest *g, uint64_t *next_page, uint64_t *addresses, uint32_t max, uint32_t *count);
 void tierd_guest_set_store_faults(struct tierd_guest *g, const struct tierd_store_faults *faults);
-/* Pages that are RESIDENT and touched, by idle time: ret[i] counts pages idle at least edges_s[i] seconds and less than
+/* Pages that are RESIDENT and touched (of anonymous memory: in the staging area), by idle time: ret[i] counts pages idle at least edges_s[i] seconds and less than
  * edges_s[i + 1] (the last one is open). edges_s ascends. Reads the table only. */
 int tierd_guest_idle(struct tierd_guest *g, const double *edges_s, uint32_t count, uint64_t *ret);
 
@@ -276,6 +296,16 @@ int tierd_guest_retry(struct tierd_guest *g, uint64_t *recovered, uint64_t *stil
 /* Gives back store space of pages that were fetched since. */
 int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint64_t *discarded);
 
+/* --- private anonymous memory: pages go through a staging area in the VMM (stage.c) ---------------------------------- */
+
+/* RESIDENT -> STORED in the staging area, for touched pages idle at least min_idle_s, from first_page on, at most max_pages
+ * and as many as one stop of a thread of the VMM may take. Where such pages were fetched again soon, it takes longer until they
+ * are tried again. -EINVAL: the guest's memory is not anonymous. */
+int tierd_guest_stage(struct tierd_guest *g, uint64_t first_page, double min_idle_s, uint64_t max_pages,
+		      struct tierd_staged *ret);
+/* Gives back room in the staging area whose pages were fetched: at most one stop of the VMM. *next_page as above. */
+int tierd_guest_unstage(struct tierd_guest *g, uint64_t first_page, struct tierd_staged *ret);
+
 /* --- eviction: select, hold, copy, write, drop, release, in this order; cancel is legal at any point. With an engine that
  * has a sync mode: select, copy, write, window until no page is left ------------------------------------------------- */
 
@@ -283,7 +313,8 @@ int tierd_batch_create(struct tierd_guest *g, uint32_t max_pages, struct tierd_b
 /* Cancels what is still LEAVING, releases what is still held. NULL is fine. */
 void tierd_batch_destroy(struct tierd_batch *b);
 /* RESIDENT -> LEAVING, for touched pages idle at least min_idle_s, from first_page on. Also registers MISSING for their
- * chunks. */
+ * chunks. Of anonymous memory: STORED in the staging area -> MOVING, for pages that are there at least as long; they need
+ * no hold, and so no release. */
 int tierd_batch_select(struct tierd_batch *b, uint64_t first_page, double min_idle_s, uint64_t max_pages,
 		       struct tierd_batch_result *ret);
 /* Write-protects the batch, scans again, gives back what was touched meanwhile. */
@@ -395,12 +426,12 @@ struct tierd_probe {
 	int32_t pageout;       /* process_madvise(MADV_PAGEOUT) zaps a shmem page and keeps its bytes */
 	int32_t pagemap_scan;
 	int32_t poison;
-	int32_t self_zap; /* process_madvise(self, MADV_DONTNEED): several ranges in one injected call */
-	int32_t rwp;      /* -EILSEQ: it does something else than it should */
+	int32_t self_zap;  /* process_madvise(self, MADV_DONTNEED): several ranges in one injected call */
+	int32_t anonymous; /* writes to anonymous memory are seen, and UFFDIO_MOVE takes a page out of it */
+	int32_t rwp;       /* -EILSEQ: it does something else than it should */
 	int32_t rfc;
 	uint32_t rwp_step; /* TIERD_TRIAL_*: where the trial ended, if it failed */
 	uint32_t rfc_step;
-	int32_t reserved;
 };
 
 /* Tries everything on a few pages of a memfd of our own. Blocks for some milliseconds. Leaves nothing behind. */

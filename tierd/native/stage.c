@@ -1,0 +1,375 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * stage.c: private anonymous memory on its way out, by way of a staging area.
+ *
+ * Nobody outside of a process can hold or drop its anonymous pages. But UFFDIO_MOVE, called by the VMM itself, takes a page out of
+ * the guest's range and puts it into another range of the VMM, atomically and without a copy. From then on an access of the guest
+ * is a MISSING fault, and nobody writes the page: it can be read from outside (/proc/PID/mem), written to a store and dropped, at
+ * leisure. So the staging area is a tier like another (TIER_STAGING): pages are STORED there, addressed by their number, and
+ * fetched from there on a fault. Their room is the copy bit of the word, given back by tierd_guest_unstage.
+ *
+ * The calls are made in batches by one thread of the VMM (inject.c), and a batch goes on when we die. Hence whoever comes next
+ * waits for its end before it looks at a page.
+ *
+ *   RESIDENT   -> STAGING    claimed: faults wait
+ *   STAGING    -> STORED     it is seen in the staging area
+ *              -> RESIDENT   it is not: shared, pinned, a hole
+ *   STORED     -> MOVING     evict.c: being written to the next tier; a fault may take it back
+ *   MOVING     -> DROPPING   written, durably: its room in the staging area is being dropped
+ *   DROPPING   -> STORED     of the next tier, once it is seen to be gone; or of the staging area again
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+
+enum { PAGES_MAX = 4096, HEAT_MAX = 8, SETTLE_PAUSE_US = 100, IN_VAIN_MAX = 100 };
+#ifdef TIERD_MODEL
+enum { CALLS_MAX = 4 };
+#else
+enum { CALLS_MAX = SYS_INSIDE_MAX };
+#endif
+
+struct sys_inside inside_of(struct tierd_guest *g)
+{
+	struct tierd_serving *s = &g->header->serving;
+
+	return (struct sys_inside){
+		.pid = g->header->identity.pid,
+		.tid = g->inject_tid,
+		.uffd_in_vmm = s->uffd_moved ? s->uffd_moved - 1 : g->header->identity.uffd_in_vmm,
+		.area = s->calls,
+	};
+}
+
+struct sys_inside_call drop_of(struct tierd_guest *g, uint64_t page, uint64_t count)
+{
+	return (struct sys_inside_call){
+		.what = SYS_INSIDE_DROP,
+		.from = staging_of(region_of_page(g, page), page),
+		.bytes = count * g->page_bytes,
+	};
+}
+
+static struct sys_inside_call move_of(struct tierd_guest *g, uint64_t page, uint64_t count)
+{
+	return (struct sys_inside_call){
+		.what = SYS_INSIDE_MOVE,
+		.from = address_of(g, page),
+		.to = staging_of(region_of_page(g, page), page),
+		.bytes = count * g->page_bytes,
+	};
+}
+
+/* One stop of the VMM. Whatever is returned, nothing of it is under way any more, or the VMM is gone. */
+static int run_once(struct tierd_guest *g, struct sys_inside_call *calls, uint32_t count, uint32_t *done,
+		    uint64_t *stopped_ns)
+{
+	struct sys_inside in = inside_of(g);
+	uint64_t ns = 0;
+	int32_t gone = 0;
+	int error = tierd_guest_gone(g, &gone);
+
+	*done = 0;
+	if (error || gone) /* never in a program that the VMM has executed meanwhile */
+		return error ? error : -ESRCH;
+	error = sys_inside_run(&in, calls, count, done, &ns);
+	count_add(&g->count.inject_stops, 1);
+	count_add(&g->count.inject_stopped_ns, ns);
+	count_add(&g->count.stop_buckets[bucket_of(ns)], 1);
+	*stopped_ns += ns;
+	if (error != -EINPROGRESS)
+		return error;
+	do {
+		sys_pause_us(SETTLE_PAUSE_US);
+		error = sys_inside_settle(&in);
+	} while (error == -ETIMEDOUT || error == -EINTR);
+	return error;
+}
+
+int inside_run(struct tierd_guest *g, struct sys_inside_call *calls, uint32_t count, uint32_t *done,
+	       uint64_t *stopped_ns)
+{
+	uint32_t in_vain = 0;
+	int error = 0;
+
+	for (*done = 0; !error && *done < count;) {
+		uint32_t n = count - *done < CALLS_MAX ? count - *done : CALLS_MAX, made;
+
+		error = run_once(g, calls + *done, n, &made, stopped_ns);
+		*done += made;
+		in_vain = made ? 0 : in_vain + 1; /* it got no CPU in that time */
+		if (!error && in_vain == IN_VAIN_MAX)
+			error = -ETIMEDOUT;
+	}
+	return error;
+}
+
+int staged_register(struct tierd_guest *g)
+{
+	for (uint32_t i = 0; i < g->region_count; i++) {
+		struct region *r = &g->regions[i];
+		/* so that nobody ever makes a page of zeros there */
+		int error = sys_uffd_register(g->uffd, r->staging, r->bytes, UFFDIO_REGISTER_MODE_MISSING);
+
+		if (error)
+			return error;
+	}
+	return 0;
+}
+
+int staged_read(struct tierd_guest *g, uint64_t page, uint32_t count, void *to)
+{
+	uint64_t address = staging_of(region_of_page(g, page), page);
+	size_t bytes = (size_t)count * g->page_bytes, done = 0;
+
+	while (done < bytes) {
+		ssize_t n = sys_vmm_read(g->mem, (char *)to + done, bytes - done, address + done);
+
+		if (n == -EINTR)
+			continue;
+		if (n <= 0)
+			return n ? (int)n : -ESRCH;
+		done += (size_t)n;
+	}
+	return 0;
+}
+
+/* A page that is owned must be decided: only the VMM's end is an excuse. */
+int staged_look(struct tierd_guest *g, uint64_t page, uint64_t count, uint64_t *there)
+{
+	int error;
+
+	while ((error = scan_there(g, staging_of(region_of_page(g, page), page), count, there)) && error != -ESRCH) {
+		count_error(g, &g->count.kernel_errors, error);
+		sys_pause_us(SETTLE_PAUSE_US);
+	}
+	return error;
+}
+
+/* --- how soon to try again ---------------------------------------------------------------------------------------------- */
+
+void heat_up(struct tierd_guest *g, uint64_t page)
+{
+	_Atomic uint8_t *heat = &g->heat[page / GROUP_PAGES];
+	uint8_t now = atomic_load_explicit(heat, memory_order_relaxed);
+
+	if (now < HEAT_MAX)
+		atomic_store_explicit(heat, now + 1, memory_order_relaxed);
+}
+
+void heat_down(struct tierd_guest *g, uint64_t page)
+{
+	_Atomic uint8_t *heat = &g->heat[page / GROUP_PAGES];
+	uint8_t now = atomic_load_explicit(heat, memory_order_relaxed);
+
+	if (now)
+		atomic_store_explicit(heat, now - 1, memory_order_relaxed);
+}
+
+static uint32_t age_needed(struct tierd_guest *g, uint64_t page, uint32_t min_age)
+{
+	uint64_t age = (uint64_t)min_age << atomic_load_explicit(&g->heat[page / GROUP_PAGES], memory_order_relaxed);
+
+	return age < 0xf000 ? (uint32_t)age : 0xf000;
+}
+
+/* --- into the staging area ---------------------------------------------------------------------------------------------- */
+
+struct batch {
+	struct sys_inside_call calls[CALLS_MAX];
+	uint64_t first[CALLS_MAX], pages[CALLS_MAX]; /* of each */
+	uint32_t count, done;
+	uint64_t total;
+};
+
+/* RESIDENT -> STAGING. A page with room in a tier's file waits for the discard of it: a word has one tier only. */
+static bool claim(struct tierd_guest *g, uint64_t page, uint32_t min_age)
+{
+	page_word w = page_load(g, page);
+	int error;
+
+	if (word_state(w) != RESIDENT || word_untouched(w) || word_copy(w) || quarantined(g, page) ||
+	    page_age(g, page, epoch_now(g), w) < age_needed(g, page, min_age))
+		return false;
+	error = missing_register(g, page); /* before the page can leave */
+	if (error) {
+		count_error(g, &g->count.kernel_errors, error);
+		return false;
+	}
+	return page_move(g, page, w, word_with_tier(word_with_state(w, STAGING), TIER_STAGING));
+}
+
+static bool spent(struct tierd_guest *g, uint64_t page, uint32_t unused)
+{
+	(void)unused;
+	return word_spent(page_load(g, page)) && !quarantined(g, page); /* the mark says so to a successor */
+}
+
+/* Collects runs of pages that `take` takes, from *page on. */
+static void collect(struct tierd_guest *g, struct batch *b, uint64_t *page, uint64_t max_pages, uint32_t argument,
+		    bool (*take)(struct tierd_guest *, uint64_t, uint32_t),
+		    struct sys_inside_call (*call)(struct tierd_guest *, uint64_t, uint64_t))
+{
+	for (; *page < g->pages && b->count < CALLS_MAX && b->total < max_pages; b->count++) {
+		struct region *r;
+		uint64_t n = 0;
+
+		while (*page < g->pages && !take(g, *page, argument))
+			(*page)++;
+		if (*page == g->pages)
+			return;
+		r = region_of_page(g, *page);
+		do
+			n++;
+		while (*page + n < r->first_page + r->pages && b->total + n < max_pages &&
+		       take(g, *page + n, argument));
+		b->first[b->count] = *page;
+		b->pages[b->count] = n;
+		b->calls[b->count] = call(g, *page, n);
+		b->total += n;
+		*page += n;
+	}
+}
+
+/* What became of a claimed page, by its place in the run. UNKNOWN: the call was not made, or nobody knows. */
+enum fate { UNKNOWN, MOVED, REFUSED, NOT_REACHED };
+
+static enum fate fate_of(const struct batch *b, uint32_t i, uint64_t at, uint64_t page_bytes)
+{
+	uint64_t moved = b->calls[i].result > 0 ? (uint64_t)b->calls[i].result / page_bytes : 0;
+
+	return i >= b->done ? UNKNOWN : at < moved ? MOVED : at == moved ? REFUSED : NOT_REACHED;
+}
+
+/* The kernel says where the page is: its room in the staging area was empty when it was claimed. */
+static void settle_staged(struct tierd_guest *g, uint64_t page, bool there, enum fate fate, struct tierd_staged *ret)
+{
+	page_word w = page_load(g, page), to;
+
+	if (there && (fate == MOVED || fate == UNKNOWN)) {
+		to = word_with_epoch(word_with_copy(word_with_state(w, STORED), true), epoch_next(g));
+		ret->staged_pages++;
+	} else if (there) { /* not by us, so what is there is of no worth */
+		to = word_with_copy(word_with_state(w, RESIDENT), true);
+		count_error(g, &g->count.kernel_errors, -EEXIST);
+	} else {
+		to = word_with_tier(word_with_state(w, RESIDENT),
+				    fate == MOVED ? TIER_UNTOUCHED /* a hole */ : TIER_ZERO);
+	}
+	if (fate == REFUSED) { /* not at once again */
+		to = word_with_epoch(to, epoch_next(g));
+		ret->unmovable_pages++;
+	}
+	if (!page_move(g, page, w, to))
+		abort();
+}
+
+static int settle_run(struct tierd_guest *g, const struct batch *b, uint32_t i, struct tierd_staged *ret)
+{
+	uint64_t n;
+
+	for (uint64_t at = 0; at < b->pages[i]; at += n) {
+		uint64_t page = b->first[i] + at;
+		int error;
+
+		n = b->pages[i] - at < g->chunk_pages ? b->pages[i] - at : g->chunk_pages;
+		error = staged_look(g, page, n, g->touched);
+		if (error)
+			return error;
+		for (uint64_t k = 0; k < n; k++)
+			settle_staged(g, page + k, bit_get(g->touched, k), fate_of(b, i, at + k, g->page_bytes), ret);
+	}
+	return 0;
+}
+
+int tierd_guest_stage(struct tierd_guest *g, uint64_t first_page, double min_idle_s, uint64_t max_pages,
+		      struct tierd_staged *ret)
+{
+	uint64_t began_ns = sys_now_ns(), waits = waits_now(g);
+	double min_age = min_idle_s * 1e9 / (double)g->epoch_ns;
+	struct batch b = {0};
+	uint32_t age;
+	int error = guest_enter(g), failed;
+
+	memset(ret, 0, sizeof(*ret));
+	if (error)
+		return error;
+	age = min_age < 0xf000 ? (uint32_t)min_age : 0xf000;
+	age += age < min_age;
+	ret->next_page = first_page;
+	if (g->anon)
+		collect(g, &b, &ret->next_page, max_pages < PAGES_MAX ? max_pages : PAGES_MAX, age, claim, move_of);
+	else
+		error = -EINVAL;
+	ret->selected_pages = b.total;
+	if (b.count) {
+		error = run_once(g, b.calls, b.count, &b.done, &ret->stopped_ns);
+		if (b.done < b.count)
+			ret->next_page = b.first[b.done];
+	}
+	for (uint32_t i = 0; i < b.count; i++) {
+		failed = settle_run(g, &b, i, ret);
+		if (!error)
+			error = failed;
+		wake_waiters(g, b.first[i], b.pages[i], waits);
+	}
+	count_add(&g->count.pages_staged, ret->staged_pages);
+	count_add(&g->count.pages_unmovable, ret->unmovable_pages);
+	if (error)
+		count_error(g, &g->count.kernel_errors, error);
+	ret->ns = sys_now_ns() - began_ns;
+	guest_leave(g);
+	return error;
+}
+
+/* --- and room in it back ------------------------------------------------------------------------------------------------ */
+
+static int clear_run(struct tierd_guest *g, uint64_t first, uint64_t count)
+{
+	uint64_t n;
+
+	for (uint64_t done = 0; done < count; done += n) {
+		uint64_t page = first + done;
+		int error;
+
+		n = count - done < g->chunk_pages ? count - done : g->chunk_pages;
+		error = staged_look(g, page, n, g->touched);
+		if (error)
+			return error;
+		for (uint64_t k = 0; k < n; k++) {
+			page_word w = page_load(g, page + k);
+
+			/* one that a fault resolves just now keeps its mark, and is dropped again, later */
+			if (word_spent(w) && !bit_get(g->touched, k))
+				page_move(g, page + k, w, word_with_tier(word_with_copy(w, false), TIER_ZERO));
+		}
+	}
+	return 0;
+}
+
+int tierd_guest_unstage(struct tierd_guest *g, uint64_t first_page, struct tierd_staged *ret)
+{
+	uint64_t began_ns = sys_now_ns();
+	struct batch b = {0};
+	int error = guest_enter(g);
+
+	memset(ret, 0, sizeof(*ret));
+	if (error)
+		return error;
+	ret->next_page = first_page;
+	if (g->anon)
+		collect(g, &b, &ret->next_page, PAGES_MAX, 0, spent, drop_of);
+	ret->selected_pages = b.total;
+	if (b.count)
+		error = run_once(g, b.calls, b.count, &b.done, &ret->stopped_ns);
+	if (b.done < b.count)
+		ret->next_page = b.first[b.done];
+	for (uint32_t i = 0; i < b.done && !error; i++)
+		error = clear_run(g, b.first[i], b.pages[i]);
+	if (error)
+		count_error(g, &g->count.kernel_errors, error);
+	ret->ns = sys_now_ns() - began_ns;
+	guest_leave(g);
+	return error;
+}
