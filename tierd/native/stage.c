@@ -206,6 +206,12 @@ static bool spent(struct tierd_guest *g, uint64_t page, uint32_t unused)
 	return word_spent(page_load(g, page)) && !quarantined(g, page); /* the mark says so to a successor */
 }
 
+/* A call moves or drops what one large entry would map: as such where there is one, and a stop can be cut between calls. */
+static bool call_ends(struct tierd_guest *g, uint64_t page)
+{
+	return !(address_of(g, page) % (large_pages(g) * g->page_bytes));
+}
+
 /* Collects runs of pages that `take` takes, from *page on. */
 static void collect(struct tierd_guest *g, struct batch *b, uint64_t *page, uint64_t max_pages, uint32_t argument,
 		    bool (*take)(struct tierd_guest *, uint64_t, uint32_t),
@@ -222,7 +228,7 @@ static void collect(struct tierd_guest *g, struct batch *b, uint64_t *page, uint
 		r = region_of_page(g, *page);
 		do
 			n++;
-		while (*page + n < r->first_page + r->pages && b->total + n < max_pages &&
+		while (*page + n < r->first_page + r->pages && b->total + n < max_pages && !call_ends(g, *page + n) &&
 		       take(g, *page + n, argument));
 		b->first[b->count] = *page;
 		b->pages[b->count] = n;
