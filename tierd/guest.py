@@ -296,7 +296,7 @@ class Guest:
             await self._in_worker(
                 cycle.scan_and_deactivate, served.native, self.phases, trio.from_thread.check_cancelled
             )
-            if served.spec.anonymous and not self._paused and not self.policy.dry_run:
+            if served.native.anonymous and not self._paused and not self.policy.dry_run:
                 await self._in_worker(self._stage, served)
             decision = policies.decide(self.policy, await self._in_worker(self._sample, served))
             self._reason = decision.reason
@@ -390,6 +390,9 @@ class Guest:
         return not (restart and self._uffd_kept)
 
     def _stage(self, served: Served) -> None:
+        if not served.native.waits_for_readers:
+            cycle.unstage(served.native, trio.from_thread.check_cancelled)
+            return
         cycle.stage(
             served.native,
             self._staging,

@@ -32,7 +32,6 @@ from tierd.attach.procfs import (
     still_mapped,
 )
 from tierd.attach.ptrace import (
-    FEATURES_ANONYMOUS,
     Taken,
     agree_once,
     close_in_vmm,
@@ -498,7 +497,7 @@ def _unmap_quietly(pid: int, address: int, size: int) -> None:
 
 def _taken(spec: GuestSpec, engine: Engine) -> Taken:
     try:
-        return take_userfaultfd(spec.pid, engine.features | (FEATURES_ANONYMOUS if spec.anonymous else 0))
+        return take_userfaultfd(spec.pid, engine.features | (engine.anonymous_features if spec.anonymous else 0))
     except PermissionError as error:
         raise PermissionError(
             error.errno,

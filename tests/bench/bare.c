@@ -110,9 +110,10 @@ static void deactivate(char **a)
 		uint64_t stop = at + STRETCH_BYTES < end ? at + STRETCH_BYTES : end, from = at;
 
 		while (from < stop) {
+			const struct sys_scan wanted = {.any_of = SYS_PAGE_PRESENT};
 			struct sys_page_region found[RANGES];
 			struct iovec ranges[RANGES];
-			ssize_t n = sys_pagemap_scan(pagemap, from, stop, 0, SYS_PAGE_PRESENT, found, RANGES, &from);
+			ssize_t n = sys_pagemap_scan(pagemap, from, stop, wanted, found, RANGES, &from);
 
 			for (ssize_t i = 0; i < n; i++)
 				ranges[i] = (struct iovec){(void *)found[i].start, found[i].end - found[i].start};

@@ -663,7 +663,7 @@ static void set_up(void)
 	staller = crowded ? run_fault_worker : NULL;
 	if (crowded)
 		stall_chance = 20 + below(60);
-	reclaim_chance = engine == TIERD_ENGINE_STOCK || hugetlb || below(3) ? 0 : below(400);
+	reclaim_chance = engine == TIERD_ENGINE_STOCK || hugetlb || anon || below(3) ? 0 : below(400);
 	M.write_pauses = crowded || late_io ? below(100) : 0;
 	M.read_pauses = below(4) ? 0 : below(100);
 	guest_threads = 1 + below(GUEST_THREADS_MAX);

@@ -556,12 +556,13 @@ static int punch_again(struct tierd_guest *g, uint64_t page)
 static int look_for_poison(struct tierd_guest *g, uint64_t address, bool *ret)
 {
 	const uint64_t poison = SYS_PAGE_SWAPPED | SYS_PAGE_WRITTEN;
+	const struct sys_scan wanted = {.any_of = poison};
 	struct sys_page_region found = {0};
 	uint64_t entry = 0, end;
 	ssize_t n;
 
 	do
-		n = g->huge ? sys_pagemap_scan(g->pagemap, address, address + g->page_bytes, 0, poison, &found, 1, &end)
+		n = g->huge ? sys_pagemap_scan(g->pagemap, address, address + g->page_bytes, wanted, &found, 1, &end)
 			    : sys_pagemap_read(g->pagemap, &entry, 1, address);
 	while (n == -EINTR);
 	*ret = g->huge ? n == 1 && (found.categories & poison) == poison
@@ -806,15 +807,16 @@ int tierd_guest_idle(struct tierd_guest *g, const double *edges_s, uint32_t coun
 {
 	uint16_t now = epoch_now(g);
 	double epoch_s = (double)g->epoch_ns / 1e9;
+	bool staged = g->engine->reads_unseen;
 
 	memset(ret, 0, count * sizeof(*ret));
 	for (uint64_t page = 0; page < g->pages; page++) {
 		page_word w = atomic_load_explicit(&g->words[page], memory_order_relaxed);
-		double idle_s = (g->anon ? epoch_age(now, word_epoch(w)) : page_age(g, page, now, w)) * epoch_s;
+		double idle_s = (staged ? epoch_age(now, word_epoch(w)) : page_age(g, page, now, w)) * epoch_s;
 		uint32_t i = count;
 
-		/* of anonymous memory: what may leave, and since when it is known that nobody reads it */
-		if (g->anon ? !word_staged(w) : word_state(w) != RESIDENT || word_untouched(w))
+		/* where reads are not seen: what may leave, and since when it is known that nobody reads it */
+		if (staged ? !word_staged(w) : word_state(w) != RESIDENT || word_untouched(w))
 			continue;
 		while (i && idle_s < edges_s[i - 1])
 			i--;

@@ -163,8 +163,8 @@ struct tierd_guest;
 /* What an engine does to pages: engine.c. Runs in the worker, but for `resolve`. */
 struct engine {
 	uint64_t mode, mode_missing; /* of UFFDIO_REGISTER: at attach, and for a chunk whose pages may leave */
-	uint64_t touched;            /* PAGEMAP_SCAN: the category of a page that was touched since its deactivation */
-	uint64_t all_of;             /* PAGEMAP_SCAN: such a page is of these, too */
+	struct sys_scan scan; /* for pages that were touched since their deactivation; any_of: the category that says so */
+	bool reads_unseen; /* of anonymous memory: who reads is found out in the staging area */
 	bool holds_mapped;           /* a page that is mapped and was not touched waits in sync mode */
 	int (*deactivate)(struct tierd_guest *g, struct iovec *ranges, size_t count, struct tierd_pass *ret);
 	int (*hold)(struct tierd_guest *g, uint64_t page, uint64_t count);

@@ -39,18 +39,21 @@ static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, ui
 			 uint64_t other_category, uint64_t *other)
 {
 	struct sys_page_region found[VECTOR];
-	uint64_t at = start, any_of = g->engine->touched | other_category;
+	struct sys_scan wanted = g->engine->scan;
+	uint64_t at = start, touched_category = wanted.any_of;
+
+	wanted.any_of |= other_category;
 
 	while (at < end) {
 		uint64_t walk_end = at;
-		ssize_t n = sys_pagemap_scan(g->pagemap, at, end, g->engine->all_of, any_of, found, VECTOR, &walk_end);
+		ssize_t n = sys_pagemap_scan(g->pagemap, at, end, wanted, found, VECTOR, &walk_end);
 
 		if (n == -EINTR)
 			continue;
 		if (n < 0)
 			return (int)n;
 		for (ssize_t i = 0; i < n; i++) {
-			if (found[i].categories & g->engine->touched)
+			if ((found[i].categories ^ wanted.inverted) & touched_category)
 				region_mark(touched, start, g->page_bytes, &found[i]);
 			if (found[i].categories & other_category)
 				region_mark(other, start, g->page_bytes, &found[i]);
@@ -66,14 +69,14 @@ static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, ui
 
 int scan_there(struct tierd_guest *g, uint64_t address, uint64_t pages, uint64_t *there)
 {
+	const struct sys_scan wanted = {.any_of = SYS_PAGE_PRESENT | SYS_PAGE_SWAPPED};
 	struct sys_page_region found[VECTOR];
 	uint64_t at = address, end = address + pages * g->page_bytes;
 
 	memset(there, 0, bitmap_bytes(pages));
 	while (at < end) {
 		uint64_t walk_end = at;
-		ssize_t n = sys_pagemap_scan(g->pagemap, at, end, 0, SYS_PAGE_PRESENT | SYS_PAGE_SWAPPED, found, VECTOR,
-					     &walk_end);
+		ssize_t n = sys_pagemap_scan(g->pagemap, at, end, wanted, found, VECTOR, &walk_end);
 
 		if (n == -EINTR)
 			continue;

@@ -242,7 +242,7 @@ ssize_t sys_uffd_read(int uffd, struct uffd_msg *messages, size_t count)
 	return n < 0 ? -errno : n / (ssize_t)sizeof(*messages);
 }
 
-ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t all_of, uint64_t any_of,
+ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, struct sys_scan wanted,
 			 struct sys_page_region *regions, size_t count, uint64_t *walk_end)
 {
 	struct pagemap_scan scan = {.size = sizeof(scan),
@@ -250,9 +250,10 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t all
 				    .end = end,
 				    .vec = (uintptr_t)regions,
 				    .vec_len = count,
-				    .category_mask = all_of,
-				    .category_anyof_mask = any_of,
-				    .return_mask = any_of | SYS_PAGE_HUGE};
+				    .category_inverted = wanted.inverted,
+				    .category_mask = wanted.all_of,
+				    .category_anyof_mask = wanted.any_of,
+				    .return_mask = wanted.any_of | SYS_PAGE_HUGE};
 	int n = ioctl(pagemap, IOCTL_PAGEMAP_SCAN, &scan);
 
 	*walk_end = scan.walk_end;

@@ -277,7 +277,7 @@ void tierd_guest_set_handshake(struct tierd_guest *g);
  * there are no more. Reads the table only. */
 int tierd_guest_lost(struct tierd_guest *g, uint64_t *next_page, uint64_t *addresses, uint32_t max, uint32_t *count);
 void tierd_guest_set_store_faults(struct tierd_guest *g, const struct tierd_store_faults *faults);
-/* Pages that are RESIDENT and touched (of anonymous memory: in the staging area), by idle time: ret[i] counts pages idle at least edges_s[i] seconds and less than
+/* Pages that are RESIDENT and touched (of anonymous memory, with the stock engine: in the staging area), by idle time: ret[i] counts pages idle at least edges_s[i] seconds and less than
  * edges_s[i + 1] (the last one is open). edges_s ascends. Reads the table only. */
 int tierd_guest_idle(struct tierd_guest *g, const double *edges_s, uint32_t count, uint64_t *ret);
 
@@ -428,8 +428,10 @@ struct tierd_probe {
 	int32_t poison;
 	int32_t self_zap;  /* process_madvise(self, MADV_DONTNEED): several ranges in one injected call */
 	int32_t anonymous; /* writes to anonymous memory are seen, and UFFDIO_MOVE takes a page out of it */
-	int32_t rwp;       /* -EILSEQ: it does something else than it should */
+	int32_t rwp; /* -EILSEQ: it does something else than it should */
 	int32_t rfc;
+	int32_t rwp_anonymous; /* the same with anonymous memory */
+	int32_t rfc_anonymous;
 	uint32_t rwp_step; /* TIERD_TRIAL_*: where the trial ended, if it failed */
 	uint32_t rfc_step;
 };
