@@ -259,7 +259,7 @@ def _check_guest(options: Options, pid: int) -> list[Finding]:
     from tierd.attach.procfs import read_spec
     from tierd.check import guest_findings
     from tierd.config import Policy, load
-    from tierd.engine import EngineUnavailable, choose
+    from tierd.engine import EngineUnavailable, choose, fitting
 
     try:
         spec = read_spec(pid)
@@ -269,7 +269,7 @@ def _check_guest(options: Options, pid: int) -> list[Finding]:
                 config = load(options.config)
             policy = config.match(spec.name, pid, " ".join(spec.cmdline)) or policy
             wanted = config.engine
-        return guest_findings(findings(spec, policy, HolderScan(), choose(wanted)))
+        return guest_findings(findings(spec, policy, HolderScan(), fitting(choose(wanted), spec.anonymous)))
     except EngineUnavailable as error:
         raise Failure(str(error)) from error
     except Refused as refused:
