@@ -32,7 +32,7 @@ from tierd.attach.ptrace import same_open_file
 from tierd.config import Policy
 from tierd.engine import Engine, fitting
 from tierd.native import STAGING_TIER, STATES, STORE_WRITE, KernelError, NativeGuest, Zap
-from tierd.serve import AwaitsHandshake, Served, Tuning, adopt, attach, holders_of, key_of
+from tierd.serve import AwaitsHandshake, Served, Tuning, adopt, attach, holders_of, key_of, memory_available_bytes
 from tierd.store import StoreError
 from tierd.store.file import FileStore
 from tierd.systemd import Notifier
@@ -691,7 +691,7 @@ class Guest:
         return done
 
     def _must_fit(self, needed_bytes: int, page_bytes: int) -> None:
-        available = _memory_available_bytes(page_bytes)
+        available = memory_available_bytes(page_bytes)
         if needed_bytes > available:
             raise RequestRefused(
                 f"bringing back {needed_bytes >> 20} MiB of guest {self.name} does not fit into the {available >> 20} MiB of "
@@ -739,22 +739,3 @@ class Guest:
             phase_s=dict(self.phases.seconds),
             cycles=self._cycles,
         )
-
-
-def _memory_available_bytes(page_bytes: int) -> int:
-    if page_bytes != os.sysconf("SC_PAGESIZE"):
-        return _huge_available_bytes(page_bytes)
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * page_bytes
-
-
-def _huge_available_bytes(page_bytes: int) -> int:
-    """Of the pool of hugetlbfs: free and nobody's by reservation, and what the kernel may add."""
-
-    def pages(name: str) -> int:
-        return int(Path(f"/sys/kernel/mm/hugepages/hugepages-{page_bytes >> 10}kB/{name}").read_text())
-
-    more = max(pages("nr_overcommit_hugepages") - pages("surplus_hugepages"), 0)
-    return (max(pages("free_hugepages") - pages("resv_hugepages"), 0) + more) * page_bytes

@@ -823,3 +823,23 @@ def _userfaultfd_again(served: Served, identity: Identity, kept_uffd: int | None
         f"the userfaultfd that tierd made in process {identity.pid} ({identity.name}) as descriptor {served.uffd_in_vmm} is "
         f"closed: {away} pages that are stored read as zeros there now; restart that VM"
     )
+
+
+def memory_available_bytes(page_bytes: int) -> int:
+    """What the host can still give to pages of that size without trouble."""
+    if page_bytes != os.sysconf("SC_PAGESIZE"):
+        return _huge_available_bytes(page_bytes)
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * page_bytes
+
+
+def _huge_available_bytes(page_bytes: int) -> int:
+    """Of the pool of hugetlbfs: free and nobody's by reservation, and what the kernel may add."""
+
+    def pages(name: str) -> int:
+        return int(Path(f"/sys/kernel/mm/hugepages/hugepages-{page_bytes >> 10}kB/{name}").read_text())
+
+    more = max(pages("nr_overcommit_hugepages") - pages("surplus_hugepages"), 0)
+    return (max(pages("free_hugepages") - pages("resv_hugepages"), 0) + more) * page_bytes
