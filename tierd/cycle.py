@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from tierd.native import BatchResult, NativeBatch, NativeGuest, Staged
 
 BATCH_BYTES = 2 << 20
+ANONYMOUS_BATCH_BYTES = 8 << 20  # each is a stop of a thread of the VMM
 BATCH_PAGES_MIN = 8  # huge ones
 FILE_TIER = 1
 PHASES = ("scan", "deactivate", "stage", "select", "hold", "copy", "write", "drop", "release", "discard")
@@ -221,7 +222,8 @@ def evict(
     window_ms_max = hold_ms_max if guest.has_sync_mode else None
     page_bytes = guest.page_bytes
     max_pages = max_bytes // page_bytes
-    with guest.batch(max(BATCH_BYTES // page_bytes, BATCH_PAGES_MIN)) as batch:
+    batch_bytes = ANONYMOUS_BATCH_BYTES if guest.anonymous else BATCH_BYTES
+    with guest.batch(max(batch_bytes // page_bytes, BATCH_PAGES_MIN)) as batch:
         while page < guest.pages and evicted_pages < max_pages:
             check()
             done = evict_batch(batch, page, min_idle_s, max_pages - evicted_pages, window_ms_max, phases)

@@ -653,6 +653,12 @@ ssize_t sys_vmm_read(int mem, void *to, size_t bytes, uint64_t address)
 	return (ssize_t)bytes;
 }
 
+ssize_t sys_vmm_read_many(int32_t pid, void *to, size_t bytes, uint64_t address)
+{
+	(void)pid;
+	return sys_vmm_read(FD_VMM, to, bytes, address);
+}
+
 /* Page by page, each at once; stops at the first that cannot be moved. */
 static int64_t move(const struct sys_inside_call *c)
 {

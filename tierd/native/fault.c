@@ -307,7 +307,8 @@ static int read_tier(struct tierd_worker *w, uint64_t page, uint32_t n, uint32_t
 {
 	struct tierd_guest *g = w->g;
 	unsigned int tier = word_tier(w->claimed[0]);
-	int error = tier == TIER_STAGING ? staged_read(g, page, n, w->buffer) : store_read(g, tier, page, n, w->buffer);
+	int error = tier == TIER_STAGING ? staged_read(g, page, n, w->buffer, false)
+					 : store_read(g, tier, page, n, w->buffer);
 
 	*good = error ? 0 : tier == TIER_STAGING ? n : verified(w, page, n);
 	return error;
@@ -524,6 +525,8 @@ static void serve_fault(struct tierd_worker *w, uint64_t address, uint64_t flags
 	int64_t page = page_of_address(g, address);
 	int error;
 
+	if (page < 0 && staged_fault(g, address))
+		return;
 	if (page < 0) { /* a region that we do not serve: cannot be registered by us */
 		count_error(g, &g->count.kernel_errors, (int)page);
 		sys_uffd_wake(g->uffd, address & ~((uint64_t)g->page_bytes - 1), g->page_bytes);

@@ -163,9 +163,10 @@ struct tierd_guest;
 /* What an engine does to pages: engine.c. Runs in the worker, but for `resolve`. */
 struct engine {
 	uint64_t mode, mode_missing; /* of UFFDIO_REGISTER: at attach, and for a chunk whose pages may leave */
-	struct sys_scan scan; /* for pages that were touched since their deactivation; any_of: the category that says so */
+	struct sys_scan
+		scan;      /* for pages that were touched since their deactivation; any_of: the category that says so */
 	bool reads_unseen; /* of anonymous memory: who reads is found out in the staging area */
-	bool holds_mapped;           /* a page that is mapped and was not touched waits in sync mode */
+	bool holds_mapped; /* a page that is mapped and was not touched waits in sync mode */
 	int (*deactivate)(struct tierd_guest *g, struct iovec *ranges, size_t count, struct tierd_pass *ret);
 	int (*hold)(struct tierd_guest *g, uint64_t page, uint64_t count);
 	int (*release)(struct tierd_guest *g, uint64_t page, uint64_t count); /* wakes, too */
@@ -331,7 +332,10 @@ int inside_run(struct tierd_guest *g, struct sys_inside_call *calls, uint32_t co
 /* Drops what the staging area holds of the pages [page, page + count), by address. */
 struct sys_inside_call drop_of(struct tierd_guest *g, uint64_t page, uint64_t count);
 int staged_register(struct tierd_guest *g);
-int staged_read(struct tierd_guest *g, uint64_t page, uint32_t count, void *to);
+/* may_wait: faster for many pages, and not for a fault thread, which would answer what it waits for. */
+int staged_read(struct tierd_guest *g, uint64_t page, uint32_t count, void *to, bool may_wait);
+/* True: `address` is in a staging area, and the fault there is answered. */
+bool staged_fault(struct tierd_guest *g, uint64_t address);
 /* Bits of the pages [page, page + count) that the staging area holds; asks until it is told. -ESRCH: the VMM is gone. */
 int staged_look(struct tierd_guest *g, uint64_t page, uint64_t count, uint64_t *there);
 /* A staged page of the group was wanted / left the host. */

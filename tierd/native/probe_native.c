@@ -84,7 +84,8 @@ static int map_memory(struct native_trial *t)
 	t->pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	if (t->memfd < 0 || t->pagemap < 0 || ftruncate(t->memfd, (off_t)(PAGES * t->page_bytes)))
 		return -errno;
-	t->memory = mmap(NULL, PAGES * t->page_bytes, PROT_READ | PROT_WRITE, flags, t->g->anonymous ? -1 : t->memfd, 0);
+	t->memory =
+		mmap(NULL, PAGES * t->page_bytes, PROT_READ | PROT_WRITE, flags, t->g->anonymous ? -1 : t->memfd, 0);
 	if (t->memory == MAP_FAILED)
 		return -errno;
 	memset(t->memory, 1, PAGES * t->page_bytes);

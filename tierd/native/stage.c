@@ -118,13 +118,15 @@ int staged_register(struct tierd_guest *g)
 	return 0;
 }
 
-int staged_read(struct tierd_guest *g, uint64_t page, uint32_t count, void *to)
+int staged_read(struct tierd_guest *g, uint64_t page, uint32_t count, void *to, bool may_wait)
 {
 	uint64_t address = staging_of(region_of_page(g, page), page);
 	size_t bytes = (size_t)count * g->page_bytes, done = 0;
 
 	while (done < bytes) {
-		ssize_t n = sys_vmm_read(g->mem, (char *)to + done, bytes - done, address + done);
+		ssize_t n = may_wait ? sys_vmm_read_many(g->header->identity.pid, (char *)to + done, bytes - done,
+							 address + done)
+				     : sys_vmm_read(g->mem, (char *)to + done, bytes - done, address + done);
 
 		if (n == -EINTR)
 			continue;
@@ -133,6 +135,23 @@ int staged_read(struct tierd_guest *g, uint64_t page, uint32_t count, void *to)
 		done += (size_t)n;
 	}
 	return 0;
+}
+
+/* What the VMM itself has thrown away there is an error to whoever reads it, never zeros, and nobody waits for it. */
+bool staged_fault(struct tierd_guest *g, uint64_t address)
+{
+	for (uint32_t i = 0; i < g->region_count && g->anon; i++) {
+		struct region *r = &g->regions[i];
+		uint64_t page = address / g->page_bytes * g->page_bytes;
+
+		if (address - r->staging >= r->bytes)
+			continue;
+		count_error(g, &g->count.kernel_errors, -EFAULT);
+		if (sys_uffd_poison(g->uffd, page, g->page_bytes)) /* it wakes */
+			sys_uffd_wake(g->uffd, page, g->page_bytes);
+		return true;
+	}
+	return false;
 }
 
 /* A page that is owned must be decided: only the VMM's end is an excuse. */

@@ -57,7 +57,9 @@ _Static_assert(sizeof(struct uffd_msg) == 32, "read(2) gives whole messages");
 #endif
 
 enum { INJECT_TIMEOUT_MS = 1000, AGAIN_MAX = 1000, SETTLE_TIMEOUT_MS = 1000 };
-enum { BATCH_BUDGET_NS = 2000000 }; /* for which a thread of the VMM may be ours at once */
+/* For how long a thread of the VMM may be ours at once; and for how long it is waited for: one that waits in the kernel for a page that
+ * is just leaving does not stop before that is called off. */
+enum { BATCH_BUDGET_NS = 2000000, BATCH_TIMEOUT_MS = 100 };
 _Static_assert((int)SYS_INSIDE_MAX == (int)TIERD_CALLS_MAX, "of a batch");
 
 uint64_t sys_now_ns(void)
@@ -291,6 +293,14 @@ ssize_t sys_vmm_read(int mem, void *to, size_t bytes, uint64_t address)
 	return n < 0 ? -errno : n;
 }
 
+ssize_t sys_vmm_read_many(int32_t pid, void *to, size_t bytes, uint64_t address)
+{
+	struct iovec here = {to, bytes}, there = {(void *)(uintptr_t)address, bytes};
+	ssize_t n = process_vm_readv(pid, &here, 1, &there, 1, 0);
+
+	return n < 0 ? -errno : n;
+}
+
 int sys_inside_create(int32_t tid, uint64_t *area)
 {
 	return tierd_calls_create(tid, area);
@@ -328,7 +338,7 @@ int sys_inside_run(const struct sys_inside *in, struct sys_inside_call *calls, u
 
 	for (uint32_t i = 0; i < count; i++)
 		batch[i] = inside_call(in, &calls[i]);
-	error = tierd_calls_run(in->tid, in->area, batch, count, BATCH_BUDGET_NS, INJECT_TIMEOUT_MS, done, stopped_ns);
+	error = tierd_calls_run(in->tid, in->area, batch, count, BATCH_BUDGET_NS, BATCH_TIMEOUT_MS, done, stopped_ns);
 	for (uint32_t i = 0; i < *done; i++)
 		calls[i].result = inside_result(&calls[i], &batch[i]);
 	return error;

@@ -428,7 +428,7 @@ struct tierd_probe {
 	int32_t poison;
 	int32_t self_zap;  /* process_madvise(self, MADV_DONTNEED): several ranges in one injected call */
 	int32_t anonymous; /* writes to anonymous memory are seen, and UFFDIO_MOVE takes a page out of it */
-	int32_t rwp; /* -EILSEQ: it does something else than it should */
+	int32_t rwp;       /* -EILSEQ: it does something else than it should */
 	int32_t rfc;
 	int32_t rwp_anonymous; /* the same with anonymous memory */
 	int32_t rfc_anonymous;
