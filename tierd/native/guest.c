@@ -205,12 +205,14 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	g->missing = sys_alloc(g->chunks);
 	g->touched = sys_alloc(bitmap_bytes(g->chunk_pages));
 	g->other = sys_alloc(bitmap_bytes(g->chunk_pages));
+	g->aged = sys_alloc(g->chunks * sizeof(*g->aged));
 	g->large = sys_alloc(bitmap_bytes(g->pages));
 	if (g->anon)
 		g->heat = sys_alloc(g->pages / GROUP_PAGES + 1);
 	if (g->huge)
 		g->zeros = sys_alloc(g->page_bytes);
-	if (!g->missing || !g->touched || !g->other || !g->large || (g->huge && !g->zeros) || (g->anon && !g->heat))
+	if (!g->missing || !g->touched || !g->other || !g->aged || !g->large || (g->huge && !g->zeros) ||
+	    (g->anon && !g->heat))
 		return -ENOMEM;
 	if (args->tiers[1].flags & TIERD_SPACE_LATE) {
 		g->quarantine = sys_alloc(bitmap_bytes(g->pages));
@@ -270,6 +272,8 @@ void tierd_guest_destroy(struct tierd_guest *g)
 		sys_free(g->touched, bitmap_bytes(g->chunk_pages));
 	if (g->other)
 		sys_free(g->other, bitmap_bytes(g->chunk_pages));
+	if (g->aged)
+		sys_free(g->aged, g->chunks * sizeof(*g->aged));
 	if (g->heat)
 		sys_free(g->heat, g->pages / GROUP_PAGES + 1);
 	if (g->large)

@@ -222,6 +222,7 @@ struct tierd_guest {
 	uint64_t chunks;
 	_Atomic uint64_t missing_chunks;
 	uint64_t *touched, *other; /* bitmaps of one chunk; the worker's own */
+	uint16_t *aged;            /* one a chunk: when a pass last looked for ages that would wrap; the worker's own */
 	uint64_t *large; /* bitmap of the guest, the worker's own: seen mapped by a large entry that begins here */
 	uint64_t *
 		quarantine; /* bitmap of the guest: adoption's, then only read by the worker; NULL: nothing lands late */
