@@ -249,8 +249,8 @@ def ram_sizes(cmdline: tuple[str, ...]) -> set[int]:
                 text = key
             elif key != "size":
                 continue
-            if match := re.fullmatch(r"(\d+)([kmgtKMGT]?)[bB]?", text):
-                shift = {"k": 10, "m": 20, "g": 30, "t": 40, "": 20 if flag == "-m" else 0}[match[2].lower()]
+            if match := re.fullmatch(r"(\d+)([bkmgtBKMGT]?)", text):
+                shift = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "": 20 if flag == "-m" else 0}[match[2].lower()]
                 sizes.add(int(match[1]) << shift)
     return sizes
 
