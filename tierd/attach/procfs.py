@@ -310,11 +310,8 @@ def grown(spec: GuestSpec) -> list[Region]:
     maps = maps_of(spec.pid)
     if spec.anonymous:
         ours = [(start, start + r.bytes) for r in spec.regions for start in (r.address, r.staging)]
-        return [
-            r
-            for r in anonymous_regions(maps, spec.cmdline)
-            if not any(start < r.address + r.bytes and r.address < end for start, end in ours)
-        ]
+        others = [m for m in maps if not any(start < m.end and m.start < end for start, end in ours)]
+        return list(anonymous_regions(others, spec.cmdline))  # which would be one with what of ours it touches
     known = {(r.device, r.inode) for r in spec.regions}
     return [r for r in ram_regions(maps, spec.cmdline) if (r.device, r.inode) not in known]
 
