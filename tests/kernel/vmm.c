@@ -396,6 +396,7 @@ static const struct command commands[] = {
 	{"filter", filter},
 	{"collapse", collapse},
 	{"large", large},
+	{"mergeable", mergeable},
 	{"twin", twin},
 	{"give-back", give_back},
 	{"zap", zap},

@@ -36,6 +36,7 @@ void unregister_own(const uint64_t *a, int count);
 void filter(const uint64_t *a, int count);
 void collapse(const uint64_t *a, int count);
 void large(const uint64_t *a, int count);
+void mergeable(const uint64_t *a, int count);
 void twin(const uint64_t *a, int count);
 void give_back(const uint64_t *a, int count);
 void zap(const uint64_t *a, int count);

@@ -208,9 +208,9 @@ class Tiered:
             check=lambda: None,
         )
 
-    def evict(self, min_idle_s: float = 0.0, max_bytes: int = 1 << 50) -> int:
-        """Pages evicted of those that are idle so long. Of anonymous memory: whatever is that cold is staged before."""
-        if self.native.anonymous:
+    def evict(self, min_idle_s: float = 0.0, max_bytes: int = 1 << 50, *, stage: bool = True) -> int:
+        """Pages evicted of those that are idle so long. Of anonymous memory: everything is staged before."""
+        if self.native.anonymous and stage:
             self.stage()
         return (
             cycle.evict(

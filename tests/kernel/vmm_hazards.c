@@ -169,6 +169,13 @@ void large(const uint64_t *a, int count)
 	answer(madvise(page_at(a[0]), (end_of(a) - a[0]) * page_bytes, MADV_HUGEPAGE));
 }
 
+/* FIRST COUNT: KSM may merge these pages. */
+void mergeable(const uint64_t *a, int count)
+{
+	(void)count;
+	answer(madvise(page_at(a[0]), (end_of(a) - a[0]) * page_bytes, MADV_MERGEABLE));
+}
+
 /* FIRST COUNT: a copy of these pages, which KSM may merge with them. */
 void twin(const uint64_t *a, int count)
 {
@@ -178,9 +185,7 @@ void twin(const uint64_t *a, int count)
 	(void)count;
 	if (copy != MAP_FAILED)
 		memcpy(copy, page_at(a[0]), bytes);
-	answer(copy == MAP_FAILED || madvise(copy, bytes, MADV_MERGEABLE)
-		       ? -1
-		       : madvise(page_at(a[0]), bytes, MADV_MERGEABLE));
+	answer(copy == MAP_FAILED ? -1 : madvise(copy, bytes, MADV_MERGEABLE));
 }
 
 static int remove_pages(void *at, size_t bytes)

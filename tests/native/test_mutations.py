@@ -488,7 +488,11 @@ MORE = {
     **{mutation.name: ("--engine", mutation.name[:3]) for mutation in NATIVE_ENGINES},
     **{mutation.name: ("--engine", "rwp", "--hugetlb") for mutation in HUGETLBFS},
     **{mutation.name: ("--anon",) for mutation in ANONYMOUS},
-    "anon_adoption_forgets_a_page_that_was_not_dropped": ("--anon", "--from", "4001"),  # the kernel must refuse the drop
+    "anon_adoption_forgets_a_page_that_was_not_dropped": (
+        "--anon",
+        "--from",
+        "4001",
+    ),  # the kernel must refuse the drop
     "huge_hold_taken_for_poison": ("--engine", "rfc", "--hugetlb"),
     "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--from", "109001"),  # one seed in ten thousand
     "rwp_absence_is_taken_for_protection": ("--engine", "rwp", "--remap"),
