@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tierd import cycle
-from tierd.engine import choose
+from tierd.engine import choose, fitting
 from tierd.native import Zap
 from tierd.serve import Tuning
 
@@ -30,17 +30,18 @@ class Options:
 
 
 class ForcedEngine:
-    """The engine of this kernel, with the choices that a test forces."""
+    """The engine of this kernel (for such memory), with the choices that a test forces."""
 
-    def __init__(self, options: Options) -> None:
-        self._engine, self._options = choose(), options
+    def __init__(self, options: Options, anonymous: bool = False) -> None:
+        self._engine, self._options, self._anonymous = fitting(choose(), anonymous), options, anonymous
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     @property
     def use_pagemap(self) -> bool:
-        return self._options.use_pagemap or self._engine.use_pagemap
+        """Which does not say who wrote to anonymous memory."""
+        return (self._options.use_pagemap and not self._anonymous) or self._engine.use_pagemap
 
     def zap(self, inside: bool) -> Zap:
         return self._options.zap or self._engine.zap(inside)

@@ -2,13 +2,14 @@
 /*
  * kvm_vcpu.c: a child with a real KVM vCPU, whose faults are taken in the kernel, not by a thread's own access.
  *
- *   kvm_vcpu [ARGUMENT...]
+ *   kvm_vcpu [kind=memfd|anonymous] [ARGUMENT...]
  *
- * Guest memory is one memfd of 1 MiB in one memory slot. A few bytes of real-mode code walk the 240 pages from 64 KiB up: in
+ * Guest memory is 1 MiB of a memfd, or private and anonymous (then "-m 1M" tells its size), in one memory slot. A few bytes of real-mode code walk the 240 pages from 64 KiB up: in
  * each they compare the counter in the first word with the number of laps, which is kept in a register, and raise it. The
  * rest of each page is a pattern that `verify` checks. Exits: port 0x10 after each lap, port 0x11 at a wrong counter.
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <fcntl.h>
 #include <linux/kvm.h>
 #include <pthread.h>
@@ -80,8 +81,10 @@ static void one_lap(void)
 {
 	uint64_t began = now_ns(), took;
 
-	if (ioctl(vcpu, KVM_RUN, 0))
-		die("KVM_RUN");
+	while (ioctl(vcpu, KVM_RUN, 0))
+		if (errno !=
+		    EINTR) /* a detach stops every thread for a moment, to see that none is in the area of our calls */
+			die("KVM_RUN");
 	if (state->exit_reason != KVM_EXIT_IO) {
 		say("error exit reason %u", state->exit_reason);
 		exit(1);
@@ -206,21 +209,31 @@ static const struct command commands[] = {
 
 /* --- start -------------------------------------------------------------------------------------------------------------- */
 
+/* Between guards, so that no other memory is one with it. */
+static void make_memory(bool anonymous)
+{
+	int memfd = anonymous ? -1 : memfd_create("memory-backend-memfd", MFD_CLOEXEC);
+
+	if (!anonymous && (memfd < 0 || ftruncate(memfd, GUEST_BYTES)))
+		die("memfd");
+	memory = mmap(NULL, 3 * GUEST_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (memory == MAP_FAILED)
+		die("address space");
+	memory = mmap(memory + GUEST_BYTES, GUEST_BYTES, PROT_READ | PROT_WRITE,
+		      (anonymous ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED) | MAP_FIXED, memfd, 0);
+	if (memory == MAP_FAILED)
+		die("guest memory");
+}
+
 static void make_machine(void)
 {
-	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC), vm, memfd, bytes;
+	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC), vm, bytes;
 	struct kvm_userspace_memory_region slot = {.memory_size = GUEST_BYTES};
 	struct kvm_regs general = {.rip = CODE_AT, .rflags = 2};
 	struct kvm_sregs special;
 
 	if (kvm < 0 || (vm = ioctl(kvm, KVM_CREATE_VM, 0)) < 0)
 		die("/dev/kvm");
-	memfd = memfd_create("memory-backend-memfd", MFD_CLOEXEC);
-	if (memfd < 0 || ftruncate(memfd, GUEST_BYTES))
-		die("memfd");
-	memory = mmap(NULL, GUEST_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
-	if (memory == MAP_FAILED)
-		die("guest memory");
 	memcpy(memory + CODE_AT, code, sizeof(code));
 	slot.userspace_addr = (uint64_t)memory;
 	if (ioctl(vm, KVM_SET_USER_MEMORY_REGION, &slot) || (vcpu = ioctl(vm, KVM_CREATE_VCPU, 0)) < 0)
@@ -235,13 +248,14 @@ static void make_machine(void)
 		die("vCPU registers");
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
 	pthread_t thread;
 
 	page_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
 	pages = GUEST_BYTES / page_bytes;
 	start_protocol();
+	make_memory(argc > 1 && !strcmp(argv[1], "kind=anonymous"));
 	make_machine();
 	if (pthread_create(&thread, NULL, run_vcpu, NULL))
 		die("thread");

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.host_memory import huge_pages
+from tests.kernel.vmm import need_anonymous
 from tests.native.build import build_real, run_seeds
 
 SEEDS = int(os.environ.get("TIERD_REAL_SEEDS", "700"))
@@ -42,6 +43,18 @@ def test_seeds_on_hugetlbfs(tmp_path: Path, disk_dir: Path) -> None:
     assert figures["pages evicted"] > SEEDS // 14
 
 
+@pytest.mark.timeout(900)
+def test_seeds_on_anonymous_memory(tmp_path: Path, disk_dir: Path) -> None:
+    """The VMM's calls are really made inside of it, by a thread that is interrupted, and go on when the daemon is killed."""
+    need_anonymous()
+    seeds = max(SEEDS // 2, 10)
+    figures = run_seeds(build_real(tmp_path / "real", ["-O2"]), seeds, "--anon", "--store", str(disk_dir))
+    assert figures["kills in service"] > 0
+    assert figures["pages evicted"] > seeds
+    assert figures["memory errors"] > 0, "no stored copy was destroyed and touched"
+
+
+@pytest.mark.parametrize("more", [(), ("--anon",)], ids=["shared", "anonymous"])
 @pytest.mark.parametrize(
     ("flags", "wrapper"),
     [
@@ -51,8 +64,12 @@ def test_seeds_on_hugetlbfs(tmp_path: Path, disk_dir: Path) -> None:
     ],
     ids=["address_and_undefined", "thread"],
 )
-def test_seeds_under_a_sanitizer(tmp_path: Path, disk_dir: Path, flags: list[str], wrapper: list[str]) -> None:
+def test_seeds_under_a_sanitizer(
+    tmp_path: Path, disk_dir: Path, flags: list[str], wrapper: list[str], more: tuple[str, ...]
+) -> None:
+    if more:
+        need_anonymous()
     binary = build_real(tmp_path / "real", ["-O1", *flags])
-    figures = run_seeds(binary, SEEDS // 7, "--store", str(disk_dir), first=1000000, wrapper=wrapper)
+    figures = run_seeds(binary, SEEDS // 7, *more, "--store", str(disk_dir), first=1000000, wrapper=wrapper)
     assert figures["kills in service"] > 0
     assert figures["pages evicted"] > 0

@@ -24,7 +24,8 @@ from tierd.attach.holders import HolderScan
 from tierd.attach.preflight import CHECKS, findings, preflight, recheck, swap_can_receive
 from tierd.attach.procfs import read_spec
 from tierd.engine import choose
-from tierd.native import KernelError, Zap
+from tierd.engine.stock import StockEngine
+from tierd.native import KernelError, Zap, probe
 
 Start = Callable[..., Vmm]
 
@@ -157,20 +158,24 @@ def test_who_holds_the_files_of_several_guests() -> None:
                 os.close(fd)
 
 
-@pytest.mark.parametrize(
-    ("kind", "check", "evidence"),
-    [
-        ("anonymous", "anonymous-memory", "anonymous"),
-        ("private", "anonymous-memory", "rw-p"),
-    ],
-)
-def test_memory_of_another_kind(start_vmm: Start, kind: str, check: str, evidence: str) -> None:
-    vmm = start_vmm(f"bytes={4 * MIB}", f"kind={kind}")
+def test_a_private_mapping_of_a_file_is_no_memory_to_tier(start_vmm: Start) -> None:
+    """Its pages are neither the file's nor anonymous in the eyes of /proc."""
+    vmm = start_vmm(f"bytes={4 * MIB}", "kind=private")
     with pytest.raises(Refused) as caught:
         preflight(vmm.spec(), SAFE, HolderScan(), choose("stock"))
-    assert caught.value.check == check
-    assert evidence in caught.value.evidence
+    assert caught.value.check == "memory"
+    assert "rw-p" in caught.value.evidence
     assert "share" in caught.value.remedy
+
+
+def test_anonymous_memory_where_it_cannot_be_moved(start_vmm: Start) -> None:
+    vmm = start_vmm(f"bytes={4 * MIB}", "kind=anonymous")
+    unable = StockEngine(replace(probe(), anonymous=errno.EOPNOTSUPP), tried=False)
+    with pytest.raises(Refused) as caught:
+        preflight(vmm.spec(), SAFE, HolderScan(), unable)
+    assert caught.value.check == "backing"
+    assert f"{vmm.addresses[0]:#x}, 4 MiB" in caught.value.evidence
+    assert "UFFDIO_MOVE" in caught.value.remedy
 
 
 def test_memory_in_a_file_on_a_disk(start_vmm: Start, disk_dir: Path) -> None:

@@ -208,6 +208,6 @@ def test_pages_of_1_gib_and_mixed_ones_are_refused(vmm: Vmm) -> None:
 @pytest.mark.timeout(900)
 def test_torture(vmm_binary: Path) -> None:
     result = torture(
-        vmm_binary, kills=KILLS // 2 or 25, seed=int(os.environ.get("TIERD_SEED", "3")), guests=1, huge=True
+        vmm_binary, kills=KILLS // 2 or 25, seed=int(os.environ.get("TIERD_SEED", "3")), guests=1, memory="hugetlb"
     )
     check(result)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.kernel.vmm import MIB, PAGE, Host, Vmm, userfaultfds, vm_flags, wait_for
+from tests.kernel.vmm import MIB, PAGE, Host, Vmm, need_anonymous, userfaultfds, vm_flags, wait_for
 from tierd import cycle
 from tierd.attach import Refused
 from tierd.native import KernelError, Zap
@@ -241,10 +241,16 @@ def test_two_daemons_cannot_serve_one_guest(start_vmm: Start, host: Host, tmp_pa
     assert str(vmm.pid) in caught.value.evidence
 
 
-@pytest.mark.parametrize("variant", [{}, {"zap": Zap.INJECT, "use_pagemap": True}], ids=["default", "inside"])
-def test_a_real_vcpu(vcpu_binary: Path, host: Host, variant: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "variant"),
+    [((), {}), ((), {"zap": Zap.INJECT, "use_pagemap": True}), (("kind=anonymous", f"bytes={MIB}"), {})],
+    ids=["default", "inside", "anonymous"],
+)
+def test_a_real_vcpu(vcpu_binary: Path, host: Host, arguments: tuple[str, ...], variant: dict[str, Any]) -> None:
     """Faults of a vCPU are taken in the kernel, through KVM's own page tables."""
-    with Vmm(vcpu_binary, arg0="qemu-system-x86_64") as vmm:
+    if arguments:
+        need_anonymous()
+    with Vmm(vcpu_binary, *arguments, arg0="qemu-system-x86_64") as vmm:
         vmm.ask("fill")
         with host.attached(vmm, **variant) as tiered:
             # laps a second: where the copy comes before the hold, what is touched again within a millisecond never leaves

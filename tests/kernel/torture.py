@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The torture run: guests whose threads read and write checked memory, and a tierd that is killed again and again.
 
-python -m tests.kernel.torture [--kills N] [--seed S] [--guests N]      (`make torture KILLS=n SEED=s`)
+python -m tests.kernel.torture [--kills N] [--seed S] [--guests N] [--memory KIND]      (`make torture KILLS=n SEED=s`)
 
 Each guest has a worker (worker.py) that attaches or adopts it and evicts without a pause; it is killed with SIGKILL at a
 random moment: while it starts, attaches, adopts, evicts, fetches, brings everything back and leaves. Its store fails, is slow
@@ -25,19 +25,19 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import click
 
 from tests.kernel.pressure import pressure
 from tests.kernel.vmm import MIB, SLOWNESS, VMM_SOURCES, Vmm, compile_child, wait_for
 from tierd.engine import choose
-from tierd.native import STATES
+from tierd.native import STAGING_TIER, STATES, TableRegion, table_read
 from tierd.serve import wait_for_lock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +50,7 @@ DESTROYED_MAX = 24
 WORKERS_LIMIT = 320 * MIB
 TABLE_HEADER_BYTES = 65536
 STORED = STATES.index("stored")
+Memory = Literal["memfd", "hugetlb", "anonymous"]
 
 
 @dataclass(frozen=True)
@@ -182,11 +183,18 @@ class Tortured:
         fd = os.open(paths[0], os.O_RDWR)
         try:
             wait_for_lock(fd, paths[0], time.sleep)
-            words = struct.unpack(f"{self.vmm.pages}I", os.pread(fd, 4 * self.vmm.pages, TABLE_HEADER_BYTES))
+            _, regions, _ = table_read(fd)
+            pages = sum(region.bytes for region in regions) // self.vmm.page_bytes
+            words = struct.unpack(f"{pages}I", os.pread(fd, 4 * pages, TABLE_HEADER_BYTES))
         finally:
             os.close(fd)
+        in_vmm = self._in_vmm(regions)
         stored = [
-            n for n, w in enumerate(words) if w & 15 == STORED and w >> 4 & 15 and self._in_vmm(n) not in self.destroyed
+            n
+            for n, w in enumerate(words)
+            if w & 15 == STORED
+            and w >> 4 & 15 not in (0, STAGING_TIER)
+            and in_vmm.get(n, -1) not in {-1, *self.destroyed}
         ]
         (store,) = (self.disk_dir / "store").glob("guest-*.pages")  # not what a death in the trial of O_DIRECT left
         with store.open("r+b") as file:
@@ -194,14 +202,20 @@ class Tortured:
                 at = page * self.vmm.page_bytes + self.chance.randrange(self.vmm.page_bytes)
                 (byte,) = os.pread(file.fileno(), 1, at)
                 os.pwrite(file.fileno(), bytes([byte ^ 1 << self.chance.randrange(8)]), at)
-                self.destroyed.add(self._in_vmm(page))
+                self.destroyed.add(in_vmm[page])
             os.fsync(file.fileno())
 
-    def _in_vmm(self, page: int) -> int:
-        """What the VMM calls a page of the state file, whose regions are in the order of their addresses."""
-        each = self.vmm.pages // len(self.vmm.addresses)
-        region = self.vmm.addresses.index(sorted(self.vmm.addresses)[page // each])
-        return region * each + page % each
+    def _in_vmm(self, regions: Sequence[TableRegion]) -> dict[int, int]:
+        """What the VMM calls a page of the state file, by its number there. (There may be more regions of anonymous memory: what
+        a death in an attach left behind in the VMM looks like RAM.)"""
+        each, found, page = self.vmm.pages // len(self.vmm.addresses), {}, 0
+        for region in regions:
+            count = region.bytes // self.vmm.page_bytes
+            if region.address in self.vmm.addresses:
+                first = self.vmm.addresses.index(region.address) * each
+                found.update({page + i: first + i for i in range(count)})
+            page += count
+        return found
 
     def failed_pages(self) -> set[int]:
         """Where the guest had a memory error."""
@@ -234,22 +248,25 @@ def torture(
     kills: int,
     seed: int,
     guests: int,
-    huge: bool = False,
+    memory: Memory = "memfd",
     seconds: float = float("inf"),
     python: Python = Python(),
     memory_limit: int = WORKERS_LIMIT,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Kill `kills` times, or for so many seconds; then verify everything. AssertionError: a byte was wrong, a memory error
-    where it must not be, or somebody hangs. huge: guests on hugetlbfs, whose pool has 32 pages for each. memory_limit: of all
-    workers together; 0: none."""
+    where it must not be, or somebody hangs. memory: the guests'; of hugetlb: the pool has 32 pages for each. memory_limit: of
+    all workers together; 0: none."""
     with ExitStack() as cleanup:
         cgroup = cleanup.enter_context(pressure(memory_limit))
+        huge = memory == "hugetlb"
         slowness = SLOWNESS if huge else 1.0  # its pages take longer to leave than a life lasts
         tortured: list[Tortured] = []
         for i in range(guests):
-            memory = (f"bytes={32 * MIB}", "kind=huge") if huge else (f"bytes={8 * MIB}",)
-            vmm = cleanup.enter_context(Vmm(binary, *memory, f"regions={1 + i % 2}", "threads=3", "survive"))
+            size = 32 * MIB if huge else 8 * MIB
+            kind = {"memfd": "memfd", "hugetlb": "huge", "anonymous": "anonymous"}[memory]
+            arguments = (f"bytes={size}", f"kind={kind}")
+            vmm = cleanup.enter_context(Vmm(binary, *arguments, f"regions={1 + i % 2}", "threads=3", "survive"))
             shm, disk = (Path(tempfile.mkdtemp(prefix="tierd-torture-", dir=at)) for at in ("/dev/shm", "/var/tmp"))
             cleanup.callback(shutil.rmtree, shm)
             cleanup.callback(shutil.rmtree, disk)
@@ -310,12 +327,15 @@ def torture(
 @click.option("--kills", default=1000, show_default=True)
 @click.option("--seed", default=1, show_default=True)
 @click.option("--guests", default=3, show_default=True)
-def main(kills: int, seed: int, guests: int) -> None:
+@click.option("--memory", default="memfd", show_default=True, type=click.Choice(get_args(Memory)))
+def main(kills: int, seed: int, guests: int, memory: Memory) -> None:
     """Kill tierd many times and verify every byte."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through what cleans up
     with tempfile.TemporaryDirectory() as directory:
         binary = compile_child(Path(directory) / "vmm", *VMM_SOURCES)
-        result = torture(binary, kills=kills, seed=seed, guests=guests, tell=lambda line: print(line, flush=True))
+        result = torture(
+            binary, kills=kills, seed=seed, guests=guests, memory=memory, tell=lambda line: print(line, flush=True)
+        )
     (ROOT / "build").mkdir(exist_ok=True)
     (ROOT / "build" / "torture.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))

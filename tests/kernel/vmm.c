@@ -6,7 +6,8 @@
  *   vmm [bytes=N] [regions=N] [threads=N] [kind=memfd|private|anonymous|huge|file:PATH] [name=MEMFD] [close] [survive]
  *       [handshake=SOCKET] [device=FD] [ARGUMENT...]
  *
- * `bytes` is the size of each region; a page is the system's or, of `kind=huge`, 2 MiB; pages are numbered through all regions. A page is either zeros (sequence 0) or words
+ * `bytes` is the size of each region; a page is the system's or, of `kind=huge`, 2 MiB; pages are numbered through all regions.
+ * `kind=anonymous` is private anonymous memory, known by its size: "-m BYTESB" among the arguments. A page is either zeros (sequence 0) or words
  * that follow from its number and its sequence, which no write uses twice: older bytes are never right. Thread i owns the
  * pages p with p % threads == i, so that every read can be checked without a lock. A page where a memory error
  * was seen ends the child or, with `survive`, is left alone from then on and told by `failed`. Arguments without a meaning here are
@@ -41,6 +42,7 @@ int memfd[REGIONS_MAX];
 static uint64_t part_bytes; /* what the kernel copies at once */
 static uint32_t *writes;    /* by page; does not start again when a page becomes zeros */
 static uint64_t region_bytes = 64 << 20, region_count = 1, thread_count = 2;
+bool anonymous;
 static const char *kind = "memfd", *memfd_name = "memory-backend-memfd", *handshake_path;
 static int userfaultfd_device = -1;
 static bool close_memfd, survive;
@@ -393,6 +395,9 @@ static const struct command commands[] = {
 	{"unregister", unregister_own},
 	{"filter", filter},
 	{"collapse", collapse},
+	{"large", large},
+	{"mergeable", mergeable},
+	{"twin", twin},
 	{"give-back", give_back},
 	{"zap", zap},
 	{"page-out", page_out},
@@ -442,7 +447,7 @@ static void make_region(uint64_t i)
 	void *reserved;
 
 	memfd[i] = -1;
-	if (!strcmp(kind, "anonymous")) {
+	if (anonymous) {
 		flags = MAP_PRIVATE | MAP_ANONYMOUS;
 	} else if (!strncmp(kind, "file:", 5)) {
 		memfd[i] = open(kind + 5, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
@@ -454,16 +459,16 @@ static void make_region(uint64_t i)
 	}
 	if (!(flags & MAP_ANONYMOUS) && (memfd[i] < 0 || ftruncate(memfd[i], (off_t)region_bytes)))
 		die("memory file");
-	/* aligned as QEMU's RAM is, so that large folios could be mapped */
-	reserved =
-		mmap(NULL, region_bytes + ALIGN_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	/* aligned as QEMU's RAM is, so that large folios could be mapped; between guards, so that no other memory is one with it */
+	reserved = mmap(NULL, region_bytes + 2 * ALIGN_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+			-1, 0);
 	if (reserved == MAP_FAILED)
 		die("address space");
-	region[i] = mmap((void *)(((uint64_t)reserved + ALIGN_BYTES - 1) & ~(uint64_t)(ALIGN_BYTES - 1)), region_bytes,
+	region[i] = mmap((void *)(((uint64_t)reserved + ALIGN_BYTES) & ~(uint64_t)(ALIGN_BYTES - 1)), region_bytes,
 			 PROT_READ | PROT_WRITE, flags | MAP_FIXED, memfd[i], 0);
 	if (region[i] == MAP_FAILED)
 		die("guest memory");
-	if (close_memfd)
+	if (close_memfd && memfd[i] >= 0)
 		close(memfd[i]);
 }
 
@@ -473,6 +478,7 @@ int main(int argc, char **argv)
 
 	parse(argc, argv);
 	page_bytes = part_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
+	anonymous = !strcmp(kind, "anonymous");
 	if (!strcmp(kind, "huge"))
 		page_bytes = ALIGN_BYTES;
 	pages = region_bytes / page_bytes * region_count;

@@ -3,13 +3,15 @@
 #ifndef VMM_H
 #define VMM_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 enum { REGIONS_MAX = 8 };
 
 extern uint64_t page_bytes, pages;
-extern uint32_t *sequence; /* by page; 0: zeros */
-extern int memfd[REGIONS_MAX];
+extern uint32_t *sequence;     /* by page; 0: zeros */
+extern int memfd[REGIONS_MAX]; /* -1 each: the memory is anonymous */
+extern bool anonymous;
 
 uint64_t *page_at(uint64_t page);
 /* of FIRST COUNT; COUNT 0 or missing: up to the end */
@@ -33,6 +35,9 @@ void register_own(const uint64_t *a, int count);
 void unregister_own(const uint64_t *a, int count);
 void filter(const uint64_t *a, int count);
 void collapse(const uint64_t *a, int count);
+void large(const uint64_t *a, int count);
+void mergeable(const uint64_t *a, int count);
+void twin(const uint64_t *a, int count);
 void give_back(const uint64_t *a, int count);
 void zap(const uint64_t *a, int count);
 void page_out(const uint64_t *a, int count);

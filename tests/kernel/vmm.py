@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.kernel.forced import ForcedEngine, Options
+from tests.need import need
 from tierd import cycle
 from tierd.attach import GuestSpec
 from tierd.attach.holders import HolderScan
 from tierd.attach.preflight import preflight, swap_can_receive
 from tierd.attach.procfs import boot_id, read_spec
 from tierd.config import Policy
-from tierd.engine import choose
-from tierd.native import NativeGuest
+from tierd.engine import choose, fitting
+from tierd.engine.stock import StockEngine
+from tierd.native import STAGING_TIER, NativeGuest, probe
 from tierd.serve import Served, adopt, attach, prepare_runtime_dir
 from tierd.store.file import FileStore
 
@@ -34,6 +36,14 @@ SLOWNESS = float(os.environ.get("TIERD_SLOWNESS", "1"))
 ANSWER_S_MAX = 60.0 * SLOWNESS
 WNOTHREAD = 0x20000000  # wait(2): only children of the calling thread
 SAFE = Policy(min_idle_s=0.1, unsafe_min_idle=True, interval_s=0.1)
+
+
+def need_anonymous() -> None:
+    need(
+        "anonymous",
+        "anonymous" in StockEngine(probe(), tried=False).backings,
+        f"private anonymous memory cannot be tiered on this kernel: {os.strerror(probe().anonymous)}",
+    )
 
 
 def compile_child(output: Path, *sources: str, static: bool = False) -> Path:
@@ -60,6 +70,10 @@ class Vmm:
     """A running child (vmm.c or kvm_vcpu.c). `with` ends it and fails if it ever read a wrong value."""
 
     def __init__(self, binary: Path, *arguments: str, arg0: str | None = None, **options: Any) -> None:
+        size = next((argument[6:] for argument in arguments if argument.startswith("bytes=")), str(64 * MIB))
+        self.anonymous = "kind=anonymous" in arguments
+        if self.anonymous:  # by its size RAM is told from other memory of that kind
+            arguments = (*arguments, "-m", f"{size}B")
         self.process = subprocess.Popen(
             [arg0 or str(binary), *arguments],
             executable=binary,
@@ -169,13 +183,35 @@ class Tiered:
 
     @property
     def stored_pages(self) -> int:
+        """In the staging area, too."""
         return int(self.counters()["state_pages"][4])
+
+    @property
+    def staged_pages(self) -> int:
+        return int(self.counters()["tier_pages"][STAGING_TIER])
 
     def scan(self) -> cycle.Touched:
         return cycle.scan_and_deactivate(self.native, self.options.phases, lambda: None)
 
-    def evict(self, min_idle_s: float = 0.0, max_bytes: int = 1 << 50) -> int:
-        """Pages evicted of those that are idle so long."""
+    def stage(self, interval_s: float = 0.0) -> int:
+        """Of anonymous memory: pages moved into the staging area, of all that were not written for so long (twice). Those that
+        take space in the store leave again only when that is given back."""
+        self.discard()
+        c = self.counters()
+        all_of_it = cycle.Staging(self.native.pages, 0, c["faults_staged"], c["latency_count"], c["latency_sum_ns"])
+        return cycle.stage(
+            self.native,
+            all_of_it,
+            interval_s=interval_s,
+            stall_budget=1.0,
+            phases=self.options.phases,
+            check=lambda: None,
+        )
+
+    def evict(self, min_idle_s: float = 0.0, max_bytes: int = 1 << 50, *, stage: bool = True) -> int:
+        """Pages evicted of those that are idle so long. Of anonymous memory: everything is staged before."""
+        if self.native.anonymous and stage:
+            self.stage()
         return (
             cycle.evict(
                 self.native,
@@ -212,7 +248,8 @@ class Tiered:
                 self.scan()  # each time: a page that the kernel could not unmap at once counts as touched
             self.evict()
             c = self.counters()
-            return bool(c["state_pages"][0] <= c["untouched_pages"] + but_pages)
+            staged = c["tier_pages"][STAGING_TIER]
+            return bool(c["state_pages"][0] <= c["untouched_pages"] + but_pages and not staged)
 
         try:
             wait_for(done, "every touched page evicted")
@@ -248,10 +285,10 @@ class Host:
         options = Options(**changes)
         spec = vmm.spec()
         if not in_spite_of_preflight:
-            preflight(spec, policy, HolderScan(), choose())
+            preflight(spec, policy, HolderScan(), fitting(choose(), spec.anonymous))
         served = attach(
             spec,
-            engine=ForcedEngine(options),
+            engine=ForcedEngine(options, spec.anonymous),
             store=self.store(options),
             guests_dir=prepare_runtime_dir(self.tmpfs_dir),
             tuning=options.tuning(policy.min_idle_s),
@@ -270,7 +307,7 @@ class Host:
         (path,) = (self.tmpfs_dir / "guests").glob("*.state")
         served = adopt(
             path,
-            engine=ForcedEngine(options),
+            engine=ForcedEngine(options, vmm.anonymous),
             swap_can_receive=swap_can_receive(vmm.pid),
             capacity_bytes=options.capacity_bytes,
             boot_id=boot_id(),

@@ -9,6 +9,7 @@
 #include <linux/seccomp.h>
 #include <linux/userfaultfd.h>
 #include <signal.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -161,16 +162,47 @@ void collapse(const uint64_t *a, int count)
 	answer(madvise(page_at(a[0]), (end_of(a) - a[0]) * page_bytes, MADV_COLLAPSE));
 }
 
+/* FIRST COUNT: what is touched first there from now on may come in large pages. */
+void large(const uint64_t *a, int count)
+{
+	(void)count;
+	answer(madvise(page_at(a[0]), (end_of(a) - a[0]) * page_bytes, MADV_HUGEPAGE));
+}
+
+/* FIRST COUNT: KSM may merge these pages. */
+void mergeable(const uint64_t *a, int count)
+{
+	(void)count;
+	answer(madvise(page_at(a[0]), (end_of(a) - a[0]) * page_bytes, MADV_MERGEABLE));
+}
+
+/* FIRST COUNT: a copy of these pages, which KSM may merge with them. */
+void twin(const uint64_t *a, int count)
+{
+	size_t bytes = (end_of(a) - a[0]) * page_bytes;
+	void *copy = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	(void)count;
+	if (copy != MAP_FAILED)
+		memcpy(copy, page_at(a[0]), bytes);
+	answer(copy == MAP_FAILED ? -1 : madvise(copy, bytes, MADV_MERGEABLE));
+}
+
+static int remove_pages(void *at, size_t bytes)
+{
+	return madvise(at, bytes, anonymous ? MADV_DONTNEED : MADV_REMOVE);
+}
+
 /* Gives pages back, as a balloon does. */
 void give_back(const uint64_t *a, int count)
 {
 	(void)count;
 	for (uint64_t page = a[0]; page < end_of(a); page++)
 		sequence[page] = 0;
-	answer(madvise(page_at(a[0]), (end_of(a) - a[0]) * page_bytes, MADV_REMOVE));
+	answer(remove_pages(page_at(a[0]), (end_of(a) - a[0]) * page_bytes));
 }
 
-/* FIRST COUNT: unmapped by the VMM itself; the file keeps the bytes. */
+/* FIRST COUNT: unmapped by the VMM itself; the file keeps the bytes (of anonymous memory: see give-back). */
 void zap(const uint64_t *a, int count)
 {
 	(void)count;
@@ -197,7 +229,7 @@ void balloon(const uint64_t *a, int count)
 		for (uint64_t page = a[0]; page < end_of(a); page++) {
 			uint64_t *words = page_at(page);
 
-			if (madvise(words, page_bytes, MADV_REMOVE)) {
+			if (remove_pages(words, page_bytes)) {
 				answer(-1);
 				return;
 			}
@@ -218,6 +250,8 @@ void balloon(const uint64_t *a, int count)
 void replace_mapping(const uint64_t *a, int count)
 {
 	(void)count;
+	if (anonymous)
+		sequence[a[0]] = 0;
 	answer(mmap(page_at(a[0]), page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
 		    0) == MAP_FAILED
 		       ? -1
@@ -231,14 +265,17 @@ void unmap_region(const uint64_t *a, int count)
 	answer(munmap(page_at(a[0]), (end_of(a) - a[0]) * page_bytes));
 }
 
-/* FIRST COUNT REGION START: the same bytes of the same file at the same addresses; the region begins with page START. */
+/* FIRST COUNT REGION START: the same bytes of the same file at the same addresses; the region begins with page START. Of
+ * anonymous memory: zeros. */
 void map_again(const uint64_t *a, int count)
 {
 	uint64_t offset = (uint64_t)((char *)page_at(a[0]) - (char *)page_at(a[3]));
-	void *at = mmap(page_at(a[0]), (end_of(a) - a[0]) * page_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
-			memfd[a[2]], (off_t)offset);
+	void *at = mmap(page_at(a[0]), (end_of(a) - a[0]) * page_bytes, PROT_READ | PROT_WRITE,
+			(anonymous ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED) | MAP_FIXED, memfd[a[2]], (off_t)offset);
 
 	(void)count;
+	for (uint64_t page = a[0]; anonymous && page < end_of(a); page++)
+		sequence[page] = 0;
 	answer(at == MAP_FAILED ? -1 : 0);
 }
 
@@ -263,11 +300,13 @@ void execute(const uint64_t *a, int count)
 /* BYTES: one more region, as a hot-plugged DIMM is. */
 void add_memory(const uint64_t *a, int count)
 {
-	int fd = memfd_create("memory-backend-memfd", MFD_CLOEXEC);
+	int fd = anonymous ? -1 : memfd_create("memory-backend-memfd", MFD_CLOEXEC);
 	void *at = MAP_FAILED;
 
 	(void)count;
-	if (fd >= 0 && !ftruncate(fd, (off_t)a[0]))
+	if (anonymous)
+		at = mmap(NULL, a[0], PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	else if (fd >= 0 && !ftruncate(fd, (off_t)a[0]))
 		at = mmap(NULL, a[0], PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	answer(at == MAP_FAILED ? -1 : 0);
 }

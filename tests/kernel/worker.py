@@ -24,8 +24,8 @@ from tests.kernel.forced import ForcedEngine, Options
 from tierd import cycle
 from tierd.attach.holders import HolderScan
 from tierd.attach.preflight import preflight, swap_can_receive
-from tierd.attach.procfs import boot_id, read_spec
-from tierd.engine import choose
+from tierd.attach.procfs import boot_id, cmdline_of, read_spec
+from tierd.engine import choose, fitting
 from tierd.native import KernelError, Zap
 from tierd.serve import Served, Stale, Tuning, adopt, attach, prepare_runtime_dir
 from tierd.store.file import FileStore
@@ -39,7 +39,9 @@ def say(*words: object) -> None:
 
 
 def serve(pid: int, tmpfs_dir: Path, disk_dir: Path, options: Options) -> Served:
-    engine, guests_dir, swap = ForcedEngine(options), prepare_runtime_dir(tmpfs_dir), swap_can_receive(pid)
+    anonymous = "kind=anonymous" in cmdline_of(pid)
+    engine, guests_dir = ForcedEngine(options, anonymous), prepare_runtime_dir(tmpfs_dir)
+    swap = swap_can_receive(pid)
     for path in guests_dir.glob("*.state"):
         say("adopting")
         try:
@@ -47,7 +49,7 @@ def serve(pid: int, tmpfs_dir: Path, disk_dir: Path, options: Options) -> Served
         except Stale:
             path.unlink()
     spec = read_spec(pid, "test")
-    preflight(spec, ANY, HolderScan(), choose())
+    preflight(spec, ANY, HolderScan(), fitting(choose(), anonymous))
     say("attaching")
     return attach(
         spec,
@@ -72,6 +74,14 @@ def misbehaviour(chance: random.Random, misread: bool) -> dict[str, int]:
     return {"seed": chance.randrange(1, 1 << 30), "slow_us": 2000, **hangs, **faults}
 
 
+def stage_all(served: Served, options: Options) -> None:
+    """However many readers that costs."""
+    cycle.discard_fetched(served.native, options.phases, lambda: None)  # what takes space in the store cannot be staged
+    c = served.native.counters()
+    staging = cycle.Staging(served.pages, 0, c["faults_staged"], c["latency_count"], c["latency_sum_ns"])
+    cycle.stage(served.native, staging, interval_s=0.0, stall_budget=1.0, phases=options.phases, check=lambda: None)
+
+
 def one_cycle(served: Served, options: Options) -> None:
     try:
         cycle.scan_and_deactivate(served.native, options.phases, lambda: None)
@@ -80,6 +90,8 @@ def one_cycle(served: Served, options: Options) -> None:
             raise
         return  # the thread that is to run a call inside the VMM waits for a page, in the kernel: the next cycle may reach it
     with contextlib.suppress(KernelError):  # a write that failed: the pages stay
+        if served.native.anonymous:
+            stage_all(served, options)
         cycle.evict(
             served.native,
             min_idle_s=0.0,

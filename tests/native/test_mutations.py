@@ -393,12 +393,106 @@ HUGETLBFS = [
     ),
 ]
 MUTATIONS += HUGETLBFS
+# Of private anonymous memory (stage.c), which goes through a staging area.
+ANONYMOUS = [
+    Mutation(
+        "anon_successor_does_not_wait_for_the_batch",  # the VMM goes on making calls when we die
+        "guest.c",
+        "	if (g->anon)\n		error = settle_inside(g);\n",
+        "	if (g->anon)\n		(void)settle_inside;\n",
+    ),
+    Mutation(
+        "anon_adoption_forgets_a_staged_page",
+        "guest.c",
+        "	if (staged && (state == STAGING || state == DROPPING))",
+        "	if (staged && state == DROPPING)",
+    ),
+    Mutation(
+        "anon_adoption_forgets_a_page_that_was_not_dropped",  # it is in the staging area still, and in the way of its next life
+        "guest.c",
+        "	if (staged && (state == STAGING || state == DROPPING))",
+        "	if (staged && state == STAGING)",
+    ),
+    Mutation(
+        "anon_moved_is_believed",
+        "stage.c",
+        "	if (there && (fate == MOVED || fate == UNKNOWN)) {",
+        "	if (fate == MOVED || fate == UNKNOWN) {",
+    ),
+    Mutation(
+        "anon_unknown_is_not_moved",
+        "stage.c",
+        "	if (there && (fate == MOVED || fate == UNKNOWN)) {",
+        "	if (there && fate == MOVED) {",
+    ),
+    Mutation(
+        "anon_staged_into_room_that_is_taken",  # the rest of an older life of the page is there
+        "stage.c",
+        "word_untouched(w) || word_copy(w) || quarantined",
+        "word_untouched(w) || quarantined",
+    ),
+    Mutation(
+        "anon_nobody_woken_after_the_move",
+        "stage.c",
+        "		wake_waiters(g, b.first[i], b.pages[i], waits);\n",
+        "		(void)waits;\n",
+    ),
+    Mutation(
+        "anon_missing_not_registered_before_the_move",
+        "stage.c",
+        "	error = missing_register(g, page); /* before the page can leave */",
+        "	error = 0;",
+    ),
+    Mutation(
+        "anon_batch_under_way_is_not_waited_for",  # it got no CPU in its time, and is made later
+        "stage.c",
+        "	if (error != -EINPROGRESS)\n		return error;\n",
+        "	if (error != -EINPROGRESS)\n		return error;\n	return 0;\n",
+    ),
+    Mutation(
+        "anon_drop_is_believed",
+        "evict.c",
+        "		failed = staged_look(g, b->pages[i], n, b->touched);\n",
+        "		failed = 0;\n		memset(b->touched, 0, bitmap_bytes(n));\n",
+    ),
+    Mutation(
+        "anon_nobody_woken_after_the_drop",
+        "evict.c",
+        "		wake_waiters(g, b->pages[i], n, waits);\n",
+        "		(void)waits;\n",
+    ),
+    Mutation(
+        "anon_page_that_was_not_dropped_is_of_the_tier",
+        "evict.c",
+        "		to = word_with_copy(word_with_tier(to, TIER_STAGING), true);",
+        "		to = word_with_copy(to, true);",
+    ),
+    Mutation(
+        "anon_staged_page_leaves_at_once",  # rule 8
+        "evict.c",
+        "epoch_age(epoch_now(g), word_epoch(w)) < min_age || quarantined",
+        "quarantined",
+    ),
+    Mutation(
+        "anon_time_in_the_staging_area_not_measured",  # rule 8
+        "stage.c",
+        "word_with_epoch(word_with_copy(word_with_state(w, STORED), true), epoch_next(g))",
+        "word_with_copy(word_with_state(w, STORED), true)",
+    ),
+]
+MUTATIONS += ANONYMOUS
 MORE = {
     "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle
     "late_write_lands_in_used_space": ("--late-io",),
     "parked_page_read_whatever_its_tier": ("--from", "37400"),  # it takes a page that leaves again between two looks
     **{mutation.name: ("--engine", mutation.name[:3]) for mutation in NATIVE_ENGINES},
     **{mutation.name: ("--engine", "rwp", "--hugetlb") for mutation in HUGETLBFS},
+    **{mutation.name: ("--anon",) for mutation in ANONYMOUS},
+    "anon_adoption_forgets_a_page_that_was_not_dropped": (
+        "--anon",
+        "--from",
+        "4001",
+    ),  # the kernel must refuse the drop
     "huge_hold_taken_for_poison": ("--engine", "rfc", "--hugetlb"),
     "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--from", "109001"),  # one seed in ten thousand
     "rwp_absence_is_taken_for_protection": ("--engine", "rwp", "--remap"),

@@ -13,6 +13,7 @@ import pytest
 
 from tests.daemon.process import Daemon
 from tests.kernel.host_memory import huge_pages
+from tests.kernel.vmm import need_anonymous
 from tests.need import need
 from tests.vm.libvirtd import LibvirtGuest
 from tierd.demo.guest import MIB, DemoGuest, GuestError, find_kernel, this_platform
@@ -49,6 +50,32 @@ def huge_guest(vm_directory: Path) -> Iterator[DemoGuest]:
         huge_pages(GUEST_BYTES // (2 * MIB)),
         DemoGuest(vm_directory, "test-huge", memory_bytes=GUEST_BYTES, backing="hugetlb") as guest,
     ):
+        guest.wait_ready()
+        yield guest
+
+
+@pytest.fixture(scope="module")
+def anonymous_guest(vm_directory: Path) -> Iterator[DemoGuest]:
+    """A guest whose memory is what QEMU takes if it is told nothing, private and anonymous, filled."""
+    need_anonymous()
+    with DemoGuest(vm_directory, "test-anon", memory_bytes=GUEST_BYTES, backing="anonymous") as guest:
+        guest.wait_ready()
+        yield guest
+
+
+@pytest.fixture(scope="module")
+def sandboxed_guest(vm_directory: Path) -> Iterator[DemoGuest]:
+    """The same in QEMU's own seccomp sandbox, as libvirt starts it, its QEMU an ordinary user's."""
+    need_anonymous()
+    sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+    with DemoGuest(
+        vm_directory,
+        "test-sandboxed",
+        memory_bytes=GUEST_BYTES,
+        backing="anonymous",
+        user="nobody",
+        arguments=("-sandbox", sandbox),
+    ) as guest:
         guest.wait_ready()
         yield guest
 

@@ -57,10 +57,10 @@ def test_runs_as_an_ordinary_user(user_guest: DemoGuest) -> None:
     assert user_guest.verify() == (user_guest.used_bytes, 0)
 
 
-@pytest.fixture(params=["root", "user", "huge"])
+@pytest.fixture(params=["root", "user", "huge", "anonymous", "sandboxed"])
 def either_guest(request: pytest.FixtureRequest) -> DemoGuest:
-    names = {"root": "guest", "user": "user_guest", "huge": "huge_guest"}
-    guest: DemoGuest = request.getfixturevalue(names[request.param])
+    name = "guest" if request.param == "root" else f"{request.param}_guest"
+    guest: DemoGuest = request.getfixturevalue(name)
     return guest
 
 

@@ -249,8 +249,8 @@ def ram_sizes(cmdline: tuple[str, ...]) -> set[int]:
                 text = key
             elif key != "size":
                 continue
-            if match := re.fullmatch(r"(\d+)([kmgtKMGT]?)[bB]?", text):
-                shift = {"k": 10, "m": 20, "g": 30, "t": 40, "": 20 if flag == "-m" else 0}[match[2].lower()]
+            if match := re.fullmatch(r"(\d+)([bkmgtBKMGT]?)", text):
+                shift = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "": 20 if flag == "-m" else 0}[match[2].lower()]
                 sizes.add(int(match[1]) << shift)
     return sizes
 
@@ -310,11 +310,8 @@ def grown(spec: GuestSpec) -> list[Region]:
     maps = maps_of(spec.pid)
     if spec.anonymous:
         ours = [(start, start + r.bytes) for r in spec.regions for start in (r.address, r.staging)]
-        return [
-            r
-            for r in anonymous_regions(maps, spec.cmdline)
-            if not any(start < r.address + r.bytes and r.address < end for start, end in ours)
-        ]
+        others = [m for m in maps if not any(start < m.end and m.start < end for start, end in ours)]
+        return list(anonymous_regions(others, spec.cmdline))  # which would be one with what of ours it touches
     known = {(r.device, r.inode) for r in spec.regions}
     return [r for r in ram_regions(maps, spec.cmdline) if (r.device, r.inode) not in known]
 

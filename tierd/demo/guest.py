@@ -174,14 +174,16 @@ def numbers(line: str) -> dict[str, int]:
 
 def memory_bytes(pid: int) -> int:
     """Host memory that the guest's RAM occupies: the blocks of QEMU's memfd, mapped or not, or else QEMU's anonymous memory, of
-    which it has little of its own. Needs the rights to look at `pid`'s descriptors."""
+    which it has little of its own, but for the code that TCG makes. Needs the rights to look at `pid`'s descriptors."""
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed since it was listed
             if "/memfd:memory-backend-memfd" in os.readlink(entry):
                 return os.stat(entry).st_blocks * 512
-    if match := re.search(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M):
-        return int(match[1]) * 1024
-    raise GuestError(f"process {pid} has ended")
+    smaps = Path(f"/proc/{pid}/smaps").read_text()
+    if not smaps:
+        raise GuestError(f"process {pid} has ended")
+    anonymous = re.findall(r"^[0-9a-f]+-[0-9a-f]+ rw-p 00000000 00:00 0 *\n(?:[A-Z].*\n)*?Rss: +(\d+) kB", smaps, re.M)
+    return sum(map(int, anonymous)) * 1024
 
 
 class DemoGuest:
