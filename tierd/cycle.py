@@ -30,7 +30,7 @@ ANONYMOUS_BATCH_BYTES = 8 << 20  # each is a stop of a thread of the VMM
 BATCH_PAGES_MIN = 8  # huge ones
 FILE_TIER = 1
 PHASES = ("scan", "deactivate", "stage", "select", "hold", "copy", "write", "drop", "release", "discard")
-STAGE_AFTER_INTERVALS = 2  # not written for so many: the page may be cold
+STAGE_AFTER_INTERVALS = 2  # not written for so many, and for min_idle_s: the page may be cold
 SAMPLE = 64  # one page in so many goes into the staging area in the first cycle
 SAMPLE_PAGES_MIN = 256
 STOPS_SHARE = 0.2  # of the time of the thread that is stopped
@@ -102,20 +102,21 @@ def stage(
     staging: Staging,
     *,
     interval_s: float,
+    min_idle_s: float,
     stall_budget: float,
     phases: Phases,
     check: Callable[[], None],
 ) -> int:
-    """Of anonymous memory whose readers are not seen otherwise: give back room in the staging area, then move pages there.
-    Returns pages moved."""
+    """Of anonymous memory whose readers are not seen otherwise: move pages into the staging area. Returns pages moved."""
     began = time.monotonic()
     staging.adapt(guest, stall_budget, interval_s)
-    unstage(guest, check)
+    # what reads it from there reads a copy: it must outlast any I/O that does not hold the page by a pin (rule 8)
+    idle_s = max(STAGE_AFTER_INTERVALS * interval_s, min_idle_s)
     moved = in_vain = looked = 0
     while moved < staging.max_pages and looked < guest.pages and in_vain < STOPS_IN_VAIN_MAX:
         check()
         page = staging.page % guest.pages
-        done = _spaced(guest.stage(page, STAGE_AFTER_INTERVALS * interval_s, staging.max_pages - moved))
+        done = _spaced(guest.stage(page, idle_s, staging.max_pages - moved))
         moved += done.staged_pages
         looked += done.next_page - page
         in_vain = 0 if done.next_page > page else in_vain + 1  # the thread got no CPU in its time

@@ -11,6 +11,7 @@ import errno
 import os
 from pathlib import Path
 
+from tierd import cycle
 from tierd.attach.preflight import swap_can_receive
 from tierd.attach.procfs import boot_id, start_ticks
 from tierd.engine import choose
@@ -59,6 +60,8 @@ def _bring_back(served: Served, progress: Progress) -> int:
             page, restored = served.native.restore(page, STEP_BYTES // served.page_bytes)
             done += restored * served.page_bytes
             progress(min(done, total), total)
+            if served.native.anonymous:
+                cycle.unstage(served.native, lambda: None)
         before, stored_pages = stored_pages, served.native.counters()["state_pages"][STORED]
         if stored_pages >= before:
             raise OSError(errno.EIO, f"{stored_pages} pages of process {served.spec.pid} cannot be read from the store")

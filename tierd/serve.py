@@ -227,11 +227,11 @@ class Served:
         return True
 
     def _unmap_ours(self, serving: Serving) -> None:
-        if serving.calls:
-            calls_destroy(pick_thread(self.spec.pid), serving.calls)
         for region in self.spec.regions:
             if region.staging:
                 unmap_staging(self.spec.pid, region.staging, region.bytes)
+        if serving.calls:
+            calls_destroy(pick_thread(self.spec.pid), serving.calls)
 
     def _disarm(self) -> None:
         """A guest goes on faulting: a page that a fault thread owns just now is busy, too, but only for a moment. Nothing

@@ -646,6 +646,7 @@ static void set_up(void)
 	M.anon = S.anon = anon;
 	if (anon && faulty) {
 		M.faults.move_busy = below(100);
+		M.faults.miscounts = below(300);
 		M.faults.enter_fails = below(100);
 		M.faults.cut_short = below(60);
 	}

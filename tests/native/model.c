@@ -653,10 +653,11 @@ ssize_t sys_vmm_read(int mem, void *to, size_t bytes, uint64_t address)
 	return (ssize_t)bytes;
 }
 
-ssize_t sys_vmm_read_many(int32_t pid, void *to, size_t bytes, uint64_t address)
+static uint32_t below_miscount(uint32_t n)
 {
-	(void)pid;
-	return sys_vmm_read(FD_VMM, to, bytes, address);
+	while (n && model_chance(600))
+		n--;
+	return n;
 }
 
 /* Page by page, each at once; stops at the first that cannot be moved. */
@@ -675,14 +676,16 @@ static int64_t move(const struct sys_inside_call *c)
 		if (M.marker[p] || M.poisoned[p])
 			break;
 		if (!M.present[p])
-			continue; /* a hole */
+			break; /* a hole: ENOENT */
 		if (M.staged[p])
 			break; /* EEXIST */
 		memcpy(M.staged_bytes[p], M.bytes[p], MODEL_PAGE_BYTES);
 		M.staged[p] = true;
 		M.cached[p] = M.present[p] = M.protected[p] = M.rwp_protected[p] = false;
 	}
-	return n ? (int64_t)n * MODEL_PAGE_BYTES : -EBUSY;
+	if (model_chance(M.faults.miscounts)) /* it has moved what it does not count */
+		n = below_miscount(n);
+	return n ? (int64_t)n * MODEL_PAGE_BYTES : -EEXIST;
 }
 
 static int64_t drop(const struct sys_inside_call *c)

@@ -197,6 +197,7 @@ class Health:
     overdue_ns: int
     worker_io_ns: int
     pages_lost: int
+    spent_pages: int
 
 
 @dataclass(frozen=True)

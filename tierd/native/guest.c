@@ -600,6 +600,8 @@ static int adopt_as(struct tierd_guest *g, uint64_t page, page_word w, page_word
 		atomic_store_explicit(&g->words[page], to, memory_order_release);
 		ret->corrected_pages++;
 	}
+	if (word_spent(to))
+		atomic_fetch_add(&g->spent_pages, 1);
 	ret->resident_pages += word_state(to) == RESIDENT;
 	ret->stored_pages += word_state(to) == STORED;
 	ret->lost_pages += word_state(to) == LOST;

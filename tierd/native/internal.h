@@ -221,8 +221,9 @@ struct tierd_guest {
 	uint8_t *missing;    /* one a chunk: MISSING is registered; the worker's own */
 	uint64_t chunks;
 	_Atomic uint64_t missing_chunks;
-	uint64_t *touched, *other; /* bitmaps of one chunk; the worker's own */
-	uint16_t *aged;            /* one a chunk: when a pass last looked for ages that would wrap; the worker's own */
+	uint64_t *touched, *other;    /* bitmaps of one chunk; the worker's own */
+	_Atomic uint64_t spent_pages; /* about: fetched, and their room in the staging area is not given back */
+	uint16_t *aged;  /* one a chunk: when a pass last looked for ages that would wrap; the worker's own */
 	uint64_t *large; /* bitmap of the guest, the worker's own: seen mapped by a large entry that begins here */
 	uint64_t *
 		quarantine; /* bitmap of the guest: adoption's, then only read by the worker; NULL: nothing lands late */
@@ -333,10 +334,7 @@ int inside_run(struct tierd_guest *g, struct sys_inside_call *calls, uint32_t co
 /* Drops what the staging area holds of the pages [page, page + count), by address. */
 struct sys_inside_call drop_of(struct tierd_guest *g, uint64_t page, uint64_t count);
 int staged_register(struct tierd_guest *g);
-/* may_wait: faster for many pages, and not for a fault thread, which would answer what it waits for. */
-int staged_read(struct tierd_guest *g, uint64_t page, uint32_t count, void *to, bool may_wait);
-/* True: `address` is in a staging area, and the fault there is answered. */
-bool staged_fault(struct tierd_guest *g, uint64_t address);
+int staged_read(struct tierd_guest *g, uint64_t page, uint32_t count, void *to);
 /* Bits of the pages [page, page + count) that the staging area holds; asks until it is told. -ESRCH: the VMM is gone. */
 int staged_look(struct tierd_guest *g, uint64_t page, uint64_t count, uint64_t *there);
 /* A staged page of the group was wanted / left the host. */

@@ -33,7 +33,6 @@ struct uffdio_move {
 };
 #define UFFDIO_MOVE _IOWR(UFFDIO, 0x05, struct uffdio_move)
 #endif
-enum { MOVE_ALLOW_SRC_HOLES = 1 << 1 };
 _Static_assert(sizeof(struct uffdio_move) == 40, "UFFDIO_MOVE");
 
 struct pagemap_scan { /* struct pm_scan_arg, Documentation/admin-guide/mm/pagemap.rst */
@@ -231,7 +230,7 @@ int sys_uffd_poison(int uffd, uint64_t address, uint64_t bytes)
 
 int64_t sys_uffd_move(int uffd, uint64_t to, uint64_t from, uint64_t bytes)
 {
-	struct uffdio_move m = {.dst = to, .src = from, .len = bytes, .mode = MOVE_ALLOW_SRC_HOLES};
+	struct uffdio_move m = {.dst = to, .src = from, .len = bytes};
 	int error = uffd_ioctl(uffd, UFFDIO_MOVE, &m);
 
 	return error && m.move <= 0 ? error : m.move;
@@ -293,22 +292,16 @@ ssize_t sys_vmm_read(int mem, void *to, size_t bytes, uint64_t address)
 	return n < 0 ? -errno : n;
 }
 
-ssize_t sys_vmm_read_many(int32_t pid, void *to, size_t bytes, uint64_t address)
-{
-	struct iovec here = {to, bytes}, there = {(void *)(uintptr_t)address, bytes};
-	ssize_t n = process_vm_readv(pid, &here, 1, &there, 1, 0);
-
-	return n < 0 ? -errno : n;
-}
-
 int sys_inside_create(int32_t tid, uint64_t *area)
 {
 	return tierd_calls_create(tid, area);
 }
 
+/* Never with UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES: a page that is given back between the two looks of a move makes it go round for ever
+ * (seen on 6.18). */
 static struct tierd_inside_call inside_call(const struct sys_inside *in, const struct sys_inside_call *c)
 {
-	struct uffdio_move move = {.dst = c->to, .src = c->from, .len = c->bytes, .mode = MOVE_ALLOW_SRC_HOLES};
+	struct uffdio_move move = {.dst = c->to, .src = c->from, .len = c->bytes};
 	struct tierd_inside_call call = {.number = SYS_madvise, .argument = {c->from, c->bytes, MADV_DONTNEED}};
 
 	if (c->what == SYS_INSIDE_MOVE) {

@@ -74,8 +74,6 @@ int sys_zap_inside(int tid, uint64_t address, uint64_t bytes, uint64_t *stopped_
 
 /* private anonymous memory of the VMM: /proc/PID/mem, which answers EIO where a page is missing and never waits for it */
 ssize_t sys_vmm_read(int mem, void *to, size_t bytes, uint64_t address);
-/* process_vm_readv: half the price for many pages; where one is missing it waits until that fault is answered */
-ssize_t sys_vmm_read_many(int32_t pid, void *to, size_t bytes, uint64_t address);
 
 /* Batches of calls made by thread tid of the VMM, in one stop: inject.c. A batch goes on when we die. */
 struct sys_inside {
@@ -84,7 +82,7 @@ struct sys_inside {
 	uint64_t area; /* from sys_inside_create */
 };
 struct sys_inside_call {
-	enum { SYS_INSIDE_MOVE, SYS_INSIDE_DROP } what; /* UFFDIO_MOVE, with holes allowed; MADV_DONTNEED */
+	enum { SYS_INSIDE_MOVE, SYS_INSIDE_DROP } what; /* UFFDIO_MOVE; MADV_DONTNEED */
 	uint64_t to;                                    /* of a move */
 	uint64_t from, bytes;
 	int64_t result; /* bytes moved, 0, or -errno */
