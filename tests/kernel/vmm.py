@@ -203,6 +203,7 @@ class Tiered:
             self.native,
             all_of_it,
             interval_s=interval_s,
+            min_idle_s=0.0,
             stall_budget=1.0,
             phases=self.options.phases,
             check=lambda: None,

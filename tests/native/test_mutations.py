@@ -32,9 +32,9 @@ MUTATIONS = [
     Mutation(
         "leaving_after_the_hold_is_not_leaving",  # rule 1: a fault between scan and LEAVING must cancel
         "evict.c",
-        "		if (!page_move(b->g, b->pages[i], b->words[i], to))\n			continue;\n		b->words[i] = to;",
-        "		if (!page_move(b->g, b->pages[i], b->words[i], to))\n"
-        "			atomic_store(&b->g->words[b->pages[i]], to);\n		b->words[i] = to;",
+        "		if (!page_move(b->g, b->pages[i], b->words[i], to)) {",
+        "		if (!page_move(b->g, b->pages[i], b->words[i], to) && !b->g->anon) {\n"
+        "			atomic_store(&b->g->words[b->pages[i]], to);\n		} else if (word_state(page_load(b->g, b->pages[i])) != DROPPING) {",
     ),
     Mutation(
         "resolver_does_not_own_its_page",  # rule 2
@@ -91,10 +91,10 @@ MUTATIONS = [
     Mutation(
         "dropping_served_early",  # a page fetched into a range that is being punched
         "fault.c",
-        "	default: /* RESOLVING, DROPPING, ARRIVING: whoever owns the page wakes its waiters */",
+        "	default: /* RESOLVING, DROPPING, ARRIVING, STAGING: whoever owns the page wakes its waiters */",
         "	case DROPPING:\n		atomic_store(&g->words[page], word_with_state(word, STORED));\n"
         "		return fetch(w, page, began_ns);\n"
-        "	default: /* RESOLVING, DROPPING, ARRIVING: whoever owns the page wakes its waiters */",
+        "	default: /* RESOLVING, DROPPING, ARRIVING, STAGING: whoever owns the page wakes its waiters */",
     ),
     Mutation(
         "zero_page_by_its_first_word",
@@ -105,7 +105,7 @@ MUTATIONS = [
     Mutation(
         "late_discard",  # rule 11: the store space of a page that has left again
         "evict.c",
-        "	return word_state(w) == RESIDENT && word_copy(w) && !quarantined(g, page);",
+        "	return word_state(w) == RESIDENT && word_takes_space(w) && !quarantined(g, page);",
         "	return (word_state(w) == RESIDENT || word_state(w) == STORED) && word_copy(w) && !quarantined(g, page);",
     ),
     Mutation(
@@ -236,8 +236,8 @@ MUTATIONS = [
     Mutation(
         "missing_registered_alone",  # rule 14
         "engine.c",
-        "	.mode_missing = UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING,",
-        "	.mode_missing = UFFDIO_REGISTER_MODE_MISSING,",
+        "	.mode_missing = UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING,\n	.scan = {.any_of",
+        "	.mode_missing = UFFDIO_REGISTER_MODE_MISSING,\n	.scan = {.any_of",
     ),
 ]
 # Of the engines that have a sync mode; the name begins with the engine's.
@@ -416,14 +416,14 @@ ANONYMOUS = [
     Mutation(
         "anon_moved_is_believed",
         "stage.c",
-        "	if (there && (fate == MOVED || fate == UNKNOWN)) {",
-        "	if (fate == MOVED || fate == UNKNOWN) {",
+        "	if (staged && !with_guest) {",
+        "	if (!refused && !with_guest) {",
     ),
     Mutation(
-        "anon_unknown_is_not_moved",
+        "anon_answer_is_believed",  # which may not count what was moved
         "stage.c",
-        "	if (there && (fate == MOVED || fate == UNKNOWN)) {",
-        "	if (there && fate == MOVED) {",
+        "	if (staged && !with_guest) {",
+        "	if (staged && !refused) {",
     ),
     Mutation(
         "anon_staged_into_room_that_is_taken",  # the rest of an older life of the page is there
@@ -484,7 +484,7 @@ MUTATIONS += ANONYMOUS
 MORE = {
     "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle
     "late_write_lands_in_used_space": ("--late-io",),
-    "parked_page_read_whatever_its_tier": ("--from", "37400"),  # it takes a page that leaves again between two looks
+    "parked_page_read_whatever_its_tier": ("--from", "24001"),  # it takes a page that leaves again between two looks
     **{mutation.name: ("--engine", mutation.name[:3]) for mutation in NATIVE_ENGINES},
     **{mutation.name: ("--engine", "rwp", "--hugetlb") for mutation in HUGETLBFS},
     **{mutation.name: ("--anon",) for mutation in ANONYMOUS},
@@ -494,7 +494,7 @@ MORE = {
         "4001",
     ),  # the kernel must refuse the drop
     "huge_hold_taken_for_poison": ("--engine", "rfc", "--hugetlb"),
-    "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--from", "109001"),  # one seed in ten thousand
+    "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--from", "17001"),  # one seed in ten thousand
     "rwp_absence_is_taken_for_protection": ("--engine", "rwp", "--remap"),
 }
 # Two walls stand behind each other here: one alone holds, so both are broken.

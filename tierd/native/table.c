@@ -159,6 +159,7 @@ static bool identity_sane(const struct tierd_identity *identity)
 static bool regions_sane(const struct table_header *h)
 {
 	uint64_t page_bytes = h->identity.page_bytes, pages = 0;
+	bool anon = h->regions[0].staging;
 
 	if (!h->region_count || h->region_count > TIERD_REGIONS_MAX)
 		return false;
@@ -168,6 +169,8 @@ static bool regions_sane(const struct table_header *h)
 		if (!r->bytes || (r->bytes | r->address | r->offset | r->staging) % page_bytes ||
 		    r->bytes > REGION_BYTES_MAX || r->address > UINT64_MAX - r->bytes ||
 		    r->staging > UINT64_MAX - r->bytes || r->offset > INT64_MAX - r->bytes)
+			return false;
+		if ((r->staging != 0) != anon || (anon && page_bytes != sys_page_bytes()))
 			return false;
 		pages += r->bytes / page_bytes;
 	}
