@@ -708,6 +708,28 @@ def test_an_attach_that_fails_leaves_nothing(vmm: Vmm, host: Host, monkeypatch: 
     vmm.verify()
 
 
+def test_a_death_in_a_detach_leaves_nothing_that_is_registered(
+    vmm: Vmm, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the end of the state file and that of the staging area: the guest can be attached again."""
+
+    def dies(_: object, __: object) -> None:
+        raise OSError(errno.EAGAIN, "no")
+
+    with host.attached(vmm) as tiered, monkeypatch.context() as patch:
+        tiered.evict_all()
+        staging = [region.staging for region in tiered.served.spec.regions]
+        patch.setattr("tierd.serve.Served._unmap_ours", dies)
+        tiered.leave()
+    for address in (*vmm.addresses, *staging):
+        assert not vm_flags(vmm.pid, address) & {"um", "uw", "ui"}
+    with host.attached(vmm) as tiered:
+        tiered.evict_all()
+        vmm.verify()
+        tiered.leave()
+    vmm.verify()
+
+
 # --- successors -------------------------------------------------------------------------------------------------------------
 
 
