@@ -233,6 +233,18 @@ def anonymous_regions(maps: list[Mapping], cmdline: tuple[str, ...]) -> tuple[Re
     return tuple(named or [region for region in found if region.bytes >= ANONYMOUS_RAM_BYTES_MIN])
 
 
+def _without_staging(pid: int, maps: list[Mapping]) -> list[Mapping]:
+    """Less what bears the mark of a staging area (ptrace.py): of a tierd that died before it had a state file, or when it had
+    none any more. Reads smaps, for which the kernel walks through the process's page tables."""
+    marked, start = set(), -1
+    for line in read_proc(f"/proc/{pid}/smaps").split("\n"):
+        if match := re.match(r"([0-9a-f]+)-[0-9a-f]+ ", line):
+            start = int(match[1], 16)
+        elif line.startswith("VmFlags:") and "rr" in line.split():
+            marked.add(start)
+    return [m for m in maps if m.start not in marked]
+
+
 def ram_sizes(cmdline: tuple[str, ...]) -> set[int]:
     """Sizes of memory that QEMU's `-m` and memory-backend-ram objects name, in bytes."""
     values = [("-m", parts) for value in option_values(cmdline, "m") if (parts := split_options(value))]
@@ -311,7 +323,8 @@ def grown(spec: GuestSpec) -> list[Region]:
     if spec.anonymous:
         ours = [(start, start + r.bytes) for r in spec.regions for start in (r.address, r.staging)]
         others = [m for m in maps if not any(start < m.end and m.start < end for start, end in ours)]
-        return list(anonymous_regions(others, spec.cmdline))  # which would be one with what of ours it touches
+        found = anonymous_regions(others, spec.cmdline)  # (which would be one with what of ours it touches)
+        return list(anonymous_regions(_without_staging(spec.pid, others), spec.cmdline)) if found else []
     known = {(r.device, r.inode) for r in spec.regions}
     return [r for r in ram_regions(maps, spec.cmdline) if (r.device, r.inode) not in known]
 
@@ -323,7 +336,7 @@ def read_spec(pid: int, name: str | None = None) -> GuestSpec:
         raise ProcessLookupError(3, f"there is no process {pid}")
     cmdline = cmdline_of(pid)
     maps = maps_of(pid)
-    regions = ram_regions(maps, cmdline) or anonymous_regions(maps, cmdline)
+    regions = ram_regions(maps, cmdline) or anonymous_regions(_without_staging(pid, maps), cmdline)
     if not regions:
         largest = max((m for m in maps if m.mode.startswith("rw")), key=lambda m: m.end - m.start, default=None)
         evidence = f"pid {pid}" + (
