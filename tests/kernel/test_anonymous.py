@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,8 +26,10 @@ from tierd.attach import Refused
 from tierd.attach.holders import HolderScan
 from tierd.attach.preflight import preflight, recheck
 from tierd.attach.procfs import grown
+from tierd.attach.ptrace import map_staging
 from tierd.engine.stock import StockEngine
 from tierd.native import STAGING_TIER, KernelError, probe
+from tierd.native.inject import inject
 from tierd.serve import Stale
 
 Start = Callable[..., Vmm]
@@ -706,6 +709,54 @@ def test_an_attach_that_fails_leaves_nothing(vmm: Vmm, host: Host, monkeypatch: 
         tiered.evict_all()
         tiered.leave()
     vmm.verify()
+
+
+def test_a_death_in_a_detach_leaves_nothing_that_is_registered(
+    vmm: Vmm, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the end of the state file and that of the staging area: the guest can be attached again."""
+
+    def dies(_: object, __: object) -> None:
+        raise OSError(errno.EAGAIN, "no")
+
+    with host.attached(vmm) as tiered, monkeypatch.context() as patch:
+        tiered.evict_all()
+        staging = [region.staging for region in tiered.served.spec.regions]
+        patch.setattr("tierd.serve.Served._unmap_ours", dies)
+        tiered.leave()
+    for address in (*vmm.addresses, *staging):
+        assert not vm_flags(vmm.pid, address) & {"um", "uw", "ui"}
+    with host.attached(vmm) as tiered:
+        assert len(tiered.served.spec.regions) == 2, "the old staging area is not RAM"
+        assert grown(tiered.served.spec) == []
+        tiered.evict_all()
+        vmm.verify()
+        tiered.leave()
+    vmm.verify()
+
+
+@pytest.mark.parametrize("calls", range(1, 8))
+def test_a_death_in_an_attach_leaves_nothing_that_looks_like_ram(
+    vmm: Vmm, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """After each of the calls that make a staging area."""
+    made = 0
+
+    def until_then(*arguments: Any, **more: Any) -> Any:
+        nonlocal made
+        if made == calls:
+            raise OSError(errno.EAGAIN, "dead")
+        made += 1
+        return inject(*arguments, **more)
+
+    spec = vmm.spec()
+    region = spec.regions[0]
+    before = memory_map(vmm.pid)
+    with monkeypatch.context() as patch, contextlib.suppress(OSError):
+        patch.setattr("tierd.attach.ptrace.inject", until_then)
+        map_staging(vmm.pid, region.address, region.bytes)
+    assert memory_map(vmm.pid) != before, "it is there"
+    assert vmm.spec().regions == spec.regions
 
 
 # --- successors -------------------------------------------------------------------------------------------------------------

@@ -259,8 +259,9 @@ def torture(
     all workers together; 0: none."""
     with ExitStack() as cleanup:
         cgroup = cleanup.enter_context(pressure(memory_limit))
-        huge = memory == "hugetlb"
-        slowness = SLOWNESS if huge else 1.0  # its pages take longer to leave than a life lasts
+        huge, anonymous = memory == "hugetlb", memory == "anonymous"
+        # their pages take longer to leave than a life lasts: they are large, or the VMM has time for itself between stops
+        slowness = SLOWNESS if huge else 2.0 if anonymous else 1.0
         tortured: list[Tortured] = []
         for i in range(guests):
             size = 32 * MIB if huge else 8 * MIB
@@ -273,7 +274,7 @@ def torture(
             destroyed = (vmm.pages // 4 if huge else DESTROYED_MAX) if i == guests - 1 else 0
             tortured.append(Tortured(vmm, shm, disk, random.Random(f"{seed} {i}"), python, cgroup, destroyed, slowness))
             vmm.ask("fill")
-            vmm.ask("run", int(20 / slowness) if huge else 2000, 50)
+            vmm.ask("run", int(20 / slowness) if huge else 500 if anonymous else 2000, 50)
         cleanup.callback(lambda: [one.worker.kill() for one in tortured if one.worker is not None])
         began, failed = time.monotonic(), threading.Event()
 

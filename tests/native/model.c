@@ -255,6 +255,8 @@ int sys_uffd_unregister(int uffd, uint64_t address, uint64_t bytes)
 	if (M.gone)
 		return -ESRCH;
 	(void)uffd;
+	if (in_staging(address))
+		return 0;
 	model_enter();
 	for (uint32_t p = first; p < first + count; p++)
 		M.wp[p] = M.missing[p] = M.minor[p] = M.rwp[p] = M.protected[p] = M.rwp_protected[p] = M.marker[p] =

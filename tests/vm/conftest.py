@@ -15,7 +15,7 @@ from tests.daemon.process import Daemon
 from tests.kernel.host_memory import huge_pages
 from tests.kernel.vmm import need_anonymous
 from tests.need import need
-from tests.vm.libvirtd import LibvirtGuest
+from tests.vm.libvirtd import MEMFD, LibvirtGuest
 from tierd.demo.guest import MIB, DemoGuest, GuestError, find_kernel, this_platform
 from tierd.native import probe
 
@@ -88,12 +88,15 @@ def user_guest(vm_directory: Path) -> Iterator[DemoGuest]:
         yield guest
 
 
-@pytest.fixture(scope="module")
-def libvirt_guest(vm_directory: Path) -> Iterator[LibvirtGuest]:
+@pytest.fixture(scope="module", params=["memfd", "anonymous"])
+def libvirt_guest(vm_directory: Path, request: pytest.FixtureRequest) -> Iterator[LibvirtGuest]:
     """A guest that a real libvirtd started, as its ordinary user and in its usual sandbox, its memory filled."""
     for program in ("libvirtd", "virsh", "unshare"):
         need("libvirt", shutil.which(program) is not None, f"{program} is not installed: run `tests/setup.sh libvirt`")
-    with LibvirtGuest(vm_directory, "test-libvirt", GUEST_BYTES) as guest:
+    if request.param == "anonymous":
+        need_anonymous()
+    backing = MEMFD if request.param == "memfd" else ""
+    with LibvirtGuest(vm_directory, "test-libvirt", GUEST_BYTES, backing) as guest:
         guest.wait_ready()
         yield guest
 

@@ -60,7 +60,7 @@ DOMAIN = """\
 <domain type='qemu'>
   <name>{name}</name>
   <memory unit='b'>{bytes}</memory>
-  <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>
+  {backing}
   <vcpu>1</vcpu>
   <os>
     <type arch='{arch}' machine='{machine}'>hvm</type>
@@ -81,14 +81,18 @@ DOMAIN = """\
 """
 
 
+MEMFD = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
+
+
 class LibvirtGuest:
     """`with LibvirtGuest(directory, name, size_bytes) as guest:` starts libvirtd, defines and starts a domain; both
-    are gone afterwards."""
+    are gone afterwards. backing: of its memory, in libvirt's words; "": its default, private and anonymous."""
 
-    def __init__(self, directory: Path, name: str, size_bytes: int) -> None:
+    def __init__(self, directory: Path, name: str, size_bytes: int, backing: str = MEMFD) -> None:
         self.name = name
         self.used_bytes = 0
         self._size_bytes = size_bytes
+        self._backing = backing
         self._boot = build(directory, LIFE_S=GUEST_LIFE_S)
         self._libvirtd: subprocess.Popen[bytes] | None = None
         self._console: Console | None = None
@@ -183,6 +187,7 @@ class LibvirtGuest:
             DOMAIN.format(
                 name=self.name,
                 bytes=self._size_bytes,
+                backing=self._backing,
                 arch=target.qemu.removeprefix("qemu-system-"),
                 machine=target.machine,
                 emulator=shutil.which(target.qemu),

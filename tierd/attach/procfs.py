@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tierd.attach import GuestSpec, Refused, Region
-from tierd.attach.ptrace import STAGING_NAME, pidfd_getfd
+from tierd.attach.ptrace import pidfd_getfd
 
 # executables that are VMMs, by the name of their file; anything else is a guest only where an operator names its pid
 VMM = re.compile(r"qemu-system-.*|qemu-kvm|kvm|cloud-hypervisor|firecracker")
@@ -53,9 +53,8 @@ class Mapping:
 
     @property
     def anonymous_ram(self) -> bool:
-        """May be: not a heap or a stack, which have names; not code; not what a tierd has mapped there."""
-        unnamed = not self.path or self.path.startswith("[anon:")
-        return self.mode == "rw-p" and self.inode == 0 and unnamed and STAGING_NAME not in self.path
+        """May be: not a heap or a stack, which have names; not code."""
+        return self.mode == "rw-p" and self.inode == 0 and (not self.path or self.path.startswith("[anon:"))
 
     def backs(self, region: Region) -> bool:
         """It is of this region's memory, as far as it lies there."""
@@ -240,6 +239,18 @@ def anonymous_regions(maps: list[Mapping], cmdline: tuple[str, ...]) -> tuple[Re
     return tuple(named or [region for region in found if region.bytes >= ANONYMOUS_RAM_BYTES_MIN])
 
 
+def _without_staging(pid: int, maps: list[Mapping]) -> list[Mapping]:
+    """Less what bears the mark of a staging area (ptrace.py): of a tierd that died before it had a state file, or when it had
+    none any more. Reads smaps, for which the kernel walks through the process's page tables."""
+    marked, start = set(), -1
+    for line in read_proc(f"/proc/{pid}/smaps").split("\n"):
+        if match := re.match(r"([0-9a-f]+)-[0-9a-f]+ ", line):
+            start = int(match[1], 16)
+        elif line.startswith("VmFlags:") and "rr" in line.split():
+            marked.add(start)
+    return [m for m in maps if m.start not in marked]
+
+
 def ram_sizes(cmdline: tuple[str, ...]) -> set[int]:
     """Sizes of memory that QEMU's `-m` and memory-backend-ram objects name, in bytes."""
     values = [("-m", parts) for value in option_values(cmdline, "m") if (parts := split_options(value))]
@@ -318,7 +329,8 @@ def grown(spec: GuestSpec) -> list[Region]:
     if spec.anonymous:
         ours = [(start, start + r.bytes) for r in spec.regions for start in (r.address, r.staging)]
         others = [m for m in maps if not any(start < m.end and m.start < end for start, end in ours)]
-        return list(anonymous_regions(others, spec.cmdline))  # which would be one with what of ours it touches
+        found = anonymous_regions(others, spec.cmdline)  # (which would be one with what of ours it touches)
+        return list(anonymous_regions(_without_staging(spec.pid, others), spec.cmdline)) if found else []
     known = {(r.device, r.inode) for r in spec.regions}
     return [r for r in ram_regions(maps, spec.cmdline) if (r.device, r.inode) not in known]
 
@@ -330,7 +342,7 @@ def read_spec(pid: int, name: str | None = None) -> GuestSpec:
         raise ProcessLookupError(3, f"there is no process {pid}")
     cmdline = cmdline_of(pid)
     maps = maps_of(pid)
-    regions = ram_regions(maps, cmdline) or anonymous_regions(maps, cmdline)
+    regions = ram_regions(maps, cmdline) or anonymous_regions(_without_staging(pid, maps), cmdline)
     if not regions:
         largest = max((m for m in maps if m.mode.startswith("rw")), key=lambda m: m.end - m.start, default=None)
         evidence = f"pid {pid}" + (

@@ -27,21 +27,19 @@ from tierd.native.inject import At, inject
 _NUMBERS = {
     "x86_64": {
         **{"userfaultfd": 323, "close": 3, "socketpair": 53, "recvmsg": 47, "ioctl": 16, "kcmp": 312},
-        **{"mmap": 9, "munmap": 11, "madvise": 28, "prctl": 157},
+        **{"mmap": 9, "mprotect": 10, "munmap": 11, "madvise": 28},
     },
     "aarch64": {
         **{"userfaultfd": 282, "close": 57, "socketpair": 199, "recvmsg": 212, "ioctl": 29, "kcmp": 272},
-        **{"mmap": 222, "munmap": 215, "madvise": 233, "prctl": 167},
+        **{"mmap": 222, "mprotect": 226, "munmap": 215, "madvise": 233},
     },
 }
 NUMBER = _NUMBERS[platform.machine()]
 SYS_PIDFD_GETFD, SYS_PROCESS_MADVISE = 438, 440
 MADV_COLD = 20
-MADV_DONTFORK, MADV_DONTDUMP = 10, 16
-PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS, MAP_NORESERVE = 3, 0x22, 0x4000
+MADV_RANDOM, MADV_DONTFORK, MADV_DONTDUMP = 1, 10, 16
+PROT_NONE, PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS, MAP_NORESERVE = 0, 3, 0x22, 0x4000
 LARGE_PAGE_BYTES = 2 << 20
-PR_SET_VMA = 0x53564D41  # PR_SET_VMA_ANON_NAME is 0: prctl(2), CONFIG_ANON_VMA_NAME
-STAGING_NAME = "tierd staging"  # in /proc/PID/maps: whoever looks there, and a later tierd, is told whose it is
 KCMP_FILE = 0
 
 UFFD_API = 0xAA
@@ -250,22 +248,26 @@ def must_be_agreed(uffd: int, features: int) -> None:
 
 def map_staging(pid: int, address: int, size: int) -> int:
     """A staging area in the VMM for the `size` bytes at `address`: address space only. Its address, which lies in a large page
-    as `address` does, so that large pages are moved as such. On OSError nothing of it stays."""
+    as `address` does, so that large pages are moved as such. On OSError nothing of it stays.
+
+    It is marked by an advice that means nothing there and that nobody else gives to anonymous memory, and no memory before
+    that: if we die and leave it behind, procfs.py must tell it from RAM."""
     tid, flags = pick_thread(pid), MAP_PRIVATE_ANONYMOUS | MAP_NORESERVE
     spare = LARGE_PAGE_BYTES
-    base = inject(tid, "mmap", NUMBER["mmap"], 0, size + spare, PROT_READ_WRITE, flags, -1, 0).result
+    base = inject(tid, "mmap", NUMBER["mmap"], 0, size + spare, PROT_NONE, flags, -1, 0).result
     start = base + (address - base) % spare
+    low, high = base, base + size + spare  # what is ours still: what was given up may be somebody else's by now
     try:
-        for at, length in ((base, start - base), (start + size, base + spare - start)):
-            if length:
-                inject(tid, "munmap", NUMBER["munmap"], at, length)
-        for advice in (MADV_DONTFORK, MADV_DONTDUMP):
+        if start > low:
+            inject(tid, "munmap", NUMBER["munmap"], low, start - low)
+        low = start
+        inject(tid, "munmap", NUMBER["munmap"], start + size, high - start - size)
+        high = start + size
+        for advice in (MADV_RANDOM, MADV_DONTFORK, MADV_DONTDUMP):
             inject(tid, "madvise", NUMBER["madvise"], start, size, advice)
-        with contextlib.suppress(OSError):  # where the kernel has no such names
-            name = STAGING_NAME.encode() + b"\0"
-            inject(tid, "prctl", NUMBER["prctl"], PR_SET_VMA, 0, start, size, At(0), scratch=name)
+        inject(tid, "mprotect", NUMBER["mprotect"], start, size, PROT_READ_WRITE)
     except BaseException:
-        inject(tid, "munmap", NUMBER["munmap"], base, size + spare)
+        inject(tid, "munmap", NUMBER["munmap"], low, high - low)
         raise
     return start
 

@@ -479,6 +479,12 @@ int tierd_guest_disarm(struct tierd_guest *g)
 		if (!error)
 			sys_uffd_wake(g->uffd, g->regions[i].address, g->regions[i].bytes);
 	}
+	/* whoever dies before it is unmapped leaves nothing that is registered: it looks like RAM to the next attach */
+	for (uint32_t i = 0; i < g->region_count && !first && g->anon; i++) {
+		error = sys_uffd_unregister(g->uffd, g->regions[i].staging, g->regions[i].bytes);
+		if (error && !not_mapped(error))
+			first = error;
+	}
 	guest_leave(g);
 	return first;
 }
