@@ -478,7 +478,7 @@ def test_a_balloon_while_pages_leave(start_vmm: Start, host: Host) -> None:
     "alone",
     [
         False,  # a move over the border of two mappings is refused
-        pytest.param(True, marks=pytest.mark.xfail(reason="the source of UFFDIO_MOVE need not be registered")),
+        True,  # the source of UFFDIO_MOVE need not be registered: what it moves must be seen to be
     ],
     ids=["among others", "alone"],
 )
@@ -799,7 +799,8 @@ def test_torture(vmm_binary: Path) -> None:
 
 
 def test_with_swap(vmm: Vmm, host: Host, disk_dir: Path) -> None:
-    """The host swaps some of it out by itself, of the staging area, too: all of it leaves, and comes back right."""
+    """The host swaps some of it out by itself: that stays where it is (to move it is not safe on every kernel), the rest leaves, and
+    all of it comes back right."""
     with scratch_swap(disk_dir), host.attached(vmm) as tiered:
         before_kb = swapped_kb()
         vmm.ask("page-out", 0, 512)
@@ -807,9 +808,8 @@ def test_with_swap(vmm: Vmm, host: Host, disk_dir: Path) -> None:
         vmm.ask("verify", 0, 64)
         tiered.stage()
         vmm.ask("verify", 64, 64)
-        for region in tiered.served.spec.regions:
-            assert region.staging
-        tiered.evict_all()
+        tiered.evict()
+        assert 0 < tiered.stored_pages < vmm.pages
         vmm.verify()
         vmm.ask("page-out", 0, 512)
         tiered.leave()

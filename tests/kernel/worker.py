@@ -79,7 +79,15 @@ def stage_all(served: Served, options: Options) -> None:
     cycle.discard_fetched(served.native, options.phases, lambda: None)  # what takes space in the store cannot be staged
     c = served.native.counters()
     staging = cycle.Staging(served.pages, 0, c["faults_staged"], c["latency_count"], c["latency_sum_ns"])
-    cycle.stage(served.native, staging, interval_s=0.0, min_idle_s=0.0, stall_budget=1.0, phases=options.phases, check=lambda: None)
+    cycle.stage(
+        served.native,
+        staging,
+        interval_s=0.0,
+        min_idle_s=0.0,
+        stall_budget=1.0,
+        phases=options.phases,
+        check=lambda: None,
+    )
 
 
 def one_cycle(served: Served, options: Options) -> None:

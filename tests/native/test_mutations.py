@@ -34,7 +34,8 @@ MUTATIONS = [
         "evict.c",
         "		if (!page_move(b->g, b->pages[i], b->words[i], to)) {",
         "		if (!page_move(b->g, b->pages[i], b->words[i], to) && !b->g->anon) {\n"
-        "			atomic_store(&b->g->words[b->pages[i]], to);\n		} else if (word_state(page_load(b->g, b->pages[i])) != DROPPING) {",
+        "			atomic_store(&b->g->words[b->pages[i]], to);\n"
+        "		} else if (word_state(page_load(b->g, b->pages[i])) != DROPPING) {",
     ),
     Mutation(
         "resolver_does_not_own_its_page",  # rule 2
