@@ -66,6 +66,12 @@ _TRIALS: dict[str, tuple[bool, str, str, str]] = {
         "touched pages are read one by one from /proc/PID/pagemap: slower, otherwise the same",
         "Linux 6.7 or newer has it",
     ),
+    "anonymous": (
+        False,
+        "private anonymous memory, a VMM's default, can be tiered (UFFDIO_MOVE)",
+        "private anonymous memory cannot be tiered: give VMs shared memory (memfd)",
+        "Linux 6.8 or newer has it",
+    ),
     "poison": (
         False,
         "a page that cannot be brought back becomes an honest memory error",

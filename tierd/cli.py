@@ -259,7 +259,7 @@ def _check_guest(options: Options, pid: int) -> list[Finding]:
     from tierd.attach.procfs import read_spec
     from tierd.check import guest_findings
     from tierd.config import Policy, load
-    from tierd.engine import EngineUnavailable, choose
+    from tierd.engine import EngineUnavailable, choose, fitting
 
     try:
         spec = read_spec(pid)
@@ -269,7 +269,7 @@ def _check_guest(options: Options, pid: int) -> list[Finding]:
                 config = load(options.config)
             policy = config.match(spec.name, pid, " ".join(spec.cmdline)) or policy
             wanted = config.engine
-        return guest_findings(findings(spec, policy, HolderScan(), choose(wanted)))
+        return guest_findings(findings(spec, policy, HolderScan(), fitting(choose(wanted), spec.anonymous)))
     except EngineUnavailable as error:
         raise Failure(str(error)) from error
     except Refused as refused:
@@ -479,14 +479,41 @@ def attach(options: Options, pid: int, name: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@guest_argument
+@click.argument("guest", required=False)
+@click.option("--pid", type=click.IntRange(1), help="Without a daemon: the VMM of a guest that the last one left.")
 @json_option
 @click.pass_obj
-def detach(options: Options, guest: str, as_json: bool) -> None:
+def detach(options: Options, guest: str | None, pid: int | None, as_json: bool) -> None:
     """Bring every page of GUEST (its name, pid or key) back and leave its VMM as if tierd had never been there."""
+    if (guest is None) == (pid is None):
+        raise click.UsageError("Say which GUEST; or, where no tierd runs any more, --pid of its VMM.")
+    if guest is None:
+        assert pid is not None
+        _put_right(options, pid, as_json)
+        return
     _order(options, "DELETE", _guest_path(guest), None, f"detach of {guest}", as_json)
     if not as_json:
         click.echo(f"detached {_shown(guest)}; `tierd attach` takes it up again")
+
+
+def _put_right(options: Options, pid: int, as_json: bool) -> None:
+    from tierd.engine import EngineUnavailable
+    from tierd.salvage import put_right
+    from tierd.serve import AlreadyRunning, Stale, StateError
+    from tierd.show import size_text
+    from tierd.store import StoreError
+
+    try:
+        with _progress(f"detach of process {pid}", as_json) as progress:
+            restored = put_right(_runtime_dir(options.config), pid, progress)
+    except AlreadyRunning as error:
+        raise Failure(f"{error}, or `tierd detach {pid}`, which asks it") from error
+    except (Stale, StateError, StoreError, EngineUnavailable, OSError) as error:
+        raise Failure(str(error)) from error
+    if as_json:
+        _print_json({"restored_bytes": restored})
+    else:
+        click.echo(f"{size_text(restored)} brought back; process {pid} is as if tierd had never been there")
 
 
 @cli.command()

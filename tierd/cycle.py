@@ -7,8 +7,9 @@ With an engine that has a sync mode the copy is made before the hold, so that th
 batch select, copy, write, and then windows, each of which holds (sync mode, and a look whether the copy is still right),
 drops and releases.
 
-Private anonymous memory goes through a staging area in the VMM: a page that was not written lately is moved there, and waits
-for somebody to read it. What nobody fetches back for long enough is evicted from there: select, copy, write, drop.
+Private anonymous memory goes through a staging area in the VMM: pages are moved there, and evicted from there: select, copy,
+write, drop. Where the engine sees only writes, what was not written lately is moved and waits for somebody to read it; what
+nobody fetches back for long enough is cold.
 
 Seen from a page that is the loop of the design: deactivated, slept on for the interval, scanned, held, evicted, released.
 Only pages found present are deactivated again, so no access falls between a scan and the next deactivation (scan.c).
@@ -25,10 +26,11 @@ from dataclasses import dataclass, field
 from tierd.native import BatchResult, NativeBatch, NativeGuest, Staged
 
 BATCH_BYTES = 2 << 20
+ANONYMOUS_BATCH_BYTES = 8 << 20  # each is a stop of a thread of the VMM
 BATCH_PAGES_MIN = 8  # huge ones
 FILE_TIER = 1
 PHASES = ("scan", "deactivate", "stage", "select", "hold", "copy", "write", "drop", "release", "discard")
-STAGE_AFTER_INTERVALS = 2  # not written for so many: the page may be cold
+STAGE_AFTER_INTERVALS = 2  # not written for so many, and for min_idle_s: the page may be cold
 SAMPLE = 64  # one page in so many goes into the staging area in the first cycle
 SAMPLE_PAGES_MIN = 256
 STOPS_SHARE = 0.2  # of the time of the thread that is stopped
@@ -100,28 +102,35 @@ def stage(
     staging: Staging,
     *,
     interval_s: float,
+    min_idle_s: float,
     stall_budget: float,
     phases: Phases,
     check: Callable[[], None],
 ) -> int:
-    """Of anonymous memory: give back room in the staging area, then move pages there. Returns pages moved."""
+    """Of anonymous memory whose readers are not seen otherwise: move pages into the staging area. Returns pages moved."""
     began = time.monotonic()
     staging.adapt(guest, stall_budget, interval_s)
-    page = 0
-    while page < guest.pages:
-        check()
-        page = _spaced(guest.unstage(page)).next_page
+    # what reads it from there reads a copy: it must outlast any I/O that does not hold the page by a pin (rule 8)
+    idle_s = max(STAGE_AFTER_INTERVALS * interval_s, min_idle_s)
     moved = in_vain = looked = 0
     while moved < staging.max_pages and looked < guest.pages and in_vain < STOPS_IN_VAIN_MAX:
         check()
         page = staging.page % guest.pages
-        done = _spaced(guest.stage(page, STAGE_AFTER_INTERVALS * interval_s, staging.max_pages - moved))
+        done = _spaced(guest.stage(page, idle_s, staging.max_pages - moved))
         moved += done.staged_pages
         looked += done.next_page - page
         in_vain = 0 if done.next_page > page else in_vain + 1  # the thread got no CPU in its time
         staging.page = done.next_page
     phases.seconds["stage"] += time.monotonic() - began
     return moved
+
+
+def unstage(guest: NativeGuest, check: Callable[[], None]) -> None:
+    """Give back room in the staging area whose pages were fetched."""
+    page = 0
+    while page < guest.pages:
+        check()
+        page = _spaced(guest.unstage(page)).next_page
 
 
 def _spaced(done: Staged) -> Staged:
@@ -147,14 +156,14 @@ def evict_batch(
     `hold_ms_max`: of a sync window; None: the engine has none.
     """
     try:
+        if batch.guest.anonymous:
+            return _evict_anonymous(batch, first_page, min_idle_s, max_pages, phases)
         selected = batch.select(first_page, min_idle_s, max_pages)
         phases.add_batch(selected)
         if not selected.selected_pages:
             return Evicted(0, selected.next_page)
         if hold_ms_max is not None:
             return Evicted(_drop_in_windows(batch, hold_ms_max, phases), selected.next_page)
-        if batch.anonymous:
-            return Evicted(_drop_staged(batch, phases), selected.next_page)
         phases.add_batch(batch.hold())  # LEAVING came first: a fault in between takes the page back
         phases.add_batch(batch.copy())
         phases.add_batch(batch.write(FILE_TIER))  # durable from here on
@@ -167,13 +176,24 @@ def evict_batch(
     return Evicted(dropped.evicted_pages, selected.next_page)
 
 
-def _drop_staged(batch: NativeBatch, phases: Phases) -> int:
+def _evict_anonymous(batch: NativeBatch, first_page: int, min_idle_s: float, max_pages: int, phases: Phases) -> Evicted:
+    """Out of the staging area. Where reads are seen, an idle page only passes through it."""
+    end = None
+    if not batch.guest.waits_for_readers:
+        began = time.monotonic()
+        end = _spaced(batch.guest.stage(first_page, min_idle_s, min(max_pages, batch.max_pages))).next_page
+        phases.seconds["stage"] += time.monotonic() - began
+        min_idle_s = 0.0
+    selected = batch.select(first_page, min_idle_s, max_pages)
+    phases.add_batch(selected)
+    if not selected.selected_pages:
+        return Evicted(0, selected.next_page if end is None else end)
     phases.add_batch(batch.copy())  # nobody writes there; who reads takes the page back
     phases.add_batch(batch.write(FILE_TIER))  # durable from here on
     dropped = batch.drop()
     phases.add_batch(dropped)
     phases.add_batch(batch.release())
-    return dropped.evicted_pages
+    return Evicted(dropped.evicted_pages, selected.next_page if end is None else end)
 
 
 def _drop_in_windows(batch: NativeBatch, hold_ms_max: float, phases: Phases) -> int:
@@ -203,7 +223,8 @@ def evict(
     window_ms_max = hold_ms_max if guest.has_sync_mode else None
     page_bytes = guest.page_bytes
     max_pages = max_bytes // page_bytes
-    with guest.batch(max(BATCH_BYTES // page_bytes, BATCH_PAGES_MIN)) as batch:
+    batch_bytes = ANONYMOUS_BATCH_BYTES if guest.anonymous else BATCH_BYTES
+    with guest.batch(max(batch_bytes // page_bytes, BATCH_PAGES_MIN)) as batch:
         while page < guest.pages and evicted_pages < max_pages:
             check()
             done = evict_batch(batch, page, min_idle_s, max_pages - evicted_pages, window_ms_max, phases)

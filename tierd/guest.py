@@ -32,7 +32,7 @@ from tierd.attach.ptrace import same_open_file
 from tierd.config import Policy
 from tierd.engine import Engine, fitting
 from tierd.native import STAGING_TIER, STATES, STORE_WRITE, KernelError, NativeGuest, Zap
-from tierd.serve import AwaitsHandshake, Served, Tuning, adopt, attach, holders_of, key_of
+from tierd.serve import AwaitsHandshake, Served, Tuning, adopt, attach, holders_of, key_of, memory_available_bytes
 from tierd.store import StoreError
 from tierd.store.file import FileStore
 from tierd.systemd import Notifier
@@ -43,6 +43,7 @@ HUNG_TOLD_S = 2.0  # and for longer than this: an operator is told
 LOST_TOLD_MAX = 32  # addresses in one line of the log
 THREADS_MAX = 3  # of Python, a guest at once: a store that hangs holds the threads of its guests, not those of others
 RESTORE_STEP_BYTES = 16 << 20
+SPENT_BYTES_MAX = 64 << 20  # of anonymous memory, fetched and still in the staging area
 BACK_OFF_S_MAX = 300.0
 STORED, LOST = STATES.index("stored"), STATES.index("lost")
 CAPACITY_UNLIMITED_PAGES = 1 << 62
@@ -285,6 +286,7 @@ class Guest:
         """One cycle. The only frame that survives an error of the world: it is logged once, and eviction backs off."""
         if not await self._hold_uffd(served):
             return
+        await self._unstage(served)
         if self._state == "refused":
             await self._bring_back(served)
             return
@@ -296,7 +298,7 @@ class Guest:
             await self._in_worker(
                 cycle.scan_and_deactivate, served.native, self.phases, trio.from_thread.check_cancelled
             )
-            if served.spec.anonymous and not self._paused and not self.policy.dry_run:
+            if served.native.waits_for_readers and not self._paused and not self.policy.dry_run:
                 await self._in_worker(self._stage, served)
             decision = policies.decide(self.policy, await self._in_worker(self._sample, served))
             self._reason = decision.reason
@@ -389,11 +391,27 @@ class Guest:
             return False
         return not (restart and self._uffd_kept)
 
+    async def _unstage(self, served: Served) -> None:
+        """Of anonymous memory, whatever the state and the policy: what was fetched is there twice until then."""
+        if not served.native.anonymous:
+            return
+
+        def work() -> None:
+            served.adapt(swap_can_receive=False)  # the thread that makes our calls may have ended
+            cycle.unstage(served.native, trio.from_thread.check_cancelled)
+
+        try:
+            await self._in_worker(work)
+        except OSError as error:
+            if not await self._is_over(served, error):
+                self._failed(error)
+
     def _stage(self, served: Served) -> None:
         cycle.stage(
             served.native,
             self._staging,
             interval_s=self.policy.interval_s,
+            min_idle_s=self.policy.min_idle_s,
             stall_budget=self.policy.stall_budget,
             phases=self.phases,
             check=trio.from_thread.check_cancelled,
@@ -498,12 +516,14 @@ class Guest:
         if self._served is None:
             return
         native = self._served.native
-        health = native.health(HUNG_S)
+        health, served_bytes = native.health(HUNG_S), self._served.page_bytes
         overdue = health.overdue_ns > HUNG_S * 1e9
         if health.fault_threads < self.policy.fault_threads_max and (
             overdue or health.hung_threads == health.fault_threads
         ):
             self._take_over(native)
+        if health.spent_pages * served_bytes > SPENT_BYTES_MAX:
+            self._wake.set()  # the next cycle gives them back
         if health.pages_lost > self._lost_told:
             self._tell_lost(native, health.pages_lost)
         hangs = max(health.oldest_busy_ns, health.overdue_ns, health.worker_io_ns) > HUNG_TOLD_S * 1e9
@@ -679,6 +699,8 @@ class Guest:
                 page, restored = await self._in_worker(served.native.restore, page, step_pages)
                 done += restored * served.page_bytes
                 progress(min(done, total), total)
+                if served.native.anonymous:
+                    await self._in_worker(cycle.unstage, served.native, trio.from_thread.check_cancelled)
             before, stored_pages = stored_pages, served.native.counters()["state_pages"][STORED]
             if stored_pages >= before:
                 raise OSError(
@@ -688,7 +710,7 @@ class Guest:
         return done
 
     def _must_fit(self, needed_bytes: int, page_bytes: int) -> None:
-        available = _memory_available_bytes(page_bytes)
+        available = memory_available_bytes(page_bytes)
         if needed_bytes > available:
             raise RequestRefused(
                 f"bringing back {needed_bytes >> 20} MiB of guest {self.name} does not fit into the {available >> 20} MiB of "
@@ -736,22 +758,3 @@ class Guest:
             phase_s=dict(self.phases.seconds),
             cycles=self._cycles,
         )
-
-
-def _memory_available_bytes(page_bytes: int) -> int:
-    if page_bytes != os.sysconf("SC_PAGESIZE"):
-        return _huge_available_bytes(page_bytes)
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * page_bytes
-
-
-def _huge_available_bytes(page_bytes: int) -> int:
-    """Of the pool of hugetlbfs: free and nobody's by reservation, and what the kernel may add."""
-
-    def pages(name: str) -> int:
-        return int(Path(f"/sys/kernel/mm/hugepages/hugepages-{page_bytes >> 10}kB/{name}").read_text())
-
-    more = max(pages("nr_overcommit_hugepages") - pages("surplus_hugepages"), 0)
-    return (max(pages("free_hugepages") - pages("resv_hugepages"), 0) + more) * page_bytes

@@ -32,7 +32,6 @@ from tierd.attach.procfs import (
     still_mapped,
 )
 from tierd.attach.ptrace import (
-    FEATURES_ANONYMOUS,
     Taken,
     agree_once,
     close_in_vmm,
@@ -49,6 +48,7 @@ from tierd.attach.ptrace import (
 )
 from tierd.engine import Engine, engine_of
 from tierd.native import (
+    ANONYMOUS_LOCKED_BYTES,
     CAP_IPC_LOCK,
     GUEST_LOCKED_BYTES,
     HUGE_BUFFER_PAGES,
@@ -227,11 +227,11 @@ class Served:
         return True
 
     def _unmap_ours(self, serving: Serving) -> None:
-        if serving.calls:
-            calls_destroy(pick_thread(self.spec.pid), serving.calls)
         for region in self.spec.regions:
             if region.staging:
                 unmap_staging(self.spec.pid, region.staging, region.bytes)
+        if serving.calls:
+            calls_destroy(pick_thread(self.spec.pid), serving.calls)
 
     def _disarm(self) -> None:
         """A guest goes on faulting: a page that a fault thread owns just now is busy, too, but only for a moment. Nothing
@@ -347,6 +347,8 @@ def _must_be_lockable(served: Served) -> None:
     if limit == resource.RLIM_INFINITY or int(held, 16) >> CAP_IPC_LOCK & 1:
         return
     needed = GUEST_LOCKED_BYTES + TABLE_BYTES_A_PAGE * served.pages
+    if served.spec.anonymous:
+        needed += ANONYMOUS_LOCKED_BYTES
     if served.page_bytes != PAGE_BYTES:
         needed += HUGE_BUFFER_PAGES * served.page_bytes
     locked = status_field(os.getpid(), "VmLck") << 10
@@ -498,7 +500,7 @@ def _unmap_quietly(pid: int, address: int, size: int) -> None:
 
 def _taken(spec: GuestSpec, engine: Engine) -> Taken:
     try:
-        return take_userfaultfd(spec.pid, engine.features | (FEATURES_ANONYMOUS if spec.anonymous else 0))
+        return take_userfaultfd(spec.pid, engine.features | (engine.anonymous_features if spec.anonymous else 0))
     except PermissionError as error:
         raise PermissionError(
             error.errno,
@@ -824,3 +826,23 @@ def _userfaultfd_again(served: Served, identity: Identity, kept_uffd: int | None
         f"the userfaultfd that tierd made in process {identity.pid} ({identity.name}) as descriptor {served.uffd_in_vmm} is "
         f"closed: {away} pages that are stored read as zeros there now; restart that VM"
     )
+
+
+def memory_available_bytes(page_bytes: int) -> int:
+    """What the host can still give to pages of that size without trouble."""
+    if page_bytes != os.sysconf("SC_PAGESIZE"):
+        return _huge_available_bytes(page_bytes)
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * page_bytes
+
+
+def _huge_available_bytes(page_bytes: int) -> int:
+    """Of the pool of hugetlbfs: free and nobody's by reservation, and what the kernel may add."""
+
+    def pages(name: str) -> int:
+        return int(Path(f"/sys/kernel/mm/hugepages/hugepages-{page_bytes >> 10}kB/{name}").read_text())
+
+    more = max(pages("nr_overcommit_hugepages") - pages("surplus_hugepages"), 0)
+    return (max(pages("free_hugepages") - pages("resv_hugepages"), 0) + more) * page_bytes

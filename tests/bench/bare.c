@@ -5,6 +5,7 @@
  *   bare fault STYLE PAGES COUNT STORE LOAD-CPU HANDLER-CPU   STYLE: spin, sleep -> p50 p99 in ns
  *   bare deactivate PID ADDRESS BYTES                         PAGEMAP_SCAN and MADV_PAGEOUT of another process -> ns
  *   bare evict BYTES STORE                                    read, write with O_DIRECT, punch in 2 MiB pieces -> ns
+ *   bare anonymous BYTES STORE                                move, read, write with O_DIRECT, drop in 2 MiB pieces -> ns
  */
 #include "load.h"
 
@@ -110,9 +111,10 @@ static void deactivate(char **a)
 		uint64_t stop = at + STRETCH_BYTES < end ? at + STRETCH_BYTES : end, from = at;
 
 		while (from < stop) {
+			const struct sys_scan wanted = {.any_of = SYS_PAGE_PRESENT};
 			struct sys_page_region found[RANGES];
 			struct iovec ranges[RANGES];
-			ssize_t n = sys_pagemap_scan(pagemap, from, stop, 0, SYS_PAGE_PRESENT, found, RANGES, &from);
+			ssize_t n = sys_pagemap_scan(pagemap, from, stop, wanted, found, RANGES, &from);
 
 			for (ssize_t i = 0; i < n; i++)
 				ranges[i] = (struct iovec){(void *)found[i].start, found[i].end - found[i].start};
@@ -144,6 +146,42 @@ static void evict(char **a)
 	printf("ok %lu\n", (unsigned long)(now_ns() - began));
 }
 
+static uint8_t *map_anonymous(uint64_t bytes)
+{
+	uint8_t *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (memory == MAP_FAILED)
+		die("memory");
+	return memory;
+}
+
+static void anonymous(char **a)
+{
+	uint64_t bytes = strtoull(a[0], NULL, 10), began;
+	int store = open(a[1], O_RDWR | O_CREAT | O_TRUNC | O_DIRECT, 0600);
+	int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	struct uffdio_api api = {.api = UFFD_API, .features = 1 << 16 /* MOVE */};
+	uint8_t *memory = map_anonymous(bytes), *staging = map_anonymous(bytes),
+		*piece = aligned_alloc(4096, PIECE_BYTES);
+
+	if (store < 0 || uffd < 0 || ioctl(uffd, UFFDIO_API, &api) || ftruncate(store, (off_t)bytes))
+		die("files");
+	fill(memory, bytes);
+	if (sys_uffd_register(uffd, (uint64_t)memory, bytes, UFFDIO_REGISTER_MODE_MISSING) ||
+	    sys_uffd_register(uffd, (uint64_t)staging, bytes, UFFDIO_REGISTER_MODE_MISSING))
+		die("registration");
+	began = now_ns();
+	for (uint64_t at = 0; at < bytes; at += PIECE_BYTES) {
+		if (sys_uffd_move(uffd, (uint64_t)staging + at, (uint64_t)memory + at, PIECE_BYTES) != PIECE_BYTES)
+			die("move");
+		memcpy(piece, staging + at, PIECE_BYTES);
+		if (pwrite(store, piece, PIECE_BYTES, (off_t)at) != PIECE_BYTES ||
+		    madvise(staging + at, PIECE_BYTES, MADV_DONTNEED))
+			die("eviction");
+	}
+	printf("ok %lu\n", (unsigned long)(now_ns() - began));
+}
+
 int main(int argc, char **argv)
 {
 	if (argc == 8 && !strcmp(argv[1], "fault"))
@@ -152,6 +190,8 @@ int main(int argc, char **argv)
 		deactivate(argv + 2);
 	else if (argc == 4 && !strcmp(argv[1], "evict"))
 		evict(argv + 2);
+	else if (argc == 4 && !strcmp(argv[1], "anonymous"))
+		anonymous(argv + 2);
 	else
 		return 2;
 	return 0;

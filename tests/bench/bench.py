@@ -61,10 +61,11 @@ class Row:
 class Load:
     """A running load.c."""
 
-    def __init__(self, binary: Path, size: int, cpu: int = LOAD_CPU) -> None:
+    def __init__(self, binary: Path, size: int, cpu: int = LOAD_CPU, anonymous: bool = False) -> None:
         self.size = size
+        kind = ["anonymous", "-m", f"{size >> 20}M"] if anonymous else []  # as QEMU would say it
         self.process = subprocess.Popen(
-            [binary, str(size), str(cpu)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [binary, str(size), str(cpu), *kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.address = self._answer()[0]
 
@@ -98,7 +99,7 @@ class Bench:
         self.pairs = 3 if quick else 7
         self.fault_mib = 32 if quick else 128
         native = ROOT / "tierd" / "native"
-        sources = [str(native / name) for name in ("sys.c", "inject.c", "inject_x86_64.c", "inject_other.c")]
+        sources = [str(native / name) for name in ("sys.c", "inject.c", "inject_x86_64.c", "inject_other.c", "calls.c")]
         flags = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{native}"]
         self.load_binary, self.bare_binary = directory / "load", directory / "bare"
         subprocess.run([*flags, str(HERE / "load.c"), "-o", str(self.load_binary)], check=True)
@@ -111,8 +112,8 @@ class Bench:
             raise RuntimeError(f"the bare program said {done.stdout + done.stderr!r}")
         return [int(word) for word in done.stdout.split()[1:]]
 
-    def load(self, size: int, cpu: int = LOAD_CPU) -> Load:
-        return Load(self.load_binary, size, cpu)
+    def load(self, size: int, cpu: int = LOAD_CPU, anonymous: bool = False) -> Load:
+        return Load(self.load_binary, size, cpu, anonymous)
 
     @contextlib.contextmanager
     def served(
@@ -332,6 +333,41 @@ def row_d(bench: Bench) -> None:
     bench.add("d eviction", "MiB/s", median(ours), median(bare), 0.8, at_least=True)
 
 
+def row_j(bench: Bench) -> None:
+    """Private anonymous memory: into the staging area, and out of it."""
+    size, ours, bare, stops = (256 if bench.quick else 1024) * MIB, [], [], []
+    with bench.load(size, anonymous=True) as load:
+        load.ask("fill")
+        with bench.served(load, readahead=64, direct="on") as served:
+            for i in range(3):
+                bench.tell(f"j: pair {i + 1} of 3")
+                phases = cycle.Phases()
+                cycle.scan_and_deactivate(served.native, phases, lambda: None)
+                began, before = time.monotonic_ns(), served.native.counters()
+                page = 0
+                while page < served.native.pages:
+                    page = served.native.stage(page, 0.0, served.native.pages).next_page
+                moved = cycle.evict(
+                    served.native,
+                    min_idle_s=0,
+                    max_bytes=1 << 50,
+                    hold_ms_max=20,
+                    phases=phases,
+                    check=lambda: None,
+                )
+                ours.append(moved / MIB / ((time.monotonic_ns() - began) / 1e9))
+                after = served.native.counters()
+                stopped_ms = (after["inject_stopped_ns"] - before["inject_stopped_ns"]) / 1e6
+                stops.append(stopped_ms / (after["inject_stops"] - before["inject_stops"]))
+                took = bench.bare("anonymous", size, bench.disk / "bare")[0]
+                bare.append(size / MIB / (took / 1e9))
+                load.ask("walk")
+                cycle.discard_fetched(served.native, phases, lambda: None)
+            served.leave()
+    bench.add("j eviction of anonymous memory", "MiB/s", median(ours), median(bare), 0.8, at_least=True)
+    bench.add("j a stop of the VMM's thread, mean", "ms", median(stops), 2.0, 1.0)
+
+
 def row_e(bench: Bench) -> None:
     size, ours, bare = (256 if bench.quick else 1024) * MIB, [], []
     for i in range(min(bench.pairs, 5)):
@@ -450,6 +486,7 @@ def row_i(bench: Bench) -> None:
 
 ROWS: dict[str, Callable[[Bench], None]] = {
     "a": row_a, "b": row_b, "c": row_c, "d": row_d, "e": row_e, "f": row_f, "g": row_g, "h": row_h, "i": row_i,
+    "j": row_j,
 }  # fmt: skip
 
 
@@ -464,7 +501,7 @@ def show(rows: list[Row], console: Console) -> None:
 
 
 @click.command()
-@click.option("--rows", default="a,b,c,d,e,f,g,h,i", show_default=True)
+@click.option("--rows", default="a,b,c,d,e,f,g,h,i,j", show_default=True)
 @click.option("--quick", is_flag=True, help="Smaller and fewer: for a look, not for a figure.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON instead of a table.")
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "build" / "bench.json")

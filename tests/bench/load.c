@@ -2,7 +2,7 @@
 /*
  * load.c: a child that plays the VMM for the benchmarks.
  *
- *   load BYTES CPU      one memfd of that size; the thread that touches is pinned to CPU (-1: nowhere)
+ *   load BYTES CPU [anonymous ...]  one memfd of that size, or anonymous memory; the thread that touches is pinned to CPU (-1: nowhere)
  *
  * Commands on stdin, one answer a line: fill | random COUNT -> p50 p99 | walk COUNT -> ns | touch -> ns | fresh COUNT -> ns |
  * stride PAGES -> ns
@@ -22,7 +22,8 @@ int main(int argc, char **argv)
 
 	if (!bytes || fd < 0 || ftruncate(fd, (off_t)bytes))
 		return 1;
-	memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	memory = argc > 3 ? mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+			  : mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	if (memory == MAP_FAILED)
 		return 1;
 	pin(atoi(argv[2]));

@@ -60,7 +60,8 @@ def test_every_name_that_is_promised() -> None:
         "fault_latency_seconds_count fault_latency_seconds_sum pages_evicted_total pages_cancelled_total "
         "pages_fetched_total pages_zero_total pages_lost_total cycle_seconds_total cycles_total errors_total state "
         "inject_stops_total parked_pages fault_threads window_faults_total sync_window_seconds_bucket "
-        "large_folios_split_total sync_window_seconds_count sync_window_seconds_sum"
+        "large_folios_split_total sync_window_seconds_count sync_window_seconds_sum staged_bytes pages_staged_total "
+        "pages_unmovable_total stop_seconds_bucket stop_seconds_count stop_seconds_sum"
     )
     promised = {f"tierd_guest_{name}" for name in guest.split()} | {
         "tierd_build_info",

@@ -59,12 +59,11 @@ static void deactivate(void)
 static void scan(void)
 {
 	uint64_t at = (uintptr_t)memory, end = at + bytes;
+	const struct sys_scan wanted = {.any_of = is_rwp ? SYS_RWP_ACCESSED : SYS_PAGE_PRESENT};
 	struct sys_page_region found[256];
 
 	while (at < end)
-		must(sys_pagemap_scan(pagemap, at, end, 0, is_rwp ? SYS_RWP_ACCESSED : SYS_PAGE_PRESENT, found, 256,
-				      &at) >= 0,
-		     "scan");
+		must(sys_pagemap_scan(pagemap, at, end, wanted, found, 256, &at) >= 0, "scan");
 }
 
 /* The process that has what a daemon would have. It takes orders by a pipe and says how long they took. */

@@ -19,6 +19,7 @@ from tierd.demo.guest import GuestError, find_kernel
 HERE = "/run/tierd"  # the project, where an ordinary user gets to it whatever directory it is in
 SEEDS = 30
 LARGE_SEEDS = 12
+ANONYMOUS_SEEDS = 12
 HUGETLB_SEEDS, HUGETLB_PAGES = 6, 64
 HUGETLB_POOL = "/proc/sys/vm/nr_hugepages"
 LARGE = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
@@ -71,19 +72,21 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
     interpreter = Path(sys.executable)
     theirs = interpreter.relative_to(ROOT) if interpreter.is_relative_to(ROOT) else interpreter
     pytest_options = "-q --color=no -p no:cacheprovider --durations=5"
+    demo = f"{python} -m tierd --config config/tierd.yaml demo --json --directory {DEMO} --accel kvm"
     commands = {
         "check": f"{python} -m tierd check --json",
         "driver": f"{children}/real --engine {name} --slowness 25 --seeds {SEEDS} --store /var/tmp",
         "large": f"echo always >{LARGE}; {children}/real --engine {name} --slowness 25 --seeds {LARGE_SEEDS} "
         f"--store /var/tmp --large; status=$?; echo never >{LARGE}; (exit $status)",
+        "anonymous": f"{children}/real --engine {name} --slowness 25 --seeds {ANONYMOUS_SEEDS} --store /var/tmp --anon",
         # a page takes long to leave, so its daemons live longer
         "hugetlb": f"echo {HUGETLB_PAGES} >{HUGETLB_POOL}; {children}/real --engine {name} --slowness 250 --seeds "
         f"{HUGETLB_SEEDS} --store /var/tmp --hugetlb; status=$?; echo 0 >{HUGETLB_POOL}; (exit $status)",
         "suite": f"{python} -m pytest {pytest_options} {suite}",
         "user": f"(cd {HERE}; {shlex.quote(str(theirs))} -m pytest {pytest_options} tests/daemon/test_unprivileged.py)",
         # KVM: the emulator emulates SVM, and so the guest is emulated once and not twice
-        "demo": f"mkdir {DEMO} && ln -s {guest_kernel} {DEMO} && {python} -m tierd --config config/tierd.yaml "
-        f"demo --json --directory {DEMO} --memory 128MiB --accel kvm",
+        "demo": f"mkdir {DEMO} && ln -s {guest_kernel} {DEMO} && {demo} --memory 128MiB",
+        "demo_anonymous": f"{demo} --memory 192MiB --backing anonymous",
         "selftest": f"{selftest} --system {name}",  # the last one: it changes what the system is set to
     }
     variables = {
@@ -154,9 +157,17 @@ class Engine:
         assert figures["faults"] > 0, said.output
         assert figures["kills in service"] > 0, said.output
 
-    def test_the_demo(self, sections: dict[str, Section]) -> None:
+    def test_the_seeded_driver_on_anonymous_memory(self, sections: dict[str, Section]) -> None:
+        said = sections["anonymous"]
+        assert said.status == 0, said.output
+        figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
+        assert figures["pages evicted"] > ANONYMOUS_SEEDS, said.output
+        assert figures["kills in service"] > 0, said.output
+
+    @pytest.mark.parametrize("section", ["demo", "demo_anonymous"])
+    def test_the_demo(self, sections: dict[str, Section], section: str) -> None:
         """A real QEMU guest, a KVM vCPU that faults in the kernel, the real daemon."""
-        said = sections["demo"]
+        said = sections[section]
         print(said.output)
         assert said.status == 0, said.output
         result = json.loads(said.output.splitlines()[-1])

@@ -646,6 +646,7 @@ static void set_up(void)
 	M.anon = S.anon = anon;
 	if (anon && faulty) {
 		M.faults.move_busy = below(100);
+		M.faults.miscounts = below(300);
 		M.faults.enter_fails = below(100);
 		M.faults.cut_short = below(60);
 	}
@@ -663,7 +664,7 @@ static void set_up(void)
 	staller = crowded ? run_fault_worker : NULL;
 	if (crowded)
 		stall_chance = 20 + below(60);
-	reclaim_chance = engine == TIERD_ENGINE_STOCK || hugetlb || below(3) ? 0 : below(400);
+	reclaim_chance = engine == TIERD_ENGINE_STOCK || hugetlb || anon || below(3) ? 0 : below(400);
 	M.write_pauses = crowded || late_io ? below(100) : 0;
 	M.read_pauses = below(4) ? 0 : below(100);
 	guest_threads = 1 + below(GUEST_THREADS_MAX);

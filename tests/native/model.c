@@ -445,6 +445,8 @@ int sys_rfc_deactivate(int uffd, uint64_t address, uint64_t bytes)
 	for (uint32_t p = first; p < first + count && !error; p++) {
 		if (!M.minor[p])
 			error = -ENOENT;
+		else if (M.present[p] && M.anon)
+			M.rwp_protected[p] = true; /* PROT_NONE, where it is */
 		else if (M.present[p])
 			unmap(p);
 		model_pause();
@@ -532,7 +534,7 @@ ssize_t sys_uffd_read(int uffd, struct uffd_msg *messages, size_t count)
 
 /* --- page tables -------------------------------------------------------------------------------------------------------- */
 
-ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t all_of, uint64_t any_of,
+ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, struct sys_scan wanted,
 			 struct sys_page_region *regions, size_t count, uint64_t *walk_end)
 {
 	uint32_t pages, first = range(start, end - start, &pages);
@@ -545,7 +547,7 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t all
 	model_enter();
 	for (uint32_t i = 0; i < pages; i++) {
 		uint64_t at = start + i * MODEL_PAGE_BYTES;
-		bool swapped = M.marker[first + i] || M.poisoned[first + i];
+		bool swapped = M.marker[first + i] || M.poisoned[first + i], matches;
 		uint64_t is = M.present[first + i] ? SYS_PAGE_PRESENT : swapped ? SYS_PAGE_SWAPPED : 0;
 
 		if ((is || M.anon) && !M.marker[first + i] && !M.protected[first + i])
@@ -553,16 +555,17 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t all
 
 		if (is && M.rwp[first + i] && !M.rwp_protected[first + i])
 			is |= SYS_RWP_ACCESSED;
-
+		if (M.generation == TIERD_ENGINE_RFC && M.anon && M.rwp_protected[first + i])
+			is |= SYS_RFC_DEACTIVATED;
 		if (in_staging(start))
 			is = M.staged[first + i] ? SYS_PAGE_PRESENT | SYS_PAGE_WRITTEN : 0;
-		if ((is & all_of) != all_of)
-			is = 0;
+		matches = ((is ^ wanted.inverted) & wanted.all_of) == wanted.all_of &&
+			  (is ^ wanted.inverted) & wanted.any_of;
 		*walk_end = at;
-		if (n == count && is & any_of)
+		if (n == count && matches)
 			break;
-		if (is & any_of)
-			regions[n++] = (struct sys_page_region){at, at + MODEL_PAGE_BYTES, is & any_of};
+		if (matches)
+			regions[n++] = (struct sys_page_region){at, at + MODEL_PAGE_BYTES, is & wanted.any_of};
 		*walk_end = at + MODEL_PAGE_BYTES;
 		if (i % 4 == 3)
 			model_pause();
@@ -652,6 +655,13 @@ ssize_t sys_vmm_read(int mem, void *to, size_t bytes, uint64_t address)
 	return (ssize_t)bytes;
 }
 
+static uint32_t below_miscount(uint32_t n)
+{
+	while (n && model_chance(600))
+		n--;
+	return n;
+}
+
 /* Page by page, each at once; stops at the first that cannot be moved. */
 static int64_t move(const struct sys_inside_call *c)
 {
@@ -668,14 +678,16 @@ static int64_t move(const struct sys_inside_call *c)
 		if (M.marker[p] || M.poisoned[p])
 			break;
 		if (!M.present[p])
-			continue; /* a hole */
+			break; /* a hole: ENOENT */
 		if (M.staged[p])
 			break; /* EEXIST */
 		memcpy(M.staged_bytes[p], M.bytes[p], MODEL_PAGE_BYTES);
 		M.staged[p] = true;
-		M.cached[p] = M.present[p] = M.protected[p] = false;
+		M.cached[p] = M.present[p] = M.protected[p] = M.rwp_protected[p] = false;
 	}
-	return n ? (int64_t)n * MODEL_PAGE_BYTES : -EBUSY;
+	if (model_chance(M.faults.miscounts)) /* it has moved what it does not count */
+		n = below_miscount(n);
+	return n ? (int64_t)n * MODEL_PAGE_BYTES : -EEXIST;
 }
 
 static int64_t drop(const struct sys_inside_call *c)

@@ -30,8 +30,8 @@ struct model_faults { /* how often what goes wrong, in 1/1000 of the calls */
 	/* punch_stays: zeroed and cached, as a large folio may; of hugetlbfs the punch is refused */
 	uint32_t copy_nomem, copy_again, protect_fails, store_eio, store_short, sync_loses, punch_stays;
 	uint32_t read_eio, read_short, read_flip;
-	uint32_t resolve_fails, register_fails;     /* not of a stock kernel, whose seeds stay what they are */
-	uint32_t move_busy, enter_fails, cut_short; /* of anonymous memory */
+	uint32_t resolve_fails, register_fails; /* not of a stock kernel, whose seeds stay what they are */
+	uint32_t move_busy, miscounts, enter_fails, cut_short; /* of anonymous memory */
 };
 
 enum model_access { ACCESS_MADE, ACCESS_WAITS, ACCESS_POISONED };

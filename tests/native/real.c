@@ -442,8 +442,9 @@ static int userfaultfd_create(void)
 	struct uffdio_api api = {.api = UFFD_API};
 
 	if (anon)
-		features = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_THREAD_ID | 1ull << 15 /* WP_ASYNC */ |
-			   1ull << 16 /* MOVE */;
+		features |= 1ull << 16 /* MOVE */;
+	if (anon && engine == TIERD_ENGINE_STOCK)
+		features |= 1ull << 15 /* WP_ASYNC */;
 	if (engine != TIERD_ENGINE_STOCK)
 		features |= 1ull << 10 | 1ull << 9 /* MINOR_SHMEM, MINOR_HUGETLBFS */ | 1ull << 17 |
 			    1ull << 18 /* tracking, and its async mode */;

@@ -24,8 +24,11 @@ class Probe:
     pagemap_scan: int = 0
     poison: int = 0
     self_zap: int = 0
+    anonymous: int = 0
     rwp: int = errno.EINVAL
     rfc: int = errno.EINVAL
+    rwp_anonymous: int = errno.EINVAL
+    rfc_anonymous: int = errno.EINVAL
     rwp_step: int = 1
     rfc_step: int = 1
 
@@ -36,7 +39,7 @@ def failing(**trials: int) -> list[Finding]:
 
 def test_a_kernel_that_can_do_everything() -> None:
     assert failing() == []
-    assert len(kernel_findings(Probe())) == 7  # type: ignore[arg-type]
+    assert len(kernel_findings(Probe())) == 8  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("trial", ["userfaultfd", "write_protect", "missing"])
@@ -76,7 +79,7 @@ def test_how_much_memory_may_be_locked(host: Path, limit: str, capability: int, 
     assert ok or "8192 KiB: enough for one guest of 2.2 GiB" in bad(host)[0].says
 
 
-@pytest.mark.parametrize("trial", ["pageout", "pagemap_scan", "poison", "self_zap"])
+@pytest.mark.parametrize("trial", ["pageout", "pagemap_scan", "poison", "self_zap", "anonymous"])
 def test_what_is_only_nicer_to_have(trial: str) -> None:
     (finding,) = failing(**{trial: errno.ENOSYS})
     assert not finding.needed

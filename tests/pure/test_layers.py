@@ -26,6 +26,7 @@ ORDER = [
     "cycle",
     "serve",
     "resume",
+    "salvage",
     "guest",
     "metrics",
     "routes",

@@ -343,9 +343,11 @@ def memory_cgroup(s: Subject) -> None:
     """A fetch in a memory cgroup at its limit gets the VMM killed. hugetlbfs is not charged to it."""
     if s.on_hugetlbfs:
         return
+    # what is fetched from a staging area is there twice for a while
+    headroom = MEMCG_HEADROOM_BYTES * (3 if s.spec.anonymous else 1)
+    size = sum(region.bytes for region in s.spec.regions) + (headroom if s.spec.anonymous else 0)
     for path, limit, used in _cgroup_limits(s.spec.pid):
-        size = sum(region.bytes for region in s.spec.regions)
-        if limit < size and limit - used < MEMCG_HEADROOM_BYTES:
+        if limit < size and limit - used < headroom:
             raise Refused(
                 "memory-cgroup",
                 "the VMM's memory cgroup is at its limit, a fetched page would get it killed",

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tierd.attach import GuestSpec, Refused, Region
-from tierd.attach.ptrace import pidfd_getfd
+from tierd.attach.ptrace import STAGING_NAME, pidfd_getfd
 
 # executables that are VMMs, by the name of their file; anything else is a guest only where an operator names its pid
 VMM = re.compile(r"qemu-system-.*|qemu-kvm|kvm|cloud-hypervisor|firecracker")
@@ -53,8 +53,9 @@ class Mapping:
 
     @property
     def anonymous_ram(self) -> bool:
-        """May be: not a heap or a stack, which have names; not code."""
-        return self.mode == "rw-p" and self.inode == 0 and (not self.path or self.path.startswith("[anon:"))
+        """May be: not a heap or a stack, which have names; not code; not what a tierd has mapped there."""
+        unnamed = not self.path or self.path.startswith("[anon:")
+        return self.mode == "rw-p" and self.inode == 0 and unnamed and STAGING_NAME not in self.path
 
     def backs(self, region: Region) -> bool:
         """It is of this region's memory, as far as it lies there."""
@@ -220,15 +221,21 @@ def _is_ram(mapping: Mapping, files: set[str]) -> bool:
 def anonymous_regions(maps: list[Mapping], cmdline: tuple[str, ...]) -> tuple[Region, ...]:
     """Guest RAM of a VMM that was told nothing of its kind: private anonymous memory of a size that its command line names, or
     else whatever is large. (What is taken for RAM and is none is tiered like it, and is as safe.)"""
-    found: list[Region] = []
-    for m in maps:
-        if not m.anonymous_ram:
-            continue
-        if found and found[-1].address + found[-1].bytes == m.start:
-            found[-1] = replace(found[-1], bytes=m.end - found[-1].address)
-        else:
-            found.append(Region(m.start, m.end - m.start, 0, 0, 0))
     sizes = ram_sizes(cmdline)
+    runs: list[
+        list[Region]
+    ] = []  # of mappings without anything between them: parts of one that were advised differently, perhaps
+    for m in maps:
+        if m.anonymous_ram:
+            region = Region(m.start, m.end - m.start, 0, 0, 0)
+            if runs and runs[-1][-1].address + runs[-1][-1].bytes == m.start:
+                runs[-1].append(region)
+            else:
+                runs.append([region])
+    found: list[Region] = []
+    for run in runs:
+        whole = replace(run[0], bytes=sum(region.bytes for region in run))
+        found += [whole] if whole.bytes in sizes else run
     named = [region for region in found if region.bytes in sizes]
     return tuple(named or [region for region in found if region.bytes >= ANONYMOUS_RAM_BYTES_MIN])
 

@@ -27,11 +27,11 @@ from tierd.native.inject import At, inject
 _NUMBERS = {
     "x86_64": {
         **{"userfaultfd": 323, "close": 3, "socketpair": 53, "recvmsg": 47, "ioctl": 16, "kcmp": 312},
-        **{"mmap": 9, "mprotect": 10, "munmap": 11, "madvise": 28},
+        **{"mmap": 9, "mprotect": 10, "munmap": 11, "madvise": 28, "prctl": 157},
     },
     "aarch64": {
         **{"userfaultfd": 282, "close": 57, "socketpair": 199, "recvmsg": 212, "ioctl": 29, "kcmp": 272},
-        **{"mmap": 222, "mprotect": 226, "munmap": 215, "madvise": 233},
+        **{"mmap": 222, "mprotect": 226, "munmap": 215, "madvise": 233, "prctl": 167},
     },
 }
 NUMBER = _NUMBERS[platform.machine()]
@@ -40,6 +40,8 @@ MADV_COLD = 20
 MADV_RANDOM, MADV_DONTFORK, MADV_DONTDUMP = 1, 10, 16
 PROT_NONE, PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS, MAP_NORESERVE = 0, 3, 0x22, 0x4000
 LARGE_PAGE_BYTES = 2 << 20
+PR_SET_VMA = 0x53564D41  # PR_SET_VMA_ANON_NAME is 0: prctl(2), CONFIG_ANON_VMA_NAME
+STAGING_NAME = "tierd staging"  # in /proc/PID/maps: whoever looks there, and a later tierd, is told whose it is
 KCMP_FILE = 0
 
 UFFD_API = 0xAA
@@ -52,10 +54,6 @@ FEATURE_MISSING_SHMEM = 1 << 5
 FEATURE_THREAD_ID = 1 << 8
 FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
 FEATURE_POISON = 1 << 14
-FEATURE_WP_ASYNC = 1 << 15
-FEATURE_MOVE = 1 << 16
-# of private anonymous memory, which is never held: the kernel lifts its protection by itself
-FEATURES_ANONYMOUS = FEATURE_WP_ASYNC | FEATURE_MOVE
 FEATURES_NEEDED = (
     FEATURE_PAGEFAULT_FLAG_WP
     | FEATURE_MISSING_HUGETLBFS
@@ -266,6 +264,9 @@ def map_staging(pid: int, address: int, size: int) -> int:
                 inject(tid, "munmap", NUMBER["munmap"], at, length)
         for advice in (MADV_RANDOM, MADV_DONTFORK, MADV_DONTDUMP):
             inject(tid, "madvise", NUMBER["madvise"], start, size, advice)
+        with contextlib.suppress(OSError):  # where the kernel has no such names
+            name = STAGING_NAME.encode() + b"\0"
+            inject(tid, "prctl", NUMBER["prctl"], PR_SET_VMA, 0, start, size, At(0), scratch=name)
         inject(tid, "mprotect", NUMBER["mprotect"], start, size, PROT_READ_WRITE)
     except BaseException:
         inject(tid, "munmap", NUMBER["munmap"], base, size + spare)

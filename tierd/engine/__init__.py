@@ -38,6 +38,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def anonymous_features(self) -> int:
+        """Those that the userfaultfd of a guest with private anonymous memory must have besides."""
+        ...
+
+    @property
     def backings(self) -> frozenset[str]:
         """Kinds of guest memory that it can tier: a subset of {"shmem", "hugetlbfs", "anonymous"}."""
         ...
@@ -61,6 +66,9 @@ class Engine(Protocol):
         """How pages of a VMM are deactivated. `inside`: not by MADV_PAGEOUT, which would send them to swap where there is one,
         and passes over hugetlbfs."""
         ...
+
+
+FEATURE_WP_ASYNC, FEATURE_MOVE = 1 << 15, 1 << 16  # UFFD_FEATURE_*: Linux 6.7, 6.8
 
 
 class EngineUnavailable(Exception):

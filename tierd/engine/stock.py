@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from tierd.engine import EngineUnavailable
+from tierd.engine import FEATURE_MOVE, FEATURE_WP_ASYNC, EngineUnavailable
 from tierd.native import EngineNumber, Probe, Zap
 
 # trial -> what to tell the operator when it fails
@@ -25,6 +25,7 @@ class StockEngine:
     name = "stock"
     number = EngineNumber.STOCK
     features = 0
+    anonymous_features = FEATURE_WP_ASYNC | FEATURE_MOVE
     sees_reads = True
     holds_reads = False
 

@@ -22,6 +22,7 @@ READAHEAD_PAGES_MAX = 512
 # locked in memory for a guest: a batch of 2 MiB, buffers, stacks of fault threads; its page table and bitmaps; where its pages
 # are huge, instead a batch of 8, one to compare, one of zeros, and one for each of 3 threads
 GUEST_LOCKED_BYTES, TABLE_BYTES_A_PAGE, HUGE_BUFFER_PAGES = 3 << 20, 9, 13
+ANONYMOUS_LOCKED_BYTES = 6 << 20  # its batches are of 8 MiB
 CAP_IPC_LOCK = 14  # who has it may lock any amount
 READ_DEADLINE_S_MAX = 366 * 86400.0
 # of tierd_trial_step
@@ -40,7 +41,7 @@ TRIAL_STEPS = (
 )
 TRIALS = (
     *("userfaultfd", "write_protect", "missing", "pageout", "pagemap_scan", "poison", "self_zap", "anonymous"),
-    *("rwp", "rfc"),
+    *("rwp", "rfc", "rwp_anonymous", "rfc_anonymous"),
 )
 STATES = ("resident", "resolving", "leaving", "dropping", "stored", "moving", "arriving", "lost", "staging")
 STAGING_TIER = int(lib.TIERD_TIER_STAGING)
@@ -196,6 +197,7 @@ class Health:
     overdue_ns: int
     worker_io_ns: int
     pages_lost: int
+    spent_pages: int
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,8 @@ class Probe:
     anonymous: int
     rwp: int
     rfc: int
+    rwp_anonymous: int
+    rfc_anonymous: int
     rwp_step: int
     rfc_step: int
 
@@ -350,8 +354,7 @@ class NativeBatch:
             "memory for an eviction batch (is RLIMIT_MEMLOCK high enough?)",
         )
         self._b = out[0]
-        self._guest = guest
-        self.anonymous = guest.anonymous
+        self.guest, self.max_pages = guest, max_pages
         self._result = ffi.new("struct tierd_batch_result *")
 
     def __enter__(self) -> NativeBatch:
@@ -448,7 +451,10 @@ class NativeGuest:
         check(lib.tierd_guest_create(args, out), "guest tables (is RLIMIT_MEMLOCK high enough?)")
         self._g = out[0]
         self.anonymous = any(region.staging for region in regions)
-        self.has_sync_mode = engine is not EngineNumber.STOCK
+        self.has_sync_mode = engine is not EngineNumber.STOCK and not self.anonymous
+        self.waits_for_readers = (
+            engine is EngineNumber.STOCK and self.anonymous
+        )  # in the staging area: no other way to see them
         self.page_bytes = page_bytes or os.sysconf("SC_PAGESIZE")
         self.pages = sum(region.bytes for region in regions) // self.page_bytes
 

@@ -327,8 +327,12 @@ static int run_batch(struct inject_excursion *e)
 	struct batch *b = (struct batch *)e;
 	uint64_t stub = b->header - PAGE_BYTES;
 	struct inject_frame *frame = inject_has_frame(e->tid, stub, b->header) ? NULL : &b->frame;
-	int error = frame ? inject_prepare(e->tid, 0, NULL, 0, frame) : 0;
+	struct inject_header h;
+	int error = read_header(e->tid, b->header,
+				&h); /* stopped, it cannot become another program, or another process's, any more */
 
+	if (!error && frame)
+		error = inject_prepare(e->tid, 0, NULL, 0, frame);
 	if (!error && frame)
 		error = inject_write_frame(e->tid, frame);
 	TIERD_INJECT_STEP(4);
@@ -414,8 +418,8 @@ int tierd_calls_run(int32_t tid, uint64_t area, struct tierd_inside_call *calls,
 		error = wait_end(b, budget_ns, timeout_ms, &h);
 		*stopped_ns = sys_now_ns() - b->excursion.began_ns;
 		if (!error || error == -EINPROGRESS) {
-			*done = (uint32_t)h.done;
 			unread = read_results(b, calls, h.done);
+			*done = unread ? 0 : (uint32_t)h.done;
 			error = unread ? unread : error;
 		}
 	}

@@ -109,7 +109,7 @@ static int stock_resolve(struct tierd_guest *g, uint64_t page, uint64_t flags)
 static const struct engine stock = {
 	.mode = UFFDIO_REGISTER_MODE_WP,
 	.mode_missing = UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING,
-	.touched = SYS_PAGE_PRESENT,
+	.scan = {.any_of = SYS_PAGE_PRESENT},
 	.deactivate = stock_deactivate,
 	.hold = marker_hold,
 	.release = marker_release,
@@ -128,8 +128,8 @@ static int stock_anon_deactivate(struct tierd_guest *g, struct iovec *ranges, si
 static const struct engine stock_anon = {
 	.mode = UFFDIO_REGISTER_MODE_WP,
 	.mode_missing = UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING,
-	.touched = SYS_PAGE_WRITTEN,
-	.all_of = SYS_PAGE_PRESENT, /* holes are called written, too */
+	.scan = {.all_of = SYS_PAGE_PRESENT /* holes are called written, too */, .any_of = SYS_PAGE_WRITTEN},
+	.reads_unseen = true,
 	.deactivate = stock_anon_deactivate,
 	.resolve = stock_resolve,
 };
@@ -160,7 +160,7 @@ static int rfc_resolve(struct tierd_guest *g, uint64_t page, uint64_t flags)
 static const struct engine rfc = {
 	.mode = UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MINOR,
 	.mode_missing = UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MINOR | UFFDIO_REGISTER_MODE_MISSING,
-	.touched = SYS_PAGE_PRESENT,
+	.scan = {.any_of = SYS_PAGE_PRESENT},
 	.deactivate = rfc_deactivate,
 	.hold = marker_hold,
 	.release = marker_release,
@@ -200,7 +200,7 @@ static int rwp_resolve(struct tierd_guest *g, uint64_t page, uint64_t flags)
 static const struct engine rwp = {
 	.mode = SYS_RWP_REGISTER_MODE,
 	.mode_missing = SYS_RWP_REGISTER_MODE | UFFDIO_REGISTER_MODE_MINOR | UFFDIO_REGISTER_MODE_MISSING,
-	.touched = SYS_RWP_ACCESSED,
+	.scan = {.any_of = SYS_RWP_ACCESSED},
 	.deactivate = rwp_deactivate,
 	.hold = rwp_hold,
 	.release = rwp_release,
@@ -209,10 +209,45 @@ static const struct engine rwp = {
 	.holds_mapped = true,
 };
 
+/* --- rfc and rwp, private anonymous memory ------------------------------------------------------------------------------ */
+
+/* Reads are seen, and a move is atomic: whoever touches a page just then gets it back from the staging area. So nobody is ever held, and
+ * the context stays in async mode. */
+
+static int rfc_anon_resolve(struct tierd_guest *g, uint64_t page, uint64_t flags)
+{
+	(void)flags;
+	return map_cached(g, page);
+}
+
+static const struct engine rfc_anon = {
+	.mode = UFFDIO_REGISTER_MODE_MINOR,
+	.mode_missing = UFFDIO_REGISTER_MODE_MINOR | UFFDIO_REGISTER_MODE_MISSING,
+	.scan = {.inverted = SYS_RFC_DEACTIVATED, .all_of = SYS_PAGE_PRESENT, .any_of = SYS_RFC_DEACTIVATED},
+	.deactivate = rfc_deactivate,
+	.resolve = rfc_anon_resolve,
+};
+
+static const struct engine rwp_anon = {
+	.mode = SYS_RWP_REGISTER_MODE,
+	.mode_missing = SYS_RWP_REGISTER_MODE | UFFDIO_REGISTER_MODE_MISSING,
+	.scan = {.all_of = SYS_PAGE_PRESENT, .any_of = SYS_RWP_ACCESSED},
+	.deactivate = rwp_deactivate,
+	.resolve = rwp_resolve,
+};
+
+static const struct engine *anon_engine_of(uint32_t number)
+{
+	static const struct engine *const engines[] = {
+		[TIERD_ENGINE_STOCK] = &stock_anon, [TIERD_ENGINE_RWP] = &rwp_anon, [TIERD_ENGINE_RFC] = &rfc_anon};
+
+	return number < sizeof(engines) / sizeof(engines[0]) ? engines[number] : NULL;
+}
+
 const struct engine *engine_of(uint32_t number, bool anon)
 {
 	if (anon)
-		return number == TIERD_ENGINE_STOCK ? &stock_anon : NULL;
+		return anon_engine_of(number);
 	switch (number) {
 	case TIERD_ENGINE_STOCK:
 		return &stock;

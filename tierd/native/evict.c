@@ -323,6 +323,35 @@ static int keep_mapped(struct tierd_batch *b, struct tierd_batch_result *ret)
 	return error;
 }
 
+/* A page that cannot be read (a memory error, or the VMM has dropped it there) stays where it is, and the others go on. */
+static void copy_staged(struct tierd_batch *b, struct tierd_batch_result *ret)
+{
+	struct tierd_guest *g = b->g;
+	uint32_t n, kept = 0, count = b->count;
+
+	for (uint32_t i = 0; i < count; i += n) {
+		n = run_length(g, b->pages + i, count - i);
+		if (kept == i && !read_pages(b, b->pages[i], n, b->bytes + i * b->page_bytes)) {
+			kept += n;
+			continue;
+		}
+		for (uint32_t k = i; k < i + n; k++) {
+			int error = read_pages(b, b->pages[k], 1, b->bytes + kept * b->page_bytes);
+
+			if (!error) {
+				keep(b, kept++, k);
+				continue;
+			}
+			count_error(g, &g->count.kernel_errors, error);
+			page_move(g, b->pages[k], b->words[k],
+				  word_with_epoch(word_with_state(b->words[k], STORED), epoch_next(g)));
+		}
+	}
+	b->count = kept;
+	ret->cancelled_pages = count - kept;
+	count_add(&g->count.pages_cancelled, count - kept);
+}
+
 int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
@@ -334,7 +363,9 @@ int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret)
 		return error;
 	if (g->engine->holds_mapped)
 		error = keep_mapped(b, ret);
-	for (uint32_t i = 0; !error && i < b->count; i += n) {
+	if (g->anon)
+		copy_staged(b, ret);
+	for (uint32_t i = 0; !error && !g->anon && i < b->count; i += n) {
 		n = run_length(g, b->pages + i, b->count - i);
 		error = read_pages(b, b->pages[i], n, b->bytes + i * b->page_bytes);
 	}

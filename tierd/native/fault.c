@@ -126,6 +126,8 @@ static void settle(struct tierd_guest *g, uint64_t page, page_word owned)
 
 	if (word_tier(to) == TIER_UNTOUCHED)
 		to = word_with_tier(to, TIER_ZERO);
+	if (word_state(owned) == ARRIVING && word_spent(to))
+		atomic_fetch_add(&g->spent_pages, 1);
 	if (!page_move(g, page, owned, to))
 		abort();
 }
@@ -136,7 +138,7 @@ static void settle(struct tierd_guest *g, uint64_t page, page_word owned)
  */
 static uint32_t place(struct tierd_guest *g, uint64_t page, uint32_t n, const void *from, int *error)
 {
-	uint64_t zeros_bytes = g->huge ? g->page_bytes : ZERO_BYTES;
+	uint64_t bytes_max = g->huge ? g->page_bytes : from ? UINT64_MAX : ZERO_BYTES;
 	uint32_t placed = 0;
 
 	*error = 0;
@@ -145,12 +147,16 @@ static uint32_t place(struct tierd_guest *g, uint64_t page, uint32_t n, const vo
 		uint64_t want = (uint64_t)(n - placed) * g->page_bytes, done = 0;
 		int err;
 
-		if (!from && want > zeros_bytes)
-			want = zeros_bytes;
+		if (want > bytes_max)
+			want = bytes_max;
 		err = sys_uffd_copy(g->uffd, address_of(g, page + placed), bytes, want, &done);
 		placed += (uint32_t)(done / g->page_bytes);
 		if (!err || (done && err == -EAGAIN))
 			continue;
+		if (err == -ENOENT && want > g->page_bytes) { /* some of it is not mapped, or it lies in two mappings */
+			bytes_max = g->page_bytes;
+			continue;
+		}
 		if (err == -EEXIST && placed < n)
 			err = mem_exists(g, page + placed);
 		if (!err) {

@@ -205,12 +205,14 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	g->missing = sys_alloc(g->chunks);
 	g->touched = sys_alloc(bitmap_bytes(g->chunk_pages));
 	g->other = sys_alloc(bitmap_bytes(g->chunk_pages));
+	g->aged = sys_alloc(g->chunks * sizeof(*g->aged));
 	g->large = sys_alloc(bitmap_bytes(g->pages));
 	if (g->anon)
 		g->heat = sys_alloc(g->pages / GROUP_PAGES + 1);
 	if (g->huge)
 		g->zeros = sys_alloc(g->page_bytes);
-	if (!g->missing || !g->touched || !g->other || !g->large || (g->huge && !g->zeros) || (g->anon && !g->heat))
+	if (!g->missing || !g->touched || !g->other || !g->aged || !g->large || (g->huge && !g->zeros) ||
+	    (g->anon && !g->heat))
 		return -ENOMEM;
 	if (args->tiers[1].flags & TIERD_SPACE_LATE) {
 		g->quarantine = sys_alloc(bitmap_bytes(g->pages));
@@ -270,6 +272,8 @@ void tierd_guest_destroy(struct tierd_guest *g)
 		sys_free(g->touched, bitmap_bytes(g->chunk_pages));
 	if (g->other)
 		sys_free(g->other, bitmap_bytes(g->chunk_pages));
+	if (g->aged)
+		sys_free(g->aged, g->chunks * sizeof(*g->aged));
 	if (g->heat)
 		sys_free(g->heat, g->pages / GROUP_PAGES + 1);
 	if (g->large)
@@ -562,12 +566,13 @@ static int punch_again(struct tierd_guest *g, uint64_t page)
 static int look_for_poison(struct tierd_guest *g, uint64_t address, bool *ret)
 {
 	const uint64_t poison = SYS_PAGE_SWAPPED | SYS_PAGE_WRITTEN;
+	const struct sys_scan wanted = {.any_of = poison};
 	struct sys_page_region found = {0};
 	uint64_t entry = 0, end;
 	ssize_t n;
 
 	do
-		n = g->huge ? sys_pagemap_scan(g->pagemap, address, address + g->page_bytes, 0, poison, &found, 1, &end)
+		n = g->huge ? sys_pagemap_scan(g->pagemap, address, address + g->page_bytes, wanted, &found, 1, &end)
 			    : sys_pagemap_read(g->pagemap, &entry, 1, address);
 	while (n == -EINTR);
 	*ret = g->huge ? n == 1 && (found.categories & poison) == poison
@@ -601,6 +606,8 @@ static int adopt_as(struct tierd_guest *g, uint64_t page, page_word w, page_word
 		atomic_store_explicit(&g->words[page], to, memory_order_release);
 		ret->corrected_pages++;
 	}
+	if (word_spent(to))
+		atomic_fetch_add(&g->spent_pages, 1);
 	ret->resident_pages += word_state(to) == RESIDENT;
 	ret->stored_pages += word_state(to) == STORED;
 	ret->lost_pages += word_state(to) == LOST;
@@ -812,15 +819,16 @@ int tierd_guest_idle(struct tierd_guest *g, const double *edges_s, uint32_t coun
 {
 	uint16_t now = epoch_now(g);
 	double epoch_s = (double)g->epoch_ns / 1e9;
+	bool staged = g->engine->reads_unseen;
 
 	memset(ret, 0, count * sizeof(*ret));
 	for (uint64_t page = 0; page < g->pages; page++) {
 		page_word w = atomic_load_explicit(&g->words[page], memory_order_relaxed);
-		double idle_s = (g->anon ? epoch_age(now, word_epoch(w)) : page_age(g, page, now, w)) * epoch_s;
+		double idle_s = (staged ? epoch_age(now, word_epoch(w)) : page_age(g, page, now, w)) * epoch_s;
 		uint32_t i = count;
 
-		/* of anonymous memory: what may leave, and since when it is known that nobody reads it */
-		if (g->anon ? !word_staged(w) : word_state(w) != RESIDENT || word_untouched(w))
+		/* where reads are not seen: what may leave, and since when it is known that nobody reads it */
+		if (staged ? !word_staged(w) : word_state(w) != RESIDENT || word_untouched(w))
 			continue;
 		while (i && idle_s < edges_s[i - 1])
 			i--;

@@ -163,9 +163,10 @@ struct tierd_guest;
 /* What an engine does to pages: engine.c. Runs in the worker, but for `resolve`. */
 struct engine {
 	uint64_t mode, mode_missing; /* of UFFDIO_REGISTER: at attach, and for a chunk whose pages may leave */
-	uint64_t touched;            /* PAGEMAP_SCAN: the category of a page that was touched since its deactivation */
-	uint64_t all_of;             /* PAGEMAP_SCAN: such a page is of these, too */
-	bool holds_mapped;           /* a page that is mapped and was not touched waits in sync mode */
+	struct sys_scan
+		scan;      /* for pages that were touched since their deactivation; any_of: the category that says so */
+	bool reads_unseen; /* of anonymous memory: who reads is found out in the staging area */
+	bool holds_mapped; /* a page that is mapped and was not touched waits in sync mode */
 	int (*deactivate)(struct tierd_guest *g, struct iovec *ranges, size_t count, struct tierd_pass *ret);
 	int (*hold)(struct tierd_guest *g, uint64_t page, uint64_t count);
 	int (*release)(struct tierd_guest *g, uint64_t page, uint64_t count); /* wakes, too */
@@ -220,7 +221,9 @@ struct tierd_guest {
 	uint8_t *missing;    /* one a chunk: MISSING is registered; the worker's own */
 	uint64_t chunks;
 	_Atomic uint64_t missing_chunks;
-	uint64_t *touched, *other; /* bitmaps of one chunk; the worker's own */
+	uint64_t *touched, *other;    /* bitmaps of one chunk; the worker's own */
+	_Atomic uint64_t spent_pages; /* about: fetched, and their room in the staging area is not given back */
+	uint16_t *aged;  /* one a chunk: when a pass last looked for ages that would wrap; the worker's own */
 	uint64_t *large; /* bitmap of the guest, the worker's own: seen mapped by a large entry that begins here */
 	uint64_t *
 		quarantine; /* bitmap of the guest: adoption's, then only read by the worker; NULL: nothing lands late */

@@ -120,10 +120,10 @@ static int try_write_protect(struct trial *t)
 
 static int try_pagemap_scan(struct trial *t)
 {
+	const struct sys_scan wanted = {.any_of = SYS_PAGE_PRESENT};
 	struct sys_page_region found[PAGES];
 	uint64_t walk_end, start = (uintptr_t)t->memory;
-	ssize_t n = sys_pagemap_scan(t->pagemap, start, start + PAGES * t->page_bytes, 0, SYS_PAGE_PRESENT, found,
-				     PAGES, &walk_end);
+	ssize_t n = sys_pagemap_scan(t->pagemap, start, start + PAGES * t->page_bytes, wanted, found, PAGES, &walk_end);
 
 	return n < 0 ? (int)n : 0;
 }
@@ -178,11 +178,11 @@ static int try_self_zap(struct trial *t)
 
 static bool anonymous_written(struct trial *t, uint8_t *page)
 {
+	const struct sys_scan wanted = {.all_of = SYS_PAGE_PRESENT, .any_of = SYS_PAGE_WRITTEN};
 	struct sys_page_region found;
 	uint64_t walk_end, at = (uintptr_t)page;
 
-	return sys_pagemap_scan(t->pagemap, at, at + t->page_bytes, SYS_PAGE_PRESENT, SYS_PAGE_WRITTEN, &found, 1,
-				&walk_end) == 1;
+	return sys_pagemap_scan(t->pagemap, at, at + t->page_bytes, wanted, &found, 1, &walk_end) == 1;
 }
 
 /* Page 0 of the memory is the guest's; it goes to page 2, its staging area. Touched by /proc/self/mem, where what should not have to

@@ -26,26 +26,27 @@ static const uint64_t SET_MODE_BIT = 1ull << 10;
 
 struct generation {
 	bool offers_set_mode; /* in uffdio_api.ioctls */
-	uint64_t register_mode, touched, fault_flag;
+	bool anonymous;
+	uint64_t register_mode, fault_flag;
+	struct sys_scan scan; /* for pages that were touched */
 	int (*deactivate)(int uffd, uint64_t address, uint64_t bytes);
 	int (*set_async)(int uffd, bool async);
 	int (*resolve)(int uffd, uint64_t address, uint64_t bytes);
 };
 
-static const struct generation rwp = {true,
-				      SYS_RWP_REGISTER_MODE,
-				      SYS_RWP_ACCESSED,
-				      SYS_RWP_FAULT,
-				      sys_rwp_protect,
-				      sys_rwp_set_async,
-				      sys_rwp_unprotect};
-static const struct generation rfc = {false,
-				      UFFDIO_REGISTER_MODE_MINOR | UFFDIO_REGISTER_MODE_WP,
-				      SYS_PAGE_PRESENT,
-				      UFFD_PAGEFAULT_FLAG_MINOR,
-				      sys_rfc_deactivate,
-				      sys_rfc_set_async,
-				      sys_uffd_continue};
+static const struct generation rwp = {.offers_set_mode = true,
+				      .register_mode = SYS_RWP_REGISTER_MODE,
+				      .fault_flag = SYS_RWP_FAULT,
+				      .scan = {.any_of = SYS_RWP_ACCESSED},
+				      .deactivate = sys_rwp_protect,
+				      .set_async = sys_rwp_set_async,
+				      .resolve = sys_rwp_unprotect};
+static const struct generation rfc = {.register_mode = UFFDIO_REGISTER_MODE_MINOR | UFFDIO_REGISTER_MODE_WP,
+				      .fault_flag = UFFD_PAGEFAULT_FLAG_MINOR,
+				      .scan = {.any_of = SYS_PAGE_PRESENT},
+				      .deactivate = sys_rfc_deactivate,
+				      .set_async = sys_rfc_set_async,
+				      .resolve = sys_uffd_continue};
 
 struct native_trial {
 	const struct generation *g;
@@ -77,11 +78,14 @@ static int open_api(struct native_trial *t)
 
 static int map_memory(struct native_trial *t)
 {
+	int flags = t->g->anonymous ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
+
 	t->memfd = memfd_create("tierd-trial", MFD_CLOEXEC);
 	t->pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	if (t->memfd < 0 || t->pagemap < 0 || ftruncate(t->memfd, (off_t)(PAGES * t->page_bytes)))
 		return -errno;
-	t->memory = mmap(NULL, PAGES * t->page_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, t->memfd, 0);
+	t->memory =
+		mmap(NULL, PAGES * t->page_bytes, PROT_READ | PROT_WRITE, flags, t->g->anonymous ? -1 : t->memfd, 0);
 	if (t->memory == MAP_FAILED)
 		return -errno;
 	memset(t->memory, 1, PAGES * t->page_bytes);
@@ -93,7 +97,7 @@ static int scan(struct native_trial *t, unsigned int *touched)
 {
 	struct sys_page_region found[PAGES];
 	uint64_t end = at(t, PAGES), walk_end;
-	ssize_t n = sys_pagemap_scan(t->pagemap, at(t, 0), end, 0, t->g->touched, found, PAGES, &walk_end);
+	ssize_t n = sys_pagemap_scan(t->pagemap, at(t, 0), end, t->g->scan, found, PAGES, &walk_end);
 
 	*touched = 0;
 	for (ssize_t i = 0; i < n; i++)
@@ -201,6 +205,17 @@ static int try_generation(const struct generation *g, uint32_t *step)
 
 void tierd_probe_native(struct tierd_probe *ret)
 {
+	struct generation anonymous = rwp;
+	uint32_t ignored;
+
 	ret->rwp = try_generation(&rwp, &ret->rwp_step);
 	ret->rfc = try_generation(&rfc, &ret->rfc_step);
+	anonymous.anonymous = true;
+	ret->rwp_anonymous = try_generation(&anonymous, &ignored);
+	anonymous = rfc;
+	anonymous.anonymous = true;
+	anonymous.register_mode = UFFDIO_REGISTER_MODE_MINOR;
+	anonymous.scan = (struct sys_scan){
+		.inverted = SYS_RFC_DEACTIVATED, .all_of = SYS_PAGE_PRESENT, .any_of = SYS_RFC_DEACTIVATED};
+	ret->rfc_anonymous = try_generation(&anonymous, &ignored);
 }

@@ -12,7 +12,8 @@
 #include "internal.h"
 
 enum { VECTOR = 256, ENTRIES = 512, INSIDE_CALLS_MAX = 64 };
-enum { AGE_KEPT = 0xf000, AGE_MAX = 0xf800 }; /* in epochs: now and then a word, not each of them at each pass */
+/* In epochs. Every so many a pass looks at all words of its chunk, for ages that would wrap. */
+enum { AGE_KEPT = 0xf000, AGE_MAX = 0xf800, AGE_EVERY = 0x100 };
 
 static void region_mark(uint64_t *bits, uint64_t base, uint64_t page_bytes, const struct sys_page_region *found)
 {
@@ -39,18 +40,21 @@ static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, ui
 			 uint64_t other_category, uint64_t *other)
 {
 	struct sys_page_region found[VECTOR];
-	uint64_t at = start, any_of = g->engine->touched | other_category;
+	struct sys_scan wanted = g->engine->scan;
+	uint64_t at = start, touched_category = wanted.any_of;
+
+	wanted.any_of |= other_category;
 
 	while (at < end) {
 		uint64_t walk_end = at;
-		ssize_t n = sys_pagemap_scan(g->pagemap, at, end, g->engine->all_of, any_of, found, VECTOR, &walk_end);
+		ssize_t n = sys_pagemap_scan(g->pagemap, at, end, wanted, found, VECTOR, &walk_end);
 
 		if (n == -EINTR)
 			continue;
 		if (n < 0)
 			return (int)n;
 		for (ssize_t i = 0; i < n; i++) {
-			if (found[i].categories & g->engine->touched)
+			if ((found[i].categories ^ wanted.inverted) & touched_category)
 				region_mark(touched, start, g->page_bytes, &found[i]);
 			if (found[i].categories & other_category)
 				region_mark(other, start, g->page_bytes, &found[i]);
@@ -66,14 +70,14 @@ static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, ui
 
 int scan_there(struct tierd_guest *g, uint64_t address, uint64_t pages, uint64_t *there)
 {
+	const struct sys_scan wanted = {.any_of = SYS_PAGE_PRESENT | SYS_PAGE_SWAPPED};
 	struct sys_page_region found[VECTOR];
 	uint64_t at = address, end = address + pages * g->page_bytes;
 
 	memset(there, 0, bitmap_bytes(pages));
 	while (at < end) {
 		uint64_t walk_end = at;
-		ssize_t n = sys_pagemap_scan(g->pagemap, at, end, 0, SYS_PAGE_PRESENT | SYS_PAGE_SWAPPED, found, VECTOR,
-					     &walk_end);
+		ssize_t n = sys_pagemap_scan(g->pagemap, at, end, wanted, found, VECTOR, &walk_end);
 
 		if (n == -EINTR)
 			continue;
@@ -171,18 +175,27 @@ static void stamp_page(struct tierd_guest *g, uint64_t first_page, uint64_t i, u
 		page_move(g, first_page + i, w, to); /* lost to a fault: it stamps the page itself */
 }
 
+/* Of two words at once: both RESIDENT, and seen touched before. */
+static bool plain_pair(struct tierd_guest *g, uint64_t page)
+{
+	const uint64_t states = 0x0000000f0000000full, ones = 0x0000000100000001ull;
+	uint64_t pair;
+
+	_Static_assert(RESIDENT == 0 && TIER_UNTOUCHED == 0xf, "what is looked for");
+	TIERD_YIELD();
+	pair = __atomic_load_n((const uint64_t *)(const void *)&g->words[page], __ATOMIC_ACQUIRE);
+	return !(pair & states) && !(((pair >> 4 & states) + ones) & ones << 4);
+}
+
 /* All of the group touched: one store dates it. A page that is somebody's is left to stamp_page; one that becomes somebody's
  * meanwhile is the younger for it, which hurts nobody. */
 static bool stamp_group(struct tierd_guest *g, uint64_t first, uint16_t epoch)
 {
 	if (first % GROUP_PAGES)
 		return false;
-	for (uint64_t page = first; page < first + GROUP_PAGES; page++) {
-		page_word w = page_load(g, page);
-
-		if (word_state(w) != RESIDENT || word_tier(w) == TIER_UNTOUCHED)
+	for (uint64_t page = first; page < first + GROUP_PAGES; page += 2)
+		if (!plain_pair(g, page))
 			return false;
-	}
 	atomic_store_explicit(&g->groups[first / GROUP_PAGES], epoch, memory_order_relaxed);
 	return true;
 }
@@ -202,9 +215,15 @@ static void stamp(struct tierd_guest *g, uint64_t first_page, uint64_t pages, ui
 	}
 }
 
-/* Keeps ages from wrapping: of pages that nobody touches, and of words whose group is dated in their place. */
-static void age(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint16_t epoch)
+/* Keeps ages from wrapping, in a chunk: of pages that nobody touches, and of words whose group is dated in their place. */
+static void age(struct tierd_guest *g, uint64_t chunk, uint16_t epoch)
 {
+	uint64_t first_page = chunk * g->chunk_pages;
+	uint64_t pages = g->pages - first_page < g->chunk_pages ? g->pages - first_page : g->chunk_pages;
+
+	if (g->aged[chunk] && epoch_age(epoch, g->aged[chunk]) < AGE_EVERY)
+		return;
+	g->aged[chunk] = epoch ? epoch : 1;
 	for (uint64_t page = first_page; page < first_page + pages; page++) {
 		page_word w = page_load(g, page);
 
@@ -279,7 +298,7 @@ static int pass(struct tierd_guest *g, uint64_t first_page, struct tierd_pass *r
 	 * longer than a step, because idle time counts from its end */
 	epoch = epoch_next(g);
 	stamp(g, first_page, ret->pages, epoch);
-	age(g, first_page, ret->pages, epoch);
+	age(g, first_page / g->chunk_pages, epoch);
 	scanned_ns = sys_now_ns();
 	error = deactivate_touched(g, first_page, ret->pages, ret);
 	if (epoch_next(g) != epoch)

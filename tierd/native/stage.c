@@ -24,6 +24,7 @@
 #include "internal.h"
 
 enum { PAGES_MAX = 4096, HEAT_MAX = 8, SETTLE_PAUSE_US = 100, IN_VAIN_MAX = 100 };
+enum { RUN_WORDS = 128 }; /* a bitmap of what one call moves: 2 MiB of pages of 4 KiB, 512 MiB of 64 KiB */
 #ifdef TIERD_MODEL
 enum { CALLS_MAX = 4 };
 #else
@@ -136,15 +137,20 @@ int staged_read(struct tierd_guest *g, uint64_t page, uint32_t count, void *to)
 }
 
 /* A page that is owned must be decided: only the VMM's end is an excuse. */
-int staged_look(struct tierd_guest *g, uint64_t page, uint64_t count, uint64_t *there)
+static int look_until_seen(struct tierd_guest *g, uint64_t address, uint64_t count, uint64_t *there)
 {
 	int error;
 
-	while ((error = scan_there(g, staging_of(region_of_page(g, page), page), count, there)) && error != -ESRCH) {
+	while ((error = scan_there(g, address, count, there)) && error != -ESRCH) {
 		count_error(g, &g->count.kernel_errors, error);
 		sys_pause_us(SETTLE_PAUSE_US);
 	}
 	return error;
+}
+
+int staged_look(struct tierd_guest *g, uint64_t page, uint64_t count, uint64_t *there)
+{
+	return look_until_seen(g, staging_of(region_of_page(g, page), page), count, there);
 }
 
 /* --- how soon to try again ---------------------------------------------------------------------------------------------- */
@@ -200,64 +206,131 @@ static bool claim(struct tierd_guest *g, uint64_t page, uint32_t min_age)
 	return page_move(g, page, w, word_with_tier(word_with_state(w, STAGING), TIER_STAGING));
 }
 
-static bool spent(struct tierd_guest *g, uint64_t page, uint32_t unused)
+/* A call moves or drops what one large entry would map: as such where there is one, and a stop can be cut between calls. */
+static bool call_ends(struct tierd_guest *g, uint64_t page)
 {
-	(void)unused;
-	return word_spent(page_load(g, page)) && !quarantined(g, page); /* the mark says so to a successor */
+	return !(address_of(g, page) % (large_pages(g) * g->page_bytes));
 }
 
-/* Collects runs of pages that `take` takes, from *page on. */
-static void collect(struct tierd_guest *g, struct batch *b, uint64_t *page, uint64_t max_pages, uint32_t argument,
-		    bool (*take)(struct tierd_guest *, uint64_t, uint32_t),
-		    struct sys_inside_call (*call)(struct tierd_guest *, uint64_t, uint64_t))
+static void batch_add(struct batch *b, uint64_t page, const struct sys_inside_call *call, uint64_t page_bytes)
 {
-	for (; *page < g->pages && b->count < CALLS_MAX && b->total < max_pages; b->count++) {
-		struct region *r;
-		uint64_t n = 0;
+	b->first[b->count] = page;
+	b->pages[b->count] = call->bytes / page_bytes;
+	b->calls[b->count++] = *call;
+}
 
-		while (*page < g->pages && !take(g, *page, argument))
+/* A claimed page that is not moved: `to` is its word now. */
+static void turn_back(struct tierd_guest *g, uint64_t page, page_word to)
+{
+	if (!page_move(g, page, page_load(g, page), word_with_state(to, RESIDENT)))
+		abort();
+}
+
+/* Of the claimed pages [first, first + count): bits of those that are seen to be untouched, and of holes. Not concluded from an
+ * absence: nothing is seen of a mapping that the VMM has made anew and that is not registered, and a move would take pages out of it. */
+static int look_at_claimed(struct tierd_guest *g, uint64_t first, uint64_t count, uint64_t *cold, uint64_t *hole)
+{
+	uint64_t bare[RUN_WORDS], there[RUN_WORDS];
+	int error = scan_protected(g, first, count, bare, cold);
+
+	if (!error)
+		error = scan_there(g, address_of(g, first), count, there);
+	for (uint64_t i = 0; i < bitmap_bytes(count) / 8; i++) {
+		if (g->engine->scan.inverted) /* protected otherwise: mapped, and not touched */
+			cold[i] |= bare[i];
+		hole[i] = ~there[i];
+	}
+	if (error || !g->engine->scan.inverted)
+		return error;
+	error = scan_range(g, first, count, bare, 0, NULL);
+	for (uint64_t i = 0; i < bitmap_bytes(count) / 8; i++)
+		cold[i] &= ~bare[i];
+	return error;
+}
+
+/* The claimed run [first, first + count) becomes calls; where there is no room for more, the rest goes back as it was. Returns
+ * where to look next. */
+static uint64_t add_cold(struct tierd_guest *g, struct batch *b, uint64_t first, uint64_t count, const uint64_t *cold,
+			 const uint64_t *hole)
+{
+	uint64_t next = first + count;
+
+	for (uint64_t i = 0, n; i < count; i += n) {
+		page_word w = page_load(g, first + i);
+
+		for (n = 1; bit_get(cold, i) && i + n < count && bit_get(cold, i + n);)
+			n++;
+		if (bit_get(cold, i) && b->count < CALLS_MAX) {
+			struct sys_inside_call call = move_of(g, first + i, n);
+
+			batch_add(b, first + i, &call, g->page_bytes);
+			b->total += n;
+			continue;
+		}
+		if (bit_get(cold, i) && first + i < next)
+			next = first + i;
+		for (uint64_t k = 0; bit_get(cold, i) && k < n; k++)
+			turn_back(g, first + i + k, word_with_tier(page_load(g, first + i + k), TIER_ZERO));
+		if (!bit_get(cold, i))
+			turn_back(g, first + i,
+				  bit_get(hole, i) ? word_with_tier(w, TIER_UNTOUCHED)
+						   : word_with_epoch(word_with_tier(w, TIER_ZERO), epoch_next(g)));
+	}
+	return next;
+}
+
+/* Claims runs of pages and makes calls of them, from *page on. A claimed page is decided, also after an error. */
+static int collect_cold(struct tierd_guest *g, struct batch *b, uint64_t *page, uint64_t max_pages, uint32_t min_age)
+{
+	uint64_t cold[RUN_WORDS], hole[RUN_WORDS];
+	int error = 0;
+
+	while (!error && b->count < CALLS_MAX && b->total < max_pages) {
+		uint64_t first, n = 0, waits = waits_now(g);
+		struct region *r;
+
+		while (*page < g->pages && !claim(g, *page, min_age))
 			(*page)++;
 		if (*page == g->pages)
-			return;
-		r = region_of_page(g, *page);
+			break;
+		first = *page;
+		r = region_of_page(g, first);
 		do
 			n++;
-		while (*page + n < r->first_page + r->pages && b->total + n < max_pages &&
-		       take(g, *page + n, argument));
-		b->first[b->count] = *page;
-		b->pages[b->count] = n;
-		b->calls[b->count] = call(g, *page, n);
-		b->total += n;
-		*page += n;
+		while (first + n < r->first_page + r->pages && b->total + n < max_pages && !call_ends(g, first + n) &&
+		       claim(g, first + n, min_age));
+		error = look_at_claimed(g, first, n, cold, hole);
+		if (error) {
+			memset(cold, 0, sizeof(cold));
+			memset(hole, 0, sizeof(hole));
+		}
+		*page = add_cold(g, b, first, n, cold, hole);
+		wake_waiters(g, first, n, waits);
 	}
+	return error;
 }
 
-/* What became of a claimed page, by its place in the run. UNKNOWN: the call was not made, or nobody knows. */
-enum fate { UNKNOWN, MOVED, REFUSED, NOT_REACHED };
-
-static enum fate fate_of(const struct batch *b, uint32_t i, uint64_t at, uint64_t page_bytes)
-{
-	uint64_t moved = b->calls[i].result > 0 ? (uint64_t)b->calls[i].result / page_bytes : 0;
-
-	return i >= b->done ? UNKNOWN : at < moved ? MOVED : at == moved ? REFUSED : NOT_REACHED;
-}
-
-/* The kernel says where the page is: its room in the staging area was empty when it was claimed. */
-static void settle_staged(struct tierd_guest *g, uint64_t page, bool there, enum fate fate, struct tierd_staged *ret)
+/*
+ * A claimed page is where the kernel says, whatever the call has answered: a move may not count what it has moved (since 6.18 an
+ * EAGAIN is remembered over the next success: "moved nothing", EEXIST). Its room in the staging area was empty when it was claimed.
+ * `refused`: it is not tried again at once.
+ */
+static void settle_staged(struct tierd_guest *g, uint64_t page, bool with_guest, bool staged, bool refused,
+			  struct tierd_staged *ret)
 {
 	page_word w = page_load(g, page), to;
 
-	if (there && (fate == MOVED || fate == UNKNOWN)) {
+	if (staged && !with_guest) {
 		to = word_with_epoch(word_with_copy(word_with_state(w, STORED), true), epoch_next(g));
 		ret->staged_pages++;
-	} else if (there) { /* not by us, so what is there is of no worth */
+	} else if (staged) { /* not by us, so what is there is of no worth */
 		to = word_with_copy(word_with_state(w, RESIDENT), true);
+		atomic_fetch_add(&g->spent_pages, 1);
 		count_error(g, &g->count.kernel_errors, -EEXIST);
 	} else {
-		to = word_with_tier(word_with_state(w, RESIDENT),
-				    fate == MOVED ? TIER_UNTOUCHED /* a hole */ : TIER_ZERO);
+		to = word_with_tier(word_with_state(w, RESIDENT), with_guest ? TIER_ZERO : TIER_UNTOUCHED /* a hole */);
 	}
-	if (fate == REFUSED) { /* not at once again */
+	if (refused && with_guest) {
 		to = word_with_epoch(to, epoch_next(g));
 		ret->unmovable_pages++;
 	}
@@ -265,22 +338,25 @@ static void settle_staged(struct tierd_guest *g, uint64_t page, bool there, enum
 		abort();
 }
 
+/* Page `at` of the run of call i stopped it; or the call as a whole was wrong (it lies in two mappings). */
+static bool was_refused(const struct batch *b, uint32_t i, uint64_t at, uint64_t page_bytes)
+{
+	int64_t result = b->calls[i].result;
+
+	return i < b->done && (result == -EINVAL || at == (result > 0 ? (uint64_t)result / page_bytes : 0));
+}
+
 static int settle_run(struct tierd_guest *g, const struct batch *b, uint32_t i, struct tierd_staged *ret)
 {
-	uint64_t n;
+	uint64_t with_guest[RUN_WORDS], staged[RUN_WORDS];
+	int error = look_until_seen(g, staging_of(region_of_page(g, b->first[i]), b->first[i]), b->pages[i], staged);
 
-	for (uint64_t at = 0; at < b->pages[i]; at += n) {
-		uint64_t page = b->first[i] + at;
-		int error;
-
-		n = b->pages[i] - at < g->chunk_pages ? b->pages[i] - at : g->chunk_pages;
-		error = staged_look(g, page, n, g->touched);
-		if (error)
-			return error;
-		for (uint64_t k = 0; k < n; k++)
-			settle_staged(g, page + k, bit_get(g->touched, k), fate_of(b, i, at + k, g->page_bytes), ret);
-	}
-	return 0;
+	if (!error)
+		error = look_until_seen(g, address_of(g, b->first[i]), b->pages[i], with_guest);
+	for (uint64_t k = 0; !error && k < b->pages[i]; k++)
+		settle_staged(g, b->first[i] + k, bit_get(with_guest, k), bit_get(staged, k),
+			      was_refused(b, i, k, g->page_bytes), ret);
+	return error;
 }
 
 int tierd_guest_stage(struct tierd_guest *g, uint64_t first_page, double min_idle_s, uint64_t max_pages,
@@ -299,12 +375,14 @@ int tierd_guest_stage(struct tierd_guest *g, uint64_t first_page, double min_idl
 	age += age < min_age;
 	ret->next_page = first_page;
 	if (g->anon)
-		collect(g, &b, &ret->next_page, max_pages < PAGES_MAX ? max_pages : PAGES_MAX, age, claim, move_of);
+		error = collect_cold(g, &b, &ret->next_page, max_pages < PAGES_MAX ? max_pages : PAGES_MAX, age);
 	else
 		error = -EINVAL;
 	ret->selected_pages = b.total;
 	if (b.count) {
-		error = run_once(g, b.calls, b.count, &b.done, &ret->stopped_ns);
+		failed = run_once(g, b.calls, b.count, &b.done, &ret->stopped_ns);
+		if (!error)
+			error = failed;
 		if (b.done < b.count)
 			ret->next_page = b.first[b.done];
 	}
@@ -325,27 +403,49 @@ int tierd_guest_stage(struct tierd_guest *g, uint64_t first_page, double min_idl
 
 /* --- and room in it back ------------------------------------------------------------------------------------------------ */
 
+/* The mark of the word says to a successor that a write of the page may be in flight. */
+static bool spent(struct tierd_guest *g, uint64_t page)
+{
+	return word_spent(page_load(g, page)) && !quarantined(g, page);
+}
+
+static void collect_spent(struct tierd_guest *g, struct batch *b, uint64_t *page)
+{
+	while (b->count < CALLS_MAX && b->total < PAGES_MAX) {
+		struct sys_inside_call call;
+		struct region *r;
+		uint64_t n = 0;
+
+		while (*page < g->pages && !spent(g, *page))
+			(*page)++;
+		if (*page == g->pages)
+			return;
+		r = region_of_page(g, *page);
+		do
+			n++;
+		while (*page + n < r->first_page + r->pages && b->total + n < PAGES_MAX && !call_ends(g, *page + n) &&
+		       spent(g, *page + n));
+		call = drop_of(g, *page, n);
+		batch_add(b, *page, &call, g->page_bytes);
+		b->total += n;
+		*page += n;
+	}
+}
+
 static int clear_run(struct tierd_guest *g, uint64_t first, uint64_t count)
 {
-	uint64_t n;
+	uint64_t staged[RUN_WORDS];
+	int error = staged_look(g, first, count, staged);
 
-	for (uint64_t done = 0; done < count; done += n) {
-		uint64_t page = first + done;
-		int error;
+	for (uint64_t k = 0; !error && k < count; k++) {
+		page_word w = page_load(g, first + k);
 
-		n = count - done < g->chunk_pages ? count - done : g->chunk_pages;
-		error = staged_look(g, page, n, g->touched);
-		if (error)
-			return error;
-		for (uint64_t k = 0; k < n; k++) {
-			page_word w = page_load(g, page + k);
-
-			/* one that a fault resolves just now keeps its mark, and is dropped again, later */
-			if (word_spent(w) && !bit_get(g->touched, k))
-				page_move(g, page + k, w, word_with_tier(word_with_copy(w, false), TIER_ZERO));
-		}
+		/* one that a fault resolves just now keeps its mark, and is dropped again, later */
+		if (word_spent(w) && !bit_get(staged, k) &&
+		    page_move(g, first + k, w, word_with_tier(word_with_copy(w, false), TIER_ZERO)))
+			atomic_fetch_sub(&g->spent_pages, 1);
 	}
-	return 0;
+	return error;
 }
 
 int tierd_guest_unstage(struct tierd_guest *g, uint64_t first_page, struct tierd_staged *ret)
@@ -359,7 +459,7 @@ int tierd_guest_unstage(struct tierd_guest *g, uint64_t first_page, struct tierd
 		return error;
 	ret->next_page = first_page;
 	if (g->anon)
-		collect(g, &b, &ret->next_page, PAGES_MAX, 0, spent, drop_of);
+		collect_spent(g, &b, &ret->next_page);
 	ret->selected_pages = b.total;
 	if (b.count)
 		error = run_once(g, b.calls, b.count, &b.done, &ret->stopped_ns);

@@ -33,7 +33,6 @@ struct uffdio_move {
 };
 #define UFFDIO_MOVE _IOWR(UFFDIO, 0x05, struct uffdio_move)
 #endif
-enum { MOVE_ALLOW_SRC_HOLES = 1 << 1 };
 _Static_assert(sizeof(struct uffdio_move) == 40, "UFFDIO_MOVE");
 
 struct pagemap_scan { /* struct pm_scan_arg, Documentation/admin-guide/mm/pagemap.rst */
@@ -57,7 +56,9 @@ _Static_assert(sizeof(struct uffd_msg) == 32, "read(2) gives whole messages");
 #endif
 
 enum { INJECT_TIMEOUT_MS = 1000, AGAIN_MAX = 1000, SETTLE_TIMEOUT_MS = 1000 };
-enum { BATCH_BUDGET_NS = 2000000 }; /* for which a thread of the VMM may be ours at once */
+/* For how long a thread of the VMM may be ours at once; and for how long it is waited for: one that waits in the kernel for a page that
+ * is just leaving does not stop before that is called off. */
+enum { BATCH_BUDGET_NS = 2000000, BATCH_TIMEOUT_MS = 100 };
 _Static_assert((int)SYS_INSIDE_MAX == (int)TIERD_CALLS_MAX, "of a batch");
 
 uint64_t sys_now_ns(void)
@@ -229,7 +230,7 @@ int sys_uffd_poison(int uffd, uint64_t address, uint64_t bytes)
 
 int64_t sys_uffd_move(int uffd, uint64_t to, uint64_t from, uint64_t bytes)
 {
-	struct uffdio_move m = {.dst = to, .src = from, .len = bytes, .mode = MOVE_ALLOW_SRC_HOLES};
+	struct uffdio_move m = {.dst = to, .src = from, .len = bytes};
 	int error = uffd_ioctl(uffd, UFFDIO_MOVE, &m);
 
 	return error && m.move <= 0 ? error : m.move;
@@ -242,7 +243,7 @@ ssize_t sys_uffd_read(int uffd, struct uffd_msg *messages, size_t count)
 	return n < 0 ? -errno : n / (ssize_t)sizeof(*messages);
 }
 
-ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t all_of, uint64_t any_of,
+ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, struct sys_scan wanted,
 			 struct sys_page_region *regions, size_t count, uint64_t *walk_end)
 {
 	struct pagemap_scan scan = {.size = sizeof(scan),
@@ -250,9 +251,10 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t all
 				    .end = end,
 				    .vec = (uintptr_t)regions,
 				    .vec_len = count,
-				    .category_mask = all_of,
-				    .category_anyof_mask = any_of,
-				    .return_mask = any_of | SYS_PAGE_HUGE};
+				    .category_inverted = wanted.inverted,
+				    .category_mask = wanted.all_of,
+				    .category_anyof_mask = wanted.any_of,
+				    .return_mask = wanted.any_of | SYS_PAGE_HUGE};
 	int n = ioctl(pagemap, IOCTL_PAGEMAP_SCAN, &scan);
 
 	*walk_end = scan.walk_end;
@@ -295,9 +297,11 @@ int sys_inside_create(int32_t tid, uint64_t *area)
 	return tierd_calls_create(tid, area);
 }
 
+/* Never with UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES: a page that is given back between the two looks of a move makes it go round for ever
+ * (seen on 6.18). */
 static struct tierd_inside_call inside_call(const struct sys_inside *in, const struct sys_inside_call *c)
 {
-	struct uffdio_move move = {.dst = c->to, .src = c->from, .len = c->bytes, .mode = MOVE_ALLOW_SRC_HOLES};
+	struct uffdio_move move = {.dst = c->to, .src = c->from, .len = c->bytes};
 	struct tierd_inside_call call = {.number = SYS_madvise, .argument = {c->from, c->bytes, MADV_DONTNEED}};
 
 	if (c->what == SYS_INSIDE_MOVE) {
@@ -327,7 +331,7 @@ int sys_inside_run(const struct sys_inside *in, struct sys_inside_call *calls, u
 
 	for (uint32_t i = 0; i < count; i++)
 		batch[i] = inside_call(in, &calls[i]);
-	error = tierd_calls_run(in->tid, in->area, batch, count, BATCH_BUDGET_NS, INJECT_TIMEOUT_MS, done, stopped_ns);
+	error = tierd_calls_run(in->tid, in->area, batch, count, BATCH_BUDGET_NS, BATCH_TIMEOUT_MS, done, stopped_ns);
 	for (uint32_t i = 0; i < *done; i++)
 		calls[i].result = inside_result(&calls[i], &batch[i]);
 	return error;

@@ -21,6 +21,8 @@ struct sys_page_region { /* struct page_region of PAGEMAP_SCAN */
 enum { SYS_PAGE_PRESENT = 1 << 3, SYS_PAGE_SWAPPED = 1 << 4, SYS_PAGE_WRITTEN = 1 << 1, SYS_PAGE_HUGE = 1 << 6 };
 /* Only on a kernel that is rwp: on one that is rfc the same bits mean something else. */
 enum { SYS_RWP_ACCESSED = 1 << 9, SYS_RWP_REGISTER_MODE = 1 << 3, SYS_RWP_FAULT = 1 << 3 };
+/* Only on one that is rfc. */
+enum { SYS_RFC_DEACTIVATED = 1 << 9 };
 
 uint64_t
 sys_now_ns(void); /* CLOCK_MONOTONIC: the same for every process of a boot, so it dates pages across a restart */
@@ -56,9 +58,12 @@ int64_t sys_uffd_move(int uffd, uint64_t to, uint64_t from, uint64_t bytes);
 ssize_t sys_uffd_read(int uffd, struct uffd_msg *messages, size_t count);
 
 /* page tables of the VMM */
-/* Regions that match: all of `all_of` set, and any of `any_of`; of their categories those of `any_of`, and SYS_PAGE_HUGE. Returns
+struct sys_scan { /* what PAGEMAP_SCAN looks for: all of `all_of` set, and any of `any_of`, those of `inverted` turned round before */
+	uint64_t inverted, all_of, any_of;
+};
+/* Regions that match; of their categories those of `any_of` as they are, and SYS_PAGE_HUGE. Returns
  * how many were filled, *walk_end says where the walk ended. -ENOTTY or -EINVAL where the kernel has no PAGEMAP_SCAN. */
-ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, uint64_t all_of, uint64_t any_of,
+ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, struct sys_scan wanted,
 			 struct sys_page_region *regions, size_t count, uint64_t *walk_end);
 /* 64-bit entries of /proc/PID/pagemap; returns bytes read */
 ssize_t sys_pagemap_read(int pagemap, uint64_t *entries, size_t count, uint64_t address);
@@ -77,7 +82,7 @@ struct sys_inside {
 	uint64_t area; /* from sys_inside_create */
 };
 struct sys_inside_call {
-	enum { SYS_INSIDE_MOVE, SYS_INSIDE_DROP } what; /* UFFDIO_MOVE, with holes allowed; MADV_DONTNEED */
+	enum { SYS_INSIDE_MOVE, SYS_INSIDE_DROP } what; /* UFFDIO_MOVE; MADV_DONTNEED */
 	uint64_t to;                                    /* of a move */
 	uint64_t from, bytes;
 	int64_t result; /* bytes moved, 0, or -errno */

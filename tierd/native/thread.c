@@ -320,7 +320,8 @@ void tierd_guest_health(struct tierd_guest *g, uint64_t hung_ns, struct tierd_he
 	*ret = (struct tierd_health){.parked_pages = atomic_load(&g->parked_pages),
 				     .overdue_ns = parking_overdue_ns(g, now_ns),
 				     .worker_io_ns = io_since_ns ? now_ns - io_since_ns : 0,
-				     .pages_lost = atomic_load(&g->count.pages_lost)};
+				     .pages_lost = atomic_load(&g->count.pages_lost),
+				     .spent_pages = atomic_load(&g->spent_pages)};
 	pthread_mutex_lock(&g->threads_lock);
 	for (struct tierd_thread *t = g->threads; t; t = t->next) {
 		uint64_t since_ns = tierd_worker_busy_since(t->worker);

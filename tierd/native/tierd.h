@@ -162,6 +162,7 @@ struct tierd_health {
 	uint64_t overdue_ns;     /* for how long a parked fault has been due; 0: none is */
 	uint64_t worker_io_ns;   /* for how long the worker has been in one call of the store; 0: it is in none */
 	uint64_t pages_lost;     /* so far */
+	uint64_t spent_pages;    /* about: with the guest and, still, in the staging area */
 };
 
 /* For tests: how often, in 1/1000 of the calls, the guest's store misbehaves. The pages of a call that hangs or is slow are
@@ -277,7 +278,7 @@ void tierd_guest_set_handshake(struct tierd_guest *g);
  * there are no more. Reads the table only. */
 int tierd_guest_lost(struct tierd_guest *g, uint64_t *next_page, uint64_t *addresses, uint32_t max, uint32_t *count);
 void tierd_guest_set_store_faults(struct tierd_guest *g, const struct tierd_store_faults *faults);
-/* Pages that are RESIDENT and touched (of anonymous memory: in the staging area), by idle time: ret[i] counts pages idle at least edges_s[i] seconds and less than
+/* Pages that are RESIDENT and touched (of anonymous memory, with the stock engine: in the staging area), by idle time: ret[i] counts pages idle at least edges_s[i] seconds and less than
  * edges_s[i + 1] (the last one is open). edges_s ascends. Reads the table only. */
 int tierd_guest_idle(struct tierd_guest *g, const double *edges_s, uint32_t count, uint64_t *ret);
 
@@ -430,6 +431,8 @@ struct tierd_probe {
 	int32_t anonymous; /* writes to anonymous memory are seen, and UFFDIO_MOVE takes a page out of it */
 	int32_t rwp;       /* -EILSEQ: it does something else than it should */
 	int32_t rfc;
+	int32_t rwp_anonymous; /* the same with anonymous memory */
+	int32_t rfc_anonymous;
 	uint32_t rwp_step; /* TIERD_TRIAL_*: where the trial ended, if it failed */
 	uint32_t rfc_step;
 };
