@@ -414,16 +414,10 @@ ANONYMOUS = [
         "	if (staged && state == STAGING)",
     ),
     Mutation(
-        "anon_moved_is_believed",
+        "anon_hole_is_taken_for_moved",
         "stage.c",
-        "	if (there && (fate == MOVED || fate == UNKNOWN)) {",
-        "	if (fate == MOVED || fate == UNKNOWN) {",
-    ),
-    Mutation(
-        "anon_unknown_is_not_moved",
-        "stage.c",
-        "	if (there && (fate == MOVED || fate == UNKNOWN)) {",
-        "	if (there && fate == MOVED) {",
+        "	if (staged && !with_guest) {",
+        "	if (!with_guest) {",
     ),
     Mutation(
         "anon_staged_into_room_that_is_taken",  # the rest of an older life of the page is there
