@@ -4,9 +4,10 @@
  *
  *   kvm_vcpu [kind=memfd|anonymous] [ARGUMENT...]
  *
- * Guest memory is 1 MiB of a memfd, or private and anonymous (then "-m 1M" tells its size), in one memory slot. A few bytes of real-mode code walk the 240 pages from 64 KiB up: in
- * each they compare the counter in the first word with the number of laps, which is kept in a register, and raise it. The
- * rest of each page is a pattern that `verify` checks. Exits: port 0x10 after each lap, port 0x11 at a wrong counter.
+ * Guest memory is 1 MiB of a memfd, or private and anonymous (then "-m 1M" tells its size), in one memory slot. A few bytes of
+ * real-mode code walk the 240 pages from 64 KiB up: in each they compare the counter in the first word with the number of laps,
+ * which is kept in a register, and raise it. The rest of each page is a pattern that `verify` checks. Exits: port 0x10 after each
+ * lap, port 0x11 at a wrong counter.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -81,9 +82,9 @@ static void one_lap(void)
 {
 	uint64_t began = now_ns(), took;
 
+	/* a detach stops every thread for a moment, to see that none is in the area of our calls: EINTR */
 	while (ioctl(vcpu, KVM_RUN, 0))
-		if (errno !=
-		    EINTR) /* a detach stops every thread for a moment, to see that none is in the area of our calls */
+		if (errno != EINTR)
 			die("KVM_RUN");
 	if (state->exit_reason != KVM_EXIT_IO) {
 		say("error exit reason %u", state->exit_reason);

@@ -321,12 +321,12 @@ def test_a_state_file_without_the_policy_is_served_with_defaults(start_vmm: Star
     (path,) = state_files(host)
     from tierd.native._native import ffi  # the layout's offset, which only C knows
 
-    assert ffi.sizeof("struct tierd_serving") == 40
+    assert ffi.sizeof("struct tierd_serving") == 48
     data = path.read_bytes()
     at = data.rfind(b"\x01\0\0\0", 0, 65536)
     while at >= 0 and int.from_bytes(data[at + 8 : at + 16], "little") != 0:
         at = data.rfind(b"\x01\0\0\0", 0, at)
-    path.write_bytes(data[:at] + bytes(40) + data[at + 40 :])
+    path.write_bytes(data[:at] + bytes(48) + data[at + 48 :])
     with host.adopted(vmm) as tiered:
         assert not tiered.served.space.direct, "buffered and synced is right everywhere"
         vmm.verify()

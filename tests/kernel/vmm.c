@@ -7,8 +7,8 @@
  *       [handshake=SOCKET] [device=FD] [ARGUMENT...]
  *
  * `bytes` is the size of each region; a page is the system's or, of `kind=huge`, 2 MiB; pages are numbered through all regions.
- * `kind=anonymous` is private anonymous memory, known by its size: "-m BYTESB" among the arguments. A page is either zeros (sequence 0) or words
- * that follow from its number and its sequence, which no write uses twice: older bytes are never right. Thread i owns the
+ * `kind=anonymous` is private anonymous memory, known by its size: "-m BYTESB" among the arguments. A page is either zeros
+ * (sequence 0) or words that follow from its number and its sequence, which no write uses twice: older bytes are never right. Thread i owns the
  * pages p with p % threads == i, so that every read can be checked without a lock. A page where a memory error
  * was seen ends the child or, with `survive`, is left alone from then on and told by `failed`. Arguments without a meaning here are
  * left alone: a test gives the command line of a QEMU.

@@ -193,12 +193,13 @@ class Tiered:
     def scan(self) -> cycle.Touched:
         return cycle.scan_and_deactivate(self.native, self.options.phases, lambda: None)
 
-    def stage(self, interval_s: float = 0.0) -> int:
-        """Of anonymous memory: pages moved into the staging area, of all that were not written for so long (twice), nor since a
-        scan just now. Those that take space in the store leave again only when that is given back."""
+    def stage(self, interval_s: float = 0.0, *, scan: bool = True) -> int:
+        """Of anonymous memory: pages moved into the staging area, of all that were not written for so long (twice). Those that
+        take space in the store leave again only when that is given back, and none that was written since the last scan."""
+        if scan:
+            self.scan()
         self.discard()
         cycle.unstage(self.native, lambda: None)
-        self.scan()
         c = self.counters()
         all_of_it = cycle.Staging(self.native.pages, 0, c["faults_staged"], c["latency_count"], c["latency_sum_ns"])
         return cycle.stage(

@@ -63,9 +63,7 @@ static void scan(void)
 	struct sys_page_region found[256];
 
 	while (at < end)
-		must(sys_pagemap_scan(pagemap, at, end, wanted, found, 256,
-				      &at) >= 0,
-		     "scan");
+		must(sys_pagemap_scan(pagemap, at, end, wanted, found, 256, &at) >= 0, "scan");
 }
 
 /* The process that has what a daemon would have. It takes orders by a pipe and says how long they took. */

@@ -399,6 +399,7 @@ static void run_remapper(uint32_t unused)
 		uint32_t page = below(S.pages);
 
 		if (guest && guest->words && !adopting && state_of(page) == RESIDENT && M.missing[page]) {
+			S.maybe_zero[page] |= anon; /* new memory, and not the same file again */
 			model_remap(page);
 			remapped = page;
 			break;

@@ -74,7 +74,9 @@ def test_seeds_with_a_store_that_outlives_its_callers(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("more", [(), ("--late-io",), ("--vmm-ends",)], ids=["plain", "late-io", "vmm-ends"])
+@pytest.mark.parametrize(
+    "more", [(), ("--late-io",), ("--vmm-ends",), ("--remap",)], ids=["plain", "late-io", "vmm-ends", "remap"]
+)
 def test_seeds_on_anonymous_memory(tmp_path: Path, more: tuple[str, ...]) -> None:
     """It leaves by way of a staging area in the VMM, whose own thread makes the calls, and goes on with them when we die."""
     figures = run_seeds(build_driver(tmp_path / "driver", ["-O2"]), max(SEEDS // 4, 100), "--anon", *more)

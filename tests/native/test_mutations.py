@@ -415,7 +415,7 @@ ANONYMOUS = [
         "	if (staged && state == STAGING)",
     ),
     Mutation(
-        "anon_moved_is_believed",
+        "anon_hole_is_taken_for_moved",
         "stage.c",
         "	if (staged && !with_guest) {",
         "	if (!refused && !with_guest) {",

@@ -356,6 +356,7 @@ int scan_range(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint6
 
 /* Bits of what is mapped at address, or swapped (markers look like that, too). */
 int scan_there(struct tierd_guest *g, uint64_t address, uint64_t pages, uint64_t *there);
+int scan_for(struct tierd_guest *g, uint64_t address, uint64_t pages, struct sys_scan wanted, uint64_t *there);
 
 /* Pages that are mapped and carry the uffd bit, and mapped ones that do not. From the entries themselves: PAGEMAP_SCAN says nothing
  * of a mapping that is not registered. */

@@ -70,7 +70,11 @@ static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, ui
 
 int scan_there(struct tierd_guest *g, uint64_t address, uint64_t pages, uint64_t *there)
 {
-	const struct sys_scan wanted = {.any_of = SYS_PAGE_PRESENT | SYS_PAGE_SWAPPED};
+	return scan_for(g, address, pages, (struct sys_scan){.any_of = SYS_PAGE_PRESENT | SYS_PAGE_SWAPPED}, there);
+}
+
+int scan_for(struct tierd_guest *g, uint64_t address, uint64_t pages, struct sys_scan wanted, uint64_t *there)
+{
 	struct sys_page_region found[VECTOR];
 	uint64_t at = address, end = address + pages * g->page_bytes;
 

@@ -230,21 +230,15 @@ static void turn_back(struct tierd_guest *g, uint64_t page, page_word to)
  * absence: nothing is seen of a mapping that the VMM has made anew and that is not registered, and a move would take pages out of it. */
 static int look_at_claimed(struct tierd_guest *g, uint64_t first, uint64_t count, uint64_t *cold, uint64_t *hole)
 {
+	const struct sys_scan untouched = {.all_of = SYS_PAGE_PRESENT, .any_of = g->engine->scan.inverted};
 	uint64_t bare[RUN_WORDS], there[RUN_WORDS];
-	int error = scan_protected(g, first, count, bare, cold);
+	int error = untouched.any_of ? scan_for(g, address_of(g, first), count, untouched, cold)
+				     : scan_protected(g, first, count, bare, cold);
 
 	if (!error)
 		error = scan_there(g, address_of(g, first), count, there);
-	for (uint64_t i = 0; i < bitmap_bytes(count) / 8; i++) {
-		if (g->engine->scan.inverted) /* protected otherwise: mapped, and not touched */
-			cold[i] |= bare[i];
-		hole[i] = ~there[i];
-	}
-	if (error || !g->engine->scan.inverted)
-		return error;
-	error = scan_range(g, first, count, bare, 0, NULL);
 	for (uint64_t i = 0; i < bitmap_bytes(count) / 8; i++)
-		cold[i] &= ~bare[i];
+		hole[i] = ~there[i];
 	return error;
 }
 
