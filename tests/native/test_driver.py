@@ -106,9 +106,9 @@ def test_a_seed_reproduces_a_run(tmp_path: Path) -> None:
     assert first.stdout == second.stdout
 
 
-def _run_threads(binary: Path, rounds: int, seed: int) -> subprocess.CompletedProcess[str]:
+def _run_threads(binary: Path, rounds: int, seed: int, *more: str) -> subprocess.CompletedProcess[str]:
     # without address randomization, which some kernels do more of than the sanitizer can take
-    command = ["setarch", "-R", str(binary), "--rounds", str(rounds), "--seed", str(seed)]
+    command = ["setarch", "-R", str(binary), "--rounds", str(rounds), "--seed", str(seed), *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -116,8 +116,9 @@ def test_threads_under_the_thread_sanitizer(tmp_path: Path) -> None:
     """Guest threads, fault workers, the evictor and a reader of counters really at once; daemons that succeed each other."""
     binary = build_threads(tmp_path / "threads")
     for seed in range(1, 4):
-        done = _run_threads(binary, max(SEEDS // 2500, 6), seed)
-        assert done.returncode == 0, done.stdout + done.stderr
+        for more in ((), ("--anon", "1")):
+            done = _run_threads(binary, max(SEEDS // 2500, 6), seed, *more)
+            assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_thread_sanitizer_sees_a_word_that_orders_nothing(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 /*
  * threads.c: the data plane against the model kernel with real threads, for the thread sanitizer.
  *
- *   threads [--rounds N] [--cycles N] [--seed S]
+ *   threads [--rounds N] [--cycles N] [--seed S] [--anon 1]
  *
  * driver.c decides who runs, so it cannot show what a compiler or a CPU may reorder. Here guest threads, fault workers, the
  * evictor and a reader of the counters really run at once; the model kernel has one lock, which it lets go between pages. Each
@@ -65,7 +65,7 @@ static _Thread_local uint64_t random_state;
 static uint64_t seed = 1, rounds = 8, cycles_per_round = 100;
 static struct tierd_guest *guest;
 static int table_fd = -1;
-static _Atomic bool guests_stop, daemon_stop;
+static _Atomic bool guests_stop, daemon_stop, over;
 static _Atomic uint64_t accesses, evicted, served;
 
 static uint32_t below(uint32_t n)
@@ -256,13 +256,40 @@ static void evict_batch(struct tierd_batch *b, uint64_t *page)
 	*page = r.next_page;
 	if (!r.selected_pages)
 		return;
-	if (tierd_batch_hold(b, &r) || tierd_batch_copy(b, &r) || tierd_batch_write(b, 1, &r) ||
+	if ((!M.anon && tierd_batch_hold(b, &r)) || tierd_batch_copy(b, &r) || tierd_batch_write(b, 1, &r) ||
 	    tierd_batch_drop(b, &r)) {
 		tierd_batch_cancel(b, &r);
 		return;
 	}
 	atomic_fetch_add(&evicted, r.evicted_pages);
 	tierd_batch_release(b, &r);
+}
+
+static void stage(void)
+{
+	struct tierd_staged r;
+
+	for (uint64_t page = 0; page < guest->pages; page = r.next_page)
+		if (tierd_guest_unstage(guest, page, &r))
+			model_fail("unstage failed");
+	for (uint64_t page = 0; page < guest->pages; page = r.next_page)
+		if (tierd_guest_stage(guest, page, 0, BATCH_PAGES, &r))
+			model_fail("stage failed");
+}
+
+/* The VMM's, which makes our calls. */
+static void *inside_thread(void *unused)
+{
+	(void)unused;
+	seed_thread(40);
+	while (!atomic_load(&over)) {
+		model_enter();
+		if (M.calls_run)
+			model_inside();
+		model_exit();
+		sched_yield();
+	}
+	return NULL;
 }
 
 static void cycle(void)
@@ -274,6 +301,8 @@ static void cycle(void)
 	for (uint64_t page = 0; page < guest->pages; page = pass.next_page)
 		if (tierd_guest_pass(guest, page, &pass))
 			model_fail("pass failed");
+	if (M.anon)
+		stage();
 	if (tierd_batch_create(guest, BATCH_PAGES, &b))
 		model_fail("no batch");
 	for (uint64_t page = 0; page < guest->pages;)
@@ -289,6 +318,7 @@ static void daemon_create(bool adopted)
 		.uffd = FD_UFFD,
 		.pidfd = FD_PIDFD,
 		.pagemap_fd = FD_PAGEMAP,
+		.mem_fd = FD_VMM,
 		.zap = TIERD_ZAP_PAGEOUT,
 		.chunk_bytes = 8 * MODEL_PAGE_BYTES,
 		.region_count = 1,
@@ -296,8 +326,10 @@ static void daemon_create(bool adopted)
 	};
 	struct tierd_adoption adoption;
 
-	args.regions[0] = (struct tierd_region){
-		.address = M.region[0].address, .bytes = M.pages * MODEL_PAGE_BYTES, .memfd = FD_MEM};
+	args.regions[0] = (struct tierd_region){.address = M.region[0].address,
+						.bytes = M.pages * MODEL_PAGE_BYTES,
+						.staging = M.anon ? M.region[0].address + MODEL_STAGING : 0,
+						.memfd = M.anon ? -1 : FD_MEM};
 	for (int i = 0; i < TIERD_TIERS; i++)
 		args.tiers[i].fd = -1;
 	args.tiers[1] = (struct tierd_tier){.fd = FD_STORE, .capacity_pages = M.pages};
@@ -352,7 +384,7 @@ static void daemon_life(bool adopted, pthread_t *guests)
 
 int main(int count, char **arguments)
 {
-	pthread_t guests[GUEST_THREADS];
+	pthread_t guests[GUEST_THREADS], inside;
 
 	for (int i = 1; i + 1 < count; i += 2) {
 		uint64_t n = strtoull(arguments[i + 1], NULL, 10);
@@ -363,6 +395,8 @@ int main(int count, char **arguments)
 			cycles_per_round = n;
 		else if (!strcmp(arguments[i], "--seed"))
 			seed = n;
+		else if (!strcmp(arguments[i], "--anon"))
+			M.anon = n;
 	}
 	seed_thread(30);
 	M.regions = 1;
@@ -372,8 +406,11 @@ int main(int count, char **arguments)
 	M.faults = (struct model_faults){.copy_again = 20, .copy_nomem = 5, .store_short = 50, .store_eio = 20};
 	for (uint64_t i = 0; i < GUEST_THREADS; i++)
 		start(&guests[i], guest_thread, i);
+	start(&inside, inside_thread, 0);
 	for (uint64_t i = 0; i < rounds; i++)
 		daemon_life(i != 0, i == rounds - 1 ? guests : NULL);
+	atomic_store(&over, true);
+	pthread_join(inside, NULL);
 	close(table_fd);
 	printf("%lu rounds: %lu accesses, %lu faults, %lu pages evicted; every byte right\n", rounds, accesses, served,
 	       evicted);
