@@ -52,9 +52,13 @@ def start_vm(machine: Machine) -> Iterator[StartVm]:
     with ExitStack() as vms:
 
         def start(
-            name: str, size_bytes: int = 16 * MIB, kind: Literal["scope", "service"] = "scope", user: str = "root"
+            name: str,
+            size_bytes: int = 16 * MIB,
+            kind: Literal["scope", "service"] = "scope",
+            user: str = "root",
+            memory: Literal["shared", "anonymous"] = "shared",
         ) -> Vm:
-            vm = vms.enter_context(Vm(machine, name, size_bytes, kind, user))
+            vm = vms.enter_context(Vm(machine, name, size_bytes, kind, user, memory))
             vm.ask("fill")
             return vm
 

@@ -220,13 +220,20 @@ class Vm(Vmm):
     """The child that plays a VMM, in the machine: a scope in machine.slice as libvirt makes it, or a service."""
 
     def __init__(
-        self, machine: Machine, name: str, size_bytes: int, kind: Literal["scope", "service"], user: str
+        self,
+        machine: Machine,
+        name: str,
+        size_bytes: int,
+        kind: Literal["scope", "service"],
+        user: str,
+        memory: Literal["shared", "anonymous"] = "shared",
     ) -> None:
         self.name, self.unit = name, f"vm-{name}.{kind}"
         program = f"{BINARIES}/qemu-system-test"
         how = ["--scope"] if kind == "scope" else ["--pipe", "--wait", "--property=After=tierd.service"]
         # as a QEMU whose guest takes its time to shut down, it does not end at once where systemd tells it to
         vmm = ["sh", "-c", 'trap "" TERM; exec "$@"', "sh", program, f"bytes={size_bytes}", "-name", f"guest={name}"]
+        vmm += ["kind=anonymous"] if memory == "anonymous" else []
         command = machine.inside(
             "systemd-run", "--quiet", f"--unit={self.unit}", f"--uid={user}", "--slice=machine.slice", *how, *vmm
         )

@@ -38,12 +38,20 @@ def is_left(vm: Vm) -> bool:
     return not userfaultfds(vm.vmm_pid) and not vm_flags(vm.vmm_pid, vm.addresses[0]) & {"um", "uw"}
 
 
-@pytest.mark.parametrize(("kind", "user"), [("scope", "root"), ("service", "root"), ("scope", "nobody")])
+@pytest.mark.parametrize(
+    ("kind", "user", "memory"),
+    [
+        ("scope", "root", "shared"),
+        ("service", "root", "shared"),
+        ("scope", "nobody", "shared"),
+        ("scope", "nobody", "anonymous"),
+    ],
+)
 def test_start_returns_when_ready_and_the_sandbox_lets_it_work(
-    machine: Machine, start_vm: StartVm, kind: str, user: str
+    machine: Machine, start_vm: StartVm, kind: str, user: str, memory: str
 ) -> None:
     """A VMM of an ordinary user takes all that the sandbox allows: every capability, and /dev/userfaultfd."""
-    vm = start_vm("web", kind=kind, user=user)
+    vm = start_vm("web", kind=kind, user=user, memory=memory)
     machine.systemctl("start", "tierd")
     assert machine.path("/run/tierd/tierd.sock").exists()
     assert machine.show("ActiveState") == "active"
