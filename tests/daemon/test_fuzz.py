@@ -29,7 +29,7 @@ from tierd.serve import Stale, StateError, prepare_runtime_dir, read_state
 # --- state files ----------------------------------------------------------------------------------------------------------------
 
 HEADER = struct.Struct("8sIIQ iiQQQQ40s256s1024s")  # struct table_header, up to its regions
-REGION = struct.Struct("QQQQQii")
+REGION = struct.Struct("QQQQQQii")
 CHECKED_BYTES = HEADER.size + 32 * REGION.size
 # offset and format of each field of the header that a reader uses
 FIELDS = [(8, "I"), (12, "I"), (16, "Q"), (24, "i"), (28, "i"), (32, "Q"), (40, "Q"), (48, "Q"), (56, "Q")]
