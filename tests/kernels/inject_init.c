@@ -25,7 +25,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { THREADS = 8, CALLS = 20, ALIVE_US_MAX = 40000, WAIT_MS = 60000, LOOK_EVERY = 25 };
+enum { THREADS = 8, CALLS = 20, ALIVE_US_MAX = 300000, WAIT_MS = 60000, LOOK_EVERY = 25 };
 
 static const char *const names[THREADS] = {"compute", "read", "sleep", "futex", "epoll", "signals", "poll", "rseq"};
 static const int steps[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, batch_steps[] = {1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15};

@@ -170,7 +170,7 @@ static int add_sve(pid_t tid, uint8_t **at)
 	struct {
 		struct vector_header header;
 		uint8_t registers[SVE_PER_QUADWORD * SVE_QUADWORDS_MAX];
-	} state;
+	} __attribute__((aligned(QUADWORD))) state; /* the kernel takes whole ones only */
 	struct sve_record *record = (struct sve_record *)*at;
 	size_t got = get_set(tid, REGSET_SVE, &state, sizeof(state)), bytes;
 
