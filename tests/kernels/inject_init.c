@@ -4,7 +4,7 @@
  * (tests/kernel/inject_victim.c and inject_killer.c, as /victim and /killer) are tried in it, by the cases of
  * tests/kernel/test_inject.py. One line for each case; the last is "exit 0" if all went well.
  *
- * "kills=N" on the kernel's command line: how many are killed at random moments, with single calls and again with batches.
+ * On the kernel's command line: "calls=N", in each thread, and "kills=N" at random moments, of single calls and again of batches.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -25,7 +25,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { THREADS = 8, CALLS = 20, ALIVE_US_MAX = 300000, WAIT_MS = 60000, LOOK_EVERY = 25 };
+enum { THREADS = 8, ALIVE_US_MAX = 300000, WAIT_MS = 60000, LOOK_EVERY = 25 };
 
 static const char *const names[THREADS] = {"compute", "read", "sleep", "futex", "epoll", "signals", "poll", "rseq"};
 static const int steps[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, batch_steps[] = {1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15};
@@ -37,6 +37,7 @@ static struct {
 } victim;
 static char area[32];
 static uint64_t began_ns;
+static int calls = 5, kills = 20;
 
 static uint64_t now_ns(void)
 {
@@ -306,7 +307,7 @@ static uint64_t next_random(void)
 	return state;
 }
 
-static void kill_at_random(int kills, const char *where)
+static void kill_at_random(const char *where)
 {
 	for (int i = 0; i < kills; i++) {
 		int thread = (int)(next_random() % THREADS), status;
@@ -324,10 +325,10 @@ static void kill_at_random(int kills, const char *where)
 
 /* --- the cases ---------------------------------------------------------------------------------------------------------- */
 
-static void single_calls(int kills)
+static void single_calls(void)
 {
 	for (int i = 0; i < THREADS; i++)
-		for (int k = 0; k < CALLS; k++) {
+		for (int k = 0; k < calls; k++) {
 			int status = run_killer(i, "0", NULL, NULL);
 
 			MUST(!status, "%s: status %d, %s", names[i], status, said);
@@ -340,11 +341,11 @@ static void single_calls(int kills)
 		MUST(is_unharmed(), "after deaths in %s", names[i]);
 	}
 	passed("a death at every step of a single call");
-	kill_at_random(kills, NULL);
+	kill_at_random(NULL);
 	passed("deaths at random moments of single calls");
 }
 
-static void batches(int kills)
+static void batches(void)
 {
 	for (int i = 0; i < THREADS; i++) {
 		make_area(i);
@@ -356,7 +357,7 @@ static void batches(int kills)
 	passed("areas come and go");
 	make_area(0);
 	for (int i = 0; i < THREADS; i++)
-		for (int k = 0; k < CALLS; k++)
+		for (int k = 0; k < calls; k++)
 			run_batch(i, "quick", 0, 40);
 	MUST(is_unharmed(), "after batches");
 	passed("batches in every thread");
@@ -369,7 +370,7 @@ static void batches(int kills)
 		run_batch(i, "quick", 0, 40);
 	}
 	passed("a death at every step of a batch");
-	kill_at_random(kills, area);
+	kill_at_random(area);
 	passed("deaths at random moments of batches");
 }
 
@@ -425,21 +426,25 @@ static void naive(void)
 
 int main(void)
 {
-	const char *kills = getenv("kills");
-	int count = kills ? atoi(kills) : 100;
+	const char *word;
 	struct utsname name;
+
+	if ((word = getenv("calls")))
+		calls = atoi(word);
+	if ((word = getenv("kills")))
+		kills = atoi(word);
 
 	signal(SIGPIPE, SIG_IGN);
 	began_ns = now_ns();
 	mkdir("/proc", 0755);
 	MUST(!mount("proc", "/proc", "proc", 0, NULL), "%s", strerror(errno));
 	uname(&name);
-	printf("%s, %s, hwcap %lx %lx, %d kills\n", name.release, name.machine, getauxval(AT_HWCAP),
-	       getauxval(AT_HWCAP2), count);
+	printf("%s, %s, hwcap %lx %lx, %d calls, %d kills\n", name.release, name.machine, getauxval(AT_HWCAP),
+	       getauxval(AT_HWCAP2), calls, kills);
 	start_victim();
 	MUST(is_unharmed(), "before anything");
-	single_calls(count);
-	batches(count);
+	single_calls();
+	batches();
 	more_batches();
 	end_victim();
 	naive();

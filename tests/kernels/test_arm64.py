@@ -21,7 +21,8 @@ from tests.need import need
 
 NATIVE, KERNEL = ROOT / "tierd" / "native", ROOT / "tests" / "kernel"
 COMPILE = ("aarch64-linux-gnu-gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
-KILLS = int(os.environ.get("TIERD_ARM64_KILLS", "50"))
+KILLS = int(os.environ.get("TIERD_ARM64_KILLS", "10"))
+CALLS = max(5, KILLS // 10)
 BOOT_S_MAX = 600.0
 CPU = "max,pauth-impdef=on"  # signed pointers as the architecture would have them take most of the emulator's time
 
@@ -53,7 +54,7 @@ def test_calls_leave_no_trace_and_a_death_does_no_harm(name: str, initramfs: Pat
         *("qemu-system-aarch64", "-M", "virt", "-cpu", CPU, "-smp", "2", "-m", "512", "-accel", "tcg,thread=multi"),
         *("-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-serial", f"file:{said}"),
         *("-kernel", str(kernel.image), "-initrd", str(initramfs)),
-        *("-append", f"console=ttyAMA0 quiet panic=-1 oops=panic kills={KILLS}"),
+        *("-append", f"console=ttyAMA0 quiet panic=-1 oops=panic calls={CALLS} kills={KILLS}"),
     ]
     subprocess.run(machine, stdin=subprocess.DEVNULL, timeout=BOOT_S_MAX)
     lines = said.read_text(errors="replace").splitlines()
