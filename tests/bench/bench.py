@@ -99,7 +99,7 @@ class Bench:
         self.pairs = 3 if quick else 7
         self.fault_mib = 32 if quick else 128
         native = ROOT / "tierd" / "native"
-        sources = [str(native / name) for name in ("sys.c", "inject.c", "inject_x86_64.c", "inject_other.c", "calls.c")]
+        sources = [str(native / "sys.c"), str(native / "calls.c"), *map(str, native.glob("inject*.c"))]
         flags = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{native}"]
         self.load_binary, self.bare_binary = directory / "load", directory / "bare"
         subprocess.run([*flags, str(HERE / "load.c"), "-o", str(self.load_binary)], check=True)

@@ -16,6 +16,7 @@
  * Compiled together with tierd/native/{inject*,calls}.c, whose steps it hooks.
  */
 #define _GNU_SOURCE
+#include <elf.h>
 #include <errno.h>
 #include <sched.h>
 #include <signal.h>
@@ -25,6 +26,7 @@
 #include <string.h>
 #include <sys/ptrace.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/user.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -55,16 +57,27 @@ static void stop_all(pid_t pid)
 	}
 }
 
+static int get_registers(pid_t tid, struct user_regs_struct *r)
+{
+	struct iovec v = {r, sizeof(*r)};
+
+	return ptrace(PTRACE_GETREGSET, tid, (void *)NT_PRSTATUS, &v) ? -1 : 0;
+}
+
 static void look_at_stack(void)
 {
-#ifdef __x86_64__
 	struct user_regs_struct r;
+	uint64_t at;
 
-	if (ptrace(PTRACE_GETREGS, starved, NULL, &r))
+	if (get_registers(starved, &r))
 		abort();
-	stack_top = r.rsp > stack_top ? r.rsp : stack_top;
-	stack_low = r.rsp < stack_low ? r.rsp : stack_low;
+#ifdef __x86_64__
+	at = r.rsp;
+#else
+	at = r.sp;
 #endif
+	stack_top = at > stack_top ? at : stack_top;
+	stack_low = at < stack_low ? at : stack_low;
 }
 
 void inject_step(int n)
@@ -78,25 +91,29 @@ void inject_step(int n)
 	kill(getpid(), SIGKILL);
 }
 
-#ifdef __x86_64__
 /* Points the thread at a system call, and would put its registers back afterwards. */
 static int naive(pid_t tid)
 {
 	struct user_regs_struct registers, changed;
+	struct iovec v = {&changed, sizeof(changed)};
 	int status;
 
 	if (ptrace(PTRACE_SEIZE, tid, NULL, NULL) || ptrace(PTRACE_INTERRUPT, tid, NULL, NULL) ||
-	    waitpid(tid, &status, __WALL) != tid || ptrace(PTRACE_GETREGS, tid, NULL, &registers))
+	    waitpid(tid, &status, __WALL) != tid || get_registers(tid, &registers))
 		return 1;
 	changed = registers;
+#ifdef __x86_64__
 	changed.rax = SYS_getpid;
 	changed.orig_rax = (unsigned long)-1;
 	changed.rbx = changed.rdx = changed.rsi = 0x5151515151515151;
-	if (ptrace(PTRACE_SETREGS, tid, NULL, &changed))
+#else
+	for (int i = 0; i < 29; i++)
+		changed.regs[i] = 0x5151515151515151;
+#endif
+	if (ptrace(PTRACE_SETREGSET, tid, (void *)NT_PRSTATUS, &v))
 		return 1;
 	return kill(getpid(), SIGKILL); /* before it puts them back */
 }
-#endif
 
 /* What getpid() must say in thread tid. */
 static long process_of(pid_t tid)
@@ -280,10 +297,8 @@ int main(int count, char **arguments)
 		return with_area(tid, arguments[2], strtoull(arguments[3], NULL, 10), count > 4 ? arguments[4] : "");
 	if (!strcmp(arguments[2], "create"))
 		return create(tid);
-#ifdef __x86_64__
 	if (!strcmp(arguments[2], "naive"))
 		return naive(tid);
-#endif
 	die_at = atoi(arguments[2]);
 	expected = process_of(tid);
 	do {

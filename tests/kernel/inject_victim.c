@@ -18,6 +18,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <sys/epoll.h>
 #include <sys/prctl.h>
 #include <sys/rseq.h>
@@ -65,10 +66,10 @@ static uint64_t work_out(lanes *out)
 	return a ^ b ^ c ^ d ^ e ^ f ^ g ^ h;
 }
 
+#if defined(__x86_64__)
 /* A leaf function may keep values below its stack pointer: the red zone. */
-static void check_red_zone(void)
+static void check_more_registers(void)
 {
-#ifdef __x86_64__
 	uint64_t ok;
 
 	__asm__ volatile("mov $0x5a5a5a5a5a5a5a5a, %%rax\n"
@@ -82,8 +83,56 @@ static void check_red_zone(void)
 			 : "rax", "rcx", "memory", "cc");
 	if (ok)
 		wrong("red zone");
-#endif
 }
+#elif defined(__aarch64__)
+/* All registers at once; and what vectors hold beyond 128 bits, where there are such. */
+static void check_more_registers(void)
+{
+	uint64_t bad, lanes_bad = 0;
+
+	__asm__ volatile(
+		"stp x18, x29, [sp, #-16]!\n"
+		".irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,19,20,21,22,23,24,25,26,27,28\n"
+		"mov x\\n, #0x100 + \\n\n"
+		".endr\n"
+		".irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n"
+		"movi v\\n\\().16b, #\\n\n"
+		".endr\n"
+		"mov x30, #20000\n"
+		"1: subs x30, x30, #1\n b.ne 1b\n"
+		".irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,19,20,21,22,23,24,25,26,27,28\n"
+		"sub x\\n, x\\n, #0x100 + \\n\n orr x30, x30, x\\n\n"
+		".endr\n"
+		".irp n, 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n"
+		"eor v0.16b, v0.16b, v\\n\\().16b\n" /* 0 ^ 1 ^ ... ^ 31 is 0 */
+		".endr\n"
+		"umaxv b0, v0.16b\n fmov w0, s0\n orr x30, x30, x0\n"
+		"ldp x18, x29, [sp], #16\n"
+		"mov %0, x30\n"
+		: "=r"(bad)
+		:
+		: "x0", "x1", "x2", "x3", "x4", "x5", "x6", "x7", "x8", "x9", "x10", "x11", "x12", "x13", "x14", "x15",
+		  "x16", "x17", "x19", "x20", "x21", "x22", "x23", "x24", "x25", "x26", "x27", "x28", "x30", "v0", "v1",
+		  "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16",
+		  "v17", "v18", "v19", "v20", "v21", "v22", "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30",
+		  "v31", "memory", "cc");
+	if (getauxval(AT_HWCAP) & HWCAP_SVE)
+		__asm__ volatile(".arch_extension sve\n"
+				 "ptrue p0.b\n index z0.b, #3, #1\n mov z31.d, z0.d\n ptrue p7.b\n"
+				 "mov w9, #20000\n"
+				 "1: subs w9, w9, #1\n b.ne 1b\n"
+				 "index z1.b, #3, #1\n"
+				 "cmpne p1.b, p7/z, z0.b, z1.b\n cntp %0, p7, p1.b\n"
+				 "cmpne p1.b, p0/z, z31.b, z1.b\n cntp x9, p0, p1.b\n add %0, %0, x9\n"
+				 "cntp x9, p7, p0.b\n add %0, %0, x9\n cntb x9\n sub %0, %0, x9\n"
+				 ".arch_extension nosve\n"
+				 : "=&r"(lanes_bad)
+				 :
+				 : "x9", "v0", "v1", "v31", "cc");
+	if (bad || lanes_bad)
+		wrong(bad ? "all registers" : "long vectors");
+}
+#endif
 
 static void *compute(void *unused)
 {
@@ -95,7 +144,7 @@ static void *compute(void *unused)
 	for (;; rounds[0]++) {
 		if (work_out(&vector) != first || memcmp(&vector, &first_vector, sizeof(vector)))
 			wrong("registers");
-		check_red_zone();
+		check_more_registers();
 	}
 	return NULL;
 }
@@ -114,6 +163,27 @@ static void *read_pipe(void *unused)
 	return NULL;
 }
 
+#ifdef __aarch64__
+/* Where tierd looks first in a program: with a vdso that has no such place, its call is made by the instruction that is slept in. */
+long sleep_in_place(const struct timespec *t, struct timespec *left);
+__asm__(".pushsection .text.unlikely, \"ax\"\n"
+	".balign 4\n"
+	"sleep_in_place: mov x8, #101\n svc #0\n ret\n"
+	".popsection\n");
+#endif
+
+static int sleep_for(const struct timespec *t)
+{
+#ifdef __aarch64__
+	long result = sleep_in_place(t, NULL);
+
+	errno = (int)-result;
+	return result ? -1 : 0;
+#else
+	return nanosleep(t, NULL);
+#endif
+}
+
 /* EINTR is what an interrupted sleep says; nothing else is right. */
 static void *sleep_a_while(void *unused)
 {
@@ -122,7 +192,7 @@ static void *sleep_a_while(void *unused)
 	for (;; rounds[2]++) {
 		struct timespec t = {0, 3000000};
 
-		if (nanosleep(&t, NULL) && errno != EINTR)
+		if (sleep_for(&t) && errno != EINTR)
 			wrong("nanosleep");
 	}
 	return NULL;
@@ -251,24 +321,54 @@ left:
 	errno = 0;
 	wrong("a restartable sequence went on after it had been left");
 }
+#elif defined(__aarch64__)
+static void run_sequence(struct rseq *abi, uint64_t *committed)
+{
+	__asm__ goto volatile(".pushsection __rseq_cs, \"aw\"\n"
+			      ".balign 32\n"
+			      "3: .long 0, 0\n"
+			      ".quad 1f, 2f - 1f, 4f\n"
+			      ".popsection\n"
+			      "adrp x9, 3b\n"
+			      "add x9, x9, :lo12:3b\n"
+			      "str x9, %[section]\n"
+			      "1: mov w9, #20000\n"
+			      "5: subs w9, w9, #1\n"
+			      "b.ne 5b\n"
+			      "ldr x9, %[section]\n"
+			      "cbz x9, %l[left]\n"
+			      "ldr x9, %[committed]\n"
+			      "add x9, x9, #1\n"
+			      "str x9, %[committed]\n"
+			      "2:\n"
+			      ".pushsection .text.rseq, \"ax\"\n"
+			      ".inst 0xd428bc00\n" /* RSEQ_SIG */
+			      "4: b %l[aborted]\n"
+			      ".popsection\n"
+			      :
+			      : [section] "m"(abi->rseq_cs), [committed] "m"(*committed)
+			      : "x9", "memory", "cc"
+			      : left, aborted);
+aborted:
+	return;
+left:
+	errno = 0;
+	wrong("a restartable sequence went on after it had been left");
+}
 #endif
 
 static void *run_sequences(void *unused)
 {
-#ifdef __x86_64__
 	struct rseq *abi = (struct rseq *)((char *)__builtin_thread_pointer() + __rseq_offset);
 	uint64_t committed = 0;
-#endif
 
 	(void)unused;
 	prctl(PR_SET_NAME, names[7]);
 	for (;; rounds[7]++) {
-#ifdef __x86_64__
 		if (__rseq_size)
 			run_sequence(abi, &committed);
 		if (rounds[7] > 100000 && __rseq_size && !committed)
 			wrong("no sequence is ever committed");
-#endif
 	}
 	return NULL;
 }

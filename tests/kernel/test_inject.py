@@ -23,7 +23,7 @@ NATIVE = HERE.parents[1] / "tierd" / "native"
 THREADS = ("compute", "read", "sleep", "futex", "epoll", "signals", "poll", "rseq")
 STEPS = range(1, 11)
 BATCH_STEPS = (1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15)
-HEADER_OFFSET = 4096
+HEADER_OFFSET = 4096 if platform.machine() == "x86_64" else 65536  # CODE_BYTES of calls.c
 RANDOM_KILLS = int(os.environ.get("TIERD_INJECT_KILLS", "1000"))
 ALIVE_S_MAX = 0.01
 
@@ -38,10 +38,11 @@ def _compile(output: Path, *arguments: str) -> Path:
 @pytest.fixture(scope="module")
 def binaries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     directory = tmp_path_factory.mktemp("inject")
-    sources = [str(NATIVE / name) for name in ("inject.c", "inject_x86_64.c", "calls.c", "sys.c")]
+    sources = [str(NATIVE / name) for name in ("inject.c", "inject_x86_64.c", "inject_aarch64.c", "calls.c", "sys.c")]
+    vectors = ["-mavx"] if platform.machine() == "x86_64" else []
     hooked = ["-include", str(HERE / "inject_step.h"), f"-I{NATIVE}"]
     return (
-        _compile(directory / "victim", "-mavx", str(HERE / "inject_victim.c")),
+        _compile(directory / "victim", *vectors, str(HERE / "inject_victim.c")),
         _compile(directory / "killer", *hooked, str(HERE / "inject_killer.c"), *sources),
     )
 
@@ -85,8 +86,6 @@ class Victim:
 
 @pytest.fixture
 def victim(binaries: tuple[Path, Path]) -> Iterator[Victim]:
-    if platform.machine() != "x86_64":
-        pytest.skip("the victim knows the registers of x86-64 only")
     victim = Victim(binaries[0])
     yield victim
     victim.process.kill()

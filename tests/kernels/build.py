@@ -4,6 +4,7 @@
     rwp, rfc       Debian's linux-source-6.12 with rwp.patch or rfc.patch of this directory, and with its `config`
     debian-6.1     Debian 12's own kernel
     debian-6.12    Debian 13's own kernel
+    arm64-6.1, arm64-6.12    the same for arm64, without modules
 
 A kernel is built or unpacked once, into the cache (TIERD_KERNELS, else ~/.cache/tierd/kernels), under a key made of everything
 that it comes from. As root on Debian; runs before the project's venv exists, so it imports nothing but the standard library.
@@ -30,6 +31,8 @@ ORIGIN = {
     **dict.fromkeys(PATCHED, ("trixie", "linux-source-6.12")),
     "debian-6.1": ("bookworm", "linux-image-amd64"),
     "debian-6.12": ("trixie", "linux-image-amd64"),
+    "arm64-6.1": ("bookworm", "linux-image-cloud-arm64"),
+    "arm64-6.12": ("trixie", "linux-image-cloud-arm64"),
 }
 # what init.c needs of a kernel that has it as modules
 MODULES = ("virtio_pci", "virtio_blk", "9pnet_virtio", "9p", "ext4")
@@ -46,6 +49,9 @@ TOOLS = {
     "modprobe": "kmod",
     "mkfs.ext4": "e2fsprogs",
     "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-system-aarch64": "qemu-system-arm",
+    "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu",
+    "/usr/aarch64-linux-gnu/lib/libc.a": "libc6-dev-arm64-cross",
     "/usr/include/libelf.h": "libelf-dev",
     "/usr/include/openssl/opensslv.h": "libssl-dev",
 }
@@ -100,10 +106,11 @@ def install_tools() -> None:
 
 
 class Apt:
-    """Debian's archive as this machine is configured to reach it, for a suite of our choice and with lists of our own."""
+    """Debian's archive as this machine is configured to reach it, for a suite and an architecture (default: the machine's) of our
+    choice and with lists of our own."""
 
-    def __init__(self, suite: str, directory: Path) -> None:
-        self._directory = directory / f"apt-{suite}"
+    def __init__(self, suite: str, directory: Path, architecture: str | None = None) -> None:
+        self._directory = directory / (f"apt-{suite}-{architecture}" if architecture else f"apt-{suite}")
         for part in ("lists/partial", "cache/archives/partial"):
             (self._directory / part).mkdir(parents=True, exist_ok=True)
         sources = self._directory / "sources.list"
@@ -117,6 +124,9 @@ class Apt:
             "-oAPT::Sandbox::User=root",
             "-oAcquire::Languages=none",
         ]
+        if architecture:
+            self._options += [f"-oAPT::Architecture={architecture}", f"-oAPT::Architectures={architecture}"]
+            self._options += ["-oDir::State::status=/dev/null"]  # what is installed here is of another one
         lists = list((self._directory / "lists").glob("*_Packages*"))
         if not lists or time.time() - max(path.stat().st_mtime for path in lists) > LISTS_S_MAX:
             run(["apt-get", *self._options, "-q", "update"])
@@ -212,7 +222,21 @@ def unpack_debian(name: str, archive: Apt, work: Path, to: Path) -> None:
             run(["xz", "-d", target])
 
 
+def unpack_arm64(name: str, archive: Apt, work: Path, to: Path) -> None:
+    deb = archive.download(archive.image_of(ORIGIN[name][1]), work)
+    _unpack(deb, "./boot/vmlinuz-*", work)
+    (image,) = (work / "boot").glob("vmlinuz-*")
+    shutil.copy(image, to / "bzImage")
+    (to / "modules").mkdir()
+
+
+def _is_arm64(name: str) -> bool:
+    return ORIGIN[name][1].endswith("-arm64")
+
+
 def _key_of(name: str) -> str:
+    if _is_arm64(name):
+        return _key(name, inspect.getsource(unpack_arm64))
     if name not in PATCHED:
         return _key(name, inspect.getsource(unpack_debian), *MODULES)
     recipe = inspect.getsource(build_patched) + inspect.getsource(_configure)
@@ -233,7 +257,7 @@ def build(name: str) -> Kernel:
     """From the cache, or built now (minutes). BuildError says what went wrong; then nothing of it stays in the cache."""
     began = time.monotonic()
     suite, package = ORIGIN[name]
-    archive = Apt(suite, cache_dir())
+    archive = Apt(suite, cache_dir(), "arm64" if _is_arm64(name) else None)
     directory = cache_dir() / f"{name}-{archive.version(package)}-{_key_of(name)}"
     if directory.exists():
         return _at(directory, name)
@@ -241,7 +265,8 @@ def build(name: str) -> Kernel:
     with tempfile.TemporaryDirectory(prefix="work-", dir=cache_dir()) as work:
         to = Path(work) / "to"
         to.mkdir()
-        (build_patched if name in PATCHED else unpack_debian)(name, archive, Path(work), to)
+        make = build_patched if name in PATCHED else unpack_arm64 if _is_arm64(name) else unpack_debian
+        make(name, archive, Path(work), to)
         for old in cache_dir().glob(f"{name}-*"):
             shutil.rmtree(old)
         to.rename(directory)

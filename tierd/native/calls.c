@@ -14,11 +14,13 @@
  *   the stub:  running++, full fence, batch == mine? -> a call, done++, again; at the end running--
  *   cancel:    batch = next, full fence, running == 0? -> no call of a former batch is being made, or will be
  *
- * The fences are the stub's locked increment, and on our side the reference counts of the page that process_vm_writev(2) drops
- * after its copy. (A copy that is torn could only be taken for a number 255 batches old, by a stub that is as late.)
+ * The fences are the stub's locked increment (arm64: the dmb after it), and on our side the reference counts of the page that
+ * process_vm_writev(2) drops after its copy. (A copy that is torn could only be taken for a number 255 batches old, by a stub
+ * that is as late.)
  *
  * A batch has ended when running is 0 and either done is count or batch is no longer its number; only then `done` says how many
- * were made. The results are written before it, and x86 keeps the order. Only the stub of the current number ever writes `done`.
+ * were made. The results are written before it, and x86 keeps the order (arm64: a dmb between them). Only the stub of the current
+ * number ever writes `done`.
  *
  * running == 0 does not mean that the thread has left the stub: it may be before its first instruction (then it will do nothing)
  * or before its last (nor then). So a next batch may start, even in the same thread; but the area may not go. A thread that is
@@ -40,13 +42,17 @@
 #include "inject.h"
 #include "sys.h"
 
-enum { PAGE_BYTES = 4096, AREA_BYTES = 4 * PAGE_BYTES };
+#ifdef __aarch64__ /* whose pages may have 4, 16 or 64 KiB: the code is a mapping of its own */
+enum { CODE_BYTES = 65536, AREA_BYTES = 2 * CODE_BYTES };
+#else
+enum { CODE_BYTES = 4096, AREA_BYTES = 4 * CODE_BYTES };
+#endif
 enum { POLL_US = 20, PASS_MS = 10, INSIDE_MS = 1000, LEAVE_MS = 1000, LOOK_MS = 100 };
 
 #define AREA_MAGIC 0x6c6c616364726569ull
 #define ENTRIES    offsetof(struct inject_header, entry)
 
-_Static_assert(PAGE_BYTES + ENTRIES + TIERD_CALLS_MAX * sizeof(struct inject_entry) <= AREA_BYTES, "the table fits");
+_Static_assert(CODE_BYTES + ENTRIES + TIERD_CALLS_MAX * sizeof(struct inject_entry) <= AREA_BYTES, "the table fits");
 _Static_assert(sizeof(((struct tierd_inside_call *)0)->data) == sizeof(((struct inject_entry *)0)->data), "data");
 
 struct batch {
@@ -149,14 +155,14 @@ static int unmap(int32_t tid, uint64_t area)
 static int fill_area(int32_t tid, uint64_t area)
 {
 	struct inject_header h = {.magic = AREA_MAGIC};
-	struct tierd_call protect = {.number = SYS_mprotect, .argument = {area, PAGE_BYTES, PROT_READ | PROT_EXEC}};
+	struct tierd_call protect = {.number = SYS_mprotect, .argument = {area, CODE_BYTES, PROT_READ | PROT_EXEC}};
 	size_t bytes;
 	const uint8_t *stub = inject_stub(&bytes);
 	int64_t unused;
 	int error = write_area(tid, area, stub, bytes);
 
 	if (!error)
-		error = write_area(tid, area + PAGE_BYTES, &h, ENTRIES);
+		error = write_area(tid, area + CODE_BYTES, &h, ENTRIES);
 	return error ? error : inside(tid, protect, &unused);
 }
 
@@ -240,7 +246,7 @@ static int wait_left(pid_t tid, uint64_t area, uint64_t deadline_ns)
 		uint64_t address;
 		int error = look_at(tid, &address);
 
-		if (error == -ESRCH || (!error && address - area >= PAGE_BYTES))
+		if (error == -ESRCH || (!error && address - area >= CODE_BYTES))
 			return 0;
 		if (late)
 			return -EBUSY;
@@ -271,7 +277,7 @@ static int wait_all_left(pid_t tid, uint64_t area)
 int tierd_calls_destroy(int32_t tid, uint64_t area)
 {
 	struct inject_header h;
-	int error = take_over(tid, area + PAGE_BYTES, &h);
+	int error = take_over(tid, area + CODE_BYTES, &h);
 
 	if (!error)
 		error = wait_all_left(tid, area);
@@ -325,7 +331,7 @@ static int lay_out(struct batch *b, const struct tierd_inside_call *calls, uint3
 static int run_batch(struct inject_excursion *e)
 {
 	struct batch *b = (struct batch *)e;
-	uint64_t stub = b->header - PAGE_BYTES;
+	uint64_t stub = b->header - CODE_BYTES;
 	struct inject_frame *frame = inject_has_frame(e->tid, stub, b->header) ? NULL : &b->frame;
 	struct inject_header h;
 	int error = read_header(e->tid, b->header,
@@ -405,7 +411,7 @@ int tierd_calls_run(int32_t tid, uint64_t area, struct tierd_inside_call *calls,
 	if (!b)
 		return -ENOMEM;
 	b->excursion = (struct inject_excursion){.tid = tid, .timeout_ms = timeout_ms, .run = run_batch};
-	b->header = area + PAGE_BYTES;
+	b->header = area + CODE_BYTES;
 	error = lay_out(b, calls, count);
 	if (error) {
 		free(b);
@@ -430,7 +436,7 @@ int tierd_calls_run(int32_t tid, uint64_t area, struct tierd_inside_call *calls,
 int tierd_calls_settle(int32_t pid, uint64_t area, uint32_t timeout_ms)
 {
 	struct inject_header h;
-	int error = cancel(pid, area + PAGE_BYTES, &h);
+	int error = cancel(pid, area + CODE_BYTES, &h);
 
-	return error ? error : wait_idle(pid, area + PAGE_BYTES, timeout_ms, &h);
+	return error ? error : wait_idle(pid, area + CODE_BYTES, timeout_ms, &h);
 }

@@ -32,7 +32,20 @@ enum { POLL_US = 20, SIGNALS_MAX = 64, CODE_BYTES_MAX = 64 << 20, LET_GO_NS = 50
 
 #define SYSCALL_STOP (SIGTRAP | 0x80)
 
+#ifndef PTRACE_GET_RSEQ_CONFIGURATION
+#define PTRACE_GET_RSEQ_CONFIGURATION 0x420f
+#endif
+
 /* --- finding code ------------------------------------------------------------------------------------------------------- */
+
+static uint64_t find_aligned(const uint8_t *in, size_t in_bytes, uint64_t address, const uint8_t *pattern, size_t bytes)
+{
+	for (const uint8_t *from = in, *hit; (hit = memmem(from, (size_t)(in + in_bytes - from), pattern, bytes));
+	     from = hit + 1)
+		if ((address + (uint64_t)(hit - in)) % inject_code_alignment == 0)
+			return address + (uint64_t)(hit - in);
+	return 0;
+}
 
 static uint64_t find_in(int mem, uint64_t start, uint64_t end, const uint8_t *pattern, size_t bytes)
 {
@@ -43,19 +56,18 @@ static uint64_t find_in(int mem, uint64_t start, uint64_t end, const uint8_t *pa
 	for (uint64_t at = start; buffer && !found && at + bytes <= end;) {
 		size_t want = end - at < PIECE ? end - at : PIECE;
 		ssize_t n = pread(mem, buffer, want, (off_t)at);
-		uint8_t *hit = n < (ssize_t)bytes ? NULL : memmem(buffer, (size_t)n, pattern, bytes);
 
 		if (n < (ssize_t)bytes)
 			break;
-		if (hit)
-			found = at + (uint64_t)(hit - buffer);
+		found = find_aligned(buffer, (size_t)n, at, pattern, bytes);
 		at += (uint64_t)n - bytes + 1;
 	}
 	free(buffer);
 	return found;
 }
 
-/* Looks through executable file mappings, libc first by nature: it has both. The vdso has neither. */
+/* Looks through executable file mappings, libc first by nature; and through the vdso, which is better where it has them: no
+ * thread sleeps in a call of its. That of x86-64 has neither, that of arm64 has the second and with some kernels both. */
 static int find_code(pid_t tid, struct inject_code *code)
 {
 	char path[64], line[512];
@@ -70,17 +82,23 @@ static int find_code(pid_t tid, struct inject_code *code)
 	maps = fopen(path, "re");
 	if (!maps)
 		error = -errno;
-	while (maps && (!code->call || !code->sigreturn) && fgets(line, sizeof(line), maps)) {
+	while (maps && fgets(line, sizeof(line), maps)) {
+		bool vdso = strstr(line, "[vdso]");
 		unsigned long start, end, inode;
+		uint64_t found;
 		char mode[5];
 
 		if (sscanf(line, "%lx-%lx %4s %*x %*s %lu", &start, &end, mode, &inode) != 4 || mode[2] != 'x' ||
-		    !inode || end - start > CODE_BYTES_MAX)
+		    (!inode && !vdso) || end - start > CODE_BYTES_MAX)
 			continue;
-		if (!code->call)
-			code->call = find_in(mem, start, end, inject_call_pattern, inject_call_bytes);
-		if (!code->sigreturn)
-			code->sigreturn = find_in(mem, start, end, inject_sigreturn_pattern, inject_sigreturn_bytes);
+		found = !code->call || vdso ? find_in(mem, start, end, inject_call_pattern, inject_call_bytes) : 0;
+		if (found)
+			code->call = found;
+		found = !code->sigreturn || vdso
+				? find_in(mem, start, end, inject_sigreturn_pattern, inject_sigreturn_bytes)
+				: 0;
+		if (found)
+			code->sigreturn = found;
 	}
 	if (maps)
 		fclose(maps);
@@ -250,6 +268,62 @@ int inject_write_frame(pid_t tid, const struct inject_frame *frame)
 	ssize_t n = process_vm_writev(tid, &from, 1, &to, 1, 0);
 
 	return n == (ssize_t)frame->bytes ? 0 : n < 0 ? -errno : -EFAULT;
+}
+
+/* --- a restartable sequence ----------------------------------------------------------------------------------------------- */
+
+struct rseq_configuration { /* struct ptrace_rseq_configuration */
+	uint64_t address;
+	uint32_t bytes, signature, flags, padding;
+};
+
+struct rseq_section_64 { /* struct rseq_cs */
+	uint32_t version, flags;
+	uint64_t start, bytes, abort;
+};
+
+/* of struct rseq: where it points at the section that the thread is in */
+enum { RSEQ_SECTION = 8 };
+
+_Static_assert(sizeof(struct rseq_configuration) == 24, "struct ptrace_rseq_configuration of the kernel");
+_Static_assert(sizeof(struct rseq_section_64) == 32, "struct rseq_cs of the kernel");
+
+static int read_memory(pid_t tid, uint64_t address, void *to, size_t bytes)
+{
+	struct iovec local = {to, bytes}, remote = {(void *)(uintptr_t)address, bytes};
+	ssize_t n = process_vm_readv(tid, &local, 1, &remote, 1, 0);
+
+	return n == (ssize_t)bytes ? 0 : n < 0 ? -errno : -EFAULT;
+}
+
+/*
+ * A thread in a restartable sequence, rseq(2), must come back to its abort handler, as it would from a signal handler: the kernel
+ * sees it leave for our call and forgets the sequence (rseq_ip_fixup()), so nothing else would abort it. Only the frame says so:
+ * up to the commit the thread's own memory is as it was, and what the kernel finds there later it clears.
+ */
+int inject_leave_section(pid_t tid, uint64_t *pc)
+{
+	struct rseq_configuration c = {0};
+	struct rseq_section_64 s;
+	uint64_t section = 0;
+	uint32_t signature;
+	int error;
+
+	if (ptrace(PTRACE_GET_RSEQ_CONFIGURATION, tid, (void *)sizeof(c), &c) < 0) /* Linux 5.13 */
+		return errno == EIO || errno == EINVAL ? 0 : -errno;
+	error = c.address ? read_memory(tid, c.address + RSEQ_SECTION, &section, sizeof(section)) : 0;
+	if (error || !section)
+		return error;
+	error = read_memory(tid, section, &s, sizeof(s));
+	if (error || *pc - s.start >= s.bytes)
+		return error;
+	error = read_memory(tid, s.abort - sizeof(signature), &signature, sizeof(signature));
+	if (error)
+		return error;
+	if (s.version || signature != c.signature) /* the kernel would kill for it: leave that to the kernel */
+		return -ENOTSUP;
+	*pc = s.abort;
+	return 0;
 }
 
 /* --- an excursion ------------------------------------------------------------------------------------------------------- */

@@ -24,7 +24,7 @@
 
 enum { INJECT_SCRATCH_MAX = 4096, INJECT_FRAME_MAX = 32768 };
 
-/* Code of the VMM that is used: a `syscall; ret`, and the `rt_sigreturn` that ends the excursion. */
+/* Code of the VMM that is used: a `syscall; ret` (arm64: `svc #0; ret`), and the `rt_sigreturn` that ends the excursion. */
 struct inject_code {
 	uint64_t call, sigreturn;
 };
@@ -38,7 +38,7 @@ struct inject_frame {
 
 /* Byte patterns to look for in executable file mappings. */
 extern const uint8_t inject_call_pattern[], inject_sigreturn_pattern[];
-extern const size_t inject_call_bytes, inject_sigreturn_bytes;
+extern const size_t inject_call_bytes, inject_sigreturn_bytes, inject_code_alignment;
 
 /* --- of the architecture: the thread is stopped by us ----------------------------------------------------------------- */
 
@@ -99,6 +99,9 @@ struct inject_excursion {
 int inject_excurse(struct inject_excursion *e);
 void inject_release(struct inject_excursion *e);
 int inject_write_frame(pid_t tid, const struct inject_frame *frame);
+/* Where the thread, not in a system call and about to go on at *pc, has to come back to: of a restartable sequence its abort
+ * handler. -ENOTSUP: one that the kernel would kill for. */
+int inject_leave_section(pid_t tid, uint64_t *pc);
 int inject_block_signals(pid_t tid);
 
 #endif

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* inject_other.c: architectures whose signal frame nobody has written yet. Everything but calls inside a VMM works there. */
-#ifndef __x86_64__
+#if !defined(__x86_64__) && !defined(__aarch64__)
 #include <errno.h>
 
 #include "inject.h"
@@ -9,6 +9,7 @@ const uint8_t inject_call_pattern[] = {0};
 const size_t inject_call_bytes = sizeof(inject_call_pattern);
 const uint8_t inject_sigreturn_pattern[] = {0};
 const size_t inject_sigreturn_bytes = sizeof(inject_sigreturn_pattern);
+const size_t inject_code_alignment = 1;
 
 int inject_prepare(pid_t tid, uint64_t return_address, const void *scratch, size_t scratch_bytes,
 		   struct inject_frame *frame)

@@ -13,16 +13,13 @@
 
 #include "inject.h"
 
-#ifndef PTRACE_GET_RSEQ_CONFIGURATION
-#define PTRACE_GET_RSEQ_CONFIGURATION 0x420f
-#endif
-
 /* syscall; ret */
 const uint8_t inject_call_pattern[] = {0x0f, 0x05, 0xc3};
 const size_t inject_call_bytes = sizeof(inject_call_pattern);
 /* mov $15, %rax; syscall: libc's restorer */
 const uint8_t inject_sigreturn_pattern[] = {0x48, 0xc7, 0xc0, 0x0f, 0x00, 0x00, 0x00, 0x0f, 0x05};
 const size_t inject_sigreturn_bytes = sizeof(inject_sigreturn_pattern);
+const size_t inject_code_alignment = 1;
 
 enum {
 	RED_ZONE = 128,
@@ -64,21 +61,6 @@ struct rt_sigframe {
 	struct ucontext_64 uc;
 };
 
-struct rseq_configuration { /* struct ptrace_rseq_configuration */
-	uint64_t address;
-	uint32_t bytes, signature, flags, padding;
-};
-
-struct rseq_section_64 { /* struct rseq_cs */
-	uint32_t version, flags;
-	uint64_t start, bytes, abort;
-};
-
-/* of struct rseq: where it points at the section that the thread is in */
-enum { RSEQ_SECTION = 8 };
-
-_Static_assert(sizeof(struct rseq_configuration) == 24, "struct ptrace_rseq_configuration of the kernel");
-_Static_assert(sizeof(struct rseq_section_64) == 32, "struct rseq_cs of the kernel");
 _Static_assert(sizeof(struct sigcontext_64) == 256, "struct sigcontext_64 of the kernel");
 _Static_assert(offsetof(struct ucontext_64, mcontext) == 40, "struct ucontext of the kernel");
 
@@ -93,44 +75,6 @@ static void after_restart(struct user_regs_struct *r)
 	} else if (result == -ERESTART_RESTARTBLOCK) {
 		r->rax = (uint64_t)-EINTR;
 	}
-}
-
-static int read_memory(pid_t tid, uint64_t address, void *to, size_t bytes)
-{
-	struct iovec local = {to, bytes}, remote = {(void *)(uintptr_t)address, bytes};
-	ssize_t n = process_vm_readv(tid, &local, 1, &remote, 1, 0);
-
-	return n == (ssize_t)bytes ? 0 : n < 0 ? -errno : -EFAULT;
-}
-
-/*
- * A thread in a restartable sequence, rseq(2), must come back to its abort handler, as it would from a signal handler: the kernel
- * sees it leave for our call and forgets the sequence (rseq_ip_fixup()), so nothing else would abort it. Only the frame says so:
- * up to the commit the thread's own memory is as it was, and what the kernel finds there later it clears.
- */
-static int abort_section(pid_t tid, struct user_regs_struct *r)
-{
-	struct rseq_configuration c = {0};
-	struct rseq_section_64 s;
-	uint64_t section = 0;
-	uint32_t signature;
-	int error;
-
-	if (ptrace(PTRACE_GET_RSEQ_CONFIGURATION, tid, (void *)sizeof(c), &c) < 0) /* Linux 5.13 */
-		return errno == EIO || errno == EINVAL ? 0 : -errno;
-	error = c.address ? read_memory(tid, c.address + RSEQ_SECTION, &section, sizeof(section)) : 0;
-	if (error || !section)
-		return error;
-	error = read_memory(tid, section, &s, sizeof(s));
-	if (error || r->rip - s.start >= s.bytes)
-		return error;
-	error = read_memory(tid, s.abort - sizeof(signature), &signature, sizeof(signature));
-	if (error)
-		return error;
-	if (s.version || signature != c.signature) /* the kernel would kill for it: leave that to the kernel */
-		return -ENOTSUP;
-	r->rip = s.abort;
-	return 0;
 }
 
 /* Bytes of the XSAVE image in standard format that the features need (CPUID leaf 0xd). */
@@ -215,7 +159,7 @@ int inject_prepare(pid_t tid, uint64_t return_address, const void *scratch, size
 	struct user_regs_struct registers;
 	struct iovec v = {image, XSTATE_BYTES_MAX};
 	struct rt_sigframe *sigframe;
-	uint64_t fpstate, context;
+	uint64_t fpstate, context, ip;
 	size_t bytes;
 	int error;
 
@@ -226,12 +170,14 @@ int inject_prepare(pid_t tid, uint64_t return_address, const void *scratch, size
 	error = describe_xstate(image, v.iov_len, &bytes);
 	if (error)
 		return error;
-	if ((int64_t)registers.orig_rax >= 0)
-		after_restart(&registers);
-	else
-		error = abort_section(tid, &registers);
+	ip = registers.rip;
+	if ((int64_t)registers.orig_rax < 0)
+		error = inject_leave_section(tid, &ip);
 	if (error)
 		return error;
+	registers.rip = ip;
+	if ((int64_t)registers.orig_rax >= 0)
+		after_restart(&registers);
 
 	/* from the top: red zone, scratch, FP state (64-byte aligned), ucontext, return address */
 	frame->scratch = (registers.rsp - RED_ZONE - INJECT_SCRATCH_MAX) & ~63ull;

@@ -353,7 +353,7 @@ struct tierd_call {
  * Runs one system call in thread tid of the VMM. The thread restores itself: if we die at any instruction it goes on
  * unharmed. scratch (scratch_bytes <= 4096, may be NULL) is laid on its stack below the red zone before the call and read
  * back after it. Blocks, at most timeout_ms. -ESRCH: gone; -EBUSY: traced by somebody else; -ETIMEDOUT: the thread did not
- * stop; -ENOTSUP: shadow stack, AMX state, or no `syscall; ret` found.
+ * stop; -ENOTSUP: shadow stack, AMX or SME state, or no `syscall; ret` found.
  */
 int tierd_inject(int32_t tid, struct tierd_call *call, void *scratch, uint32_t scratch_bytes, uint32_t timeout_ms);
 
@@ -374,7 +374,7 @@ struct tierd_inside_call {
 };
 
 /*
- * An area: 16 KiB of private memory of the process that thread tid is of, one page of it executable. Blocks, a few seconds at
+ * An area: 16 KiB (arm64: 128 KiB) of private memory of the process that thread tid is of, its first part executable. Blocks, a few seconds at
  * most. Errors as tierd_inject(); -ENOTSUP also where there is no stub for the architecture; -EACCES or -EPERM: a security module
  * or prctl(PR_SET_MDWE) forbids executable memory there. On failure nothing stays mapped, unless the thread cannot be stopped
  * any more; nor is it known to anybody if we die meanwhile.
