@@ -4,7 +4,7 @@
     rwp, rfc       Debian's linux-source-6.12 with rwp.patch or rfc.patch of this directory, and with its `config`
     debian-6.1     Debian 12's own kernel
     debian-6.12    Debian 13's own kernel
-    arm64-6.1, arm64-6.12    the same for arm64, without modules
+    arm64-6.1, arm64-6.12    the same for arm64, without modules; only where they are asked for
 
 A kernel is built or unpacked once, into the cache (TIERD_KERNELS, else ~/.cache/tierd/kernels), under a key made of everything
 that it comes from. As root on Debian; runs before the project's venv exists, so it imports nothing but the standard library.
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +49,13 @@ TOOLS = {
     "modprobe": "kmod",
     "mkfs.ext4": "e2fsprogs",
     "qemu-system-x86_64": "qemu-system-x86",
+    "/usr/include/libelf.h": "libelf-dev",
+    "/usr/include/openssl/opensslv.h": "libssl-dev",
+}
+ARM64_TOOLS = {
     "qemu-system-aarch64": "qemu-system-arm",
     "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu",
     "/usr/aarch64-linux-gnu/lib/libc.a": "libc6-dev-arm64-cross",
-    "/usr/include/libelf.h": "libelf-dev",
-    "/usr/include/openssl/opensslv.h": "libssl-dev",
 }
 
 
@@ -85,10 +87,10 @@ def say(text: str) -> None:
     print(f"kernels: {text}", flush=True)
 
 
-def install_tools() -> None:
+def install_tools(tools: Mapping[str, str] = TOOLS) -> None:
     missing = [
         package
-        for tool, package in TOOLS.items()
+        for tool, package in tools.items()
         if not (os.path.exists(tool) or shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin:/sbin"))
     ]
     if not missing:
@@ -280,8 +282,9 @@ def main(names: Sequence[str]) -> int:
         print(f"usage: python3 -m tests.kernels.build [{'] ['.join(ORIGIN)}]", file=sys.stderr)
         return 2
     try:
-        install_tools()
-        for name in names or ORIGIN:
+        names = names or [name for name in ORIGIN if not _is_arm64(name)]
+        install_tools(TOOLS | (ARM64_TOOLS if any(map(_is_arm64, names)) else {}))
+        for name in names:
             say(f"{name}: {build(name).image}")
     except BuildError as error:
         print(f"kernels: {error}", file=sys.stderr)

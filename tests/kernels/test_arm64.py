@@ -29,7 +29,7 @@ CPU = "max,pauth-impdef=on"  # signed pointers as the architecture would have th
 
 @pytest.fixture(scope="module")
 def initramfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    need("kernels", shutil.which(COMPILE[0]) is not None, f"no {COMPILE[0]}: make kernels installs it")
+    need("arm64", shutil.which(COMPILE[0]) is not None, f"no {COMPILE[0]}: make soak installs it")
     directory = tmp_path_factory.mktemp("arm64")
     root = directory / "root"
     root.mkdir()
@@ -47,7 +47,7 @@ def initramfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["arm64-6.1", "arm64-6.12"])
 def test_calls_leave_no_trace_and_a_death_does_no_harm(name: str, initramfs: Path, tmp_path: Path) -> None:
     kernel = build.get(name)
-    need("kernels", kernel is not None, f"no kernel {name} in {build.cache_dir()}: make kernels unpacks it")
+    need("arm64", kernel is not None, f"no kernel {name} in {build.cache_dir()}: make soak unpacks it")
     assert kernel is not None
     said = tmp_path / "said"
     machine = [
@@ -63,7 +63,7 @@ def test_calls_leave_no_trace_and_a_death_does_no_harm(name: str, initramfs: Pat
 
 
 def test_the_c_code_compiles(tmp_path: Path) -> None:
-    need("kernels", shutil.which(COMPILE[0]) is not None, f"no {COMPILE[0]}: make kernels installs it")
+    need("arm64", shutil.which(COMPILE[0]) is not None, f"no {COMPILE[0]}: make soak installs it")
     for source in sorted(NATIVE.glob("*.c")):
         if source.name != "_native.c":
             run([*COMPILE, f"-I{NATIVE}", "-c", source, "-o", tmp_path / "object"])
