@@ -58,7 +58,7 @@ _Static_assert(sizeof(struct uffd_msg) == 32, "read(2) gives whole messages");
 enum { INJECT_TIMEOUT_MS = 1000, AGAIN_MAX = 1000, SETTLE_TIMEOUT_MS = 1000 };
 /* For how long a thread of the VMM may be ours at once; and for how long it is waited for: one that waits in the kernel for a page that
  * is just leaving does not stop before that is called off. */
-enum { BATCH_BUDGET_NS = 2000000, BATCH_TIMEOUT_MS = 100 };
+enum { BATCH_BUDGET_NS = 2000000, BATCH_TIMEOUT_MS = 500 };
 _Static_assert((int)SYS_INSIDE_MAX == (int)TIERD_CALLS_MAX, "of a batch");
 
 uint64_t sys_now_ns(void)
