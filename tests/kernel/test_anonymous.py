@@ -369,7 +369,7 @@ def test_pages_that_ksm_has_merged(start_vmm: Start, host: Host) -> None:
     vmm.ask("mergeable", 0, PAGES)
     with host.attached(vmm) as tiered, merging():
         vmm.ask("twin", 512, 8)
-        wait_for(lambda: ksm_pages(vmm) >= 8, "KSM has merged them")
+        wait_for(lambda: ksm_pages(vmm) >= 8, "KSM has merged them", 120)  # ksmd is a nice process
         unmovable(tiered, 8)
         vmm.verify()
         vmm.ask("fill", 512, 8)  # they are its own again
