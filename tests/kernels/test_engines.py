@@ -78,7 +78,7 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
         "driver": f"{children}/real --engine {name} --slowness 25 --seeds {SEEDS} --store /var/tmp",
         "large": f"echo always >{LARGE}; {children}/real --engine {name} --slowness 25 --seeds {LARGE_SEEDS} "
         f"--store /var/tmp --large; status=$?; echo never >{LARGE}; (exit $status)",
-        "anonymous": f"{children}/real --engine {name} --slowness 25 --seeds {ANONYMOUS_SEEDS} --store /var/tmp --anon",
+        "anonymous": f"{children}/real --engine {name} --slowness 60 --seeds {ANONYMOUS_SEEDS} --store /var/tmp --anon",
         # a page takes long to leave, so its daemons live longer
         "hugetlb": f"echo {HUGETLB_PAGES} >{HUGETLB_POOL}; {children}/real --engine {name} --slowness 250 --seeds "
         f"{HUGETLB_SEEDS} --store /var/tmp --hugetlb; status=$?; echo 0 >{HUGETLB_POOL}; (exit $status)",
