@@ -107,7 +107,7 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
     ]
     for section, command in commands.items():
         script += [f"echo '=== {section}'", command, 'echo "=== status $?"']
-    done = booted(name, "\n".join([*script, "true"]), 1500, append="numa=fake=2")
+    done = booted(name, "\n".join([*script, "true"]), 2400, append="numa=fake=2")
     found = re.findall(r"^=== (\w+)\n(.*?)^=== status (\d+)$", done.output, re.M | re.S)
     assert [section for section, _, _ in found] == list(commands), done.said
     bad = re.findall(r"(?:BUG|WARNING|Oops|general protection).*", done.console)
@@ -117,7 +117,7 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
     }
 
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(2700)
 
 
 class Engine:
