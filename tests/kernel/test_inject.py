@@ -13,17 +13,23 @@ import struct
 import subprocess
 import time
 from collections.abc import Iterator
+from mmap import PROT_READ, PROT_WRITE
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from tests.kernel.vmm import HERE, wait_for
+from tierd.native.inject import inject
 
 NATIVE = HERE.parents[1] / "tierd" / "native"
 THREADS = ("compute", "read", "sleep", "futex", "epoll", "signals", "poll", "rseq")
 STEPS = range(1, 11)
 BATCH_STEPS = (1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15)
-HEADER_OFFSET = 4096 if platform.machine() == "x86_64" else 65536  # CODE_BYTES of calls.c
+X86 = platform.machine() == "x86_64"
+HEADER_OFFSET = 4096 if X86 else 65536  # CODE_BYTES of calls.c
+HEADER_BYTES = 3 * HEADER_OFFSET if X86 else HEADER_OFFSET
+MPROTECT = 10 if X86 else 226
 RANDOM_KILLS = int(os.environ.get("TIERD_INJECT_KILLS", "1000"))
 ALIVE_S_MAX = 0.01
 
@@ -152,6 +158,16 @@ def test_a_naive_tracer_would_harm(binaries: tuple[Path, Path]) -> None:
     assert harmed
 
 
+class Header(NamedTuple):
+    """struct inject_header, in its order."""
+
+    magic: int
+    batch: int
+    count: int
+    done: int
+    running: int
+
+
 class Area:
     """The area for batches in a victim, made in the thread `first`, and runs of the killer that use it."""
 
@@ -159,9 +175,12 @@ class Area:
         self.binary, self.victim = binary, victim
         self.address = self._killer(first, "create").stdout.strip()
 
+    def command(self, name: str, *words: object) -> list[str]:
+        return [str(word) for word in (self.binary, self.victim.tids[name], *words)]
+
     def _killer(self, name: str, *words: object) -> subprocess.CompletedProcess[str]:
-        command = [self.binary, self.victim.tids[name], *words]
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=60)
+        command = self.command(name, *words)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode in (0, -9), f"{command}: {done.stderr}"
         return done
 
@@ -184,11 +203,23 @@ class Area:
         """Bytes of stack that batches took which are cancelled at once."""
         return int(self._killer(name, "starve", self.address).stdout)
 
-    def made(self) -> int:
-        """As the header says it."""
+    def header(self) -> Header:
         with open(f"/proc/{self.victim.process.pid}/mem", "rb", buffering=0) as memory:
             memory.seek(int(self.address) + HEADER_OFFSET)
-            return int(struct.unpack("<5Q", memory.read(40))[3])
+            return Header(*struct.unpack("<5Q", memory.read(40)))
+
+    def made(self) -> int:
+        """As the header says it."""
+        return self.header().done
+
+    def write_header(self, word: int, value: int) -> None:
+        with open(f"/proc/{self.victim.process.pid}/mem", "r+b", buffering=0) as memory:
+            memory.seek(int(self.address) + HEADER_OFFSET + 8 * word)
+            memory.write(struct.pack("<Q", value))
+
+    def protect_header(self, protection: int) -> None:
+        header = int(self.address) + HEADER_OFFSET
+        inject(self.victim.tids["read"], "mprotect", MPROTECT, header, HEADER_BYTES, protection)
 
     def is_mapped(self) -> bool:
         start = f"{int(self.address):x}-"
@@ -348,3 +379,36 @@ def test_a_stopped_victim_gets_no_batch_and_keeps_the_area(victim: Victim, area:
     os.kill(victim.process.pid, signal.SIGCONT)
     victim.assert_unharmed()
     assert area.run("compute", "quick")[:2] == (0, 40)
+
+
+def test_an_area_that_cannot_be_read_is_not_gone(victim: Victim, area: Area) -> None:
+    """It is swapped out, say, and the VMM is at the limit of its memory: a batch may be running in it all the same."""
+    area.protect_header(0)
+    assert area.settle(50) == -errno.ETIMEDOUT
+    assert area.run("compute", "quick")[:2] == (-errno.EBUSY, 0)
+    assert area.destroy() == -errno.EBUSY
+    area.protect_header(PROT_READ | PROT_WRITE)
+    assert area.settle() == 0
+    assert area.run("compute", "quick")[:2] == (0, 40)
+    assert area.destroy() == 0
+    assert area.settle() == -errno.EFAULT
+    assert area.run("compute", "quick")[:2] == (-errno.EFAULT, 0)
+    victim.assert_unharmed()
+
+
+def test_an_area_that_lies_is_not_believed(victim: Victim, area: Area) -> None:
+    """The VMM can write what it likes there: no more is read for it than there were calls."""
+
+    def lied_to() -> bool:
+        with subprocess.Popen(area.command("sleep", 0, area.address, "long"), stdout=subprocess.PIPE, text=True) as killer:
+            wait_for(lambda: area.header().running or killer.poll() is not None, "the batch runs")
+            area.write_header(Header._fields.index("done"), 90)
+            said = killer.communicate(timeout=60)[0]
+        assert killer.returncode == 0
+        told = area.header().done == 90
+        assert area.settle() == 0
+        return told and said.split()[:2] == [str(-errno.EINPROGRESS), "0"]
+
+    wait_for(lied_to, "it is told while it looks")
+    assert area.run("read", "quick")[:2] == (0, 40)
+    victim.assert_unharmed()

@@ -63,23 +63,43 @@ struct batch {
 
 /* --- the area ----------------------------------------------------------------------------------------------------------- */
 
-static int outcome(ssize_t n, size_t bytes)
+/* What could not be read or written: -EFAULT, it is not there; -EAGAIN, it is, and what runs in it may go on: it is swapped out, say,
+ * and there is no memory for it just now. */
+static int not_reached(pid_t pid, uint64_t address)
 {
-	return n == (ssize_t)bytes ? 0 : n < 0 ? -errno : -EFAULT;
+	uint64_t entry = 0, page = address / (uint64_t)sysconf(_SC_PAGESIZE);
+	char path[64];
+	ssize_t n;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/pagemap", pid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return errno == ENOENT ? -ESRCH : -EAGAIN;
+	n = pread(fd, &entry, sizeof(entry), (off_t)(page * sizeof(entry)));
+	close(fd);
+	return n < 0 || entry >> 62 /* present or swapped */ ? -EAGAIN : n ? -EFAULT : -ESRCH;
+}
+
+static int outcome(pid_t pid, uint64_t address, ssize_t n, size_t bytes)
+{
+	if (n == (ssize_t)bytes)
+		return 0;
+	return n < 0 && errno != EFAULT && errno != ENOMEM ? -errno : not_reached(pid, address);
 }
 
 static int write_area(pid_t pid, uint64_t address, const void *from, size_t bytes)
 {
 	struct iovec local = {(void *)from, bytes}, remote = {(void *)(uintptr_t)address, bytes};
 
-	return outcome(process_vm_writev(pid, &local, 1, &remote, 1, 0), bytes);
+	return outcome(pid, address, process_vm_writev(pid, &local, 1, &remote, 1, 0), bytes);
 }
 
 static int read_area(pid_t pid, uint64_t address, void *to, size_t bytes)
 {
 	struct iovec local = {to, bytes}, remote = {(void *)(uintptr_t)address, bytes};
 
-	return outcome(process_vm_readv(pid, &local, 1, &remote, 1, 0), bytes);
+	return outcome(pid, address, process_vm_readv(pid, &local, 1, &remote, 1, 0), bytes);
 }
 
 /* `running` is read last: what is concluded from its being 0 rests on what the other words said before. */
@@ -89,7 +109,7 @@ static int read_header(pid_t pid, uint64_t header, struct inject_header *h)
 	struct iovec local = {h, FIRST + sizeof(h->running)};
 	struct iovec remote[2] = {{(void *)(uintptr_t)header, FIRST},
 				  {(void *)(uintptr_t)(header + FIRST), sizeof(h->running)}};
-	int error = outcome(process_vm_readv(pid, &local, 1, remote, 2, 0), local.iov_len);
+	int error = outcome(pid, header, process_vm_readv(pid, &local, 1, remote, 2, 0), local.iov_len);
 
 	return error ? error : h->magic == AREA_MAGIC ? 0 : -EFAULT;
 }
@@ -114,7 +134,7 @@ static int wait_idle(pid_t pid, uint64_t header, uint32_t timeout_ms, struct inj
 		bool late = sys_now_ns() >= deadline_ns; /* before the look: we may be the one who was late */
 		int error = read_header(pid, header, h);
 
-		if (error || !h->running)
+		if (error ? error != -EAGAIN : !h->running)
 			return error;
 		if (late)
 			return -ETIMEDOUT;
@@ -132,7 +152,7 @@ static int take_over(pid_t pid, uint64_t header, struct inject_header *h)
 		error = cancel(pid, header, h);
 	if (!error)
 		error = wait_idle(pid, header, PASS_MS, h);
-	return error == -ETIMEDOUT ? -EBUSY : error;
+	return error == -ETIMEDOUT || error == -EAGAIN ? -EBUSY : error;
 }
 
 static int inside(int32_t tid, struct tierd_call call, int64_t *result)
@@ -370,23 +390,28 @@ static int wait_end(const struct batch *b, uint64_t budget_ns, uint32_t timeout_
 		TIERD_INJECT_STEP(13);
 		if (!error && !cancelled && passed_ns >= (budget_ns < timeout_ns ? budget_ns : timeout_ns)) {
 			error = h->batch == b->number ? cancel(tid, b->header, h) : 0;
-			cancelled = true;
+			cancelled = !error;
 			TIERD_INJECT_STEP(14);
 		}
-		if (error)
+		if (!error && !h->running && (h->done == h->count || h->batch != b->number)) {
+			error = read_header(tid, b->header, h); /* `done` was read before `running` */
+			if (!error)
+				return 0;
+		}
+		if (error && error != -EAGAIN)
 			return error;
-		if (!h->running && (h->done == h->count || h->batch != b->number))
-			return read_header(tid, b->header, h); /* `done` was read before `running` */
 		if (passed_ns >= timeout_ns)
 			return -EINPROGRESS;
 		sys_pause_us(POLL_US);
 	}
 }
 
-static int read_results(const struct batch *b, struct tierd_inside_call *calls, uint64_t done)
+/* `done` is what the VMM's memory says, and the VMM is not to be trusted with ours. */
+static int read_results(const struct batch *b, struct tierd_inside_call *calls, uint32_t count, uint64_t done)
 {
 	struct inject_entry entries[TIERD_CALLS_MAX];
-	int error = read_area(b->excursion.tid, b->header + ENTRIES, entries, done * sizeof(entries[0]));
+	int error = done > count ? -EFAULT
+				 : read_area(b->excursion.tid, b->header + ENTRIES, entries, done * sizeof(entries[0]));
 
 	for (uint64_t i = 0; !error && i < done; i++) {
 		calls[i].result = entries[i].result;
@@ -399,9 +424,9 @@ static int read_results(const struct batch *b, struct tierd_inside_call *calls, 
 int tierd_calls_run(int32_t tid, uint64_t area, struct tierd_inside_call *calls, uint32_t count, uint64_t budget_ns,
 		    uint32_t timeout_ms, uint32_t *done, uint64_t *stopped_ns)
 {
-	struct inject_header h;
+	struct inject_header h = {0};
 	struct batch *b;
-	int error, unread;
+	int error;
 
 	*done = 0;
 	*stopped_ns = 0;
@@ -424,9 +449,10 @@ int tierd_calls_run(int32_t tid, uint64_t area, struct tierd_inside_call *calls,
 		error = wait_end(b, budget_ns, timeout_ms, &h);
 		*stopped_ns = sys_now_ns() - b->excursion.began_ns;
 		if (!error || error == -EINPROGRESS) {
-			unread = read_results(b, calls, h.done);
-			*done = unread ? 0 : (uint32_t)h.done;
-			error = unread ? unread : error;
+			if (read_results(b, calls, count, h.done))
+				error = -EINPROGRESS;
+			else
+				*done = (uint32_t)h.done;
 		}
 	}
 	inject_release(&b->excursion);
@@ -435,8 +461,11 @@ int tierd_calls_run(int32_t tid, uint64_t area, struct tierd_inside_call *calls,
 
 int tierd_calls_settle(int32_t pid, uint64_t area, uint32_t timeout_ms)
 {
+	uint64_t header = area + CODE_BYTES, deadline_ns = sys_now_ns() + timeout_ms * 1000000ull;
 	struct inject_header h;
-	int error = cancel(pid, area + CODE_BYTES, &h);
+	int error;
 
-	return error ? error : wait_idle(pid, area + CODE_BYTES, timeout_ms, &h);
+	while ((error = cancel(pid, header, &h)) == -EAGAIN && sys_now_ns() < deadline_ns)
+		sys_pause_us(POLL_US);
+	return error == -EAGAIN ? -ETIMEDOUT : error ? error : wait_idle(pid, header, timeout_ms, &h);
 }

@@ -374,8 +374,8 @@ struct tierd_inside_call {
 };
 
 /*
- * An area: 16 KiB (arm64: 128 KiB) of private memory of the process that thread tid is of, its first part executable. Blocks, a few seconds at
- * most. Errors as tierd_inject(); -ENOTSUP also where there is no stub for the architecture; -EACCES or -EPERM: a security module
+ * An area: 16 KiB (arm64: 128 KiB) of private memory of the process that thread tid is of, its first part executable. Blocks, a few
+ * seconds at most. Errors as tierd_inject(); -ENOTSUP also where there is no stub for the architecture; -EACCES or -EPERM: a security module
  * or prctl(PR_SET_MDWE) forbids executable memory there. On failure nothing stays mapped, unless the thread cannot be stopped
  * any more; nor is it known to anybody if we die meanwhile.
  */
@@ -389,8 +389,8 @@ int tierd_calls_destroy(int32_t tid, uint64_t area);
  * thread goes on after the call that it is in. *done: how many were made; of those `result` and `data` are filled in.
  * *stopped_ns: from the interrupt to the end, as we saw it. Blocks, at most twice timeout_ms and half a second.
  *
- * -EINPROGRESS: it does not come to its end (uninterruptible sleep, SIGSTOP). It is cancelled, but calls[*done] may be under way:
- * it is as good as made until tierd_calls_settle() has returned 0.
+ * -EINPROGRESS: it does not come to its end (uninterruptible sleep, SIGSTOP), or what became of it cannot be read just now (the area
+ * is swapped out, and there is no memory). calls[*done] and those after it may be made until tierd_calls_settle() has returned 0.
  * -ESRCH, -EFAULT: the process is gone, or its area, as by execve(2). With any other error no call was or will be made: -EINVAL;
  * -EBUSY: traced by somebody else, or a batch still ran after 10 ms; -EAGAIN: stopped by a SIGSTOP; -ETIMEDOUT, -ENOTSUP: as
  * tierd_inject().
@@ -398,8 +398,9 @@ int tierd_calls_destroy(int32_t tid, uint64_t area);
 int tierd_calls_run(int32_t tid, uint64_t area, struct tierd_inside_call *calls, uint32_t count, uint64_t budget_ns,
 		    uint32_t timeout_ms, uint32_t *done, uint64_t *stopped_ns);
 /* Cancels what runs, by whomever it was sent (us, a predecessor that was killed), and waits until no call is being made. After 0
- * none will be, also by a thread that was sent and has not run yet. Blocks, at most timeout_ms. -ETIMEDOUT: a call is still being
- * made; nothing new begins. -ESRCH: no such process, or it is dying: a call that is being made ends with it. -EFAULT: no area. */
+ * none will be, also by a thread that was sent and has not run yet. Blocks, at most twice timeout_ms. -ETIMEDOUT: a call is still
+ * being made, or the area cannot be read just now. -ESRCH: no such process, or it is dying: a call that is being made ends with it.
+ * -EFAULT: no area. */
 int tierd_calls_settle(int32_t pid, uint64_t area, uint32_t timeout_ms);
 
 /* --- what this kernel can do ---------------------------------------------------------------------------------------- */
