@@ -770,7 +770,7 @@ int sys_inside_settle(const struct sys_inside *in)
 	(void)in;
 	model_enter();
 	M.calls_cancelled = true;
-	for (int i = 0; i < 20 && M.calls_run; i++)
+	for (int i = 0; i < 20 && M.calls_run && model_chance(900); i++)
 		model_pause();
 	model_exit();
 	return M.gone ? -ESRCH : M.calls_run ? -ETIMEDOUT : 0;

@@ -403,6 +403,12 @@ ANONYMOUS = [
         "	if (g->anon)\n		(void)settle_inside;\n",
     ),
     Mutation(
+        "anon_successor_does_not_wait_for_the_last_call",  # a batch that is cancelled still ends the call that it is in
+        "guest.c",
+        "	if (g->anon)\n		error = settle_inside(g);\n",
+        "	if (g->anon)\n		(void)settle_inside(g);\n",
+    ),
+    Mutation(
         "anon_adoption_forgets_a_staged_page",
         "guest.c",
         "	if (staged && (state == STAGING || state == DROPPING))",

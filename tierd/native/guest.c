@@ -796,7 +796,7 @@ int tierd_guest_adopt(struct tierd_guest *g, const struct tierd_range *mapped, u
 	g->mapped_count = count;
 	if (g->anon)
 		error = settle_inside(g);
-	if (g->engine->set_async)
+	if (!error && g->engine->set_async)
 		error = leave_window(g, ret);
 	if (!error)
 		error = register_all(g);
