@@ -73,6 +73,14 @@ struct inject_header {
 	struct inject_entry entry[];
 };
 
+_Static_assert(offsetof(struct inject_header, batch) == 8 && offsetof(struct inject_header, count) == 16 &&
+		       offsetof(struct inject_header, done) == 24 && offsetof(struct inject_header, running) == 32 &&
+		       sizeof(struct inject_header) == 128,
+	       "as the stubs have it");
+_Static_assert(offsetof(struct inject_entry, argument) == 8 && offsetof(struct inject_entry, result) == 56 &&
+		       sizeof(struct inject_entry) == 1 << 7,
+	       "as the stubs have it");
+
 /* Position-independent; 0 bytes where there is none. */
 const uint8_t *inject_stub(size_t *bytes);
 /* Whether the thread stands in the stub before it has begun or after its end: with a frame that serves for a next batch. */

@@ -333,14 +333,6 @@ __asm__(".pushsection .rodata\n"
 	"inject_stub_end:\n"
 	".popsection\n");
 
-_Static_assert(offsetof(struct inject_header, batch) == 8 && offsetof(struct inject_header, count) == 16 &&
-		       offsetof(struct inject_header, done) == 24 && offsetof(struct inject_header, running) == 32 &&
-		       sizeof(struct inject_header) == 128,
-	       "the stub's idea of the header");
-_Static_assert(offsetof(struct inject_entry, argument) == 8 && offsetof(struct inject_entry, result) == 56 &&
-		       sizeof(struct inject_entry) == 1 << 7,
-	       "the stub's idea of an entry");
-
 extern const uint8_t inject_stub_start[] __attribute__((visibility("hidden")));
 extern const uint8_t inject_stub_begun[] __attribute__((visibility("hidden")));
 extern const uint8_t inject_stub_over[] __attribute__((visibility("hidden")));

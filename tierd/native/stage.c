@@ -8,7 +8,7 @@
  * leisure. So the staging area is a tier like another (TIER_STAGING): pages are STORED there, addressed by their number, and
  * fetched from there on a fault. Their room is the copy bit of the word, given back by tierd_guest_unstage.
  *
- * The calls are made in batches by one thread of the VMM (inject.c), and a batch goes on when we die. Hence whoever comes next
+ * The calls are made in batches by one thread of the VMM (calls.c), and a batch goes on when we die. Hence whoever comes next
  * waits for its end before it looks at a page.
  *
  *   RESIDENT   -> STAGING    claimed: faults wait
