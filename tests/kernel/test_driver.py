@@ -19,19 +19,24 @@ from tests.native.build import build_real, run_seeds
 SEEDS = int(os.environ.get("TIERD_REAL_SEEDS", "700"))
 
 
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_real(tmp_path_factory.mktemp("real") / "real", ["-O2"])
+
+
 @pytest.mark.timeout(3600)
-def test_seeds(tmp_path: Path, disk_dir: Path) -> None:
-    figures = run_seeds(build_real(tmp_path / "real", ["-O2"]), SEEDS, "--store", str(disk_dir), timeout_s=3500)
+def test_seeds(real: Path, disk_dir: Path) -> None:
+    figures = run_seeds(real, SEEDS, "--store", str(disk_dir), timeout_s=3500)
     for moment in ("at the start", "in adoption", "in service", "while leaving"):
         assert figures[f"kills {moment}"] > 0
     assert figures["pages evicted"] > SEEDS
     assert figures["memory errors"] > 0, "no stored copy was destroyed and touched"
 
 
-def test_seeds_on_hugetlbfs(tmp_path: Path, disk_dir: Path) -> None:
+def test_seeds_on_hugetlbfs(real: Path, disk_dir: Path) -> None:
     with huge_pages(64 * len(os.sched_getaffinity(0))):
         figures = run_seeds(
-            build_real(tmp_path / "real", ["-O2"]),
+            real,
             max(SEEDS // 14, 10),
             "--hugetlb",
             "--slowness",
@@ -44,11 +49,11 @@ def test_seeds_on_hugetlbfs(tmp_path: Path, disk_dir: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_seeds_on_anonymous_memory(tmp_path: Path, disk_dir: Path) -> None:
+def test_seeds_on_anonymous_memory(real: Path, disk_dir: Path) -> None:
     """The VMM's calls are really made inside of it, by a thread that is interrupted, and go on when the daemon is killed."""
     need_anonymous()
     seeds = max(SEEDS // 2, 10)
-    figures = run_seeds(build_real(tmp_path / "real", ["-O2"]), seeds, "--anon", "--store", str(disk_dir))
+    figures = run_seeds(real, seeds, "--anon", "--store", str(disk_dir))
     assert figures["kills in service"] > 0
     assert figures["pages evicted"] > seeds
     assert figures["memory errors"] > 0, "no stored copy was destroyed and touched"

@@ -19,13 +19,24 @@ DATA_PLANE = ("table.c", "guest.c", "engine.c", "fault.c", "scan.c", "evict.c", 
 FLAGS = ("-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-clobbered", "-DTIERD_MODEL")
 
 
-def build_driver(output: Path, flags: Sequence[str], native: Path = NATIVE, here: Path = HERE) -> Path:
-    """The driver (of `here`), with the data plane's sources taken from `native`."""
-    sources = [native / name for name in DATA_PLANE] + [here / name for name in ("model.c", "script.c", "driver.c")]
-    command = ["gcc", *FLAGS, *flags, f"-I{native}", f"-I{here}", *map(str, sources), "-o", str(output), "-pthread"]
+INCLUDES = (f"-I{NATIVE}", f"-I{HERE}")
+DRIVER = (*(NATIVE / name for name in DATA_PLANE), *(HERE / name for name in ("model.c", "script.c", "driver.c")))
+
+
+def build_driver(output: Path, flags: Sequence[str], parts: Sequence[Path] = DRIVER) -> Path:
+    """The driver of `parts`: sources, and objects that compile_parts made with the same flags."""
+    command = ["gcc", *FLAGS, *flags, *INCLUDES, *map(str, parts), "-o", str(output), "-pthread"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output
+
+
+def compile_parts(directory: Path, flags: Sequence[str]) -> list[Path]:
+    """An object for each source of the driver."""
+    command = ["gcc", *FLAGS, *flags, *INCLUDES, "-c", *map(str, DRIVER)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
+    assert done.returncode == 0, done.stderr
+    return [directory / f"{source.stem}.o" for source in DRIVER]
 
 
 def build_real(output: Path, flags: Sequence[str]) -> Path:

@@ -16,10 +16,15 @@ from tests.native.build import NATIVE, build_driver, build_threads, run_driver, 
 SEEDS = int(os.environ.get("TIERD_SEEDS", "20000"))
 
 
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_driver(tmp_path_factory.mktemp("driver") / "driver", ["-O2"])
+
+
 @pytest.mark.timeout(1800)
-def test_seeds(tmp_path: Path) -> None:
+def test_seeds(driver: Path) -> None:
     """Every seed is a run of a guest, its faults, evictions, failing calls and kills; a failure prints its seed."""
-    figures = run_seeds(build_driver(tmp_path / "driver", ["-O2"]), SEEDS)
+    figures = run_seeds(driver, SEEDS)
     assert figures["kills"] > SEEDS / 2
     assert figures["pages evicted"] > SEEDS
     assert figures["repaired"] > 0, "no punch left its page in the cache"
@@ -28,10 +33,9 @@ def test_seeds(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("engine", ["rwp", "rfc"])
-def test_seeds_of_an_engine_with_a_sync_mode(tmp_path: Path, engine: str) -> None:
+def test_seeds_of_an_engine_with_a_sync_mode(driver: Path, engine: str) -> None:
     """The same on the model of a kernel that has the interface; the host swaps, and splits large folios."""
-    binary = build_driver(tmp_path / "driver", ["-O2"])
-    figures = run_seeds(binary, max(SEEDS // 2, 100), "--engine", engine)
+    figures = run_seeds(driver, max(SEEDS // 2, 100), "--engine", engine)
     assert figures["pages evicted"] > SEEDS / 4
     assert figures["repaired"] > 0, "no punch left its page in the cache"
     assert figures["memory errors"] > 0, "no stored copy was destroyed"
@@ -39,37 +43,33 @@ def test_seeds_of_an_engine_with_a_sync_mode(tmp_path: Path, engine: str) -> Non
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("engine", ["stock", "rwp", "rfc"])
-def test_seeds_with_a_mapping_made_anew(tmp_path: Path, engine: str) -> None:
+def test_seeds_with_a_mapping_made_anew(driver: Path, engine: str) -> None:
     """By the VMM, at the same addresses: it is not registered, and no page of it may leave."""
-    binary = build_driver(tmp_path / "driver", ["-O2"])
-    figures = run_seeds(binary, max(SEEDS // 10, 100), "--engine", engine, "--remap")
+    figures = run_seeds(driver, max(SEEDS // 10, 100), "--engine", engine, "--remap")
     assert figures["pages evicted"] > 0
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("engine", ["stock", "rwp", "rfc"])
-def test_seeds_on_hugetlbfs(tmp_path: Path, engine: str) -> None:
+def test_seeds_on_hugetlbfs(driver: Path, engine: str) -> None:
     """A page is several of the system's, SEEK_DATA calls every one of them data, and there is no write(2)."""
-    binary = build_driver(tmp_path / "driver", ["-O2"])
-    figures = run_seeds(binary, max(SEEDS // 5, 100), "--engine", engine, "--hugetlb")
+    figures = run_seeds(driver, max(SEEDS // 5, 100), "--engine", engine, "--hugetlb")
     assert figures["pages evicted"] > SEEDS / 5
     assert figures["kills"] > 0
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("engine", ["stock", "rwp", "rfc"])
-def test_seeds_with_a_vmm_that_ends(tmp_path: Path, engine: str) -> None:
+def test_seeds_with_a_vmm_that_ends(driver: Path, engine: str) -> None:
     """At any step: every call about its memory says ESRCH from then on, and the daemon still comes to an end."""
-    figures = run_seeds(
-        build_driver(tmp_path / "driver", ["-O2"]), max(SEEDS // 10, 100), "--engine", engine, "--vmm-ends"
-    )
+    figures = run_seeds(driver, max(SEEDS // 10, 100), "--engine", engine, "--vmm-ends")
     assert figures["pages evicted"] > 0
 
 
 @pytest.mark.timeout(900)
-def test_seeds_with_a_store_that_outlives_its_callers(tmp_path: Path) -> None:
+def test_seeds_with_a_store_that_outlives_its_callers(driver: Path) -> None:
     """Rule 11: what a killed daemon had in flight lands at any later time, over the life of its successors."""
-    figures = run_seeds(build_driver(tmp_path / "driver", ["-O2"]), max(SEEDS // 4, 100), "--late-io")
+    figures = run_seeds(driver, max(SEEDS // 4, 100), "--late-io")
     assert figures["kills"] > 0
 
 
@@ -82,10 +82,10 @@ def test_seeds_with_a_store_that_outlives_its_callers(tmp_path: Path) -> None:
     ],
     ids=lambda more: " ".join(more) or "stock",
 )
-def test_seeds_on_anonymous_memory(tmp_path: Path, more: list[str]) -> None:
+def test_seeds_on_anonymous_memory(driver: Path, more: list[str]) -> None:
     """It leaves by way of a staging area in the VMM, whose own thread makes the calls, and goes on with them when we die."""
     seeds = max(SEEDS // 4 if not more else SEEDS // 8, 100)
-    figures = run_seeds(build_driver(tmp_path / "driver", ["-O2"]), seeds, "--anon", *more)
+    figures = run_seeds(driver, seeds, "--anon", *more)
     assert figures["pages evicted"] > seeds / 2
     assert figures["kills"] > seeds / 2 or "--remap" in more
     if "--late-io" not in more:
@@ -99,8 +99,7 @@ def test_seeds_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path, 
     run_seeds(build_driver(tmp_path / "driver", flags), max(SEEDS // 20, 100), *more, first=1000000)
 
 
-def test_a_seed_reproduces_a_run(tmp_path: Path) -> None:
-    driver = build_driver(tmp_path / "driver", ["-O1"])
+def test_a_seed_reproduces_a_run(driver: Path) -> None:
     first, second = (run_driver(driver, "--seeds", "20", "--from", "77") for _ in range(2))
     assert first.returncode == 0
     assert first.stdout == second.stdout

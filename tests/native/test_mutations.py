@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.build import HERE, NATIVE, ROOT, build_driver, run_driver
+from tests.native.build import DRIVER, ROOT, build_driver, compile_parts, run_driver
 
 SEEDS_MAX = 20000
+FLAGS = ("-O1", "-Wno-error")
 
 
 @dataclass(frozen=True)
@@ -572,22 +573,23 @@ def test_the_table_of_rules_names_what_is_there() -> None:
         assert names or row.startswith("| 3 "), row
 
 
-def _write(mutation: Mutation, source: Path, to: Path) -> None:
-    text = source.read_text()
+def _write(mutation: Mutation, directory: Path) -> Path:
+    """Into a copy of the source, or into one that has a mutation already."""
+    changed = directory / mutation.file
+    if not changed.exists():
+        shutil.copy(next(source for source in DRIVER if source.name == mutation.file), changed)
+    text = changed.read_text()
     assert text.count(mutation.old) == 1, f"{mutation.name}: the code has changed, write the mutation anew"
-    (to / source.name).write_text(text.replace(mutation.old, mutation.new))
+    changed.write_text(text.replace(mutation.old, mutation.new))
+    return changed
 
 
-def _caught(mutation: Mutation, directory: Path) -> str:
-    """What the driver said of the mutant; empty when it noticed nothing."""
+def _caught(mutation: Mutation, directory: Path, objects: list[Path]) -> str:
+    """What the driver said of the mutant; empty when it noticed nothing. `objects`: of what is not changed."""
     directory.mkdir()
-    for source in (*NATIVE.glob("*.[ch]"), *HERE.glob("*.[ch]")):
-        shutil.copy(source, directory)
-    _write(mutation, directory / mutation.file, directory)
-    if also := ALSO.get(mutation.name):
-        _write(also, directory / also.file, directory)
-    flags = ["-O1", "-Wno-error"]
-    binary = build_driver(directory / "driver", flags, native=directory, here=directory)
+    changed = {_write(one, directory) for one in (mutation, ALSO.get(mutation.name)) if one}
+    others = [path for path in objects if path.stem not in {source.stem for source in changed}]
+    binary = build_driver(directory / "driver", FLAGS, [*changed, *others])
     done = run_driver(binary, "--seeds", str(SEEDS_MAX), *MORE.get(mutation.name, ()))
     return "" if done.returncode == 0 else done.stdout or f"aborted ({done.returncode})"
 
@@ -603,8 +605,9 @@ def verdicts(
         for item in request.session.items
         if hasattr(item, "callspec") and "mutation" in item.callspec.params
     ]
+    objects = compile_parts(at, FLAGS)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        yield {mutation.name: pool.submit(_caught, mutation, at / mutation.name) for mutation in wanted}
+        yield {mutation.name: pool.submit(_caught, mutation, at / mutation.name, objects) for mutation in wanted}
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS + DRIVER_MUTATIONS, ids=lambda m: m.name)
