@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := build/.installed
 C_SOURCES := $(wildcard tierd/native/*.c tierd/native/*.h tierd/native/build.py)
 
-.PHONY: demo test bench torture soak build lint setup install clean kernels test-kernels bench-kernels
+.PHONY: demo test test-machine test-beside bench torture soak build lint setup install clean kernels test-kernels bench-kernels
 
 build: $(STAMP)
 
@@ -24,10 +24,18 @@ setup: build
 demo: setup
 	@$(VENV)/bin/tierd --config config/tierd.yaml demo --directory build/vm $(if $(JSON),--json) $(if $(filter anon,$(MEMORY)),--backing anonymous)
 
+# Two lanes: much of what must have the machine to itself only waits, so what computes goes on beside it, with what is left of the CPUs.
 test: setup lint kernels
 	@tests/setup.sh libvirt metrics disks boot
-	$(PY) -m pytest -q --ignore=tests/kernels $(ARGS)
-	$(BOOTED) $(ARGS)
+	@$(MAKE) --no-print-directory -j2 test-machine test-beside
+
+# One after the other: these look at what the machine has and change what it is set to.
+test-machine:
+	$(PY) -m pytest -q --ignore=tests/kernels --ignore=tests/native $(ARGS)
+
+# Shown at the end: two outputs at once cannot be read.
+test-beside:
+	@nice $(BOOTED) tests/native $(ARGS) >build/test-beside.log 2>&1; status=$$?; cat build/test-beside.log; exit $$status
 
 # Kernels that have the engines' interfaces, and Debian's own: built or unpacked once, into ~/.cache/tierd/kernels.
 kernels:
@@ -37,8 +45,8 @@ kernels:
 bench-kernels: build kernels
 	$(PY) -m tests.kernels.bench $(ARGS)
 
-# Only the tests that boot them: two at once, all of one class by one process.
-BOOTED = $(PY) -m pytest -q -n 2 --dist loadscope tests/kernels
+# The tests that boot them: two at once, all of one class by one process, the long ones first.
+BOOTED = $(PY) -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder tests/kernels
 test-kernels: setup kernels
 	$(BOOTED) $(ARGS)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tierd relies on, asked of the kernels that it must run on: this machine's, and Debian's own, booted in QEMU.
+"""What tierd relies on, asked of Debian's own kernels, booted in QEMU. (Of this machine's: tests/kernel/test_selftest.py.)
 
 Two suites: the C self-test (selftest.c; one small test for each promise of the interface) and, in the booted kernels, the
 stock engine's kernel-layer tests. In there time passes ten times as slowly and only the scratch disk can be written: programs are
@@ -8,22 +8,15 @@ compiled out here, and what would only repeat itself is repeated less often.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shlex
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.kernels.machine import ROOT, booted, check_selftest
-from tests.need import need
 
 DRIVER_SEEDS = 20
-POOL = Path("/proc/sys/vm/nr_hugepages")
-POOL_PAGES = 16
 # What may be skipped on a kernel, and for what reason: anything else that is skipped there has found no way to test at all.
 SKIPS = {
     "debian-6.1": (
@@ -62,24 +55,6 @@ LACKS = {
         "brought back leaves the guest waiting (tierd check says so)"
     }
 }
-
-
-@pytest.fixture
-def hugetlb_pool() -> Iterator[None]:
-    """A few 2 MiB pages, so that hugetlbfs is not skipped. The machine's own setting comes back."""
-    need("root", os.geteuid() == 0, "the pool of huge pages is root's")
-    before = POOL.read_text() if POOL.exists() else ""
-    if before and int(before) < POOL_PAGES:
-        with contextlib.suppress(OSError):
-            POOL.write_text(str(POOL_PAGES))
-    yield
-    if before and int(before) < POOL_PAGES:
-        POOL.write_text(before)
-
-
-def test_this_machine(selftest: Path, hugetlb_pool: None) -> None:
-    done = subprocess.run([selftest, "stock"], capture_output=True, text=True, timeout=280)
-    check_selftest(done.returncode, done.stdout, done.stdout + done.stderr, None)
 
 
 @pytest.mark.timeout(900)
