@@ -16,6 +16,7 @@ from tierd.serve import Tuning
 class Options:
     """What a test may force."""
 
+    engine: str = "auto"  # as in the configuration
     use_pagemap: bool = False
     zap: Zap | None = None
     direct: Literal["auto", "on", "off"] = "auto"
@@ -30,10 +31,11 @@ class Options:
 
 
 class ForcedEngine:
-    """The engine of this kernel (for such memory), with the choices that a test forces."""
+    """The engine of this kernel (for such memory) unless a test forces another one, with the choices that it forces."""
 
     def __init__(self, options: Options, anonymous: bool = False) -> None:
-        self._engine, self._options, self._anonymous = fitting(choose(), anonymous), options, anonymous
+        self._engine = fitting(choose(options.engine), anonymous)
+        self._options, self._anonymous = options, anonymous
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)

@@ -307,6 +307,35 @@ static void touch(const uint64_t *a, int count)
 	say("ok %lu", now_ns() - began);
 }
 
+static int compare(const void *a, const void *b)
+{
+	uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+
+	return (x > y) - (x < y);
+}
+
+/* FIRST COUNT PAUSE-US: as touch, with a pause after each page. Median, p99 and the longest of these reads, in ns. */
+static void stalls(const uint64_t *a, int count)
+{
+	uint64_t n = end_of(a) - a[0], *took = n ? malloc(n * sizeof(*took)) : NULL;
+
+	(void)count;
+	if (busy())
+		return;
+	if (!took)
+		die("memory for the reads");
+	for (uint64_t i = 0; i < n; i++) {
+		uint64_t began = now_ns(), word = *(volatile uint64_t *)page_at(a[0] + i);
+
+		took[i] = now_ns() - began;
+		check_word(a[0] + i, key_of(a[0] + i), 0, word);
+		pause_ns(a[2] * 1000);
+	}
+	qsort(took, n, sizeof(*took), compare);
+	say("ok %lu %lu %lu", took[n / 2], took[n * 99 / 100], took[n - 1]);
+	free(took);
+}
+
 /* FIRST COUNT: what the threads work on. */
 static void hot(const uint64_t *a, int count)
 {
@@ -375,6 +404,7 @@ static const struct command commands[] = {
 	{"zero", zero},
 	{"verify", verify},
 	{"touch", touch},
+	{"stalls", stalls},
 	{"hot", hot},
 	{"run", run},
 	{"stop", stop},

@@ -212,7 +212,14 @@ class Tiered:
             check=lambda: None,
         )
 
-    def evict(self, min_idle_s: float = 0.0, max_bytes: int = 1 << 50, *, stage: bool = True) -> int:
+    def evict(
+        self,
+        min_idle_s: float = 0.0,
+        max_bytes: int = 1 << 50,
+        *,
+        stage: bool = True,
+        bytes_per_s: float | None = None,
+    ) -> int:
         """Pages evicted of those that are idle so long. Of anonymous memory: everything is staged before."""
         if self.native.anonymous and stage:
             self.stage()
@@ -224,6 +231,7 @@ class Tiered:
                 hold_ms_max=20,
                 phases=self.options.phases,
                 check=lambda: None,
+                bytes_per_s=bytes_per_s,
             )
             // self.native.page_bytes
         )

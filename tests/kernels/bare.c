@@ -2,11 +2,11 @@
 /*
  * bare.c: what the system calls of an engine cost by themselves, in the kernel that this runs in.
  *
- *   bare rwp|rfc MIB ROUNDS
+ *   bare stock|rfc|rwp MIB ROUNDS
  *
  * Shared memory of MIB MiB. One line of JSON with medians: scan and deactivation of all of it when all of it was touched (ms), by
- * another process, as a daemon does it; the price of a touch after the deactivation in async mode (us, read and write), of a
- * touch that a handler thread resolves in sync mode, and of the stock engine's way to see a touch: an ordinary minor fault.
+ * another process, as a daemon does it; and the price of a touch after the deactivation (us, read and write). Of an engine with
+ * a sync mode also that of a touch that a handler thread resolves in it, and of the change of mode.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -21,19 +21,45 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "sys.h"
 
-enum { ROUNDS_MAX = 64, TOUCHES = 512, SHORT_TOUCHES = 64 };
+enum { ROUNDS_MAX = 64, TOUCHES = 512, SHORT_TOUCHES = 64, STRETCH_BYTES = 64 << 20 };
 
-static bool is_rwp;
-static int uffd, memfd, pagemap;
+struct engine {
+	const char *name;
+	uint64_t features, mode, touched; /* of UFFDIO_API, UFFDIO_REGISTER, PAGEMAP_SCAN */
+	int (*deactivate)(int uffd, uint64_t address, uint64_t bytes);
+	int (*resolve)(int uffd, uint64_t address, uint64_t bytes);
+	int (*set_async)(int uffd, bool async); /* NULL: there is no sync mode */
+};
+
+static int uffd, memfd, pagemap, pidfd;
 static size_t bytes, page_bytes, rounds;
 static uint8_t *memory;
 static int order_pipe[2], answer_pipe[2];
 static _Atomic bool stop;
+
+static int page_out(int unused, uint64_t address, uint64_t length)
+{
+	const struct iovec range = {(void *)(uintptr_t)address, length};
+	ssize_t n = sys_pageout(pidfd, &range, 1);
+
+	(void)unused;
+	return n < 0 ? (int)n : (size_t)n == length ? 0 : -EIO;
+}
+
+static const struct engine engines[] = {
+	{"stock", 1ull << 12, UFFDIO_REGISTER_MODE_WP, SYS_PAGE_PRESENT, page_out, NULL, NULL},
+	{"rfc", 1ull << 10 | 1ull << 12 | 1ull << 17 | 1ull << 18, UFFDIO_REGISTER_MODE_MINOR | UFFDIO_REGISTER_MODE_WP,
+	 SYS_PAGE_PRESENT, sys_rfc_deactivate, sys_uffd_continue, sys_rfc_set_async},
+	{"rwp", 1ull << 10 | 1ull << 12 | 1ull << 17 | 1ull << 18, SYS_RWP_REGISTER_MODE, SYS_RWP_ACCESSED,
+	 sys_rwp_protect, sys_rwp_unprotect, sys_rwp_set_async},
+};
+static const struct engine *engine;
 
 static void must(bool good, const char *what)
 {
@@ -43,23 +69,20 @@ static void must(bool good, const char *what)
 	exit(1);
 }
 
+/* As tierd does it: in stretches, so that mmap_lock is not held for long. */
 static void deactivate(void)
 {
+	for (size_t at = 0; at < bytes; at += STRETCH_BYTES) {
+		size_t n = bytes - at < STRETCH_BYTES ? bytes - at : STRETCH_BYTES;
 
-	/* as tierd does it: in stretches, so that mmap_lock is not held for long */
-	for (size_t at = 0; at < bytes; at += 64 << 20) {
-		size_t n = bytes - at < 64 << 20 ? bytes - at : 64 << 20;
-		uint64_t address = (uintptr_t)memory + at;
-
-		must(!(is_rwp ? sys_rwp_protect(uffd, address, n) : sys_rfc_deactivate(uffd, address, n)),
-		     "deactivation");
+		must(!engine->deactivate(uffd, (uintptr_t)memory + at, n), "deactivation");
 	}
 }
 
 static void scan(void)
 {
 	uint64_t at = (uintptr_t)memory, end = at + bytes;
-	const struct sys_scan wanted = {.any_of = is_rwp ? SYS_RWP_ACCESSED : SYS_PAGE_PRESENT};
+	const struct sys_scan wanted = {.any_of = engine->touched};
 	struct sys_page_region found[256];
 
 	while (at < end)
@@ -118,10 +141,7 @@ static void *handler(void *unused)
 	while (!stop) {
 		if (poll(&ready, 1, 10) != 1 || sys_uffd_read(uffd, &m, 1) != 1)
 			continue;
-		if (is_rwp)
-			sys_rwp_unprotect(uffd, m.arg.pagefault.address & ~(page_bytes - 1), page_bytes);
-		else
-			sys_uffd_continue(uffd, m.arg.pagefault.address & ~(page_bytes - 1), page_bytes);
+		engine->resolve(uffd, m.arg.pagefault.address & ~(page_bytes - 1), page_bytes);
 	}
 	return NULL;
 }
@@ -139,26 +159,21 @@ static double median(uint64_t *values)
 	return (double)values[rounds / 2];
 }
 
-static void set_async(bool async)
-{
-	must(!(is_rwp ? sys_rwp_set_async(uffd, async) : sys_rfc_set_async(uffd, async)), "change of mode");
-}
-
 static void set_up(void)
 {
-	struct uffdio_api api = {.api = UFFD_API, .features = 1ull << 17 | 1ull << 18 | 1ull << 10 | 1ull << 12};
+	struct uffdio_api api = {.api = UFFD_API, .features = engine->features};
 	char path[64];
-	uint64_t mode = is_rwp ? SYS_RWP_REGISTER_MODE : UFFDIO_REGISTER_MODE_MINOR | UFFDIO_REGISTER_MODE_WP;
 
 	uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
 	must(uffd >= 0 && !ioctl(uffd, UFFDIO_API, &api), "userfaultfd");
 	snprintf(path, sizeof(path), "/proc/%d/pagemap", getpid());
 	pagemap = open(path, O_RDONLY | O_CLOEXEC);
+	pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
 	memfd = memfd_create("bare", MFD_CLOEXEC);
-	must(pagemap >= 0 && memfd >= 0 && !ftruncate(memfd, (off_t)bytes), "memory");
+	must(pagemap >= 0 && pidfd >= 0 && memfd >= 0 && !ftruncate(memfd, (off_t)bytes), "memory");
 	memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
 	must(memory != MAP_FAILED, "memory");
-	must(!sys_uffd_register(uffd, (uintptr_t)memory, bytes, mode), "registration");
+	must(!sys_uffd_register(uffd, (uintptr_t)memory, bytes, engine->mode), "registration");
 	must(!madvise(memory, bytes, MADV_DONTFORK), "MADV_DONTFORK");
 	memset(memory, 1, bytes);
 	must(!pipe(order_pipe) && !pipe(answer_pipe), "pipe");
@@ -168,30 +183,35 @@ static void set_up(void)
 	}
 }
 
-/* The stock engine's re-access: registered WP, so that no neighbour is mapped with the page. */
-static void stock(uint64_t *reads, uint64_t *writes)
+/* ns of the change to sync mode, and of a touch in it */
+static void in_sync_mode(uint64_t *mode, uint64_t *trip)
 {
-	must(!sys_uffd_unregister(uffd, (uintptr_t)memory, bytes), "unregistration");
-	must(!sys_uffd_register(uffd, (uintptr_t)memory, bytes, UFFDIO_REGISTER_MODE_WP), "registration");
-	for (size_t i = 0; i < rounds; i++) {
-		must(!madvise(memory, bytes, MADV_DONTNEED), "MADV_DONTNEED");
-		reads[i] = touch(0, TOUCHES, false);
-		writes[i] = touch(TOUCHES, TOUCHES, true);
-		touch(0, bytes / page_bytes, false);
-	}
+	uint64_t began = sys_now_ns();
+
+	must(!engine->set_async(uffd, false), "change of mode");
+	*mode = sys_now_ns() - began;
+	*trip = touch(2 * TOUCHES, SHORT_TOUCHES, false);
+	must(!engine->set_async(uffd, true), "change of mode");
+}
+
+static void parse(int count, char **arguments)
+{
+	must(count == 4, "usage: bare stock|rfc|rwp MIB ROUNDS");
+	for (size_t i = 0; i < sizeof(engines) / sizeof(engines[0]); i++)
+		if (!strcmp(engines[i].name, arguments[1]))
+			engine = &engines[i];
+	bytes = strtoul(arguments[2], NULL, 10) << 20;
+	rounds = strtoul(arguments[3], NULL, 10);
+	must(engine && rounds && rounds <= ROUNDS_MAX, "engine or rounds");
 }
 
 int main(int count, char **arguments)
 {
 	uint64_t deactivations[ROUNDS_MAX], scans[ROUNDS_MAX], reads[ROUNDS_MAX], writes[ROUNDS_MAX], trips[ROUNDS_MAX];
-	uint64_t stock_reads[ROUNDS_MAX], stock_writes[ROUNDS_MAX], modes[ROUNDS_MAX];
+	uint64_t modes[ROUNDS_MAX];
 	pthread_t thread;
 
-	must(count == 4, "usage: bare rwp|rfc MIB ROUNDS");
-	is_rwp = !strcmp(arguments[1], "rwp");
-	bytes = strtoul(arguments[2], NULL, 10) << 20;
-	rounds = strtoul(arguments[3], NULL, 10);
-	must(rounds && rounds <= ROUNDS_MAX, "rounds");
+	parse(count, arguments);
 	page_bytes = sys_page_bytes();
 	set_up();
 	must(!pthread_create(&thread, NULL, handler, NULL), "thread");
@@ -200,19 +220,16 @@ int main(int count, char **arguments)
 		deactivations[i] = ordered('d');
 		reads[i] = touch(0, TOUCHES, false);
 		writes[i] = touch(TOUCHES, TOUCHES, true);
-		modes[i] = sys_now_ns();
-		set_async(false);
-		modes[i] = sys_now_ns() - modes[i];
-		trips[i] = touch(2 * TOUCHES, SHORT_TOUCHES, false);
-		set_async(true);
+		if (engine->set_async)
+			in_sync_mode(&modes[i], &trips[i]);
 		touch(0, bytes / page_bytes, false);
 	}
 	stop = true;
 	pthread_join(thread, NULL);
-	stock(stock_reads, stock_writes);
-	printf("{\"deactivate_ms\": %.3f, \"scan_ms\": %.3f, \"read_us\": %.3f, \"write_us\": %.3f, \"sync_us\": %.3f, "
-	       "\"set_mode_us\": %.3f, \"stock_read_us\": %.3f, \"stock_write_us\": %.3f}\n",
-	       median(deactivations) / 1e6, median(scans) / 1e6, median(reads) / 1e3, median(writes) / 1e3,
-	       median(trips) / 1e3, median(modes) / 1e3, median(stock_reads) / 1e3, median(stock_writes) / 1e3);
+	printf("{\"deactivate_ms\": %.3f, \"scan_ms\": %.3f, \"read_us\": %.3f, \"write_us\": %.3f",
+	       median(deactivations) / 1e6, median(scans) / 1e6, median(reads) / 1e3, median(writes) / 1e3);
+	if (engine->set_async)
+		printf(", \"sync_us\": %.3f, \"set_mode_us\": %.3f", median(trips) / 1e3, median(modes) / 1e3);
+	printf("}\n");
 	return 0;
 }

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine with a sync mode costs beside its bare system calls: in a kernel that has one. `python3 -m tests.kernels.bench`
-boots it and runs this.
+"""What an engine costs beside its bare system calls, in a kernel that has more than the stock one. `python3 -m
+tests.kernels.bench` boots it and runs this.
 
     python -m tests.kernels.measure BARE     BARE: the program of bare.c
 
-Prints JSON. Ratios only are worth something: this runs under emulation.
+Prints JSON: the kernel's own engine, and the stock engine on the same kernel. Ratios only are worth something: this runs under
+emulation.
 """
 
 from __future__ import annotations
@@ -15,66 +16,99 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.kernel.vmm import VMM_SOURCES, Host, Vmm, compile_child
+from tests.kernel.vmm import PAGE, VMM_SOURCES, Host, Tiered, Vmm, compile_child
+from tierd.config import Policy
 from tierd.engine import choose
 
-MIB, ROUNDS = 256, 7
+MIB, ROUNDS = 256, 9
+LEAVES_BYTES, LEAVES_BYTES_PER_S = 64 << 20, 32 << 20
+STALLS, STALL_PAUSE_US, STALL_ROUNDS = 4096, 250, 5
 
 
-def bare(program: str) -> dict[str, float]:
-    done = subprocess.run([program, choose().name, str(MIB), "5"], capture_output=True, text=True, check=True)
+def bare(program: str, engine: str) -> dict[str, float]:
+    done = subprocess.run([program, engine, str(MIB), "5"], capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found
 
 
-def quantile_ms(buckets: tuple[int, ...], q: float) -> float:
-    """Upper edge of the bucket that holds it."""
+def quantile_ms(buckets: tuple[int, ...], q: float) -> float | None:
+    """Upper edge of the bucket that holds it; None when there is nothing in them."""
     wanted, seen = q * sum(buckets), 0
     for i, count in enumerate(buckets):
         seen += count
-        if seen >= wanted:
+        if seen and seen >= wanted:
             return float(2**i / 1e6)
-    raise AssertionError("no windows")
+    return None
 
 
-def measure(program: str, scratch: Path) -> dict[str, Any]:
-    binary = compile_child(scratch / "vmm", *VMM_SOURCES)
-    host = Host(Path(tempfile.mkdtemp(dir="/dev/shm")), Path(tempfile.mkdtemp(dir="/var/tmp")))
+def passes(tiered: Tiered, vmm: Vmm, program: str, engine: str) -> dict[str, Any]:
+    """Scan and deactivation of memory that was touched as a whole, in turns with the bare calls."""
     ours: list[float] = []
     limits: list[dict[str, float]] = []
-    with Vmm(binary, f"bytes={MIB << 20}") as vmm, host.attached(vmm) as tiered:
+    for _ in range(ROUNDS):
+        limits.append(bare(program, engine))
+        vmm.ask("touch")
+        began = time.monotonic()
+        tiered.scan()
+        ours.append((time.monotonic() - began) * 1e3)
+    limits_ms = [one["deactivate_ms"] + one["scan_ms"] for one in limits]
+    return {
+        "scan_and_deactivate_ms": round(statistics.median(ours), 3),
+        "limit_ms": round(statistics.median(limits_ms), 3),
+        "ratio": round(statistics.median(a / b for a, b in zip(ours, limits_ms, strict=True)), 2),
+        **{key: statistics.median(one[key] for one in limits) for key in limits[0]},
+    }
+
+
+def stalls(tiered: Tiered, vmm: Vmm) -> dict[str, float]:
+    """What reads of untouched pages cost the guest: in peace, and while others leave at a fixed rate."""
+    first = LEAVES_BYTES // PAGE
+    quiet: list[list[int]] = []
+    beside: list[list[int]] = []
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(STALL_ROUNDS):
+            tiered.scan()
+            quiet.append(vmm.ask("stalls", first, STALLS, STALL_PAUSE_US))
+            tiered.scan()
+            leaving = pool.submit(tiered.evict, max_bytes=LEAVES_BYTES, bytes_per_s=LEAVES_BYTES_PER_S)
+            beside.append(vmm.ask("stalls", first, STALLS, STALL_PAUSE_US))
+            assert leaving.result(), "pages left"
+            tiered.restore_all()
+            tiered.discard()
+    return {
+        f"{name}_{what}_us": round(statistics.median(one[i] for one in found) / 1e3, 1)
+        for name, found in (("quiet", quiet), ("stall", beside))
+        for i, what in enumerate(("p50", "p99", "max"))
+    }
+
+
+def measure(engine: str, program: str, scratch: Path) -> dict[str, Any]:
+    binary = compile_child(scratch / "vmm", *VMM_SOURCES)
+    host = Host(Path(tempfile.mkdtemp(dir="/dev/shm")), Path(tempfile.mkdtemp(dir="/var/tmp")))
+    with Vmm(binary, f"bytes={MIB << 20}") as vmm, host.attached(vmm, Policy(), engine=engine) as tiered:
         vmm.ask("fill")
         tiered.scan()
-        for _ in range(ROUNDS):
-            limits.append(bare(program))
-            vmm.ask("touch")
-            began = time.monotonic()
-            tiered.scan()
-            ours.append((time.monotonic() - began) * 1e3)
-        for _ in range(3):
-            tiered.evict()
-            vmm.ask("touch")
-            tiered.scan()
-            tiered.scan()
+        of_passes = passes(tiered, vmm, program, engine)
+        of_stalls = stalls(tiered, vmm)
         counters = tiered.counters()
         tiered.leave()
-    middle = {key: statistics.median(one[key] for one in limits) for key in limits[0]}
-    limit_ms = statistics.median(one["deactivate_ms"] + one["scan_ms"] for one in limits)
+    windows = counters["window_buckets"]
     return {
-        "engine": choose().name,
-        "scan_and_deactivate_ms": round(statistics.median(ours), 3),
-        "limit_ms": round(limit_ms, 3),
-        "ratio": round(statistics.median(ours) / limit_ms, 2),
-        "window_p50_ms": quantile_ms(counters["window_buckets"], 0.5),
-        "window_p99_ms": quantile_ms(counters["window_buckets"], 0.99),
+        "engine": engine,
+        **of_passes,
+        **of_stalls,
+        "window_p50_ms": quantile_ms(windows, 0.5),
+        "window_p99_ms": quantile_ms(windows, 0.99),
         "windows": counters["windows"],
-        **middle,
     }
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(measure(sys.argv[1], Path(scratch))))
+        print(
+            json.dumps([measure(name, sys.argv[1], Path(scratch)) for name in dict.fromkeys((choose().name, "stock"))])
+        )
