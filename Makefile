@@ -25,7 +25,7 @@ demo: setup
 	@$(VENV)/bin/tierd --config config/tierd.yaml demo --directory build/vm $(if $(JSON),--json) $(if $(filter anon,$(MEMORY)),--backing anonymous)
 
 # Two lanes: much of what must have the machine to itself only waits, so what computes goes on beside it, with what is left of the CPUs.
-test: setup lint kernels
+test: setup lint
 	@tests/setup.sh libvirt metrics disks boot
 	@$(MAKE) --no-print-directory -j2 test-machine test-beside
 
@@ -34,12 +34,12 @@ test-machine:
 	$(PY) -m pytest -q --ignore=tests/kernels --ignore=tests/native $(ARGS)
 
 # Shown at the end: two outputs at once cannot be read.
-test-beside:
+test-beside: kernels
 	@nice $(BOOTED) tests/native $(ARGS) >build/test-beside.log 2>&1; status=$$?; cat build/test-beside.log; exit $$status
 
 # Kernels that have the engines' interfaces, and Debian's own: built or unpacked once, into ~/.cache/tierd/kernels.
 kernels:
-	@python3 -m tests.kernels.build
+	@nice python3 -m tests.kernels.build
 
 # What the native interfaces cost beside the bare calls, in kernels that have them: ratios, it is an emulation.
 bench-kernels: build kernels

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,17 @@ def programs() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def bytecode() -> None:
+    """Of the project and its tests, pytest's own, too: in there nothing can be written, and each process would compile again."""
+    for command in (
+        ["compileall", "-q", "tierd", "tests"],
+        ["pytest", "-q", "--collect-only", "tests/kernel", "tests/daemon"],
+    ):
+        done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
 def selftest(programs: Path) -> Path:
     output = programs / "selftest"
     sources = sorted(HERE.glob("selftest*.c"))
@@ -36,7 +48,7 @@ def selftest(programs: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def children(programs: Path) -> Path:
+def children(programs: Path, bytecode: None) -> Path:
     """A directory for TIERD_TEST_PROGRAMS: the VMM of the tests, the vCPU, the real driver."""
     compile_child(programs / "vmm", *VMM_SOURCES)
     compile_child(programs / "kvm_vcpu", "kvm_vcpu.c", "child.c")
