@@ -25,7 +25,7 @@ from tierd.serve import StateError, adopt, wait_for_lock
 
 Start = Callable[..., Vmm]
 KILLS = int(os.environ.get("TIERD_KILLS", "0"))
-SECONDS = float("inf") if KILLS else 75.0  # the slice in `make test`
+SECONDS = 0.0 if KILLS else 75.0  # the slice in `make test`
 SANITIZED_S = 15.0
 
 
@@ -40,7 +40,7 @@ def check(result: dict[str, Any]) -> None:
 @pytest.mark.timeout(7200)
 def test_torture(vmm_binary: Path) -> None:
     seed = int(os.environ.get("TIERD_SEED", "3"))
-    result = torture(vmm_binary, kills=KILLS or 1 << 30, seconds=SECONDS, seed=seed, guests=3)
+    result = torture(vmm_binary, kills=KILLS or 100, seconds=SECONDS, seed=seed, guests=3)
     check(result)
     assert result["kills"] >= (KILLS or 100)
     if KILLS and KILLS < 100:  # too few for all that is a matter of chance
@@ -70,7 +70,7 @@ def test_torture_under_a_sanitizer(vmm_binary: Path, tmp_path: Path, sanitizer: 
     """The extension that Python loads, built with the sanitizer; whatever that has to say ends the worker and is a file."""
     python, logs = sanitized_python(tmp_path, sanitizer)
     # the sanitizers' own memory would be the first to be short
-    check(torture(vmm_binary, kills=1 << 30, seconds=SANITIZED_S, seed=5, guests=2, python=python, memory_limit=0))
+    check(torture(vmm_binary, kills=10, seconds=SANITIZED_S, seed=5, guests=2, python=python, memory_limit=0))
     assert not [log.read_text() for log in logs.iterdir()]
 
 

@@ -231,7 +231,7 @@ class Tortured:
         self.start("honest")
         assert self.listen(READY_S_MAX, b"ready")
         before = self.vmm.stats()["operations"]
-        wait_for(lambda: self.vmm.stats()["operations"] > before + 100, "the guest goes on")
+        wait_for(lambda: self.vmm.stats()["operations"] > before + 100, "the guest goes on", seconds=60)
         self.vmm.ask("stop")
         self.vmm.verify()
         failed = self.failed_pages()
@@ -250,12 +250,12 @@ def torture(
     seed: int,
     guests: int,
     memory: Memory = "memfd",
-    seconds: float = float("inf"),
+    seconds: float = 0.0,
     python: Python = Python(),
     memory_limit: int = WORKERS_LIMIT,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Kill `kills` times, or more often until pages have left and come back, or for so many seconds; then verify everything.
+    """Kill `kills` times at least, for so many seconds at least, and until pages have left and come back; then verify everything.
     AssertionError: a byte was wrong, a memory error where it must not be, or somebody hangs. memory: the guests'; of hugetlb: the
     pool has 32 pages for each. memory_limit: of all workers together; 0: none."""
     with ExitStack() as cleanup:
@@ -286,7 +286,7 @@ def torture(
             """Pages have left and come back, too: on a slow machine the first lives may be too short for that."""
             met = zip(*((one.evicted, one.faults, one.kills["in_service"]) for one in tortured), strict=True)
             wanted = kills if all(map(sum, met)) else IN_VAIN_MAX * kills
-            return so_far() >= wanted or time.monotonic() - began >= seconds
+            return so_far() >= wanted and time.monotonic() - began >= seconds
 
         def run(one: Tortured) -> None:
             try:
