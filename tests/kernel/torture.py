@@ -47,7 +47,7 @@ ADOPTION_S_MAX = 0.005
 DETACH_S_MAX = 0.2
 READY_S_MAX = 60.0 * SLOWNESS
 DESTROYED_MAX = 24
-IN_VAIN_MAX = 10  # times as many kills as wanted, and nothing happened in between
+IN_VAIN_MAX = 4  # times as many kills as wanted, and nothing happened in between
 WORKERS_LIMIT = 320 * MIB
 TABLE_HEADER_BYTES = 65536
 STORED = STATES.index("stored")
@@ -238,6 +238,8 @@ class Tortured:
         assert failed == self.destroyed, (
             f"no memory error at {self.destroyed - failed}, one at {failed - self.destroyed}"
         )
+        self._text = b""
+        assert self.listen(READY_S_MAX, b"counters"), "what was read back is counted"
         kills = self.kills.copy()
         self.kill()
         self.kills = kills
@@ -275,7 +277,7 @@ def torture(
             destroyed = (vmm.pages // 4 if huge else DESTROYED_MAX) if i == guests - 1 else 0
             tortured.append(Tortured(vmm, shm, disk, random.Random(f"{seed} {i}"), python, cgroup, destroyed, slowness))
             vmm.ask("fill")
-            vmm.ask("run", int(20 / slowness) if huge else 500 if anonymous else 2000, 50)
+            vmm.ask("run", int((20 if huge else 500 if anonymous else 2000) / SLOWNESS), 50)
         cleanup.callback(lambda: [one.worker.kill() for one in tortured if one.worker is not None])
         began, failed = time.monotonic(), threading.Event()
 

@@ -16,6 +16,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,6 +75,19 @@ def misbehaviour(chance: random.Random, misread: bool) -> dict[str, int]:
     return {"seed": chance.randrange(1, 1 << 30), "slow_us": 2000, **hangs, **faults}
 
 
+def reporter(served: Served) -> Callable[[], None]:
+    """Says what was done so far, every 30 ms if it is called so often."""
+    reported = time.monotonic()
+
+    def report() -> None:
+        nonlocal reported
+        if time.monotonic() - reported > 0.03:
+            reported, c = time.monotonic(), served.native.counters()
+            say("counters", c["latency_count"], c["pages_evicted"], c["pages_lost"])
+
+    return report
+
+
 def stage_all(served: Served, options: Options) -> None:
     """However many readers that costs."""
     cycle.discard_fetched(served.native, options.phases, lambda: None)  # what takes space in the store cannot be staged
@@ -91,7 +105,7 @@ def stage_all(served: Served, options: Options) -> None:
     )
 
 
-def one_cycle(served: Served, options: Options) -> None:
+def one_cycle(served: Served, options: Options, report: Callable[[], None]) -> None:
     try:
         cycle.scan_and_deactivate(served.native, options.phases, lambda: None)
     except KernelError as error:
@@ -107,7 +121,7 @@ def one_cycle(served: Served, options: Options) -> None:
             max_bytes=1 << 40,
             hold_ms_max=20,
             phases=options.phases,
-            check=lambda: None,
+            check=report,
         )
     health = served.native.health(0.1)
     if health.fault_threads < 4 and (health.overdue_ns > 1e8 or health.hung_threads == health.fault_threads):
@@ -141,12 +155,10 @@ def main() -> None:
         if order != "honest":
             served.native.set_store_faults(**misbehaviour(chance, misread=order != "spoilt"))
         say("ready", served.adoption.stored_pages if served.adoption else 0)
-        began = reported = time.monotonic()
-        while (now := time.monotonic()) - began < stay_s:
-            one_cycle(served, options)
-            if now - reported > 0.03:
-                reported, c = now, served.native.counters()
-                say("counters", c["latency_count"], c["pages_evicted"], c["pages_lost"])
+        began, report = time.monotonic(), reporter(served)
+        while time.monotonic() - began < stay_s:
+            one_cycle(served, options, report)
+            report()
         leave(served)
 
 
