@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.kernels import build
@@ -12,6 +15,12 @@ from tests.need import need
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "kernels"
+
+
+def pytest_in_there(tests: Sequence[str], python: str = sys.executable) -> str:
+    """The command. Only the plugin that is needed: there the import of the others takes ten seconds."""
+    options = "-q --color=no -p no:cacheprovider -p pytest_timeout --durations=5"
+    return f"PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 {shlex.quote(python)} -m pytest {options} {shlex.join(tests)}"
 
 
 def booted(name: str, command: str, timeout_s: float, append: str = "") -> Done:

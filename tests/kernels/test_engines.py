@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.machine import ROOT, booted, check_selftest
+from tests.kernels.machine import ROOT, booted, check_selftest, pytest_in_there
 from tests.need import need
 from tierd.demo.guest import GuestError, find_kernel
 
@@ -68,10 +68,8 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
         guest_kernel = find_kernel(ROOT / "build" / "vm")
     except GuestError as error:
         need("vm", False, str(error))
-    suite = " ".join(f"tests/kernel/{test}" for test in SUITE)
     interpreter = Path(sys.executable)
     theirs = interpreter.relative_to(ROOT) if interpreter.is_relative_to(ROOT) else interpreter
-    pytest_options = "-q --color=no -p no:cacheprovider --durations=5"
     demo = f"{python} -m tierd --config config/tierd.yaml demo --json --directory {DEMO} --accel kvm"
     commands = {
         "check": f"{python} -m tierd check --json",
@@ -82,8 +80,8 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
         # a page takes long to leave, so its daemons live longer
         "hugetlb": f"echo {HUGETLB_PAGES} >{HUGETLB_POOL}; {children}/real --engine {name} --slowness 250 --seeds "
         f"{HUGETLB_SEEDS} --store /var/tmp --hugetlb; status=$?; echo 0 >{HUGETLB_POOL}; (exit $status)",
-        "suite": f"{python} -m pytest {pytest_options} {suite}",
-        "user": f"(cd {HERE}; {shlex.quote(str(theirs))} -m pytest {pytest_options} tests/daemon/test_unprivileged.py)",
+        "suite": pytest_in_there([f"tests/kernel/{test}" for test in SUITE]),
+        "user": f"(cd {HERE}; {pytest_in_there(['tests/daemon/test_unprivileged.py'], str(theirs))})",
         # KVM: the emulator emulates SVM, and so the guest is emulated once and not twice
         "demo": f"mkdir {DEMO} && ln -s {guest_kernel} {DEMO} && {demo} --memory 128MiB",
         "demo_anonymous": f"{demo} --memory 192MiB --backing anonymous",

@@ -9,12 +9,11 @@ compiled out here, and what would only repeat itself is repeated less often.
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.kernels.machine import ROOT, booted, check_selftest
+from tests.kernels.machine import ROOT, booted, check_selftest, pytest_in_there
 
 DRIVER_SEEDS = 20
 # What may be skipped on a kernel, and for what reason: anything else that is skipped there has found no way to test at all.
@@ -75,11 +74,10 @@ def test_the_stock_engine_on_a_debian_kernel(children: Path, name: str) -> None:
         "TIERD_SLOWNESS": "5",
         "TIERD_TEST_PROGRAMS": str(children),
     }
-    there = ["env", *(f"{key}={value}" for key, value in variables.items()), sys.executable, "-m", "pytest"]
-    there += ["-q", "--color=no", "-p", "no:cacheprovider", "--durations=5"]
-    there += [f"tests/kernel/{test}" for test in SUITE if test not in left_out]
+    settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in variables.items())
+    suite = pytest_in_there([f"tests/kernel/{test}" for test in SUITE if test not in left_out])
     driver = f"{children}/real --slowness 10 --seeds {DRIVER_SEEDS} --store /var/tmp"
-    done = booted(name, f"cd {shlex.quote(str(ROOT))} && {driver} && {shlex.join(there)}", 1200)
+    done = booted(name, f"cd {shlex.quote(str(ROOT))} && {driver} && {settings} {suite}", 1200)
     print("\n".join(f"not run: {test}: {why}" for test, why in left_out.items()))
     print(done.output.partition("= slowest ")[2] or done.output)
     assert done.status == 0, done.said
