@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import re
 import resource
@@ -27,7 +28,7 @@ from tierd.attach import Refused
 from tierd.attach.holders import HolderScan
 from tierd.attach.preflight import preflight, recheck
 from tierd.attach.procfs import grown
-from tierd.attach.ptrace import map_staging
+from tierd.attach.ptrace import NUMBER, map_staging
 from tierd.engine.stock import StockEngine
 from tierd.native import STAGING_TIER, KernelError, probe
 from tierd.native.inject import inject
@@ -493,6 +494,19 @@ def test_pages_that_the_vmm_gives_back(vmm: Vmm, host: Host) -> None:
         no_trouble(tiered)
         tiered.leave()
     vmm.verify()
+
+
+def test_staged_pages_that_the_vmm_drops(vmm: Vmm, host: Host) -> None:
+    """Where it has no business. What it has lost so is lost; nobody waits for it for ever, and all else leaves and comes back."""
+    with host.attached(vmm, readahead_pages=1) as tiered:
+        tiered.stage()
+        (staging,) = (r.staging for r in tiered.served.spec.regions if r.address == vmm.addresses[0])
+        inject(vmm.pid, "madvise", NUMBER["madvise"], staging + 20 * PAGE, 2 * PAGE, mmap.MADV_DONTNEED)
+        tiered.evict(stage=False)
+        assert tiered.staged_pages == 2
+        assert tiered.counters()["kernel_errors"] > 0
+        vmm.ask("verify", 0, 20)
+        vmm.ask("verify", 22, vmm.pages - 22)
 
 
 def test_a_balloon_while_pages_leave(start_vmm: Start, host: Host) -> None:

@@ -655,6 +655,13 @@ ssize_t sys_vmm_read(int mem, void *to, size_t bytes, uint64_t address)
 	return (ssize_t)bytes;
 }
 
+/* A page that is missing is answered with an error by the fault thread. */
+ssize_t sys_vmm_copy(int32_t pid, void *to, size_t bytes, uint64_t address)
+{
+	(void)pid;
+	return model_chance(20) ? -EFAULT : sys_vmm_read(FD_VMM, to, bytes, address);
+}
+
 static uint32_t below_miscount(uint32_t n)
 {
 	while (n && model_chance(600))

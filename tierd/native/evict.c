@@ -258,7 +258,7 @@ static int read_pages(struct tierd_batch *b, uint64_t page, uint32_t n, uint8_t 
 	size_t bytes = n * b->page_bytes, done = 0;
 
 	if (b->g->anon)
-		return staged_read(b->g, page, n, to);
+		return staged_copy(b->g, page, n, to);
 	while (done < bytes) {
 		ssize_t got = sys_mem_read(r->memfd, to + done, bytes - done, mem_offset_of(r, page) + done);
 

@@ -530,8 +530,10 @@ static void serve_fault(struct tierd_worker *w, uint64_t address, uint64_t flags
 	int64_t page = page_of_address(g, address);
 	int error;
 
-	if (page < 0) { /* a region that we do not serve: cannot be registered by us */
+	if (page < 0) { /* in the staging area: nothing else of what we do not serve is registered by us */
 		count_error(g, &g->count.kernel_errors, (int)page);
+		if (staged_poison(g, address))
+			return;
 		sys_uffd_wake(g->uffd, address & ~((uint64_t)g->page_bytes - 1), g->page_bytes);
 		return;
 	}

@@ -334,7 +334,17 @@ int inside_run(struct tierd_guest *g, struct sys_inside_call *calls, uint32_t co
 /* Drops what the staging area holds of the pages [page, page + count), by address. */
 struct sys_inside_call drop_of(struct tierd_guest *g, uint64_t page, uint64_t count);
 int staged_register(struct tierd_guest *g);
-int staged_read(struct tierd_guest *g, uint64_t page, uint32_t count, void *to);
+int staged_read(struct tierd_guest *g, uint64_t page, uint32_t count, void *to); /* never waits for a page */
+/*
+ * The same, a third faster, for the worker and pages that are MOVING. It would wait for one that is missing, and none is: only the
+ * worker drops staged pages, and no page that it has not made DROPPING. Where the VMM itself has dropped one, and so has lost it, the
+ * fault thread ends the wait: staged_poison. And whatever is read of a process that has the VMM's pid by now goes nowhere:
+ * nothing is dropped before it is asked whether the VMM is gone.
+ */
+int staged_copy(struct tierd_guest *g, uint64_t page, uint32_t count, void *to);
+/* A fault at an address of the staging area: whoever waits there, for a page that nobody will bring, gets an error. False: not there,
+ * or there is a page now. */
+bool staged_poison(struct tierd_guest *g, uint64_t address);
 /* Bits of the pages [page, page + count) that the staging area holds; asks until it is told. -ESRCH: the VMM is gone. */
 int staged_look(struct tierd_guest *g, uint64_t page, uint64_t count, uint64_t *there);
 /* A staged page of the group was wanted / left the host. */

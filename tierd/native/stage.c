@@ -136,6 +136,24 @@ int staged_read(struct tierd_guest *g, uint64_t page, uint32_t count, void *to)
 	return 0;
 }
 
+int staged_copy(struct tierd_guest *g, uint64_t page, uint32_t count, void *to)
+{
+	uint64_t address = staging_of(region_of_page(g, page), page);
+	size_t bytes = (size_t)count * g->page_bytes;
+
+	if (sys_vmm_copy(g->header->identity.pid, to, bytes, address) == (ssize_t)bytes)
+		return 0;
+	return staged_read(g, page, count, to);
+}
+
+bool staged_poison(struct tierd_guest *g, uint64_t address)
+{
+	for (uint32_t i = 0; i < g->region_count; i++)
+		if (g->anon && address - g->regions[i].staging < g->regions[i].bytes)
+			return !sys_uffd_poison(g->uffd, address & ~((uint64_t)g->page_bytes - 1), g->page_bytes);
+	return false;
+}
+
 /* A page that is owned must be decided: only the VMM's end is an excuse. */
 static int look_until_seen(struct tierd_guest *g, uint64_t address, uint64_t count, uint64_t *there)
 {

@@ -292,6 +292,14 @@ ssize_t sys_vmm_read(int mem, void *to, size_t bytes, uint64_t address)
 	return n < 0 ? -errno : n;
 }
 
+ssize_t sys_vmm_copy(int32_t pid, void *to, size_t bytes, uint64_t address)
+{
+	struct iovec here = {to, bytes}, there = {(void *)(uintptr_t)address, bytes};
+	ssize_t n = process_vm_readv(pid, &here, 1, &there, 1, 0);
+
+	return n < 0 ? -errno : n;
+}
+
 int sys_inside_create(int32_t tid, uint64_t *area)
 {
 	return tierd_calls_create(tid, area);

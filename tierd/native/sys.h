@@ -74,6 +74,8 @@ int sys_zap_inside(int tid, uint64_t address, uint64_t bytes, uint64_t *stopped_
 
 /* private anonymous memory of the VMM: /proc/PID/mem, which answers EIO where a page is missing and never waits for it */
 ssize_t sys_vmm_read(int mem, void *to, size_t bytes, uint64_t address);
+/* The same with one copy less, and it waits where a page is missing: process_vm_readv. */
+ssize_t sys_vmm_copy(int32_t pid, void *to, size_t bytes, uint64_t address);
 
 /* Batches of calls made by thread tid of the VMM, in one stop: calls.c. A batch goes on when we die. */
 struct sys_inside {
