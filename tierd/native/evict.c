@@ -14,6 +14,7 @@
 #include "internal.h"
 
 enum batch_step { EMPTY, SELECTED, HELD, COPIED, WRITTEN, DROPPED };
+enum { PIECE_BYTES = 64 << 10 }; /* read at once */
 
 struct held_run {
 	uint64_t page;
@@ -323,6 +324,48 @@ static int keep_mapped(struct tierd_batch *b, struct tierd_batch_result *ret)
 	return error;
 }
 
+/* What the slot's bytes are: all zeros, or the checksum of its page. That is ours to write: a fetch reads it only after we made the
+ * page STORED. */
+static void look_at_copy(struct tierd_batch *b, uint32_t slot)
+{
+	const uint8_t *page = b->bytes + slot * b->page_bytes;
+
+	b->zero[slot] = all_zero(page, b->page_bytes);
+	if (!b->zero[slot])
+		b->g->checksums[b->pages[slot]] = checksum(page, b->page_bytes);
+}
+
+/* The slots [first, first + n), neighbours, in pieces that the CPU's cache still has when they are looked at. */
+static int copy_run(struct tierd_batch *b, uint32_t first, uint32_t n)
+{
+	uint32_t end = first + n, piece = b->page_bytes < PIECE_BYTES ? PIECE_BYTES / b->page_bytes : 1;
+
+	for (uint32_t i = first; i < end; i += piece) {
+		int error;
+
+		if (piece > end - i)
+			piece = end - i;
+		error = read_pages(b, b->pages[i], piece, b->bytes + i * b->page_bytes);
+		if (error)
+			return error;
+		for (uint32_t k = i; k < i + piece; k++)
+			look_at_copy(b, k);
+	}
+	return 0;
+}
+
+static int copy_runs(struct tierd_batch *b)
+{
+	uint32_t n;
+	int error = 0;
+
+	for (uint32_t i = 0; !error && i < b->count; i += n) {
+		n = run_length(b->g, b->pages + i, b->count - i);
+		error = copy_run(b, i, n);
+	}
+	return error;
+}
+
 /* A page that cannot be read (a memory error, or the VMM has dropped it there) stays where it is, and the others go on. */
 static void copy_staged(struct tierd_batch *b, struct tierd_batch_result *ret)
 {
@@ -331,20 +374,22 @@ static void copy_staged(struct tierd_batch *b, struct tierd_batch_result *ret)
 
 	for (uint32_t i = 0; i < count; i += n) {
 		n = run_length(g, b->pages + i, count - i);
-		if (kept == i && !read_pages(b, b->pages[i], n, b->bytes + i * b->page_bytes)) {
+		if (kept == i && !copy_run(b, i, n)) {
 			kept += n;
 			continue;
 		}
 		for (uint32_t k = i; k < i + n; k++) {
-			int error = read_pages(b, b->pages[k], 1, b->bytes + kept * b->page_bytes);
+			int error;
 
+			keep(b, kept, k);
+			error = copy_run(b, kept, 1);
 			if (!error) {
-				keep(b, kept++, k);
+				kept++;
 				continue;
 			}
 			count_error(g, &g->count.kernel_errors, error);
-			page_move(g, b->pages[k], b->words[k],
-				  word_with_epoch(word_with_state(b->words[k], STORED), epoch_next(g)));
+			page_move(g, b->pages[kept], b->words[kept],
+				  word_with_epoch(word_with_state(b->words[kept], STORED), epoch_next(g)));
 		}
 	}
 	b->count = kept;
@@ -356,7 +401,6 @@ int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
 	uint64_t began_ns = sys_now_ns();
-	uint32_t n;
 	int error = batch_enter(b, g->engine->set_async || g->anon ? SELECTED : HELD, ret);
 
 	if (error)
@@ -365,19 +409,10 @@ int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret)
 		error = keep_mapped(b, ret);
 	if (g->anon)
 		copy_staged(b, ret);
-	for (uint32_t i = 0; !error && !g->anon && i < b->count; i += n) {
-		n = run_length(g, b->pages + i, b->count - i);
-		error = read_pages(b, b->pages[i], n, b->bytes + i * b->page_bytes);
-	}
-	for (uint32_t i = 0; !error && i < b->count; i++) {
-		const uint8_t *page = b->bytes + i * b->page_bytes;
-
-		b->zero[i] = all_zero(page, b->page_bytes);
+	else if (!error)
+		error = copy_runs(b);
+	for (uint32_t i = 0; !error && i < b->count; i++)
 		ret->zero_pages += b->zero[i];
-		/* ours to write: a fetch reads it only after we made the page STORED */
-		if (!b->zero[i])
-			g->checksums[b->pages[i]] = checksum(page, b->page_bytes);
-	}
 	if (error)
 		count_error(g, &g->count.kernel_errors, error);
 	else
