@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from tierd.native import BatchResult, NativeBatch, NativeGuest, Staged
 
 BATCH_BYTES = 2 << 20
-ANONYMOUS_BATCH_BYTES = 4 << 20  # each is a stop of a thread of the VMM
+ANONYMOUS_BATCH_BYTES = 8 << 20  # each is a stop of a thread of the VMM
 BATCH_PAGES_MIN = 8  # huge ones
 FILE_TIER = 1
 PHASES = ("scan", "deactivate", "stage", "select", "hold", "copy", "write", "drop", "release", "discard")
