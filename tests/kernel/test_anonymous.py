@@ -382,9 +382,6 @@ def test_pages_that_ksm_has_merged(start_vmm: Start, host: Host) -> None:
     vmm.verify()
 
 
-@pytest.mark.xfail(
-    reason="a move over the border of two mappings is refused as a whole, for the fault of its first page"
-)
 def test_a_region_in_several_mappings(vmm: Vmm, host: Host) -> None:
     """As the VMM's madvise(2) of a part makes them: nothing of it is unmovable."""
     vmm.ask("mergeable", 512, 8)

@@ -645,6 +645,8 @@ static void set_up(void)
 	M.late_io = late_io;
 	M.huge = hugetlb;
 	M.anon = S.anon = anon;
+	if (anon && !below(3))
+		M.border = below(M.pages);
 	if (anon && faulty) {
 		M.faults.move_busy = below(100);
 		M.faults.miscounts = below(300);

@@ -676,6 +676,8 @@ static int64_t move(const struct sys_inside_call *c)
 
 	if (in_staging(c->from) || c->to != c->from + MODEL_STAGING)
 		model_fail("a move from %#lx to %#lx", c->from, c->to);
+	if (M.border > first && M.border < first + count)
+		return -EINVAL;
 	for (; n < count; n++) {
 		uint32_t p = first + n;
 

@@ -67,6 +67,7 @@ struct model {
 	uint32_t under_way;  /* faults that have seen the mode and are not done */
 	/* private anonymous memory: `cached` is `present`; a staging area; a thread of the VMM that makes calls of a batch */
 	bool anon;
+	uint32_t border; /* where another mapping begins; 0: nowhere */
 	bool staged[MODEL_PAGES_MAX];
 	uint64_t staged_bytes[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
 	struct sys_inside_call calls[MODEL_CALLS_MAX];

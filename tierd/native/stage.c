@@ -350,7 +350,26 @@ static void settle_staged(struct tierd_guest *g, uint64_t page, bool with_guest,
 		abort();
 }
 
-/* Page `at` of the run of call i stopped it; or the call as a whole was wrong (it lies in two mappings). */
+/*
+ * A call that was wrong as a whole may lie in two mappings, which cannot be seen from outside: the VMM's advice for a part makes two
+ * of one. Its halves are tried, and theirs; so a border takes as many stops more as the call has bits, and what is wrong in itself
+ * no more than fits into a batch.
+ */
+static bool halve(struct tierd_guest *g, const struct batch *b, uint32_t i, struct batch *halves)
+{
+	uint64_t first = b->first[i], n = b->pages[i];
+	struct sys_inside_call low, high;
+
+	if (i >= b->done || b->calls[i].result != -EINVAL || n == 1 || halves->count + 2 > CALLS_MAX)
+		return false;
+	low = move_of(g, first, n / 2);
+	high = move_of(g, first + n / 2, n - n / 2);
+	batch_add(halves, first, &low, g->page_bytes);
+	batch_add(halves, first + n / 2, &high, g->page_bytes);
+	return true;
+}
+
+/* Page `at` of the run of call i stopped it; or the call as a whole was wrong. */
 static bool was_refused(const struct batch *b, uint32_t i, uint64_t at, uint64_t page_bytes)
 {
 	int64_t result = b->calls[i].result;
@@ -368,6 +387,31 @@ static int settle_run(struct tierd_guest *g, const struct batch *b, uint32_t i, 
 	for (uint64_t k = 0; !error && k < b->pages[i]; k++)
 		settle_staged(g, b->first[i] + k, bit_get(with_guest, k), bit_get(staged, k),
 			      was_refused(b, i, k, g->page_bytes), ret);
+	return error;
+}
+
+/* Makes the calls; each page of theirs is settled, also after an error. */
+static int move_and_settle(struct tierd_guest *g, struct batch *b, uint64_t waits, struct tierd_staged *ret)
+{
+	struct batch halves;
+	int error = 0, failed;
+
+	for (; b->count; *b = halves) {
+		failed = run_once(g, b->calls, b->count, &b->done, &ret->stopped_ns);
+		if (!error)
+			error = failed;
+		if (b->done < b->count && b->first[b->done] < ret->next_page)
+			ret->next_page = b->first[b->done];
+		halves.count = 0;
+		for (uint32_t i = 0; i < b->count; i++) {
+			if (!error && halve(g, b, i, &halves))
+				continue;
+			failed = settle_run(g, b, i, ret);
+			if (!error)
+				error = failed;
+			wake_waiters(g, b->first[i], b->pages[i], waits);
+		}
+	}
 	return error;
 }
 
@@ -391,19 +435,9 @@ int tierd_guest_stage(struct tierd_guest *g, uint64_t first_page, double min_idl
 	else
 		error = -EINVAL;
 	ret->selected_pages = b.total;
-	if (b.count) {
-		failed = run_once(g, b.calls, b.count, &b.done, &ret->stopped_ns);
-		if (!error)
-			error = failed;
-		if (b.done < b.count)
-			ret->next_page = b.first[b.done];
-	}
-	for (uint32_t i = 0; i < b.count; i++) {
-		failed = settle_run(g, &b, i, ret);
-		if (!error)
-			error = failed;
-		wake_waiters(g, b.first[i], b.pages[i], waits);
-	}
+	failed = move_and_settle(g, &b, waits, ret);
+	if (!error)
+		error = failed;
 	count_add(&g->count.pages_staged, ret->staged_pages);
 	count_add(&g->count.pages_unmovable, ret->unmovable_pages);
 	if (error)
