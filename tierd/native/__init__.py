@@ -388,7 +388,8 @@ class NativeBatch:
 
     def drop(self) -> BatchResult:
         """LEAVING -> DROPPING, punch exactly those runs, see the hole, STORED. Of anonymous memory: in its staging area."""
-        return self._done(lib.tierd_batch_drop(self._b, self._result), "punch")
+        noun = "drop in the staging area" if self.guest.anonymous else "punch"
+        return self._done(lib.tierd_batch_drop(self._b, self._result), noun)
 
     def release(self) -> BatchResult:
         """Lift the hold and wake whoever waited. The batch is empty afterwards."""
