@@ -336,7 +336,7 @@ struct sys_inside_call drop_of(struct tierd_guest *g, uint64_t page, uint64_t co
 int staged_register(struct tierd_guest *g);
 int staged_read(struct tierd_guest *g, uint64_t page, uint32_t count, void *to); /* never waits for a page */
 /*
- * The same, a third faster, for the worker and pages that are MOVING. It would wait for one that is missing, and none is: only the
+ * The same with one copy less, for the worker and pages that are MOVING. It would wait for one that is missing, and none is: only the
  * worker drops staged pages, and no page that it has not made DROPPING. Where the VMM itself has dropped one, and so has lost it, the
  * fault thread ends the wait: staged_poison. And whatever is read of a process that has the VMM's pid by now goes nowhere:
  * nothing is dropped before it is asked whether the VMM is gone.

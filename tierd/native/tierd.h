@@ -385,8 +385,8 @@ int tierd_calls_create(int32_t tid, uint64_t *area);
  * the area is as usable as before. */
 int tierd_calls_destroy(int32_t tid, uint64_t area);
 /*
- * Runs calls[0..count) in thread tid, in that order, whatever they return. When budget_ns have passed since it was sent, the
- * thread goes on after the call that it is in. *done: how many were made; of those `result` and `data` are filled in.
+ * Runs calls[0..count) in thread tid, in that order, whatever they return. When budget_ns have passed since it began
+ * (it is seen to, once it has a CPU), the thread goes on after the call that it is in; as when it does not begin within 10 ms. *done: how many were made; of those `result` and `data` are filled in.
  * *stopped_ns: from the interrupt to the end, as we saw it. Blocks, at most twice timeout_ms and half a second.
  *
  * -EINPROGRESS: it does not come to its end (uninterruptible sleep, SIGSTOP), or what became of it cannot be read just now (the area
