@@ -47,7 +47,7 @@ def build_real(output: Path, flags: Sequence[str]) -> Path:
     flags = [flag for flag in (*FLAGS, *flags) if flag != "-DTIERD_MODEL"]
     sources = [str(path) for path in NATIVE.glob("*.c") if path.name != "_native.c"]
     sources += [str(HERE / name) for name in ("script.c", "real.c")]
-    command = ["gcc", *flags, f"-I{NATIVE}", f"-I{HERE}", *sources, "-o", str(output), "-pthread"]
+    command = ["gcc", *flags, f"-I{NATIVE}", f"-I{HERE}", *sources, "-o", str(output), "-pthread", "-ldl"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output

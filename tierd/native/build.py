@@ -18,7 +18,7 @@ ffi.set_source(
     '#include "tierd.h"',
     sources=SOURCES,
     include_dirs=["tierd/native"],
-    depends=["tierd/native/tierd.h", "tierd/native/internal.h", "tierd/native/sys.h"],
+    depends=[f"tierd/native/{name}.h" for name in ("tierd", "internal", "sys", "pool", "codec")],
     extra_compile_args=[
         "-std=gnu11",
         "-O2",
@@ -28,5 +28,5 @@ ffi.set_source(
         "-Wno-missing-field-initializers",
         "-fvisibility=hidden",
     ],
-    libraries=["pthread"],
+    libraries=["pthread", "dl"],  # dl: before glibc 2.34
 )

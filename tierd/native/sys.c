@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
@@ -46,6 +47,9 @@ _Static_assert(sizeof(struct uffd_msg) == 32, "read(2) gives whole messages");
 
 #ifndef MADV_PAGEOUT
 #define MADV_PAGEOUT 21
+#endif
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
 #endif
 #ifndef SYS_process_madvise
 #define SYS_process_madvise 440
@@ -503,4 +507,85 @@ int sys_store_discard(int fd, uint64_t offset, uint64_t bytes)
 int sys_store_drop_cache(int fd, uint64_t offset, uint64_t bytes)
 {
 	return -posix_fadvise(fd, (off_t)offset, (off_t)bytes, POSIX_FADV_DONTNEED);
+}
+
+int64_t sys_pool_bytes(int fd)
+{
+	struct stat st;
+
+	return fstat(fd, &st) ? -errno : st.st_size;
+}
+
+ssize_t sys_pool_read(int fd, void *to, size_t bytes, uint64_t offset)
+{
+	ssize_t n = pread(fd, to, bytes, (off_t)offset);
+
+	return n < 0 ? -errno : n;
+}
+
+int sys_pool_resize(int fd, uint64_t bytes)
+{
+	return ftruncate(fd, (off_t)bytes) ? -errno : 0;
+}
+
+int sys_pool_map(int fd, uint64_t bytes, void **memory, bool *locked)
+{
+	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	int error = 0;
+
+	if (at == MAP_FAILED)
+		return -errno;
+	/* a guest's memory has no business in a core dump, nor in a child */
+	if (madvise(at, bytes, MADV_DONTDUMP) || madvise(at, bytes, MADV_DONTFORK))
+		error = -errno;
+	*locked = !error && !mlock2(at, bytes, MLOCK_ONFAULT);
+	if (error)
+		munmap(at, bytes);
+	else
+		*memory = at;
+	return error;
+}
+
+void sys_pool_unmap(void *memory, uint64_t bytes)
+{
+	munmap(memory, bytes);
+}
+
+int sys_pool_reserve(int fd, void *at, uint64_t offset, uint64_t bytes)
+{
+	if (fallocate(fd, 0, (off_t)offset, (off_t)bytes))
+		return -errno;
+	/* all at once what writing would fault in page by page; before Linux 5.14 it does */
+	if (madvise(at, bytes, MADV_POPULATE_WRITE) && errno != EINVAL)
+		return -errno;
+	return 0;
+}
+
+int sys_pool_punch(int fd, uint64_t offset, uint64_t bytes)
+{
+	return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)bytes) ? -errno : 0;
+}
+
+int sys_pool_data(int fd, uint64_t offset, uint64_t *start, uint64_t *end)
+{
+	off_t from = lseek(fd, (off_t)offset, SEEK_DATA), to;
+
+	if (from < 0)
+		return -errno;
+	to = lseek(fd, from, SEEK_HOLE);
+	if (to < 0)
+		return -errno;
+	*start = (uint64_t)from;
+	*end = (uint64_t)to;
+	return 0;
+}
+
+void *sys_alloc_sparse(size_t bytes)
+{
+	void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (memory == MAP_FAILED)
+		return NULL;
+	mlock2(memory, bytes, MLOCK_ONFAULT); /* an ordinary user may not lock so much */
+	return memory;
 }

@@ -129,4 +129,22 @@ int sys_store_sync(int fd);
 int sys_store_discard(int fd, uint64_t offset, uint64_t bytes);
 int sys_store_drop_cache(int fd, uint64_t offset, uint64_t bytes);
 
+/*
+ * A pool's file on tmpfs (pool.c), mapped shared and in full. A hole must not be touched: on a full file system that is a signal. So
+ * space is reserved first; what was reserved, and what a punch left alone, reads as it was written.
+ */
+int64_t sys_pool_bytes(int fd); /* of the file */
+ssize_t sys_pool_read(int fd, void *to, size_t bytes, uint64_t offset);
+int sys_pool_resize(int fd, uint64_t bytes);
+/* *locked: the host's reclaim leaves alone what will be in it; false without the right to lock so much */
+int sys_pool_map(int fd, uint64_t bytes, void **memory, bool *locked);
+void sys_pool_unmap(void *memory, uint64_t bytes);
+/* Space for [offset, offset + bytes), mapped at `at` and ready to be written; zeros where there was a hole. -ENOSPC leaves holes. */
+int sys_pool_reserve(int fd, void *at, uint64_t offset, uint64_t bytes);
+int sys_pool_punch(int fd, uint64_t offset, uint64_t bytes);
+/* The next piece at or after `offset` that was reserved and touched; -ENXIO: there is none. */
+int sys_pool_data(int fd, uint64_t offset, uint64_t *start, uint64_t *end);
+/* Zeroed memory that is taken page by page when it is touched, and locked then, where that is allowed; NULL: no room. */
+void *sys_alloc_sparse(size_t bytes); /* sys_free gives it back */
+
 #endif
