@@ -53,6 +53,17 @@ def build_real(output: Path, flags: Sequence[str]) -> Path:
     return output
 
 
+def build_pool(output: Path, flags: Sequence[str], native: Path = NATIVE) -> Path:
+    """The compressed pool with its own driver, on the real kernel; the driver can make two of its calls fail."""
+    sources = [str(path) for path in native.glob("*.c") if path.name != "_native.c"]
+    wrapped = ["-Wl,--wrap=sys_pool_reserve,--wrap=sys_pool_punch", "-pthread", "-ldl"]
+    flags = [*(flag for flag in FLAGS if flag != "-DTIERD_MODEL"), *flags, f"-I{native}", f"-I{HERE}"]
+    command = ["gcc", *flags, *sources, str(HERE / "pool_test.c"), "-o", str(output), *wrapped]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
 def build_threads(output: Path, native: Path = NATIVE) -> Path:
     """The data plane with real threads under the thread sanitizer. The model kernel is not instrumented: its lock would
     order what a real kernel does not."""

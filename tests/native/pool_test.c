@@ -7,7 +7,9 @@
  *   pool_test kills SEED COUNT      a child is killed COUNT times; the next one finds every page that was stored
  *   pool_test threads SEED COUNT    readers beside a worker that writes, frees and compacts, COUNT times
  *   pool_test full SEED COUNT FILE  on a small tmpfs that others fill, too
- *   pool_test waste                 bytes of the file by what pages compress to
+ *   pool_test headers FIRST COUNT   files that are not a pool of ours are refused and left alone
+ *   pool_test codecs                what opening each codec says
+ *   pool_test waste SEED COUNT      what COUNT pages of several mixes of sizes take, also after most of them were freed
  *
  * Linked with --wrap for sys_pool_reserve and sys_pool_punch.
  */
@@ -27,6 +29,7 @@
 
 #include "internal.h"
 #include "pool.h"
+#include "zsmalloc.h"
 
 enum { PAGES_MAX = 1024, PAGE_BYTES_MOST = 65536, READERS = 3 };
 
@@ -615,7 +618,7 @@ static void run_full(uint64_t first, uint64_t count, const char *path)
 		if (i % 1000 == 500 && ftruncate(ballast, 0))
 			fail("ftruncate", errno);
 		if (i % 1000 == 0)
-			(void)!posix_fallocate(ballast, 0, 1 << 20); /* all, or nothing when there is less */
+			(void)!posix_fallocate(ballast, 0, 128 << 10); /* all, or nothing when there is less */
 		step();
 		if (i % 64 == 0)
 			check_counters();
@@ -623,6 +626,187 @@ static void run_full(uint64_t first, uint64_t count, const char *path)
 	for (uint64_t page = 0; page < pages; page++)
 		check_page(page);
 	printf("%lu steps: %lu writes, %lu full, %lu moves, %lu adoptions\n", count, writes, full, moves, adoptions);
+}
+
+/* --- what is not a pool of ours --------------------------------------------------------------------------------------------- */
+
+static void header_damage(void)
+{
+	uint8_t byte;
+	off_t at = (off_t)roll(36); /* struct pool_header */
+
+	if (pread(file, &byte, 1, at) != 1)
+		fail("pread", errno);
+	byte ^= (uint8_t)(1u << roll(8));
+	if (pwrite(file, &byte, 1, at) != 1)
+		fail("pwrite", errno);
+}
+
+static void run_header(void)
+{
+	struct stat before, after;
+	uint64_t asked_pages;
+	uint32_t asked_bytes = 4096;
+	int error, expected = -EBADMSG;
+
+	random_state = seed;
+	pages = asked_pages = 1 + roll(PAGES_MAX);
+	file = memfd_create("pool", MFD_CLOEXEC);
+	if (pool_create(file, 4096, pages, CODEC_LZ4, 1, &pool))
+		fail("pool_create", 0);
+	pool_close(pool);
+	if (pool_create(file, 4096, pages, CODEC_LZ4, 1, &pool) != -EINVAL)
+		fail("a file that is not empty was taken", 0);
+	switch (roll(6)) {
+	case 0:
+		if (ftruncate(file, (off_t)roll((uint64_t)sys_pool_bytes(file))))
+			fail("ftruncate", errno);
+		break;
+	case 1:
+		if (ftruncate(file, sys_pool_bytes(file) + 4096))
+			fail("ftruncate", errno);
+		break;
+	case 2:
+		asked_pages++;
+		expected = -ESTALE;
+		break;
+	case 3:
+		asked_bytes = 8192;
+		expected = -ESTALE;
+		break;
+	case 4:
+		asked_bytes = 2 << 20;
+		expected = -EINVAL;
+		break;
+	default:
+		header_damage();
+	}
+	fstat(file, &before);
+	error = pool_open(file, asked_bytes, asked_pages, 1, &pool);
+	fstat(file, &after);
+	if (error != expected && !(error == -EPROTONOSUPPORT && expected == -EBADMSG))
+		fail("not refused as it should be", error);
+	if (before.st_blocks != after.st_blocks || before.st_size != after.st_size)
+		fail("the file was changed", 0);
+	close(file);
+}
+
+static void headers(uint64_t first, uint64_t count)
+{
+	for (seed = first; seed < first + count; seed++)
+		run_header();
+	printf("%lu files refused\n", count);
+}
+
+static void codecs(void)
+{
+	struct codec *codec;
+
+	for (int kind = 0; kind <= 3; kind++)
+		for (int level = -1; level <= 1; level += 2) {
+			int error = codec_open((enum codec_kind)kind, level, &codec);
+
+			printf("codec %d level %d %s: %s\n", kind, level, codec_library((enum codec_kind)kind),
+			       error ? strerrorname_np(-error) : "fine");
+			if (!error)
+				codec_close(codec);
+		}
+}
+
+/* --- waste --------------------------------------------------------------------------------------------------------------- */
+
+enum { HALF_MIX = 6 };
+
+/* Bytes of noise in a page of 4 KiB, about what it compresses to. */
+static uint32_t noise_bytes(uint32_t mix_number)
+{
+	switch (mix_number) {
+	case 0: /* even */
+		return (uint32_t)roll(3000);
+	case 1: /* a hump at a third, as of a desktop's memory */
+		return (uint32_t)(roll(900) + roll(900) + roll(900));
+	case 2: /* two to one, nearly all of them */
+		return 2000 + (uint32_t)roll(100);
+	case 3: /* large ones, of which few fit into a slot */
+		return 2600 + (uint32_t)roll(380);
+	case 4: /* small ones */
+		return (uint32_t)roll(200);
+	default: /* text and heaps: a few sizes again and again */
+		return (uint32_t[]){300, 777, 1111, 1359, 2040, 2731}[roll(6)];
+	}
+}
+
+static void noise_make(uint8_t *to, uint32_t bytes)
+{
+	memset(to, 0, page_bytes);
+	for (uint32_t i = 0; i < bytes; i++)
+		to[i] = (uint8_t)roll(256);
+	to[page_bytes - 1] = 1; /* not filled with one word */
+}
+
+static uint64_t object_bytes(void)
+{
+	struct pool_counters c;
+
+	pool_counters(pool, &c);
+	return c.object_bytes;
+}
+
+static void waste_figures(const char *when, uint32_t mix_number, const struct zsmalloc *z)
+{
+	struct pool_counters c;
+	uint64_t payload, zs = z ? zs_bytes(z) : 0;
+
+	pool_counters(pool, &c);
+	payload = c.object_bytes + c.metadata_bytes;
+	printf("%u %s %lu pages %lu payload %lu used %lu zsmalloc %.2f metadata\n", mix_number, when, c.pages, payload,
+	       c.used_bytes, zs, (double)c.metadata_bytes / (double)c.pages);
+}
+
+static bool own_any(void *arg, uint64_t page)
+{
+	(void)arg;
+	(void)page;
+	return true;
+}
+
+static void waste_mix(uint32_t mix_number)
+{
+	struct zsmalloc z = {0};
+	uint64_t before, page;
+	uint32_t moved;
+
+	file = memfd_create("pool", MFD_CLOEXEC);
+	if (pool_create(file, page_bytes, pages, CODEC_LZ4, 1, &pool))
+		fail("pool_create", 0);
+	for (page = 0; page < pages; page++) {
+		if (mix_number == HALF_MIX && chance(500))
+			continue; /* an index half of which is empty */
+		before = object_bytes();
+		noise_make(made, noise_bytes(mix_number));
+		if (!pool_write(pool, page, made))
+			zs_add(&z, (uint32_t)(object_bytes() - before));
+	}
+	waste_figures("full", mix_number, &z);
+	for (page = 0; page < pages; page++)
+		if (chance(700))
+			pool_free(pool, page);
+	do
+		if (pool_compact(pool, 1000, own_any, disown, NULL, &moved))
+			fail("compaction failed", 0);
+	while (moved);
+	waste_figures("compacted", mix_number, NULL);
+	pool_close(pool);
+	close(file);
+}
+
+static void waste(uint64_t first, uint64_t count)
+{
+	seed = random_state = first;
+	page_bytes = 4096;
+	pages = count;
+	for (uint32_t i = 0; i <= HALF_MIX; i++)
+		waste_mix(i);
 }
 
 int main(int count, char **arguments)
@@ -638,6 +822,12 @@ int main(int count, char **arguments)
 		kills(first, n);
 	else if (!strcmp(what, "threads"))
 		threads(first, n);
+	else if (!strcmp(what, "headers"))
+		headers(first, n);
+	else if (!strcmp(what, "codecs"))
+		codecs();
+	else if (!strcmp(what, "waste"))
+		waste(first, n);
 	else if (!strcmp(what, "full") && count > 4)
 		run_full(first, n, arguments[4]);
 	else

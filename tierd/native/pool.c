@@ -31,23 +31,23 @@ enum {
 	OBJECTS_MAX = 1 << ORDINAL_BITS, /* of a slot */
 	SLOTS_MAX = (1 << (32 - ORDINAL_BITS)) - 1,
 	STEPS_MAX = 256, /* object sizes are multiples of a step: of a 256th of a page */
+	CLASSES_MAX = STEPS_MAX / 4 * 3 + 1,
 	STEP_BYTES_MIN = 16,
 	PAGE_BYTES_MIN = 64, /* the model's; real ones are the kernel's */
 	PAGE_BYTES_MAX = 65536,
 	WORD_BITS = 64,
 };
 
-enum object_kind { OBJECT_FREE, OBJECT_FILLED, OBJECT_PACKED };
 enum { NO_ORDINAL = 0xffff };
 enum { QUARTERS = 4, UNLISTED = QUARTERS };
 
 struct object {
-	uint32_t page; /* of a free one: the ordinal of the next free one */
-	uint16_t bytes;
-	uint8_t kind, zero;
+	uint32_t page;  /* of a free one: the ordinal of the next free one */
+	uint16_t bytes; /* of data; or what it is */
 	uint8_t data[];
-};
-_Static_assert(sizeof(struct object) == 8, "metadata");
+} __attribute__((packed, aligned(2)));
+enum { OBJECT_FREE = 0, OBJECT_FILLED = 0xffff };
+_Static_assert(sizeof(struct object) == 6 && PAGE_BYTES_MAX / 4 * 3 < OBJECT_FILLED, "metadata");
 
 struct pool_header {
 	char magic[8];
@@ -94,8 +94,8 @@ struct pool {
 	_Atomic uint32_t slots_high;    /* the highest number that was ever in use */
 	uint32_t free_slots, unpunched; /* lists: not in use; empty, but the file system did not take the space */
 	uint32_t class_count, compact_class;
-	struct size_class classes[STEPS_MAX + 1]; /* from 1 on */
-	uint8_t class_of[STEPS_MAX + 1];          /* by number of steps */
+	struct size_class classes[CLASSES_MAX + 1]; /* from 1 on */
+	uint8_t class_of[CLASSES_MAX + 1];          /* by number of steps */
 	_Atomic uint64_t capacity_bytes, used_bytes, meta_bytes, stored, filled, object_bytes;
 };
 
@@ -163,6 +163,11 @@ static struct object *object_at(const struct pool *p, uint32_t entry)
 	return (struct object *)(slot_memory(p, slot) + ordinal_of(entry) * class_of_slot(p, slot)->stride);
 }
 
+static uint32_t data_bytes(const struct object *o)
+{
+	return o->bytes == OBJECT_FILLED ? sizeof(uint64_t) : o->bytes;
+}
+
 /* The object that an entry of the page refers to; NULL: that is damaged. */
 static struct object *object_of(const struct pool *p, uint64_t page, uint32_t entry)
 {
@@ -175,11 +180,9 @@ static struct object *object_of(const struct pool *p, uint64_t page, uint32_t en
 	if (!c || ordinal_of(entry) >= c->objects)
 		return NULL;
 	o = object_at(p, entry);
-	if (o->page != page || o->bytes > c->stride - sizeof(*o))
+	if (o->page != page || o->bytes == OBJECT_FREE)
 		return NULL;
-	if (o->kind == OBJECT_FILLED)
-		return o->bytes == sizeof(uint64_t) ? o : NULL;
-	return o->kind == OBJECT_PACKED && o->bytes ? o : NULL;
+	return sizeof(*o) + data_bytes(o) <= c->stride ? o : NULL;
 }
 
 /* --- index and directory ------------------------------------------------------------------------------------------------ */
@@ -429,7 +432,7 @@ static void object_put(struct pool *p, uint32_t entry)
 	struct slot *s = &p->slots[slot_of(entry)];
 	struct object *o = object_at(p, entry);
 
-	*o = (struct object){.page = s->free, .kind = OBJECT_FREE};
+	*o = (struct object){.page = s->free, .bytes = OBJECT_FREE};
 	s->free = (uint16_t)ordinal_of(entry);
 }
 
@@ -437,7 +440,7 @@ static bool object_stored(const struct pool *p, uint32_t entry)
 {
 	const struct object *o = object_at(p, entry);
 
-	return o->kind != OBJECT_FREE && o->page < p->pages && index_load(p, o->page) == entry;
+	return o->bytes != OBJECT_FREE && o->page < p->pages && index_load(p, o->page) == entry;
 }
 
 /* Finds out what is free in a detached slot. */
@@ -478,7 +481,7 @@ static bool slot_pop(struct pool *p, const struct size_class *c, uint32_t slot, 
 		return s->fresh <= c->objects;
 	}
 	o = object_at(p, *entry);
-	if (o->kind != OBJECT_FREE || (o->page >= c->objects && o->page != NO_ORDINAL))
+	if (o->bytes != OBJECT_FREE || (o->page >= c->objects && o->page != NO_ORDINAL))
 		return false;
 	s->free = (uint16_t)o->page;
 	return true;
@@ -523,8 +526,8 @@ static void object_give(struct pool *p, uint32_t entry)
 
 static void count_object(struct pool *p, const struct object *o, int64_t n)
 {
-	add(&p->filled, o->kind == OBJECT_FILLED ? n : 0);
-	add(&p->object_bytes, n * o->bytes);
+	add(&p->filled, o->bytes == OBJECT_FILLED ? n : 0);
+	add(&p->object_bytes, n * data_bytes(o));
 }
 
 /* What an entry referred to that is not the page's any more. */
@@ -550,18 +553,24 @@ static bool is_filled(const uint8_t *page, uint32_t bytes)
 /* What is to be stored of a page: `o` its header, *data its bytes. */
 static int object_make(struct pool *p, const void *from, struct object *o, const void **data)
 {
-	int bytes = sizeof(uint64_t);
+	int bytes;
 
 	*data = from;
-	o->kind = is_filled(from, p->page_bytes) ? OBJECT_FILLED : OBJECT_PACKED;
-	if (o->kind == OBJECT_PACKED)
-		bytes = compress(p->compressor, from, data);
+	o->bytes = OBJECT_FILLED;
+	if (is_filled(from, p->page_bytes))
+		return 0;
+	bytes = compress(p->compressor, from, data);
 	if (bytes < 0)
 		return bytes;
 	if ((uint32_t)bytes > p->packed_max)
 		return -E2BIG;
 	o->bytes = (uint16_t)bytes;
 	return 0;
+}
+
+static struct size_class *class_of_object(struct pool *p, const struct object *o)
+{
+	return &p->classes[p->class_of[round_up(sizeof(*o) + data_bytes(o), p->step_bytes) / p->step_bytes]];
 }
 
 int pool_write(struct pool *p, uint64_t page, const void *from)
@@ -577,14 +586,12 @@ int pool_write(struct pool *p, uint64_t page, const void *from)
 	if (!error)
 		error = reserve_entry(p, (const void *)&p->index[page]);
 	if (!error)
-		error = object_take(
-			p, &p->classes[p->class_of[round_up(sizeof(made) + made.bytes, p->step_bytes) / p->step_bytes]],
-			&entry);
+		error = object_take(p, class_of_object(p, &made), &entry);
 	if (error)
 		return error;
 	o = object_at(p, entry);
 	*o = made;
-	memcpy(o->data, data, made.bytes);
+	memcpy(o->data, data, data_bytes(o));
 	count_object(p, o, 1);
 	before = index_load(p, page);
 	index_store(p, page, entry);
@@ -652,7 +659,7 @@ int pool_read(struct pool_reader *r, uint64_t page, void *to)
 	o = object_of(p, page, entry);
 	if (!o)
 		return -EBADMSG;
-	if (o->kind == OBJECT_PACKED)
+	if (o->bytes != OBJECT_FILLED)
 		return decompress(r->decompressor, o->data, o->bytes, to, p->page_bytes);
 	fill(to, p->page_bytes, o->data);
 	return 0;
@@ -680,7 +687,7 @@ static int object_move(struct pool *p, struct size_class *c, uint64_t page, uint
 	error = object_take(p, c, &to);
 	if (error)
 		return error;
-	memcpy(object_at(p, to), o, sizeof(*o) + o->bytes);
+	memcpy(object_at(p, to), o, sizeof(*o) + data_bytes(o));
 	index_store(p, page, to);
 	object_put(p, from);
 	p->slots[slot_of(from)].used--;
