@@ -51,6 +51,12 @@ def test_killed_at_any_moment(quick: Path) -> None:
     assert did["moves"] > EXAMPLES
 
 
+def test_dead_at_any_step(tmp_path: Path) -> None:
+    binary = build_pool(tmp_path / "deaths", ["-O1", "-DTIERD_MODEL"])
+    did = figures(binary, "deaths", 1, 20 * EXAMPLES)
+    assert min(did["verified"], did["moves"]) > 3 * EXAMPLES
+
+
 def test_files_that_are_no_pool_are_refused(checked: Path) -> None:
     assert figures(checked, "headers", 1, EXAMPLES)["files"] == EXAMPLES
 
