@@ -4,9 +4,9 @@
  *
  *   pool CODEC PAGES ROUNDS    CODEC: lz4, zstd -> one line a figure: name, ours, bare; times in ns a page
  *
- * write: compression and a place for the result; bare throws it away. rewrite: the same again in place of what is there. read: in the order
- * of writing, and at random; bare has the compressed pages one behind the other. pool: bytes of the file per byte that was
- * saved; bare is what zsmalloc would take.
+ * write: compression and a place for the result; bare puts one behind the other into a file on tmpfs, whose space costs what it costs.
+ * write-only: bare throws the result away. rewrite: again, in place of what is there. read: in the order of writing, and at random; bare
+ * has the compressed pages one behind the other. pool: bytes of the file per byte that was saved; bare is what zsmalloc would take.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -20,7 +20,7 @@
 #include "sys.h"
 #include "zsmalloc.h"
 
-enum { PAGE = 4096, TURN = 256, PIECE = 32, NEW_OF_16 = 7 };
+enum { PAGE = 4096, TURN = 256, PIECE = 32, NEW_OF_16 = 7, KEPT_PIECE = 8 * PAGE };
 
 struct packed {
 	uint64_t offset;
@@ -31,6 +31,9 @@ static uint64_t pages, random_state = 1;
 static uint8_t *memory, *packed_memory;
 static struct packed *packed;
 static uint32_t *order;
+static uint8_t *kept;
+static uint64_t kept_bytes, kept_reserved;
+static int kept_fd;
 static struct codec *codec;
 static struct compressor *compressor;
 static struct decompressor *decompressor;
@@ -105,6 +108,22 @@ static void bare_write(uint64_t page)
 		die("compress", bytes);
 }
 
+/* As bare_write, and the result stays, at the end of a file on tmpfs. */
+static void bare_keep(uint64_t page)
+{
+	const void *out;
+	int bytes = compress(compressor, memory + page * PAGE, &out);
+
+	if (bytes < 0)
+		die("compress", bytes);
+	if (kept_bytes + (uint64_t)bytes > kept_reserved) {
+		check("reserve", sys_pool_reserve(kept_fd, kept + kept_reserved, kept_reserved, KEPT_PIECE));
+		kept_reserved += KEPT_PIECE;
+	}
+	memcpy(kept + kept_bytes, out, (size_t)bytes);
+	kept_bytes += (uint64_t)bytes;
+}
+
 static void pool_write_one(uint64_t page)
 {
 	check("pool_write", pool_write(pool, page, memory + page * PAGE));
@@ -176,17 +195,40 @@ static void pool_bytes(void)
 	printf("metadata %.2f 16\n", (double)c.metadata_bytes / (double)c.pages);
 }
 
+static void kept_begin(void)
+{
+	void *at;
+	bool locked;
+
+	kept_fd = memfd_create("kept", MFD_CLOEXEC);
+	check("resize", sys_pool_resize(kept_fd, 2 * pages * PAGE));
+	check("map", sys_pool_map(kept_fd, 2 * pages * PAGE, &at, &locked));
+	kept = at;
+	kept_bytes = kept_reserved = 0;
+}
+
+static void kept_end(void)
+{
+	sys_pool_unmap(kept, 2 * pages * PAGE);
+	close(kept_fd);
+}
+
 static void round_of(enum codec_kind kind)
 {
 	int fd = memfd_create("pool", MFD_CLOEXEC);
 
 	check("pool_create", pool_create(fd, PAGE, pages, kind, 1, &pool));
 	check("pool_reader_create", pool_reader_create(pool, &reader));
-	compare("write", pool_write_one, bare_write, false);
+	kept_begin();
+	compare("write", pool_write_one, bare_keep, false);
+	kept_end();
 	pool_bytes();
 	compare("read", pool_read_one, bare_read, false);
 	compare("random-read", pool_read_one, bare_read, true);
 	compare("rewrite", pool_write_one, bare_write, true);
+	for (uint64_t page = 0; page < pages; page++)
+		pool_free(pool, page);
+	compare("write-only", pool_write_one, bare_write, false);
 	pool_reader_destroy(reader);
 	pool_close(pool);
 	close(fd);
