@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "tierd" / "native"
 HERE = ROOT / "tests" / "native"
 DATA_PLANE = ("table.c", "guest.c", "engine.c", "fault.c", "scan.c", "evict.c", "stage.c", "store.c", "park.c")
+POOL = ("pool*.c", "codec.c", "table.c", "sys.c", "calls.c", "inject*.c")
 # swapcontext is a longjmp in gcc's eyes
 FLAGS = ("-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-clobbered", "-DTIERD_MODEL")
 
@@ -55,7 +56,7 @@ def build_real(output: Path, flags: Sequence[str]) -> Path:
 
 def build_pool(output: Path, flags: Sequence[str], native: Path = NATIVE) -> Path:
     """The compressed pool with its own driver, on the real kernel; the driver can make two of its calls fail."""
-    sources = [str(path) for path in native.glob("*.c") if path.name != "_native.c"]
+    sources = [str(path) for pattern in POOL for path in native.glob(pattern)]
     wrapped = ["-Wl,--wrap=sys_pool_reserve,--wrap=sys_pool_punch", "-pthread", "-ldl"]
     flags = [*(flag for flag in FLAGS if flag != "-DTIERD_MODEL"), *flags, f"-I{native}", f"-I{HERE}"]
     command = ["gcc", *flags, *sources, str(HERE / "pool_test.c"), "-o", str(output), *wrapped]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import EXAMPLES
-from tests.native.build import build_pool, run_driver
+from tests.native.build import NATIVE, build_pool, run_driver
 from tests.need import need
 
 pytestmark = pytest.mark.timeout(3600)
@@ -55,6 +56,48 @@ def test_dead_at_any_step(tmp_path: Path) -> None:
     binary = build_pool(tmp_path / "deaths", ["-O1", "-DTIERD_MODEL"])
     did = figures(binary, "deaths", 1, 20 * EXAMPLES)
     assert min(did["verified"], did["moves"]) > 3 * EXAMPLES
+
+
+MUTATIONS = {
+    "moved_object_is_freed_before_the_entry_refers_to_its_copy": (
+        "	index_store(p, page, to);\n	object_put(p, from);",
+        "	object_put(p, from);\n	index_store(p, page, to);",
+    ),
+    "former_object_is_freed_before_the_entry_refers_to_the_new_one": (
+        "	before = index_load(p, page);\n	index_store(p, page, entry);\n",
+        "	before = index_load(p, page);\n	if (before)\n		object_put(p, before);\n	index_store(p, page, entry);\n",
+    ),
+    "entry_refers_to_an_object_that_is_not_complete": (
+        "	*o = made;\n	memcpy(",
+        "	index_store(p, page, entry);\n	*o = made;\n	memcpy(",
+    ),
+    "stale_objects_are_taken_for_stored": (
+        "o->page < p->pages && index_load(p, o->page) == entry",
+        "o->page < p->pages",
+    ),
+    "space_is_taken_before_the_directory_says_so": (
+        "	directory_store(p, slot, number); /*",
+        "	/*",
+    ),
+    "directory_forgets_a_slot_before_its_space_is_given_back": (
+        "	int error = punch(p, slot_memory(p, slot), bytes);",
+        "	int error;\n\n	directory_store(p, slot, 0);\n	error = punch(p, slot_memory(p, slot), bytes);",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_an_order_that_is_broken_is_noticed(tmp_path: Path, name: str) -> None:
+    old, new = MUTATIONS[name]
+    native = tmp_path / "native"
+    shutil.copytree(NATIVE, native)
+    source = (native / "pool.c").read_text()
+    assert source.count(old) == 1
+    (native / "pool.c").write_text(source.replace(old, new))
+    binary = build_pool(tmp_path / "deaths", ["-O1", "-DTIERD_MODEL"], native)
+    done = run_driver(binary, "deaths", "1", "20000")
+    assert done.returncode == 1
+    assert "seed 1: " in done.stderr
 
 
 def test_files_that_are_no_pool_are_refused(checked: Path) -> None:
