@@ -49,7 +49,7 @@ enum codec_kind pool_codec(const struct pool *pool);
  * Once after pool_open: makes of the file a pool that can be written to. Asks `live` about every page that has an object; what the
  * file holds for a page that is not live, and what no page refers to, is free afterwards. Tells `damaged` of every live page whose
  * object cannot be found; it has none then. (An object is not decompressed here: pool_read does, and says -EBADMSG.)
- * -ENOMEM: call again or give up, nothing that is live was lost.
+ * -ENOMEM, -EIO: call again or give up, nothing that is live was lost.
  */
 int pool_adopt(struct pool *pool, bool (*live)(void *arg, uint64_t page), void (*damaged)(void *arg, uint64_t page),
 	       void *arg);

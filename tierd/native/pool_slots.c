@@ -39,6 +39,16 @@ static int punch(const struct pool *p, void *memory, uint64_t bytes)
 	return error;
 }
 
+/* Of a hole, and it is one again when that fails. (Should the punch fail, too, whoever reserves it next has it.) */
+static int reserve_hole(const struct pool *p, void *memory, uint64_t bytes)
+{
+	int error = reserve_space(p, memory, bytes);
+
+	if (error)
+		punch(p, memory, bytes);
+	return error;
+}
+
 /* Space for the entry of the index or the directory at `memory`. */
 int reserve_entry(struct pool *p, const void *memory)
 {
@@ -49,7 +59,7 @@ int reserve_entry(struct pool *p, const void *memory)
 		return 0;
 	if (!has_room(p, p->page_bytes))
 		return -ENOSPC;
-	error = reserve_space(p, p->memory + offset / p->page_bytes * p->page_bytes, p->page_bytes);
+	error = reserve_hole(p, p->memory + offset / p->page_bytes * p->page_bytes, p->page_bytes);
 	if (!error)
 		set_reserved(p, memory);
 	return error;
@@ -194,7 +204,7 @@ static int slot_add(struct pool *p, struct size_class *c)
 		return error;
 	}
 	directory_store(p, slot, number); /* first: a successor finds whatever takes space */
-	error = has_room(p, bytes) ? reserve_space(p, slot_memory(p, slot), bytes) : -ENOSPC;
+	error = has_room(p, bytes) ? reserve_hole(p, slot_memory(p, slot), bytes) : -ENOSPC;
 	if (error) {
 		slot_unuse(p, slot);
 		return error;
