@@ -368,11 +368,13 @@ def status(options: Options, as_json: bool) -> None:
     if as_json:
         _print_json(answer)
         return
-    from tierd.show import status_table, summary_text
+    from tierd.show import status_table, summary_text, tiers_table
 
     console = _console()
     if answer["guests"]:
         console.print(status_table(answer))
+    if (tiers := tiers_table(answer)) is not None:
+        console.print(tiers)
     console.print(summary_text(answer), markup=False)
 
 

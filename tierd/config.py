@@ -145,6 +145,46 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class Tier(Frozen):
+    """A step of a policy's ladder: a store by its name."""
+
+    name: Literal["memory", "file"]
+    capacity: Size | None = None  # of this guest's pages there; None: what the store has
+    min_age_s: Seconds | None = (
+        None  # pages idle for so long sink there, younger ones never; None: what the tier above has no room for
+    )
+
+    def __str__(self) -> str:
+        given = ((key, getattr(self, key)) for key in ("capacity", "min_age_s") if getattr(self, key) is not None)
+        more = ", ".join(f"{key}: {_told(value)}" for key, value in given)
+        return f"{self.name} ({more})" if more else self.name
+
+
+def _parse_tiers(value: object) -> object:
+    """`[memory, {name: file, min_age_s: 1h}]`: names, or mappings with a name. ValueError says which is wrong."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"{_shown(value)} is not a list of tiers; write [memory, file] for example")
+    return tuple(_parse_tier(i, item) for i, item in enumerate(value, 1))
+
+
+def _parse_tier(number: int, item: object) -> Tier:
+    if isinstance(item, Tier):
+        return item
+    given = {"name": item} if isinstance(item, str) else item
+    try:
+        return Tier.model_validate(given)
+    except ValidationError as error:
+        told = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in told["loc"])
+        message = told["msg"].removeprefix("Value error, ")
+        known = ": known keys are name, capacity, min_age_s" if told["type"] == "extra_forbidden" else ""
+        raise ValueError(
+            f"tier {number}{f', {key}' if key else ''}: {_shown(told['input'])}: {message}{known}"
+        ) from None
+
+
 class Policy(Frozen):
     """How one guest is treated. Defaults stand here and nowhere else."""
 
@@ -156,7 +196,11 @@ class Policy(Frozen):
     unsafe_min_idle: bool = False  # allows min_idle_s below 120 s; for tests
     resident_min: Size = 0
     resident_max: Size | None = None
+    # where cold pages go, in the order in which they sink
+    tiers: Annotated[tuple[Tier, ...], BeforeValidator(_parse_tiers), Field(max_length=8)] = (Tier(name="file"),)
+    stored_max: Size | None = None  # of guest memory, in all tiers together
     evict_rate_max: Rate | None = None  # bytes/s
+    demote_rate_max: Rate | None = None  # bytes/s of guest memory, from tier to tier
     readahead_pages: Annotated[int, Field(ge=1, le=512)] = 16
     read_deadline_s: Seconds = 30.0  # a stored page that cannot be read is tried again for so long; then on_lost
     on_lost: Literal["poison", "hold"] = "poison"  # a memory error for the guest; or it waits for `tierd retry`
@@ -181,6 +225,16 @@ class Policy(Frozen):
                 f"min_idle_s is {self.min_idle_s:g} s; below {SAFE_MIN_IDLE_S:g} s a transfer by direct I/O that is "
                 "still in flight into an idle page could be lost. For a test, say `unsafe_min_idle: true` beside it",
                 "min_idle_s",
+            )
+        names = [tier.name for tier in self.tiers]
+        if len(set(names)) < len(names):
+            raise _impossible(f"a tier stands twice in tiers ({', '.join(names)})", "tiers")
+        ages = [tier.min_age_s for tier in self.tiers if tier.min_age_s is not None]
+        if ages != sorted(ages) or max(ages, default=0) > AGE_S_MAX:
+            raise _impossible(
+                f"min_age_s of the tiers ({', '.join(f'{age:g}' for age in ages)} s) must grow from each to the next, up to "
+                f"{AGE_S_MAX:g} s",
+                "tiers",
             )
         if self.cold_s > AGE_S_MAX:
             raise _impossible(
@@ -218,6 +272,12 @@ class FileStoreConfig(Frozen):
     path: SomePath = Path("/var/lib/tierd")
     capacity: Size | None = None  # of all guests together; None: what the file system has
     direct: Annotated[Literal["auto", "on", "off"], BeforeValidator(_parse_switch)] = "auto"
+
+
+class MemoryStoreConfig(Frozen):
+    path: SomePath | None = None  # on a tmpfs; None: pools/ in runtime_dir
+    capacity: Size | None = None  # of all guests' pools together; None: what the tmpfs has
+    codec: Literal["lz4", "zstd"] = "lz4"
 
 
 class Log(Frozen):
@@ -266,6 +326,7 @@ class Config(Frozen):
     handshake: Handshake = Handshake()
     metrics: Metrics = Metrics()
     store: FileStoreConfig = FileStoreConfig()
+    memory: MemoryStoreConfig = MemoryStoreConfig()
     log: Log = Log()
     engine: Literal["auto", "rwp", "rfc", "stock"] = "auto"
     discover_interval_s: Interval = 1.0
@@ -289,10 +350,11 @@ _SECTIONS: dict[str, type[Frozen]] = {
     "handshake": Handshake,
     "metrics": Metrics,
     "store": FileStoreConfig,
+    "memory": MemoryStoreConfig,
     "log": Log,
     "defaults": Policy,
 }
-NEED_RESTART = ("runtime_dir", "api", "handshake", "metrics", "store", "engine", "log")
+NEED_RESTART = ("runtime_dir", "api", "handshake", "metrics", "store", "memory", "engine", "log")
 
 
 def changes(old: Config, new: Config) -> list[str]:
@@ -318,6 +380,8 @@ def _differences(prefix: str, before: BaseModel, after: BaseModel) -> Iterator[s
 
 
 def _told(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One cycle of one guest, as straight-line code: the order of the steps is visible here and nowhere else.
 
-    scan -> deactivate what was touched -> (policy) -> per batch: select, hold, copy, write, drop, release -> discard
+    scan -> deactivate what was touched -> (policy) -> per batch: select, hold, copy, write, drop, release
+         -> (policy) -> per batch that sinks from one tier to the next: select, copy, write, drop -> discard
 
 With an engine that has a sync mode the copy is made before the hold, so that the guest is held for the punches only: per
 batch select, copy, write, and then windows, each of which holds (sync mode, and a look whether the copy is still right),
@@ -20,16 +21,16 @@ may raise to cancel.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tierd.native import BatchResult, NativeBatch, NativeGuest, Staged
+from tierd.native import GUEST_TIER, STAGING_TIER, BatchResult, NativeBatch, NativeGuest, Staged
 
 BATCH_BYTES = 2 << 20
-ANONYMOUS_BATCH_BYTES = 8 << 20  # each is a stop of a thread of the VMM
+ANONYMOUS_BATCH_BYTES = 4 << 20  # each is a stop of a thread of the VMM
 BATCH_PAGES_MIN = 8  # huge ones
-FILE_TIER = 1
-PHASES = ("scan", "deactivate", "stage", "select", "hold", "copy", "write", "drop", "release", "discard")
+PHASES = ("scan", "deactivate", "stage", "select", "hold", "copy", "write", "drop", "release", "demote", "discard")
+COMPACT_PAGES, COMPACT_CALLS = 4096, 16  # of a pool, at a time; and so often in a cycle
 STAGE_AFTER_INTERVALS = 2  # not written for so many, and for min_idle_s: the page may be cold
 SAMPLE = 64  # one page in so many goes into the staging area in the first cycle
 SAMPLE_PAGES_MIN = 256
@@ -149,24 +150,31 @@ class Evicted:
 
 
 def evict_batch(
-    batch: NativeBatch, first_page: int, min_idle_s: float, max_pages: int, hold_ms_max: float | None, phases: Phases
+    batch: NativeBatch,
+    first_page: int,
+    min_idle_s: float,
+    max_pages: int,
+    tiers: Sequence[int],
+    hold_ms_max: float | None,
+    phases: Phases,
 ) -> Evicted:
-    """The way of a batch out of the guest. On KernelError the batch is cancelled: nothing that was not yet dropped leaves.
+    """The way of a batch out of the guest, each page to the first of `tiers` that takes it. On KernelError the batch is
+    cancelled: nothing that was not yet dropped leaves.
 
     `hold_ms_max`: of a sync window; None: the engine has none.
     """
     try:
         if batch.guest.anonymous:
-            return _evict_anonymous(batch, first_page, min_idle_s, max_pages, phases)
-        selected = batch.select(first_page, min_idle_s, max_pages)
+            return _evict_anonymous(batch, first_page, min_idle_s, max_pages, tiers, phases)
+        selected = batch.select(GUEST_TIER, first_page, min_idle_s, max_pages, tiers)
         phases.add_batch(selected)
         if not selected.selected_pages:
             return Evicted(0, selected.next_page)
         if hold_ms_max is not None:
-            return Evicted(_drop_in_windows(batch, hold_ms_max, phases), selected.next_page)
+            return Evicted(_drop_in_windows(batch, tiers, hold_ms_max, phases), selected.next_page)
         phases.add_batch(batch.hold())  # LEAVING came first: a fault in between takes the page back
         phases.add_batch(batch.copy())
-        phases.add_batch(batch.write(FILE_TIER))  # durable from here on
+        phases.add_batch(batch.write(tiers))  # durable from here on
         dropped = batch.drop()
         phases.add_batch(dropped)
         phases.add_batch(batch.release())  # a punch wakes nobody, this does
@@ -176,7 +184,9 @@ def evict_batch(
     return Evicted(dropped.evicted_pages, selected.next_page)
 
 
-def _evict_anonymous(batch: NativeBatch, first_page: int, min_idle_s: float, max_pages: int, phases: Phases) -> Evicted:
+def _evict_anonymous(
+    batch: NativeBatch, first_page: int, min_idle_s: float, max_pages: int, tiers: Sequence[int], phases: Phases
+) -> Evicted:
     """Out of the staging area. Where reads are seen, an idle page only passes through it."""
     end = None
     if not batch.guest.waits_for_readers:
@@ -184,21 +194,21 @@ def _evict_anonymous(batch: NativeBatch, first_page: int, min_idle_s: float, max
         end = _spaced(batch.guest.stage(first_page, min_idle_s, min(max_pages, batch.max_pages))).next_page
         phases.seconds["stage"] += time.monotonic() - began
         min_idle_s = 0.0
-    selected = batch.select(first_page, min_idle_s, max_pages)
+    selected = batch.select(STAGING_TIER, first_page, min_idle_s, max_pages, tiers)
     phases.add_batch(selected)
     if not selected.selected_pages:
         return Evicted(0, selected.next_page if end is None else end)
     phases.add_batch(batch.copy())  # nobody writes there; who reads takes the page back
-    phases.add_batch(batch.write(FILE_TIER))  # durable from here on
+    phases.add_batch(batch.write(tiers))  # durable from here on
     dropped = batch.drop()
     phases.add_batch(dropped)
     phases.add_batch(batch.release())
     return Evicted(dropped.evicted_pages, selected.next_page if end is None else end)
 
 
-def _drop_in_windows(batch: NativeBatch, hold_ms_max: float, phases: Phases) -> int:
+def _drop_in_windows(batch: NativeBatch, tiers: Sequence[int], hold_ms_max: float, phases: Phases) -> int:
     phases.add_batch(batch.copy())  # the guest may touch these pages meanwhile: the window sees who was
-    phases.add_batch(batch.write(FILE_TIER))  # durable from here on
+    phases.add_batch(batch.write(tiers))  # durable from here on
     evicted_pages = 0
     while True:
         done = batch.window(hold_ms_max)
@@ -213,12 +223,14 @@ def evict(
     *,
     min_idle_s: float,
     max_bytes: int,
+    tiers: Sequence[int],
     hold_ms_max: float,
     phases: Phases,
     check: Callable[[], None],
     bytes_per_s: float | None = None,
 ) -> int:
-    """Evict pages idle at least `min_idle_s`, at most `max_bytes` of them, at `bytes_per_s`. Returns bytes evicted."""
+    """Evict pages idle at least `min_idle_s`, at most `max_bytes` of them, at `bytes_per_s`, to the first of `tiers` that takes
+    each. Returns bytes evicted."""
     page, evicted_pages, began = 0, 0, time.monotonic()
     window_ms_max = hold_ms_max if guest.has_sync_mode else None
     page_bytes = guest.page_bytes
@@ -227,13 +239,71 @@ def evict(
     with guest.batch(max(batch_bytes // page_bytes, BATCH_PAGES_MIN)) as batch:
         while page < guest.pages and evicted_pages < max_pages:
             check()
-            done = evict_batch(batch, page, min_idle_s, max_pages - evicted_pages, window_ms_max, phases)
+            done = evict_batch(batch, page, min_idle_s, max_pages - evicted_pages, tiers, window_ms_max, phases)
             evicted_pages += done.pages
             page = done.next_page
-            if bytes_per_s:
-                ahead_s = evicted_pages * page_bytes / bytes_per_s - (time.monotonic() - began)
-                time.sleep(min(max(ahead_s, 0.0), 1.0))
+            _pace(evicted_pages * page_bytes, bytes_per_s, began)
     return evicted_pages * page_bytes
+
+
+def _pace(done_bytes: int, bytes_per_s: float | None, began: float) -> None:
+    if bytes_per_s:
+        ahead_s = done_bytes / bytes_per_s - (time.monotonic() - began)
+        time.sleep(min(max(ahead_s, 0.0), 1.0))
+
+
+def demote_batch(
+    batch: NativeBatch, from_tier: int, first_page: int, min_idle_s: float, max_pages: int, tiers: Sequence[int]
+) -> Evicted:
+    """The way of a batch from one tier to the first of `tiers` that takes each page. A fault takes its page from wherever it
+    is, at any step. On KernelError the batch is cancelled: its pages stay in `from_tier`."""
+    try:
+        selected = batch.select(from_tier, first_page, min_idle_s, max_pages, tiers)
+        if not selected.selected_pages:
+            return Evicted(0, selected.next_page)
+        batch.copy()  # verified: what the tier gives wrong is not passed on
+        batch.write(tiers)  # durable from here on
+        dropped = batch.drop()  # the word says the new tier, then space in the old one is given back
+        batch.release()
+    except OSError:
+        batch.cancel()
+        raise
+    return Evicted(dropped.evicted_pages, selected.next_page)
+
+
+def demote(
+    guest: NativeGuest,
+    from_tier: int,
+    tiers: Sequence[int],
+    *,
+    min_idle_s: float,
+    max_bytes: int,
+    phases: Phases,
+    check: Callable[[], None],
+    bytes_per_s: float | None = None,
+) -> int:
+    """Move pages idle at least `min_idle_s` from one tier to those below, at most `max_bytes` of guest memory, at
+    `bytes_per_s`. Returns bytes of guest memory that were."""
+    page, done_pages, began = 0, 0, time.monotonic()
+    page_bytes = guest.page_bytes
+    max_pages = max_bytes // page_bytes
+    with guest.batch(max(BATCH_BYTES // page_bytes, BATCH_PAGES_MIN)) as batch:
+        while page < guest.pages and done_pages < max_pages:
+            check()
+            done = demote_batch(batch, from_tier, page, min_idle_s, max_pages - done_pages, tiers)
+            done_pages += done.pages
+            page = done.next_page
+            _pace(done_pages * page_bytes, bytes_per_s, began)
+    phases.seconds["demote"] += time.monotonic() - began
+    return done_pages * page_bytes
+
+
+def compact(guest: NativeGuest, check: Callable[[], None]) -> None:
+    """Of the guest's pool, until nothing is to be gained, or until the next cycle."""
+    for _ in range(COMPACT_CALLS):
+        check()
+        if not guest.compact(COMPACT_PAGES):
+            return
 
 
 def discard_fetched(guest: NativeGuest, phases: Phases, check: Callable[[], None], max_pages: int = 1 << 18) -> int:

@@ -27,9 +27,10 @@ from tierd.attach import GuestSpec, Handed, Refused
 from tierd.attach.holders import HolderScan
 from tierd.attach.procfs import Discovery, boot_id, read_spec, start_ticks
 from tierd.check import engine_findings
-from tierd.config import Config, ConfigErrors, changes, load
+from tierd.config import Config, ConfigError, ConfigErrors, Policy, changes, load
 from tierd.engine import EngineUnavailable, choose
 from tierd.guest import Ending, Guest, Host
+from tierd.native import Codec
 from tierd.resume import Resumed
 from tierd.serve import (
     SUFFIX,
@@ -42,8 +43,9 @@ from tierd.serve import (
     prepare_runtime_dir,
     read_state,
 )
-from tierd.store import StoreError
+from tierd.store import Store, StoreError
 from tierd.store.file import FileStore
+from tierd.store.memory import MemoryStore
 from tierd.systemd import Notifier, watchdog_interval_s
 from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused, StoreStatus
 
@@ -102,8 +104,8 @@ class Daemon:
         self._stopping = self._manager_deaf = False
         self._unseen_told = False
         self._fds_to_remove: set[str] = set()  # by key: of the manager's, of guests that are gone or were left
-        self._store_asked_at = trio.current_time()
-        self._store_figures = (0, 0)  # used, free; in bytes
+        self._asked_at = dict.fromkeys(host.stores, trio.current_time())  # by store: when it answered last
+        self._figures = dict.fromkeys(host.stores, (0, 0))  # by store: used, free; in bytes
 
     @property
     def guests(self) -> Mapping[str, GuestView]:
@@ -117,13 +119,15 @@ class Daemon:
             async with trio.open_nursery() as self._nursery:
                 await self._adopt_all()
                 await self._start_socket("handshake", self._start_handshake)  # soon: VMMs may wait to come again
-                self._store_figures = await trio.to_thread.run_sync(self._ask_store)
-                swept = await trio.to_thread.run_sync(self.host.store.sweep, self._may_be_needed)
-                if swept:
-                    log.info("store_swept", guests=swept)
+                for name, store in self.host.stores.items():
+                    self._figures[name] = await trio.to_thread.run_sync(_ask, store)
+                    swept = await trio.to_thread.run_sync(store.sweep, self._may_be_needed)
+                    if swept:
+                        log.info("store_swept", store=name, guests=swept)
                 await self._start_socket("api", self._start_api)
                 self._nursery.start_soon(self._watch_guests)
-                self._nursery.start_soon(self._watch_store)
+                for store in self.host.stores.values():
+                    self._nursery.start_soon(self._watch_store, store)
                 self._nursery.start_soon(self._discover)
                 self._nursery.start_soon(self._feed_watchdog)
                 await self._tell_ready()
@@ -282,27 +286,33 @@ class Daemon:
             log.warning("holders_unseen", processes=unseen, why=UNSEEN_WHY, action=UNSEEN_ACTION)
         self._unseen_told = self._unseen_told or bool(unseen)
 
-    def _ask_store(self) -> tuple[int, int]:
-        return self.host.store.used_bytes(), self.host.store.free_bytes()
-
-    async def _watch_store(self) -> None:
+    async def _watch_store(self, store: Store) -> None:
         """Its figures are asked for in a thread: a store that hangs must not hold whoever asks us for a status."""
+        trouble = self.host.store_trouble
         while True:
             await trio.sleep(STORE_ASK_S)
             try:
-                self._store_figures = await trio.to_thread.run_sync(self._ask_store, abandon_on_cancel=True)
+                self._figures[store.name] = await trio.to_thread.run_sync(_ask, store, abandon_on_cancel=True)
             except OSError as error:
-                self.host.store_trouble["figures"] = f"{self.host.store.path}: {error.strerror}"
+                trouble[store.name, "figures"] = f"{store.path}: {error.strerror}"
             else:
-                self.host.store_trouble.pop("figures", None)
-            self._store_asked_at = trio.current_time()
+                trouble.pop((store.name, "figures"), None)
+            self._asked_at[store.name] = trio.current_time()
 
-    def _store_reasons(self) -> list[str]:
-        reasons = sorted(set(self.host.store_trouble.values()))
-        silent_s = trio.current_time() - self._store_asked_at
+    def _store_status(self, store: Store) -> StoreStatus:
+        reasons = sorted({why for (name, _), why in self.host.store_trouble.items() if name == store.name})
+        silent_s = trio.current_time() - self._asked_at[store.name]
         if silent_s > STORE_ANSWERS_S:
-            reasons.append(f"{self.host.store.path} has not answered for {silent_s:.0f} s")
-        return reasons
+            reasons.append(f"{store.path} has not answered for {silent_s:.0f} s")
+        used_bytes, free_bytes = self._figures[store.name]
+        return StoreStatus(
+            name=store.name,
+            path=str(store.path),
+            capacity_bytes=used_bytes + free_bytes,
+            used_bytes=used_bytes,
+            healthy=not reasons,
+            reason="; ".join(reasons),
+        )
 
     def _end_at_last(self, seconds: float = END_S_MAX) -> None:
         """By then every guest is left or kept. A call of the store that hangs is not waited for: to be kept, a guest needs
@@ -564,7 +574,8 @@ class Daemon:
         """The VMM ended while its guest was not served: remove what was stored of it."""
         with contextlib.suppress(OSError):  # the next start tries again
             path.unlink(missing_ok=True)
-            await trio.to_thread.run_sync(self.host.store.sweep, self._may_be_needed)
+            for store in self.host.stores.values():
+                await trio.to_thread.run_sync(store.sweep, self._may_be_needed)
         self._guests.pop(guest.key, None)
         self._forget_kept(guest.key)
         log.info("guest_ended", guest=guest.name, pid=guest.pid, how="the VMM ended while it was not served")
@@ -700,12 +711,14 @@ class Daemon:
     async def reload(self) -> Sequence[str]:
         """Read the configuration again: whole, or ConfigErrors and nothing."""
         new = await trio.to_thread.run_sync(load, self.config_path)
+        policies = {key: _policy_of(guest, new) for key, guest in self._guests.items()}
+        self._must_keep_its_tiers(policies)
+        if _names_memory(new) and "memory" not in self.host.stores:
+            self._add_store(_memory_or_errors(self.config, self.config_path))
         told = changes(self.config, new)
         self.config = new
-        for guest in self._guests.values():
-            policy = new.match(guest.name, guest.pid, " ".join(guest.spec.cmdline))
-            if policy is None and guest.spec.handshake:  # it came by itself: no rule need name it
-                policy = new.defaults
+        for key, policy in policies.items():
+            guest = self._guests[key]
             if policy is not None:
                 guest.set_policy(policy)
             elif guest.served:
@@ -713,6 +726,34 @@ class Daemon:
         for event in self._waiting.values():
             event.set()
         return told
+
+    def _add_store(self, store: Store) -> None:
+        """One that no policy has named before."""
+        self.host.stores[store.name] = store
+        self._asked_at[store.name], self._figures[store.name] = trio.current_time(), (0, 0)
+        self._nursery.start_soon(self._watch_store, store)
+
+    def _must_keep_its_tiers(self, policies: Mapping[str, Policy | None]) -> None:
+        """ConfigErrors: a tier would be taken from a guest that has pages in it."""
+        errors = []
+        for key, policy in policies.items():
+            guest = self._guests[key]
+            gone = (
+                {tier.name for tier in guest.policy.tiers} - {tier.name for tier in policy.tiers} if policy else set()
+            )
+            errors += [
+                ConfigError(
+                    self.config_path,
+                    0,
+                    "tiers",
+                    f"guest {guest.name} has {pages} pages in tier {name}, which its policy would have no more",
+                    f"restore it first (`tierd restore {guest.name}`), or leave the tier with capacity: 0",
+                )
+                for name in sorted(gone)
+                if (pages := guest.pages_in(name))
+            ]
+        if errors:
+            raise ConfigErrors(errors)
 
     async def _detach_unmatched(self, guest: Guest) -> None:
         log.info("guest_unmatched", guest=guest.name, pid=guest.pid, action="bringing it back and leaving it")
@@ -736,7 +777,6 @@ class Daemon:
         return [f"{unseen} processes were not looked at: {UNSEEN_WHY}; {UNSEEN_ACTION}"] if unseen else []
 
     def status(self) -> DaemonStatus:
-        store, (used_bytes, free_bytes), reasons = self.host.store, self._store_figures, self._store_reasons()
         return DaemonStatus(
             version=__version__,
             engine=self.host.engine.name,
@@ -744,17 +784,16 @@ class Daemon:
             pid=os.getpid(),
             uptime_s=trio.current_time() - self._began,
             guests=[guest.status() for guest in self._guests.values()],
-            stores=[
-                StoreStatus(
-                    name="file",
-                    path=str(store.path),
-                    capacity_bytes=used_bytes + free_bytes,
-                    used_bytes=used_bytes,
-                    healthy=not reasons,
-                    reason="; ".join(reasons),
-                )
-            ],
+            stores=[self._store_status(store) for store in self.host.stores.values()],
         )
+
+
+def _policy_of(guest: Guest, config: Config) -> Policy | None:
+    """None: no rule is for it."""
+    policy = config.match(guest.name, guest.pid, " ".join(guest.spec.cmdline))
+    if policy is None and guest.spec.handshake:  # it came by itself: no rule need name it
+        return config.defaults
+    return policy
 
 
 # without the values of local variables: they may hold guests' bytes
@@ -786,19 +825,26 @@ async def _run(config: Config, config_path: Path, resumed: Resumed) -> None:
     guests_dir = prepare_runtime_dir(config.runtime_dir)
     lock = resumed.lock if resumed.lock is not None else lock_runtime_dir(config.runtime_dir)
     try:
-        store = await _open_store(config, notifier)
-        if store.trouble:
-            log.error("store_cannot_be_written", error=store.trouble, action="what is in it is served")
+        stores = await _open_stores(config, notifier)
+        for store in stores.values():
+            if store.trouble:
+                log.error(
+                    "store_cannot_be_written", store=store.name, error=store.trouble, action="what is in it is served"
+                )
         kept = resumed.kept_uffds, resumed.kept_handed
-        host = Host(choose(config.engine), store, guests_dir, boot_id(), HolderScan(), notifier, *kept)
+        host = Host(choose(config.engine), stores, guests_dir, boot_id(), HolderScan(), notifier, *kept)
         await Daemon(config, config_path, host, resumed).run()
     finally:
         resumed.close()
         os.close(lock)
 
 
-async def _open_store(config: Config, notifier: Notifier) -> FileStore:
-    """A store that hangs is waited for, and the manager is told so: guests that were resumed are served meanwhile."""
+def _ask(store: Store) -> tuple[int, int]:
+    return store.used_bytes(), store.free_bytes()
+
+
+async def _open_stores(config: Config, notifier: Notifier) -> dict[str, Store]:
+    """By name. One that hangs is waited for, and the manager is told so: guests that were resumed are served meanwhile."""
 
     async def tell() -> None:
         await trio.sleep(STORE_ANSWERS_S)
@@ -809,13 +855,41 @@ async def _open_store(config: Config, notifier: Notifier) -> FileStore:
                 notifier.status(f"waiting for the store {config.store.path}, which does not answer")
             await trio.sleep(STORE_ANSWERS_S)
 
+    file = config.store
     async with trio.open_nursery() as nursery:
         nursery.start_soon(tell)
-        store = await trio.to_thread.run_sync(
-            FileStore, config.store.path, config.store.capacity, config.store.direct, abandon_on_cancel=True
-        )
+        store = await trio.to_thread.run_sync(FileStore, file.path, file.capacity, file.direct, abandon_on_cancel=True)
         nursery.cancel_scope.cancel()
-    return store
+    stores: dict[str, Store] = {store.name: store}
+    if _names_memory(config) or _pools_of(config).exists():  # what is in there may have to be swept
+        try:
+            stores["memory"] = _open_memory(config)
+        except StoreError as error:
+            if _names_memory(config):
+                raise
+            log.warning("memory_unusable", error=str(error), action="none: no policy names it")
+    return stores
+
+
+def _memory_or_errors(config: Config, path: Path) -> MemoryStore:
+    try:
+        return _open_memory(config)
+    except StoreError as error:
+        raise ConfigErrors([ConfigError(path, 0, "memory", str(error))]) from error
+
+
+def _names_memory(config: Config) -> bool:
+    policies = (config.defaults, *(rule.policy for rule in config.guests))
+    return any(tier.name == "memory" for policy in policies for tier in policy.tiers)
+
+
+def _pools_of(config: Config) -> Path:
+    return config.memory.path if config.memory.path is not None else config.runtime_dir / "pools"
+
+
+def _open_memory(config: Config) -> MemoryStore:
+    memory = config.memory
+    return MemoryStore(_pools_of(config), memory.capacity, Codec[memory.codec.upper()])
 
 
 def main(config_path: Path, resumed: Resumed) -> int:

@@ -13,7 +13,8 @@ import enum
 import errno
 import os
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,14 +30,23 @@ from tierd.attach.holders import HolderScan
 from tierd.attach.preflight import preflight, recheck, swap_can_receive
 from tierd.attach.procfs import grown, start_ticks
 from tierd.attach.ptrace import same_open_file
-from tierd.config import Policy
+from tierd.config import Policy, Tier
 from tierd.engine import Engine, fitting
-from tierd.native import STAGING_TIER, STATES, STORE_WRITE, KernelError, NativeGuest, Zap
-from tierd.serve import AwaitsHandshake, Served, Tuning, adopt, attach, holders_of, key_of, memory_available_bytes
-from tierd.store import StoreError
-from tierd.store.file import FileStore
+from tierd.native import STAGING_TIER, STATES, KernelError, NativeGuest, TierKind, Zap
+from tierd.serve import (
+    AwaitsHandshake,
+    Served,
+    ServedTier,
+    Tuning,
+    adopt,
+    attach,
+    holders_of,
+    key_of,
+    memory_available_bytes,
+)
+from tierd.store import Store, StoreError
 from tierd.systemd import Notifier
-from tierd.view import GuestStatus, Progress, RequestRefused, State
+from tierd.view import GuestStatus, Progress, RequestRefused, State, TierStatus
 
 HUNG_S = 0.25  # a fault in service for longer: another thread takes over
 HUNG_TOLD_S = 2.0  # and for longer than this: an operator is told
@@ -46,7 +56,6 @@ RESTORE_STEP_BYTES = 16 << 20
 SPENT_BYTES_MAX = 64 << 20  # of anonymous memory, fetched and still in the staging area
 BACK_OFF_S_MAX = 300.0
 STORED, LOST = STATES.index("stored"), STATES.index("lost")
-CAPACITY_UNLIMITED_PAGES = 1 << 62
 
 
 @dataclass
@@ -54,14 +63,22 @@ class Host:
     """What all guests of this daemon share."""
 
     engine: Engine
-    store: FileStore
+    stores: dict[str, Store]  # by name
     guests_dir: Path
     boot_id: str
     holders: HolderScan
     notifier: Notifier
     kept_uffds: dict[str, int] = field(default_factory=dict)  # by key: a copy that outlives whatever befalls a Guest
     kept_handed: dict[str, Handed] = field(default_factory=dict)  # by key: what the manager kept of VMMs that connected
-    store_trouble: dict[str, str] = field(default_factory=dict)  # guest's key -> why the store did not take its pages
+    served_guests: int = 0  # that share the stores
+    store_trouble: dict[tuple[str, str], str] = field(
+        default_factory=dict
+    )  # (store, guest's key) -> why it did not take its pages
+
+    def forget_trouble(self, key: str) -> None:
+        """Of a guest, with all stores."""
+        for which in [which for which in self.store_trouble if which[1] == key]:
+            del self.store_trouble[which]
 
 
 class Ending(enum.Enum):
@@ -108,6 +125,9 @@ class Guest:
         self._fragile = self._fragile_told = False
         self._threads = trio.CapacityLimiter(THREADS_MAX)
         self._not_before = -1e9
+        self._tier_failures: dict[
+            str, tuple[int, float]
+        ] = {}  # by name: how often in a row, and when it is tried again
         self._cycles = 0
         self._worker = trio.Lock()
         self._ending: Ending | None = None
@@ -161,6 +181,7 @@ class Guest:
             self.begun.set()
         self.spec = served.spec  # with what is ours in the VMM
         self._state = "paused" if self._paused else "active"
+        self._host.served_guests += 1
         self._apply_reads(served)
         self._log.info(
             "guest_adopted" if served.adoption else "guest_attached",
@@ -172,6 +193,7 @@ class Guest:
         try:
             await self._live(served)
         finally:
+            self._host.served_guests -= 1
             with trio.CancelScope(shield=True):  # an order may still have a thread in the guest's tables: bounded
                 async with self._worker:
                     self._served = None
@@ -220,13 +242,20 @@ class Guest:
         return attach(
             self.spec,
             engine=engine,
-            store=host.store,
+            stores=[self._store(tier.name) for tier in policy.tiers],
             guests_dir=host.guests_dir,
             tuning=tuning,
             swap_can_receive=swappable,
-            capacity_bytes=self._capacity_bytes(0),
             handed=self._handed,
         )
+
+    def _store(self, name: str) -> Store:
+        store = self._host.stores.get(name)
+        if store is None:
+            raise StoreError(
+                f"there is no tier {name}: see why in the log of tierd's start, mend it, and restart tierd"
+            )
+        return store
 
     def _adoption_facts(self) -> dict[str, int]:
         assert self._served is not None
@@ -263,8 +292,8 @@ class Guest:
                 )
         if self._ending is Ending.EXITED:
             served.forget()
-        self._host.store_trouble.pop(self.key, None)
-        self._host.store_trouble.pop(f"{self.key} hangs", None)
+        self._host.forget_trouble(self.key)
+        self._host.forget_trouble(f"{self.key} hangs")
 
     async def _watch_exit(self, served: Served) -> None:
         await trio.lowlevel.wait_readable(served.pidfd)
@@ -287,6 +316,7 @@ class Guest:
         if not await self._hold_uffd(served):
             return
         await self._unstage(served)
+        await self._tidy(served)
         if self._state == "refused":
             await self._bring_back(served)
             return
@@ -304,15 +334,15 @@ class Guest:
             self._reason = decision.reason
             if decision.evict_bytes_max and not self._paused and trio.current_time() >= self._not_before:
                 evicted = await self._evict(served, decision.min_idle_s, decision.evict_bytes_max)
-            await self._in_worker(cycle.discard_fetched, served.native, self.phases, trio.from_thread.check_cancelled)
+            await self._in_worker(self._sink, served, self.policy)
         except Refused as refused:
             await self._give_up(served, refused)
         except (OSError, StoreError) as error:
             if not await self._is_over(served, error):
                 self._failed(error)
         else:
-            if evicted or self.key not in self._host.store_trouble:  # a store is well again once it has taken something
-                self._recovered()
+            if evicted or not any(key == self.key for _, key in self._host.store_trouble):
+                self._recovered()  # a store is well again once it has taken something
         self._cycles += 1
 
     def _recheck(self) -> None:
@@ -406,6 +436,20 @@ class Guest:
             if not await self._is_over(served, error):
                 self._failed(error)
 
+    async def _tidy(self, served: Served) -> None:
+        """Whatever the state and the policy: what came back takes no room in its tier any more. Of compressed memory that is the
+        host's."""
+
+        def work() -> None:
+            cycle.discard_fetched(served.native, self.phases, trio.from_thread.check_cancelled)
+            cycle.compact(served.native, trio.from_thread.check_cancelled)
+
+        try:
+            await self._in_worker(work)
+        except OSError as error:
+            if not await self._is_over(served, error):
+                self._failed(error)
+
     def _stage(self, served: Served) -> None:
         cycle.stage(
             served.native,
@@ -418,43 +462,151 @@ class Guest:
         )
 
     def _sample(self, served: Served) -> policies.Sample:
-        stored = served.space.used_bytes()
-        served.native.set_limits(self.policy.readahead_pages, self._capacity_bytes(stored) // served.page_bytes)
+        policy = self.policy
+        served.native.set_readahead(policy.readahead_pages)
+        free_bytes = sum(self._room(served, tier, policy) for tier in self._tiers_now(served, policy))
+        stored_pages = sum(served.native.counters()["tier_pages"][tier.number] for tier in served.tiers.values())
         return policies.Sample(
             resident_bytes=served.resident_bytes(),
-            stored_bytes=stored,
-            store_free_bytes=self._host.store.free_bytes(),
+            stored_bytes=stored_pages * served.page_bytes,
+            store_free_bytes=free_bytes,
             idle=self._idle(served),
-            elapsed_s=self.policy.interval_s,
+            elapsed_s=policy.interval_s,
         )
 
-    def _capacity_bytes(self, used_bytes: int) -> int:
-        return used_bytes + self._host.store.free_bytes()
+    def _tiers_now(self, served: Served, policy: Policy) -> Sequence[ServedTier]:
+        """Those that the policy still names and that are not to be left alone for a while. What the guest has not had since it
+        was attached it does not get: page words speak of its tiers by number."""
+        now = time.monotonic()
+        named = {tier.name for tier in policy.tiers}
+        return [
+            tier
+            for tier in served.tiers.values()
+            if tier.name in named and self._tier_failures.get(tier.name, (0, now))[1] <= now
+        ]
+
+    def _set_capacity(self, served: Served, tier: ServedTier, policy: Policy) -> int:
+        """Tell the data plane what the tier may hold of this guest, by the policy, by its store and by the host. Bytes."""
+        store = self._host.stores.get(tier.name)
+        free = store.free_bytes() if store is not None else 0
+        if tier.space.kind is TierKind.MEMORY:  # guests that got cold together must not each take all of it
+            free //= max(self._host.served_guests, 1)
+        capacity = tier.space.used_bytes() + free
+        own = next(
+            (t.capacity for t in policy.tiers if t.name == tier.name), 0
+        )  # 0: the policy has no such tier any more
+        if own is not None:
+            capacity = min(capacity, own)
+        served.native.set_capacity(tier.number, capacity)
+        return capacity
+
+    def _room(self, served: Served, tier: ServedTier, policy: Policy) -> int:
+        """Bytes that the tier may still take of this guest."""
+        return max(self._set_capacity(served, tier, policy) - tier.space.used_bytes(), 0)
+
+    def _may_take(self, served: Served, policy: Policy, min_idle_s: float) -> list[ServedTier]:
+        """The tiers to which pages that are idle for so long may go now, and that have room."""
+        old_enough = {tier.name for tier in policies.tiers_for(policy, min_idle_s)}
+        return [
+            tier
+            for tier in self._tiers_now(served, policy)
+            if tier.name in old_enough and self._room(served, tier, policy)
+        ]
 
     async def _evict(self, served: Served, min_idle_s: float, max_bytes: int) -> int:
-        def work() -> int:
-            return cycle.evict(
-                served.native,
-                min_idle_s=min_idle_s,
-                max_bytes=max_bytes,
-                hold_ms_max=self.policy.hold_ms_max,
-                phases=self.phases,
-                check=trio.from_thread.check_cancelled,
-                bytes_per_s=self.policy.evict_rate_max,
-            )
-
-        evicted: int = await self._in_worker(work)
+        evicted: int = await self._in_worker(self._evict_by_age, served, self.policy, min_idle_s, max_bytes)
         if evicted:
             self._log.debug("evicted", bytes=evicted, min_idle_s=min_idle_s)
         return evicted
 
+    def _evict_by_age(self, served: Served, policy: Policy, min_idle_s: float, max_bytes: int) -> int:
+        """The oldest first, which more tiers may take. Worker."""
+        evicted = 0
+        for age_s in policies.classes(policy, min_idle_s):
+            tiers = self._may_take(served, policy, age_s)
+            if not tiers or evicted >= max_bytes:
+                continue
+            evicted += cycle.evict(
+                served.native,
+                min_idle_s=age_s,
+                max_bytes=max_bytes - evicted,
+                tiers=[tier.number for tier in tiers],
+                hold_ms_max=policy.hold_ms_max,
+                phases=self.phases,
+                check=trio.from_thread.check_cancelled,
+                bytes_per_s=policy.evict_rate_max,
+            )
+            for tier in tiers if evicted else ():  # they are well again
+                self._tier_failures.pop(tier.name, None)
+                self._host.store_trouble.pop((tier.name, self.key), None)
+        return evicted
+
+    def _sink(self, served: Served, policy: Policy) -> None:
+        """From each tier to those below it: what has become old enough for them, and the oldest of what is too much. Worker."""
+        if self._paused or policy.dry_run:
+            return
+        named: dict[str, Tier] = {tier.name: tier for tier in policy.tiers}
+        for above in served.tiers.values():
+            below = [tier for tier in self._tiers_now(served, policy) if tier.number > above.number]
+            if not below:
+                continue
+            demotion = policies.sink(policy, named[below[0].name], self._tier_sample(served, above, policy))
+            to = [tier for tier in self._may_take(served, policy, demotion.min_idle_s) if tier.number > above.number]
+            room = sum(self._room(served, tier, policy) for tier in to)
+            if not min(demotion.bytes_max, room):
+                continue
+            try:
+                moved = cycle.demote(
+                    served.native,
+                    above.number,
+                    [tier.number for tier in to],
+                    min_idle_s=demotion.min_idle_s,
+                    max_bytes=min(demotion.bytes_max, room),
+                    phases=self.phases,
+                    check=trio.from_thread.check_cancelled,
+                    bytes_per_s=policy.demote_rate_max,
+                )
+            except KernelError as error:
+                if error.errno != errno.ENOSPC or error.tier:
+                    raise
+                continue  # there was less room than it seemed: by policy, not an error
+            if moved:
+                self._log.debug("demoted", tier=above.name, bytes=moved, min_idle_s=demotion.min_idle_s)
+
+    def _tier_sample(self, served: Served, tier: ServedTier, policy: Policy) -> policies.TierSample:
+        store = self._host.stores.get(tier.name)
+        edges = policies.idle_edges(policy)
+        idle = served.native.idle_pages(edges, tier.number)
+        return policies.TierSample(
+            stored_bytes=sum(idle) * served.page_bytes,
+            used_bytes=tier.space.used_bytes(),
+            capacity_bytes=self._set_capacity(served, tier, policy),
+            store_used_bytes=store.used_bytes() if store is not None else 0,
+            store_free_bytes=store.free_bytes() if store is not None else 0,
+            idle=tuple((edge, pages * served.page_bytes) for edge, pages in zip(edges, idle, strict=True)),
+            elapsed_s=policy.interval_s,
+        )
+
+    def _back_off_s(self, failures: int) -> float:
+        """Guests that failed together do not try again together."""
+        pause_s: float = min(self.policy.interval_s * 2 ** min(failures, 20), BACK_OFF_S_MAX)
+        return pause_s * random.uniform(0.5, 1.0)
+
+    def _tier_failed(self, served: Served, error: KernelError) -> bool:
+        """A tier did not take pages: it is left alone for a while. Whether others go on meanwhile."""
+        name = next(tier.name for tier in served.tiers.values() if tier.number == error.tier)
+        failures = self._tier_failures.get(name, (0, 0.0))[0] + 1
+        self._tier_failures[name] = failures, time.monotonic() + self._back_off_s(failures)
+        self._host.store_trouble[name, self.key] = str(error)
+        return any(tier.name not in self._tier_failures for tier in served.tiers.values())
+
     def _failed(self, error: OSError | StoreError | RequestRefused) -> None:
-        self._failures += 1
-        pause_s = min(self.policy.interval_s * 2 ** min(self._failures, 20), BACK_OFF_S_MAX)
-        # guests that failed together do not try again together
-        self._not_before = trio.current_time() + pause_s * random.uniform(0.5, 1.0)
-        if isinstance(error, KernelError) and error.strerror == STORE_WRITE:
-            self._host.store_trouble[self.key] = str(error)
+        others = False
+        if isinstance(error, KernelError) and error.tier and self._served is not None:
+            others = self._tier_failed(self._served, error)
+        if not others:
+            self._failures += 1
+            self._not_before = trio.current_time() + self._back_off_s(self._failures)
         if self._trouble != str(error):
             self._trouble = str(error)
             made_anew = isinstance(error, KernelError) and error.errno == errno.ENOENT
@@ -467,7 +619,6 @@ class Guest:
         if self._trouble is not None and trio.current_time() >= self._not_before:
             self._log.info("eviction_works_again", after=self._trouble)
             self._trouble, self._failures = None, 0
-            self._host.store_trouble.pop(self.key, None)
 
     async def _is_over(self, served: Served, error: Exception) -> bool:
         """The VMM's memory is gone: it exits just now, or has executed another program under the same pid."""
@@ -515,8 +666,8 @@ class Guest:
         takes over what can be served. Trio; cheap."""
         if self._served is None:
             return
-        native = self._served.native
-        health, served_bytes = native.health(HUNG_S), self._served.page_bytes
+        served, native = self._served, self._served.native
+        health, served_bytes = native.health(HUNG_S), served.page_bytes
         overdue = health.overdue_ns > HUNG_S * 1e9
         if health.fault_threads < self.policy.fault_threads_max and (
             overdue or health.hung_threads == health.fault_threads
@@ -530,7 +681,8 @@ class Guest:
         if hangs and not self._store_hangs:
             call = "read" if health.worker_io_ns <= HUNG_TOLD_S * 1e9 else "call"
             trouble = f"guest {self.name} has waited for a {call} of the store for more than {HUNG_TOLD_S:g} s"
-            self._host.store_trouble[f"{self.key} hangs"] = trouble
+            for name in served.tiers:
+                self._host.store_trouble[name, f"{self.key} hangs"] = trouble
             self._log.error(
                 "store_hangs",
                 fault_threads=health.fault_threads,
@@ -540,7 +692,7 @@ class Guest:
                 action="see to the store; faults that do not need it are served",
             )
         elif self._store_hangs and not hangs:
-            self._host.store_trouble.pop(f"{self.key} hangs", None)
+            self._host.forget_trouble(f"{self.key} hangs")
             self._log.info("store_answers_again", fault_threads=health.fault_threads)
         self._store_hangs = hangs
 
@@ -581,7 +733,11 @@ class Guest:
             raise RequestRefused(f"guest {self.name} has ended", "see `tierd status`")
 
     def set_policy(self, policy: Policy) -> None:
-        """From the next cycle on; what concerns faults, at once."""
+        """From the next cycle on; what concerns faults, at once. A tier that the guest was attached without it does not get."""
+        if self._served is not None and policy.tiers != self.policy.tiers:
+            new = [tier.name for tier in policy.tiers if tier.name not in self._served.tiers]
+            if new:
+                self._log.warning("guest_keeps_its_tiers", not_used=new, action="detach and attach the guest")
         self.policy = policy
         if self._served is not None:
             self._apply_reads(self._served)
@@ -738,7 +894,7 @@ class Guest:
                 policy=self.policy.model_dump(mode="json"),
             )
         counters: dict[str, Any] = served.native.counters()
-        tiers = counters["tier_pages"]
+        pages = counters["tier_pages"]
         return GuestStatus(
             name=self.name,
             pid=self.pid,
@@ -749,8 +905,12 @@ class Guest:
             page_bytes=served.page_bytes,
             total_bytes=counters["pages"] * served.page_bytes,
             resident_bytes=served.resident_bytes(),
-            stored_bytes={"zero": tiers[0] * served.page_bytes, "file": tiers[cycle.FILE_TIER] * served.page_bytes},
-            staged_bytes=tiers[STAGING_TIER] * served.page_bytes,
+            stored_bytes={
+                "zero": pages[0] * served.page_bytes,
+                **{tier.name: pages[tier.number] * served.page_bytes for tier in served.tiers.values()},
+            },
+            staged_bytes=pages[STAGING_TIER] * served.page_bytes,
+            tiers=[self._tier_status(served, tier) for tier in served.tiers.values()],
             hole_bytes=counters["untouched_pages"] * served.page_bytes,
             idle=self._idle(served),
             counters=counters,
@@ -758,3 +918,21 @@ class Guest:
             phase_s=dict(self.phases.seconds),
             cycles=self._cycles,
         )
+
+    def _tier_status(self, served: Served, tier: ServedTier) -> TierStatus:
+        counters: dict[str, Any] = served.native.tier_counters(tier.number)
+        stored_bytes = counters["pages"] * served.page_bytes
+        return TierStatus(
+            name=tier.name,
+            stored_bytes=stored_bytes,
+            used_bytes=counters["used_bytes"] if tier.space.kind is TierKind.MEMORY else stored_bytes,
+            healthy=(tier.name, self.key) not in self._host.store_trouble,
+            counters=counters,
+        )
+
+    def pages_in(self, name: str) -> int:
+        """Pages of the guest that are stored in this tier."""
+        served = self._served
+        if served is None or name not in served.tiers:
+            return 0
+        return int(served.native.counters()["tier_pages"][served.tiers[name].number])

@@ -6,7 +6,7 @@ A guest that is gone is gone from the next scrape: nothing is kept between scrap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector
@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from tierd.view import STATES, DaemonStatus, GuestStatus
+from tierd.view import STATES, DaemonStatus, GuestStatus, TierStatus
 
 LABELS = ("guest", "pid")
 # latency buckets of struct tierd_counters that are shown: below 1 us (2^10 ns) ... below 17 s (2^34 ns)
@@ -57,6 +57,17 @@ def _errors(guest: GuestStatus) -> Samples:
     return (((kind,), count) for kind, count in {**native, **guest.errors}.items())
 
 
+def _tiers(value: Callable[[TierStatus], float]) -> Callable[[GuestStatus], Samples]:
+    return lambda guest: (((tier.name,), value(tier)) for tier in guest.tiers)
+
+
+def _by_tier(fields: Mapping[str, str]) -> Callable[[GuestStatus], Samples]:
+    """`fields`: counters of a tier, and the value of the second label."""
+    return lambda guest: (
+        ((tier.name, kind), tier.counters[field]) for tier in guest.tiers for field, kind in fields.items()
+    )
+
+
 def _idle(guest: GuestStatus) -> Samples:
     return (((f"{age_s:g}",), size) for age_s, size in guest.idle)
 
@@ -89,6 +100,19 @@ _GAUGES: tuple[_Family, ...] = (
         (),
         lambda g: _nothing_more(g.staged_bytes),
     ),
+    (
+        "tier_used_bytes",
+        "What a tier has spent for the guest's pages in it: of compressed memory, all that its pool takes.",
+        ("tier",),
+        _tiers(lambda tier: tier.used_bytes),
+    ),
+    (
+        "tier_compressed_bytes",
+        "Of compressed memory: what the pages in it were compressed to.",
+        ("tier",),
+        lambda g: (((tier.name,), tier.counters["compressed_bytes"]) for tier in g.tiers if tier.name == "memory"),
+    ),
+    ("tier_healthy", "1 if the tier takes pages of the guest, else 0.", ("tier",), _tiers(lambda tier: tier.healthy)),
     ("hole_bytes", "Guest memory that the guest has never used.", (), lambda g: _nothing_more(g.hole_bytes)),
     (
         "idle_bytes",
@@ -136,6 +160,20 @@ _COUNTERS: tuple[_Family, ...] = (
         (),
         _counter("pages_unmovable"),
     ),
+    (
+        "tier_pages",
+        "Pages of the guest that a tier was given (written), gave back (read), or did not take (refused: they do not compress).",
+        ("tier", "what"),
+        _by_tier({"written_pages": "written", "read_pages": "read", "refused_pages": "refused"}),
+    ),
+    (
+        "tier_errors",
+        "Errors of a tier, by kind.",
+        ("tier", "kind"),
+        _by_tier({"write_errors": "write", "read_errors": "read", "checksum_errors": "checksum"}),
+    ),
+    ("pages_demoted", "Pages that went from one tier to the next.", (), _counter("pages_demoted")),
+    ("pages_refused", "Times that no tier took a page that was to leave.", (), _counter("pages_refused")),
     ("inject_stops", "Times that a thread of the VMM was stopped to run a call in it.", (), _counter("inject_stops")),
     ("cycles", "Cycles completed.", (), lambda g: _nothing_more(g.cycles)),
     (
@@ -156,13 +194,27 @@ def _histogram(
     for guest in guests:
         if not guest.counters:
             continue
-        counts = guest.counters[f"{field}_buckets"]
-        # bucket i holds times below 2^i ns and the ones before it: cumulated, as Prometheus wants them
-        buckets = [(f"{2**i / 1e9!r}", float(sum(counts[: i + 1]))) for i in range(LATENCY_FIRST, LATENCY_LAST + 1)]
-        # the count is taken from the buckets: one of its own would be read at another moment
-        buckets.append(("+Inf", float(sum(counts))))
+        buckets = _cumulated(guest.counters[f"{field}_buckets"])
         family.add_metric(_labels(guest), buckets, guest.counters[sum_field or f"{field}_sum_ns"] / 1e9)
     return family
+
+
+def _tier_reads(guests: Sequence[GuestStatus]) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(
+        "tierd_guest_tier_read_seconds", "Reads of a tier, of one or several pages.", labels=(*LABELS, "tier")
+    )
+    for guest in guests:
+        for tier in guest.tiers:
+            counts = tier.counters["read_buckets"]
+            family.add_metric((*_labels(guest), tier.name), _cumulated(counts), tier.counters["read_sum_ns"] / 1e9)
+    return family
+
+
+def _cumulated(counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Bucket i holds times below 2^i ns and not those before it; Prometheus wants them with these. The count is taken from the
+    buckets: one of its own would be read at another moment."""
+    buckets = [(f"{2**i / 1e9!r}", float(sum(counts[: i + 1]))) for i in range(LATENCY_FIRST, LATENCY_LAST + 1)]
+    return [*buckets, ("+Inf", float(sum(counts)))]
 
 
 def _labels(guest: GuestStatus) -> list[str]:
@@ -202,6 +254,7 @@ def _guests(guests: Sequence[GuestStatus]) -> Iterable[Metric]:
             yield family
     yield _histogram(guests, "fault_latency", "From reading a fault to the page being in place.", "latency")
     yield _histogram(guests, "sync_window", "Sync windows of engines rwp and rfc: while pages leave.", "window")
+    yield _tier_reads(guests)
     yield _histogram(guests, "stop", "Stops of a thread of the VMM for a batch of calls.", "stop", "inject_stopped_ns")
 
 

@@ -59,9 +59,11 @@ from tierd.native import (
     Identity,
     KernelError,
     NativeGuest,
+    Place,
     Serving,
     TableRegion,
     Tier,
+    TierKind,
     Zap,
     calls_destroy,
     page_bytes_of,
@@ -72,7 +74,9 @@ from tierd.native import (
     table_lock,
     table_read,
 )
-from tierd.store.file import FileSpace, FileStore, file_system_of, open_ours, reopen
+from tierd.store import Space, Store, StoreError, memory
+from tierd.store.directory import file_system_of, open_ours
+from tierd.store.file import reopen
 
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 SUFFIX = ".state"
@@ -110,6 +114,15 @@ class Tuning:
         return int(min(max(self.min_idle_s / 8, EPOCH_S_MIN), EPOCH_S_MAX) * 1e9)
 
 
+@dataclass(frozen=True)
+class ServedTier:
+    """Where a guest's pages are stored: `number` is the tier's in page words, in the order in which pages sink."""
+
+    number: int
+    name: str  # of the store
+    space: Space
+
+
 class Served:
     """Everything tierd holds of one guest. `close` leaves the guest's pages where they are; `leave` and `forget` end it."""
 
@@ -121,7 +134,7 @@ class Served:
         self.adoption: Adoption | None = None
         self._undo = contextlib.ExitStack()
         self.native: NativeGuest
-        self.space: FileSpace
+        self.tiers: dict[str, ServedTier] = {}  # by name, in their order
         self.pidfd = self.uffd = self.uffd_in_vmm = self.pagemap = self.mem = self.table_fd = -1
         self.memfds: list[int] = []
         self.page_bytes = PAGE_BYTES
@@ -249,7 +262,8 @@ class Served:
     def forget(self) -> None:
         """Remove the state file and the stored pages. Only for a guest that is gone or needs none of them."""
         self.state_path.unlink(missing_ok=True)
-        self.space.delete()
+        for tier in self.tiers.values():
+            tier.space.delete()
 
 
 class AlreadyRunning(Exception):
@@ -310,10 +324,20 @@ def _table_regions(regions: tuple[Region, ...]) -> list[TableRegion]:
     return [TableRegion(r.address, r.bytes, r.offset, r.device, r.inode, r.staging) for r in regions]
 
 
-def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive: bool, capacity_bytes: int) -> None:
-    """The native guest over what `served` holds so far."""
-    capacity_pages = capacity_bytes // served.page_bytes
-    spec, space = served.spec, served.space
+def _tier_of(space: Space, capacity_bytes: int) -> Tier:
+    return Tier(space.fd, capacity_bytes, space.kind, space.direct, space.drop_cache, space.late, space.codec)
+
+
+def _add_tier(served: Served, name: str, space: Space) -> None:
+    served._undo.callback(space.close)
+    served.tiers[name] = ServedTier(len(served.tiers) + 1, name, space)
+
+
+def _open_guest(
+    served: Served, engine: Engine, tuning: Tuning, swap_can_receive: bool, capacities: Sequence[int]
+) -> None:
+    """The native guest over what `served` holds so far. `capacities`: bytes, of each tier."""
+    spec, spaces = served.spec, [tier.space for tier in served.tiers.values()]
     served.zap = served._zap(swap_can_receive)
     served._inject_tid = served._pick_thread(served.zap)
     served.native = NativeGuest(
@@ -323,7 +347,7 @@ def _open_guest(served: Served, engine: Engine, tuning: Tuning, swap_can_receive
         pagemap_fd=served.pagemap,
         regions=_table_regions(spec.regions),
         memfds=served.memfds,
-        tier=Tier(space.fd, space.direct, space.drop_cache, capacity_pages, space.late),
+        tiers=[_tier_of(space, capacity) for space, capacity in zip(spaces, capacities, strict=True)],
         engine=engine.number,
         page_bytes=served.page_bytes,
         zap=served.zap,
@@ -427,15 +451,18 @@ def attach(
     spec: GuestSpec,
     *,
     engine: Engine,
-    store: FileStore,
+    stores: Sequence[Store],
     guests_dir: Path,
     tuning: Tuning,
     swap_can_receive: bool,
-    capacity_bytes: int,
+    capacity_bytes: int | None = None,
     handed: Handed | None = None,
 ) -> Served:
     """Begin to serve a guest that passed preflight. On any error nothing of it stays, in the VMM neither (of a userfaultfd
-    that it brought, UFFDIO_API does). `handed`: what its VMM brought; duplicated."""
+    that it brought, UFFDIO_API does). `handed`: what its VMM brought; duplicated.
+
+    `stores`: its tiers, in the order in which pages sink; those that do not take pages of its size are left out.
+    `capacity_bytes`: of each; None: what it has free. StoreError also where none is left, or one cannot have another below it."""
     served = Served(spec, guests_dir / (key_of(spec) + SUFFIX), engine)
     if os.path.lexists(served.state_path):  # pages of it may be stored: before anything of that is replaced
         raise StateError(
@@ -459,11 +486,15 @@ def attach(
             on_error.callback(_close_in_vmm_quietly, spec.pid, taken.uffd_in_vmm)
             if spec.anonymous:
                 spec = served.spec = _with_staging(spec, on_error)
-        served.space = store.create(key_of(spec), served.pages, served.page_bytes)
-        served._undo.callback(served.space.close)
-        on_error.callback(served.space.delete)
+        fitting = _fitting(stores, served.page_bytes)
+        for store in fitting:
+            space = store.create(key_of(spec), served.pages, served.page_bytes)
+            on_error.callback(space.delete)
+            _add_tier(served, store.name, space)
+        _last_only_may_be_late(served)
         _fill_state(served, tuning)
-        _open_guest(served, engine, tuning, swap_can_receive, capacity_bytes)
+        capacities = [store.free_bytes() if capacity_bytes is None else capacity_bytes for store in fitting]
+        _open_guest(served, engine, tuning, swap_can_receive, capacities)
         _publish_state(served, unfinished)  # complete: whoever adopts from now on finds also how the guest came
         on_error.callback(served.state_path.unlink, missing_ok=True)
         served.native.start()  # a fault thread before the first registration
@@ -480,6 +511,24 @@ def attach(
         unfinished.unlink()  # the last of all: on the way out of an error, too, nobody else begins before
         on_error.pop_all()
     return served
+
+
+def _fitting(stores: Sequence[Store], page_bytes: int) -> Sequence[Store]:
+    fitting = [store for store in stores if store.takes(page_bytes)]
+    if not fitting:
+        names = ", ".join(store.name for store in stores)
+        raise StoreError(f"none of its tiers ({names}) takes pages of {page_bytes >> 10} KiB; add `file` to its tiers")
+    return fitting
+
+
+def _last_only_may_be_late(served: Served) -> None:
+    """What sinks from a tier is discarded there, and nothing would say so of a page that has sunk (guest.c)."""
+    for tier in list(served.tiers.values())[:-1]:
+        if tier.space.late:
+            raise StoreError(
+                f"tier {tier.name} is on a file system ({tier.space.path.parent}) where what a killed tierd had in flight may "
+                "still land: it must be the last of the tiers"
+            )
 
 
 def _with_staging(spec: GuestSpec, on_error: contextlib.ExitStack) -> GuestSpec:
@@ -594,7 +643,9 @@ def _fill_state(served: Served, tuning: Tuning) -> None:
         name=spec.name,
         uffd_in_vmm=served.uffd_in_vmm,
         epoch_ns=tuning.epoch_ns,
-        store_path=str(served.space.path),
+        places=tuple(
+            Place(tier.space.kind, tier.name, str(tier.space.path), tier.space.direct) for tier in served.tiers.values()
+        ),
         page_bytes=served.page_bytes,
     )
     try:
@@ -636,15 +687,16 @@ def check_name(path: Path, identity: Identity) -> None:
 class Stale(Exception):
     """A state file that nobody needs: its VMM (or the boot) is gone, or nothing of the guest is left in our hands."""
 
-    def __init__(self, text: str, state_path: Path, store_path: str) -> None:
+    def __init__(self, text: str, state_path: Path, places: Sequence[Place]) -> None:
         super().__init__(text)
-        self._state_path, self._store_path = state_path, Path(store_path)
+        self._state_path, self._store_paths = state_path, [Path(place.path) for place in places]
 
     def sweep(self) -> None:
         """Remove the state file and the stored pages that belong to it."""
         self._state_path.unlink(missing_ok=True)
-        if self._state_path.stem in self._store_path.name:
-            self._store_path.unlink(missing_ok=True)
+        for path in self._store_paths:
+            if self._state_path.stem in path.name:
+                path.unlink(missing_ok=True)
 
 
 def wait_for_lock(fd: int, path: Path, pause: Callable[[float], None], wait_s_max: float = 60.0) -> None:
@@ -697,7 +749,7 @@ def _read_state(fd: int, path: Path, boot_id: str) -> Left:
         raise StateError(f"{path} {why}; nothing was touched") from error
     if identity.boot_id != boot_id or start_ticks(identity.pid) != identity.start_ticks:
         text = f"{path}: its VMM, process {identity.pid} ({identity.name}), is gone"
-        raise Stale(text, path, identity.store_path)
+        raise Stale(text, path, identity.places)
     spec = GuestSpec(
         name=identity.name,
         pid=identity.pid,
@@ -727,7 +779,7 @@ def adopt(
 
     `handed`: what its VMM brought again; duplicated.
     `kept_uffd`: a userfaultfd of this guest that the service manager kept, used (duplicated) where the VMM has none.
-    `capacity_bytes`: what may be stored before set_limits says otherwise. `lock_s_max`: how long the predecessor's last
+    `capacity_bytes`: what each tier may hold before set_capacity says otherwise. `lock_s_max`: how long the predecessor's last
     thread is waited for.
     """
     fd = open_state(state_path, os.O_RDWR)
@@ -749,7 +801,7 @@ def adopt(
         _take_descriptors(served, handed, maps_of(spec.pid))
         if _memory_gone(served):
             text = f"{state_path}: process {spec.pid} executed another program, the memory of {spec.name} is gone"
-            raise Stale(text, state_path, left.identity.store_path)
+            raise Stale(text, state_path, left.identity.places)
         served.uffd_in_vmm = left.identity.uffd_in_vmm if serving.uffd_in_vmm is None else serving.uffd_in_vmm
         if handed is not None and handed.uffd_in_vmm is not None:
             served.uffd_in_vmm = handed.uffd_in_vmm
@@ -758,16 +810,20 @@ def adopt(
         if engine.holds_reads and not table_dropping(fd):
             set_async(engine.number, served.uffd)
         served.page_bytes = left.identity.page_bytes
-        served.space = reopen(
-            Path(left.identity.store_path), served.pages, served.page_bytes, direct=serving.store_direct
-        )
-        served._undo.callback(served.space.close)
-        _open_guest(served, engine, tuning, swap_can_receive, capacity_bytes)
+        for place in left.identity.places:
+            _add_tier(served, place.name, _reopened(served, place))
+        _open_guest(served, engine, tuning, swap_can_receive, [capacity_bytes] * len(served.tiers))
         served.adoption = _adopted(served, handed)
         if handed is not None:
             served.native.set_uffd_in_vmm(served.uffd_in_vmm)
         served.native.start()
     return served
+
+
+def _reopened(served: Served, place: Place) -> Space:
+    if place.kind is TierKind.MEMORY:
+        return memory.reopen(Path(place.path))
+    return reopen(Path(place.path), served.pages, served.page_bytes, direct=place.direct)
 
 
 def _memory_gone(served: Served) -> bool:
@@ -821,7 +877,7 @@ def _userfaultfd_again(served: Served, identity: Identity, kept_uffd: int | None
         raise StateError(f"nothing can be seen of process {identity.pid} ({identity.name}): did its main thread end?")
     if not away:
         text = f"{served.state_path}: {identity.name} was left, every page is with it"
-        raise Stale(text, served.state_path, identity.store_path)
+        raise Stale(text, served.state_path, identity.places)
     raise StateError(
         f"the userfaultfd that tierd made in process {identity.pid} ({identity.name}) as descriptor {served.uffd_in_vmm} is "
         f"closed: {away} pages that are stored read as zeros there now; restart that VM"

@@ -169,6 +169,30 @@ def status_table(status: Mapping[str, Any]) -> Table:
     return table
 
 
+def tiers_table(status: Mapping[str, Any]) -> Table | None:
+    """The tiers of the guests of GET /status that have more than one; None: there is no such guest."""
+    table = _table(
+        "guest", "tier", "holds", "takes", "ratio", "written", "read", "refused", "errors", "p50", "p99", "", left=2
+    )
+    for guest in status["guests"]:
+        for tier in guest["tiers"] if len(guest["tiers"]) > 1 else ():
+            c = tier["counters"]
+            compressed = c["compressed_bytes"]
+            table.add_row(
+                _name(guest["name"]),
+                tier["name"],
+                size_text(tier["stored_bytes"]),
+                size_text(tier["used_bytes"]),
+                f"{tier['stored_bytes'] / compressed:.1f}" if compressed else "",
+                *(str(c[f"{what}_pages"]) for what in ("written", "read", "refused")),
+                str(c["write_errors"] + c["read_errors"] + c["checksum_errors"]),
+                latency_text(quantile_us(c["read_buckets"], 0.5)),
+                latency_text(quantile_us(c["read_buckets"], 0.99)),
+                "" if tier["healthy"] else "[red]ILL[/red]",
+            )
+    return table if table.rows else None
+
+
 def summary_text(status: Mapping[str, Any]) -> str:
     """The line under the table."""
     stores = ", ".join(

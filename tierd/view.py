@@ -18,6 +18,17 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class TierStatus:
+    """One tier of a guest: pages that are out of its memory, by the store that has them."""
+
+    name: str
+    stored_bytes: int  # of guest memory
+    used_bytes: int  # what the store has spent for it: of `memory`, what is left of it after compression
+    healthy: bool
+    counters: Mapping[str, Any]  # struct tierd_tier_counters by field
+
+
+@dataclass(frozen=True)
 class GuestStatus:
     """One guest, at one moment. `reason` is empty, or one line for the operator about why `state` is what it is."""
 
@@ -32,6 +43,7 @@ class GuestStatus:
     resident_bytes: int = 0  # blocks that the guest's memory files occupy
     staged_bytes: int = 0  # of anonymous memory: with the host still, waiting for somebody to read it
     stored_bytes: Mapping[str, int] = field(default_factory=dict)  # by tier; tier "zero" needs no store
+    tiers: Sequence[TierStatus] = ()  # in the order in which pages sink
     hole_bytes: int = 0  # never used by the guest
     idle: Sequence[tuple[float, int]] = ()  # (idle at least this many seconds and less than the next, bytes), ascending
     counters: Mapping[str, Any] = field(default_factory=dict)  # struct tierd_counters by field; empty until attached

@@ -2,10 +2,13 @@
 /*
  * bare.c: the limits. Nothing but the system calls that the job takes; no table, no ages, no checksum, no promise.
  *
- *   bare fault STYLE PAGES COUNT STORE LOAD-CPU HANDLER-CPU   STYLE: spin, sleep -> p50 p99 in ns
+ *   bare fault STYLE PAGES COUNT LOAD-CPU HANDLER-CPU STORE   STYLE: spin, sleep -> p50 p99 in ns
+ *   bare fault-lz4 STYLE PAGES COUNT LOAD-CPU HANDLER-CPU     from a compressed copy in the handler's memory -> p50 p99 in ns
  *   bare deactivate PID ADDRESS BYTES                         PAGEMAP_SCAN and MADV_PAGEOUT of another process -> ns
  *   bare evict BYTES STORE                                    read, write with O_DIRECT, punch in 2 MiB pieces -> ns
  *   bare anonymous BYTES STORE                                move, read, write with O_DIRECT, drop in 2 MiB pieces -> ns
+ *   bare compress BYTES              LZ4, the results one behind the other in fresh memory -> ns of CPU, their bytes, what zsmalloc would take
+ *   bare swap BYTES STATISTICS CPU   memory out to swap and back; mm_stat of zram -> bytes, what it takes, ns in order, p50 at random
  */
 #include "load.h"
 
@@ -14,6 +17,7 @@
 #include <linux/userfaultfd.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -22,7 +26,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "codec.h"
 #include "sys.h"
+#include "zsmalloc.h"
 
 enum { PIECE_BYTES = 2 << 20, STRETCH_BYTES = 64 << 20, RANGES = 256 };
 
@@ -34,8 +40,26 @@ _Noreturn static void die(const char *what)
 
 /* --- faults ------------------------------------------------------------------------------------------------------------- */
 
+struct source {
+	int store; /* a file; or, when `packed` is there */
+	struct packed {
+		const uint8_t *from;
+		uint32_t bytes;
+	} *packed; /* of each page, compressed */
+	struct decompressor *decompressor;
+};
+
+static bool get(const struct source *s, uint64_t offset, uint8_t *page, uint64_t page_bytes)
+{
+	const struct packed *packed = s->packed ? &s->packed[offset / page_bytes] : NULL;
+
+	if (!packed)
+		return pread(s->store, page, page_bytes, (off_t)offset) == (ssize_t)page_bytes;
+	return !decompress(s->decompressor, packed->from, packed->bytes, page, (uint32_t)page_bytes);
+}
+
 /* In a process of its own, as tierd is: a fault costs a switch of address space. */
-_Noreturn static void handle(int uffd, int store, uint64_t base, uint64_t page_bytes, int spin)
+_Noreturn static void handle(int uffd, const struct source *from, uint64_t base, uint64_t page_bytes, int spin)
 {
 	uint8_t *page = aligned_alloc(page_bytes, page_bytes);
 	struct pollfd fd = {.fd = uffd, .events = POLLIN};
@@ -51,47 +75,118 @@ _Noreturn static void handle(int uffd, int store, uint64_t base, uint64_t page_b
 			continue;
 		}
 		copy.dst = message.arg.pagefault.address & ~(page_bytes - 1);
-		if (pread(store, page, page_bytes, (off_t)(copy.dst - base)) != (ssize_t)page_bytes ||
-		    ioctl(uffd, UFFDIO_COPY, &copy))
+		if (!get(from, copy.dst - base, page, page_bytes) || ioctl(uffd, UFFDIO_COPY, &copy))
 			_exit(1);
 	}
 }
 
-static void fault(char **a)
+static uint8_t *map(int flags, int fd, uint64_t bytes)
 {
-	uint64_t page_bytes = (uint64_t)sysconf(_SC_PAGESIZE), pages = strtoull(a[1], NULL, 10),
-		 bytes = pages * page_bytes;
-	int memfd = memfd_create("bare", MFD_CLOEXEC), store = open(a[3], O_RDWR | O_CREAT | O_TRUNC, 0600);
+	uint8_t *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, flags, fd, 0);
+
+	if (memory == MAP_FAILED)
+		die("memory");
+	return memory;
+}
+
+static uint8_t *map_anonymous(uint64_t bytes)
+{
+	return map(MAP_PRIVATE | MAP_ANONYMOUS, -1, bytes);
+}
+
+static uint8_t *map_shared(int *memfd, uint64_t bytes)
+{
+	*memfd = memfd_create("bare", MFD_CLOEXEC);
+	if (*memfd < 0 || ftruncate(*memfd, (off_t)bytes))
+		die("files");
+	return map(MAP_SHARED, *memfd, bytes);
+}
+
+static void compressor_open(struct compressor **compressor, struct decompressor **decompressor, uint64_t page_bytes)
+{
+	struct codec *codec;
+
+	errno = -codec_open(CODEC_LZ4, 0, &codec);
+	if (!errno)
+		errno = -compressor_create(codec, (uint32_t)page_bytes, compressor);
+	if (!errno)
+		errno = -decompressor_create(codec, decompressor);
+	if (errno)
+		die("LZ4");
+}
+
+/* Every page, one behind the other, into memory that the system gives meanwhile. Returns their bytes. */
+static uint64_t pack(struct compressor *compressor, const uint8_t *memory, uint64_t pages, uint64_t page_bytes,
+		     struct packed *packed)
+{
+	uint8_t *begin = map_anonymous(2 * pages * page_bytes), *to = begin;
+
+	for (uint64_t i = 0; i < pages; i++) {
+		const void *out;
+		int bytes = compress(compressor, memory + i * page_bytes, &out);
+
+		if (bytes < 0)
+			die("compression");
+		memcpy(to, out, (size_t)bytes);
+		packed[i] = (struct packed){.from = to, .bytes = (uint32_t)bytes};
+		to += bytes;
+	}
+	return (uint64_t)(to - begin);
+}
+
+/* Touches pages of `memory`, all of which are gone, while another process brings them back. */
+static void fault_from(const struct source *from, int memfd, uint8_t *memory, uint64_t pages, char **a)
+{
+	uint64_t page_bytes = (uint64_t)sysconf(_SC_PAGESIZE), bytes = pages * page_bytes, p50, p99;
 	int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
 	struct uffdio_api api = {.api = UFFD_API,
 				 .features = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_MISSING_SHMEM};
-	struct uffdio_register range = {.mode = UFFDIO_REGISTER_MODE_MISSING};
-	uint64_t p50, p99;
-	uint8_t *memory;
+	struct uffdio_register range = {.range = {(uint64_t)memory, bytes}, .mode = UFFDIO_REGISTER_MODE_MISSING};
 	pid_t child;
 
-	if (memfd < 0 || store < 0 || uffd < 0 || ftruncate(memfd, (off_t)bytes))
-		die("files");
-	memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
-	fill(memory, bytes);
-	if (pwrite(store, memory, bytes, 0) != (ssize_t)bytes)
-		die("store");
-	range.range.start = (uint64_t)memory;
-	range.range.len = bytes;
-	if (ioctl(uffd, UFFDIO_API, &api) || ioctl(uffd, UFFDIO_REGISTER, &range))
+	if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api) || ioctl(uffd, UFFDIO_REGISTER, &range))
 		die("userfaultfd");
 	if (fallocate(memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)bytes))
 		die("punch");
 	child = fork();
 	if (!child) {
-		pin(atoi(a[5]));
-		handle(uffd, store, (uint64_t)memory, page_bytes, !strcmp(a[0], "spin"));
+		pin(atoi(a[4]));
+		handle(uffd, from, (uint64_t)memory, page_bytes, !strcmp(a[0], "spin"));
 	}
-	pin(atoi(a[4]));
+	pin(atoi(a[3]));
 	touch_randomly(memory, pages, page_bytes, strtoull(a[2], NULL, 10), &p50, &p99);
 	kill(child, SIGKILL);
 	waitpid(child, NULL, 0);
 	printf("ok %lu %lu\n", (unsigned long)p50, (unsigned long)p99);
+}
+
+static void fault(char **a)
+{
+	uint64_t pages = strtoull(a[1], NULL, 10), bytes = pages * (uint64_t)sysconf(_SC_PAGESIZE);
+	struct source from = {.store = open(a[5], O_RDWR | O_CREAT | O_TRUNC, 0600)};
+	int memfd;
+	uint8_t *memory = map_shared(&memfd, bytes);
+
+	fill(memory, bytes);
+	if (from.store < 0 || pwrite(from.store, memory, bytes, 0) != (ssize_t)bytes)
+		die("store");
+	fault_from(&from, memfd, memory, pages, a);
+}
+
+static void fault_lz4(char **a)
+{
+	uint64_t page_bytes = (uint64_t)sysconf(_SC_PAGESIZE), pages = strtoull(a[1], NULL, 10);
+	struct source from = {.store = -1, .packed = calloc(pages, sizeof(*from.packed))};
+	struct compressor *compressor;
+	int memfd;
+	uint8_t *memory = map_shared(&memfd, pages * page_bytes);
+
+	if (!from.packed)
+		die("memory");
+	compressor_open(&compressor, &from.decompressor, page_bytes);
+	fill_half(memory, pages * page_bytes, page_bytes);
+	pack(compressor, memory, pages, page_bytes, from.packed);
+	fault_from(&from, memfd, memory, pages, a);
 }
 
 /* --- deactivation ------------------------------------------------------------------------------------------------------- */
@@ -130,12 +225,11 @@ static void deactivate(char **a)
 static void evict(char **a)
 {
 	uint64_t bytes = strtoull(a[0], NULL, 10), began;
-	int memfd = memfd_create("bare", MFD_CLOEXEC), store = open(a[1], O_RDWR | O_CREAT | O_TRUNC | O_DIRECT, 0600);
-	uint8_t *memory, *piece = aligned_alloc(4096, PIECE_BYTES);
+	int memfd, store = open(a[1], O_RDWR | O_CREAT | O_TRUNC | O_DIRECT, 0600);
+	uint8_t *memory = map_shared(&memfd, bytes), *piece = aligned_alloc(4096, PIECE_BYTES);
 
-	if (memfd < 0 || store < 0 || ftruncate(memfd, (off_t)bytes) || ftruncate(store, (off_t)bytes))
+	if (store < 0 || ftruncate(store, (off_t)bytes))
 		die("files");
-	memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
 	fill(memory, bytes);
 	began = now_ns();
 	for (uint64_t at = 0; at < bytes; at += PIECE_BYTES)
@@ -144,15 +238,6 @@ static void evict(char **a)
 		    fallocate(memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)at, PIECE_BYTES))
 			die("eviction");
 	printf("ok %lu\n", (unsigned long)(now_ns() - began));
-}
-
-static uint8_t *map_anonymous(uint64_t bytes)
-{
-	uint8_t *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-	if (memory == MAP_FAILED)
-		die("memory");
-	return memory;
 }
 
 static void anonymous(char **a)
@@ -182,16 +267,87 @@ static void anonymous(char **a)
 	printf("ok %lu\n", (unsigned long)(now_ns() - began));
 }
 
+/* --- compressed memory -------------------------------------------------------------------------------------------------- */
+
+static void compress_all(char **a)
+{
+	uint64_t page_bytes = (uint64_t)sysconf(_SC_PAGESIZE), bytes = strtoull(a[0], NULL, 10), began, took,
+		 packed_bytes, pages = bytes / page_bytes;
+	struct packed *packed = calloc(pages, sizeof(*packed));
+	struct compressor *compressor;
+	struct decompressor *decompressor;
+	struct zsmalloc z = {0};
+	int memfd;
+	uint8_t *memory = map_shared(&memfd, bytes);
+
+	if (!packed)
+		die("memory");
+	compressor_open(&compressor, &decompressor, page_bytes);
+	fill_half(memory, bytes, page_bytes);
+	memset(packed, 0xff, pages * sizeof(*packed)); /* it is the results' memory that is fresh */
+	began = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+	packed_bytes = pack(compressor, memory, pages, page_bytes, packed);
+	took = clock_ns(CLOCK_THREAD_CPUTIME_ID) - began;
+	for (uint64_t i = 0; i < pages; i++)
+		zs_add(&z, packed[i].bytes);
+	printf("ok %lu %lu %lu\n", (unsigned long)took, (unsigned long)packed_bytes, (unsigned long)zs_bytes(&z));
+}
+
+static void swap_out(uint8_t *memory, uint64_t bytes)
+{
+	for (uint64_t at = 0; at < bytes; at += PIECE_BYTES)
+		if (madvise(memory + at, PIECE_BYTES, MADV_PAGEOUT))
+			die("swap");
+}
+
+static uint64_t walk(const uint8_t *memory, uint64_t bytes, uint64_t page_bytes)
+{
+	uint64_t began = now_ns();
+
+	for (uint64_t at = 0; at < bytes; at += page_bytes)
+		(void)*(const volatile uint64_t *)(memory + at);
+	return now_ns() - began;
+}
+
+/* Private anonymous memory: its way back from zram is the shortest that there is. */
+static void swap(char **a)
+{
+	uint64_t page_bytes = (uint64_t)sysconf(_SC_PAGESIZE), bytes = strtoull(a[0], NULL, 10), stored, taken,
+		 in_order, p50, p99;
+	uint8_t *memory = map_anonymous(bytes);
+	FILE *statistics = fopen(a[1], "r");
+
+	pin(atoi(a[2]));
+	fill_half(memory, bytes, page_bytes);
+	swap_out(memory, bytes);
+	if (!statistics || fscanf(statistics, "%lu %*u %lu", &stored, &taken) != 2)
+		die("statistics");
+	errno = EBUSY;
+	if (stored < bytes) /* a page that is still mapped would be the quickest to come back */
+		die("swap");
+	in_order = walk(memory, bytes, page_bytes);
+	swap_out(memory, bytes);
+	touch_randomly(memory, bytes / page_bytes, page_bytes, bytes / page_bytes / 4, &p50, &p99);
+	printf("ok %lu %lu %lu %lu\n", (unsigned long)stored, (unsigned long)taken, (unsigned long)in_order,
+	       (unsigned long)p50);
+}
+
 int main(int argc, char **argv)
 {
 	if (argc == 8 && !strcmp(argv[1], "fault"))
 		fault(argv + 2);
+	else if (argc == 7 && !strcmp(argv[1], "fault-lz4"))
+		fault_lz4(argv + 2);
 	else if (argc == 5 && !strcmp(argv[1], "deactivate"))
 		deactivate(argv + 2);
 	else if (argc == 4 && !strcmp(argv[1], "evict"))
 		evict(argv + 2);
 	else if (argc == 4 && !strcmp(argv[1], "anonymous"))
 		anonymous(argv + 2);
+	else if (argc == 3 && !strcmp(argv[1], "compress"))
+		compress_all(argv + 2);
+	else if (argc == 5 && !strcmp(argv[1], "swap"))
+		swap(argv + 2);
 	else
 		return 2;
 	return 0;

@@ -31,9 +31,11 @@ from tests.kernel.vmm import MIB, PAGE, wait_for
 from tierd import cycle
 from tierd.attach.procfs import boot_id, read_spec
 from tierd.engine import choose
-from tierd.native import KernelError
+from tierd.native import Codec, KernelError
 from tierd.serve import Served, Tuning, adopt, attach, prepare_runtime_dir
+from tierd.store import Store
 from tierd.store.file import FileStore
+from tierd.store.memory import MemoryStore
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -99,11 +101,23 @@ class Bench:
         self.pairs = 3 if quick else 7
         self.fault_mib = 32 if quick else 128
         native = ROOT / "tierd" / "native"
-        sources = [str(native / "sys.c"), str(native / "calls.c"), *map(str, native.glob("inject*.c"))]
-        flags = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{native}"]
+        sources = [
+            *(str(native / name) for name in ("sys.c", "calls.c", "codec.c")),
+            *map(str, native.glob("inject*.c")),
+        ]
+        flags = [
+            "gcc",
+            "-std=gnu11",
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            f"-I{native}",
+            f"-I{ROOT / 'tests' / 'native'}",
+        ]
         self.load_binary, self.bare_binary = directory / "load", directory / "bare"
         subprocess.run([*flags, str(HERE / "load.c"), "-o", str(self.load_binary), "-pthread"], check=True)
-        subprocess.run([*flags, str(HERE / "bare.c"), *sources, "-o", str(self.bare_binary)], check=True)
+        subprocess.run([*flags, str(HERE / "bare.c"), *sources, "-o", str(self.bare_binary), "-ldl"], check=True)
         self._number = 0
 
     def bare(self, *words: object) -> list[int]:
@@ -117,15 +131,21 @@ class Bench:
 
     @contextlib.contextmanager
     def served(
-        self, load: Load, style: Style = "sleep", readahead: int = 1, direct: Literal["on", "off"] = "off"
+        self,
+        load: Load,
+        style: Style = "sleep",
+        readahead: int = 1,
+        direct: Literal["on", "off"] = "off",
+        store: Store | None = None,
     ) -> Iterator[Served]:
-        """The load's guest, attached as the daemon does it, with the fault thread waiting in `style`."""
+        """The load's guest, attached as the daemon does it, with the fault thread waiting in `style`. `store`: its only tier;
+        None: `file`."""
         self._number += 1
         spin_us, follow, _ = STYLES[style]
         served = attach(
             read_spec(load.process.pid, "bench"),
             engine=choose(),
-            store=FileStore(self.disk / "store", None, direct),
+            stores=[store or FileStore(self.disk / "store", None, direct)],
             guests_dir=prepare_runtime_dir(self.shm),
             tuning=Tuning(1.0, readahead, fault_spin_us_max=spin_us, follow=follow),
             swap_can_receive=False,
@@ -133,6 +153,9 @@ class Bench:
         )
         with served:
             yield served
+
+    def pool(self) -> MemoryStore:
+        return MemoryStore(self.shm / "pool", None, Codec.LZ4)
 
     def add(self, name: str, unit: str, measured: float, limit: float, bound: float, at_least: bool = False) -> None:
         ratio = measured / limit
@@ -151,6 +174,7 @@ def evict_all(served: Served) -> None:
                 served.native,
                 min_idle_s=0,
                 max_bytes=1 << 50,
+                tiers=[1],
                 hold_ms_max=20,
                 phases=phases,
                 check=lambda: None,
@@ -163,7 +187,7 @@ def evict_all(served: Served) -> None:
 
 def warm(served: Served) -> None:
     """The store's file into the page cache, which eviction keeps it out of: what is measured is not the disk."""
-    with open(served.space.path, "rb", buffering=0) as file:
+    with open(served.tiers["file"].space.path, "rb", buffering=0) as file:
         while file.read(4 * MIB):
             pass
 
@@ -192,7 +216,7 @@ def tierd_faults(bench: Bench, load: Load, served: Served, count: int) -> tuple[
 
 def bare_faults(bench: Bench, style: Style, pages: int, count: int) -> tuple[float, float]:
     waiting = "spin" if style == "spin" else "sleep"
-    p50, p99 = bench.bare("fault", waiting, pages, count, bench.disk / "bare", LOAD_CPU, STYLES[style][2])
+    p50, p99 = bench.bare("fault", waiting, pages, count, LOAD_CPU, STYLES[style][2], bench.disk / "bare")
     return p50 / 1000, p99 / 1000
 
 
@@ -321,6 +345,7 @@ def row_d(bench: Bench) -> None:
                     served.native,
                     min_idle_s=0,
                     max_bytes=1 << 50,
+                    tiers=[1],
                     hold_ms_max=20,
                     phases=phases,
                     check=lambda: None,
@@ -351,6 +376,7 @@ def row_j(bench: Bench) -> None:
                     served.native,
                     min_idle_s=0,
                     max_bytes=1 << 50,
+                    tiers=[1],
                     hold_ms_max=20,
                     phases=phases,
                     check=lambda: None,
@@ -527,9 +553,135 @@ def row_i(bench: Bench) -> None:
     bench.add("i adoption of 16 GiB", "ms", 1000 * median(took), 1000, 1.0)
 
 
+def evict_once(served: Served) -> float:
+    """One pass over a guest that was not touched since the last scan. MiB a second of this thread's CPU time."""
+    began = time.thread_time_ns()
+    moved = cycle.evict(
+        served.native,
+        min_idle_s=0,
+        max_bytes=1 << 50,
+        tiers=[1],
+        hold_ms_max=20,
+        phases=cycle.Phases(),
+        check=lambda: None,
+    )
+    return moved / MIB / ((time.thread_time_ns() - began) / 1e9)
+
+
+def row_l(bench: Bench) -> None:
+    """Faults from compressed memory."""
+    pages = bench.fault_mib * MIB // PAGE
+    for style in STYLES:
+        waiting, ours, bare = "spin" if style == "spin" else "sleep", [], []
+        with bench.load(bench.fault_mib * MIB) as load, on_cpu(OTHER_CPU):
+            load.ask("fill-half")
+            with bench.served(load, style, store=bench.pool()) as served:
+                for i in range(bench.pairs):
+                    bench.tell(f"l: {style}, pair {i + 1} of {bench.pairs}")
+                    evict_all(served)
+                    ours.append(load.ask("random", pages // 4)[0] / 1000)
+                    bare.append(
+                        bench.bare("fault-lz4", waiting, pages, pages // 4, LOAD_CPU, STYLES[style][2])[0] / 1000
+                    )
+        bench.add(f"l fault from memory, {style} p50", "us", median(ours), median(bare), 1.15)
+
+
+def row_m(bench: Bench) -> None:
+    """Into compressed memory, on the guest's one worker thread. Of a size that the machine has at hand: the bare program
+    takes its memory from the system anew each time. By CPU time: neither waits for anything but the CPU."""
+    size, ours, bare = 256 * MIB, [], []
+    with bench.load(size) as load, on_cpu(OTHER_CPU):
+        load.ask("fill-half")
+        with bench.served(load, readahead=64, store=bench.pool()) as served:
+            for i in range(bench.pairs):
+                bench.tell(f"m: pair {i + 1} of {bench.pairs}")
+                cycle.scan_and_deactivate(served.native, cycle.Phases(), lambda: None)
+                ours.append(evict_once(served))
+                bare.append(size / MIB / (bench.bare("compress", size)[0] / 1e9))
+                load.ask("walk")
+                cycle.discard_fetched(served.native, cycle.Phases(), lambda: None)
+    bench.add("m eviction into memory", "MiB/s of CPU", median(ours), median(bare), 0.8, at_least=True)
+
+
+@dataclass
+class Zram:
+    """What zram makes of private anonymous memory of the same bytes. Times are a page's, in us."""
+
+    saved_per_byte: float
+    in_order_us: float
+    at_random_us: float
+
+
+ZRAM = Path("/sys/block/zram0")
+
+
+@contextlib.contextmanager
+def zram_swap(size: int) -> Iterator[None]:
+    """The host's only swap, LZ4. It is the whole machine's: what else pages out meanwhile goes there, too."""
+    (ZRAM / "comp_algorithm").write_text("lz4")
+    (ZRAM / "disksize").write_text(str(size))
+    try:
+        subprocess.run(["mkswap", "/dev/zram0"], check=True, capture_output=True)
+        subprocess.run(["swapon", "/dev/zram0"], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["swapoff", "/dev/zram0"], check=True)
+    finally:
+        (ZRAM / "reset").write_text("1")
+
+
+def zram_usable() -> bool:
+    """Whether there is one that nobody uses, and no other swap that would be in its way."""
+    return (
+        ZRAM.exists()
+        and "lz4" in (ZRAM / "comp_algorithm").read_text()
+        and (ZRAM / "disksize").read_text().strip() == "0"
+        and len(Path("/proc/swaps").read_text().splitlines()) == 1
+    )
+
+
+def zram(bench: Bench, size: int) -> Zram:
+    with zram_swap(2 * size):
+        stored, taken, in_order_ns, at_random_ns = bench.bare("swap", size, ZRAM / "mm_stat", LOAD_CPU)
+    return Zram((stored - taken) / taken, in_order_ns / (size // PAGE) / 1000, at_random_ns / 1000)
+
+
+def row_n(bench: Bench) -> None:
+    """Compressed memory beside zram; where there is none, beside what its allocator would take by its own rules."""
+    size, usable = bench.fault_mib * MIB, zram_usable()
+    in_order, at_random, found = [], [], []
+    with bench.load(size) as load, on_cpu(OTHER_CPU):
+        load.ask("fill-half")
+        with bench.served(load, "follow", readahead=16, store=bench.pool()) as served:
+            for i in range(bench.pairs if usable else 1):
+                bench.tell(f"n: pair {i + 1} of {bench.pairs}")
+                evict_all(served)
+                pool = served.native.tier_counters(1)
+                in_order.append(load.ask("walk")[0] / (size // PAGE) / 1000)
+                evict_all(served)
+                at_random.append(load.ask("random", size // PAGE // 4)[0] / 1000)
+                if usable:
+                    found.append(zram(bench, size))
+    used, pages = pool["used_bytes"], pool["pages"]
+    beside = f"zram{'' if usable else ', by its rules: none here'}"
+    by_rules = (size - (taken := bench.bare("compress", size)[2])) / taken
+    saved = median([z.saved_per_byte for z in found]) if usable else by_rules
+    bench.add(
+        f"n saved per byte of pool, beside {beside}", "B", (pages * PAGE - used) / used, saved, 0.95, at_least=True
+    )
+    bench.add("n metadata, a stored page", "B", pool["metadata_bytes"] / pages, 16, 1.0)
+    if usable:
+        for name, ours, theirs, bound in (
+            ("in order", in_order, [z.in_order_us for z in found], 1.0),
+            ("at random, p50", at_random, [z.at_random_us for z in found], 3.0),
+        ):
+            bench.add(f"n refault {name}, beside zram", "us", median(ours), median(theirs), bound)
+
+
 ROWS: dict[str, Callable[[Bench], None]] = {
     "a": row_a, "b": row_b, "c": row_c, "d": row_d, "e": row_e, "f": row_f, "g": row_g, "h": row_h, "i": row_i,
-    "j": row_j, "k": row_k,
+    "j": row_j, "k": row_k, "l": row_l, "m": row_m, "n": row_n,
 }  # fmt: skip
 
 
@@ -544,7 +696,7 @@ def show(rows: list[Row], console: Console) -> None:
 
 
 @click.command()
-@click.option("--rows", default="a,b,c,d,e,f,g,h,i,j,k", show_default=True)
+@click.option("--rows", default="a,b,c,d,e,f,g,h,i,j,k,l,m,n", show_default=True)
 @click.option("--quick", is_flag=True, help="Smaller and fewer: for a look, not for a figure.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON instead of a table.")
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "build" / "bench.json")

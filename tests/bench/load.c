@@ -4,7 +4,7 @@
  *
  *   load BYTES CPU [anonymous ...]  one memfd of that size, or anonymous memory; the thread that touches is pinned to CPU (-1: nowhere)
  *
- * Commands on stdin, one answer a line: fill | random COUNT -> p50 p99 | walk COUNT -> ns | touch -> ns | fresh COUNT -> ns |
+ * Commands on stdin, one answer a line: fill | fill-half | random COUNT -> p50 p99 | walk COUNT -> ns | touch -> ns | fresh COUNT -> ns |
  * stride PAGES -> ns | work SECONDS -> ns stalled, touches
  */
 #include "load.h"
@@ -108,6 +108,8 @@ int main(int argc, char **argv)
 		sscanf(line, "%15s %lu", name, &count);
 		if (!strcmp(name, "fill"))
 			fill(memory, bytes);
+		else if (!strcmp(name, "fill-half"))
+			fill_half(memory, bytes, page_bytes);
 		else if (!strcmp(name, "work"))
 			work_beside(memory, bytes / page_bytes, page_bytes, count, &p50, &p99);
 		else if (!strcmp(name, "random"))

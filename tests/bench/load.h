@@ -11,20 +11,19 @@
 #include <string.h>
 #include <time.h>
 
-static inline uint64_t now_ns(void)
+#include "pages.h"
+
+static inline uint64_t clock_ns(clockid_t clock)
 {
 	struct timespec t;
 
-	clock_gettime(CLOCK_MONOTONIC, &t);
+	clock_gettime(clock, &t);
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-static inline uint64_t mix(uint64_t x)
+static inline uint64_t now_ns(void)
 {
-	x += 0x9e3779b97f4a7c15u;
-	x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-	x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-	return x ^ (x >> 31);
+	return clock_ns(CLOCK_MONOTONIC);
 }
 
 static inline void pin(int cpu)
@@ -35,13 +34,6 @@ static inline void pin(int cpu)
 	CPU_SET(cpu, &set);
 	if (cpu >= 0 && sched_setaffinity(0, sizeof(set), &set))
 		perror("pin");
-}
-
-/* Incompressible, and different in every page. */
-static inline void fill(uint8_t *memory, uint64_t bytes)
-{
-	for (uint64_t i = 0; i < bytes / 8; i++)
-		((uint64_t *)memory)[i] = mix(i);
 }
 
 static inline int compare(const void *a, const void *b)

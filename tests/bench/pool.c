@@ -16,11 +16,12 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "pages.h"
 #include "pool.h"
 #include "sys.h"
 #include "zsmalloc.h"
 
-enum { PAGE = 4096, TURN = 256, PIECE = 32, NEW_OF_16 = 7, KEPT_PIECE = 8 * PAGE };
+enum { PAGE = 4096, TURN = 256, KEPT_PIECE = 8 * PAGE };
 
 struct packed {
 	uint64_t offset;
@@ -60,19 +61,6 @@ static uint64_t roll(uint64_t below)
 	return random_state % below;
 }
 
-/* Pieces of 32 bytes, new ones or copies of earlier ones: LZ4 makes about half of it, and has work to do. */
-static void page_fill(uint8_t *page)
-{
-	for (uint32_t at = 0; at < PAGE; at += PIECE) {
-		if (at && roll(16) >= NEW_OF_16) {
-			memcpy(page + at, page + roll(at / PIECE) * PIECE, PIECE);
-			continue;
-		}
-		for (uint32_t i = 0; i < PIECE; i += 8)
-			memcpy(page + at + i, &(uint64_t){roll(UINT64_MAX)}, 8);
-	}
-}
-
 static void pages_make(void)
 {
 	uint64_t offset = 0;
@@ -81,7 +69,7 @@ static void pages_make(void)
 	for (uint64_t i = 0; i < pages; i++) {
 		int bytes;
 
-		page_fill(memory + i * PAGE);
+		fill_page(memory + i * PAGE, i, PAGE);
 		bytes = compress(compressor, memory + i * PAGE, &out);
 		if (bytes < 0)
 			die("compress", bytes);

@@ -21,10 +21,9 @@ def boot(vmm_binary: Path, tmp_path: Path) -> Iterator[Boot]:  # noqa: F811
     qemu.symlink_to(vmm_binary)
     with ExitStack() as guests:
 
-        def start(name: str, size: int = 16 * MIB) -> Vmm:
-            vmm = guests.enter_context(
-                Vmm(vmm_binary, f"bytes={size}", "-name", f"guest={name}{OURS},debug-threads=on", arg0=str(qemu))
-            )
+        def start(name: str, size: int = 16 * MIB, *more: str) -> Vmm:
+            named = ("-name", f"guest={name}{OURS},debug-threads=on")
+            vmm = guests.enter_context(Vmm(vmm_binary, f"bytes={size}", *more, *named, arg0=str(qemu)))
             vmm.ask("fill")
             return vmm
 

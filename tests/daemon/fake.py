@@ -9,7 +9,7 @@ from typing import Any
 
 import trio
 
-from tierd.view import DaemonStatus, GuestStatus, Progress, RequestRefused, State, StoreStatus
+from tierd.view import DaemonStatus, GuestStatus, Progress, RequestRefused, State, StoreStatus, TierStatus
 
 GIB = 1 << 30
 PAGE_BYTES = 4096
@@ -22,7 +22,7 @@ def counters(**given: int | tuple[int, ...]) -> dict[str, Any]:
         "faults_resolve faults_wait faults_failed pages_evicted pages_cancelled "
         "pages_fetched pages_evicted_zero pages_lost inject_stops store_read_errors store_write_errors checksum_errors "
         "kernel_errors latency_count latency_sum_ns parked_pages fault_threads faults_window window_sum_ns "
-        "large_folios_split"
+        "large_folios_split pages_demoted pages_refused"
     )
     return {
         **dict.fromkeys(names.split(), 0),
@@ -31,6 +31,14 @@ def counters(**given: int | tuple[int, ...]) -> dict[str, Any]:
         "stop_buckets": (0,) * 40,
         **given,
     }
+
+
+def tier_counters(**changes: Any) -> dict[str, Any]:
+    """struct tierd_tier_counters: 3 reads of 8 to 16 us."""
+    names = ("pages", "used_bytes", "metadata_bytes", "filled_pages", "compressed_bytes", "written_pages", "read_pages")
+    names += ("refused_pages", "write_errors", "read_errors", "checksum_errors", "read_sum_ns")
+    buckets = tuple(3 if i == 14 else 0 for i in range(40))
+    return dict.fromkeys(names, 1) | {"read_buckets": buckets} | changes
 
 
 @dataclass
@@ -56,6 +64,10 @@ class FakeGuest:
             total_bytes=GIB,
             resident_bytes=GIB // 2,
             stored_bytes={"zero": 0, "file": self.stored_bytes},
+            tiers=[
+                TierStatus("memory", 0, 4096, True, tier_counters(compressed_bytes=0)),
+                TierStatus("file", self.stored_bytes, self.stored_bytes, True, tier_counters()),
+            ],
             hole_bytes=GIB // 4,
             idle=((0.0, GIB // 4), (120.0, GIB // 4)),
             counters=self.counters,

@@ -23,18 +23,18 @@ from tests.daemon.test_api import connect, read_to_the_end
 from tests.fuzz import fuzz
 from tierd.api import Limits
 from tierd.attach.procfs import boot_id, start_ticks
-from tierd.native import Identity, TableRegion, table_create
+from tierd.native import Identity, Place, TableRegion, TierKind, table_create
 from tierd.serve import Stale, StateError, prepare_runtime_dir, read_state
 
 # --- state files ----------------------------------------------------------------------------------------------------------------
 
-HEADER = struct.Struct("8sIIQ iiQQQQ40s256s1024s")  # struct table_header, up to its regions
+HEADER = struct.Struct("8sIIQ iiQQQQ40s256s" + 8 * "II64s1024s")  # struct table_header, up to its regions
 REGION = struct.Struct("QQQQQQii")
 CHECKED_BYTES = HEADER.size + 32 * REGION.size
 # offset and format of each field of the header that a reader uses
 FIELDS = [(8, "I"), (12, "I"), (16, "Q"), (24, "i"), (28, "i"), (32, "Q"), (40, "Q"), (48, "Q"), (56, "Q")]
 FIELDS += [(HEADER.size + at, "Q") for at in range(0, 3 * REGION.size, 8)]
-TEXTS = [(64, 40), (104, 256), (360, 1024)]
+TEXTS = [(64, 40), (104, 256), (368, 64), (432, 1024)]
 
 
 def sealed(data: bytes) -> bytes:
@@ -59,7 +59,9 @@ def valid(vmm: int, tmpfs_dir: Path) -> Path:
     ticks = start_ticks(vmm)
     assert ticks is not None
     path = prepare_runtime_dir(tmpfs_dir / "run") / f"{vmm}-{ticks}.state"
-    identity = Identity(vmm, ticks, boot_id(), "guest", 7, 8_000_000_000, "/store/guest")
+    identity = Identity(
+        vmm, ticks, boot_id(), "guest", 7, 8_000_000_000, (Place(TierKind.FILE, "file", "/store/guest"),)
+    )
     with path.open("w+b") as file:
         table_create(
             file.fileno(), identity, [TableRegion(1 << 40, 1 << 20, 0, 1, 2), TableRegion(1 << 41, 1 << 16, 0, 1, 3)]

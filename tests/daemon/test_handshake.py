@@ -415,7 +415,7 @@ def test_no_descriptor_for_another_try_ends_no_daemon(monkeypatch: pytest.Monkey
     assert ticks is not None
     (tmp_path / "1-2.state").touch()
     host: Any = SimpleNamespace(
-        notifier=Notifier(""), engine=choose(), guests_dir=tmp_path, kept_uffds={}, kept_handed={}
+        notifier=Notifier(""), engine=choose(), stores={}, guests_dir=tmp_path, kept_uffds={}, kept_handed={}
     )
     monkeypatch.setattr(daemons, "Guest", Adopted)
 
@@ -546,7 +546,7 @@ def test_a_state_file_says_from_its_first_moment_how_the_guest_came(
         serve.attach(
             spec,
             engine=choose(),
-            store=FileStore(disk_dir / "store", None, "auto"),
+            stores=[FileStore(disk_dir / "store", None, "auto")],
             guests_dir=tmpfs_dir,
             tuning=serve.Tuning(1.0, 8),
             swap_can_receive=False,

@@ -61,7 +61,9 @@ def test_every_name_that_is_promised() -> None:
         "pages_fetched_total pages_zero_total pages_lost_total cycle_seconds_total cycles_total errors_total state "
         "inject_stops_total parked_pages fault_threads window_faults_total sync_window_seconds_bucket "
         "large_folios_split_total sync_window_seconds_count sync_window_seconds_sum staged_bytes pages_staged_total "
-        "pages_unmovable_total stop_seconds_bucket stop_seconds_count stop_seconds_sum"
+        "pages_unmovable_total stop_seconds_bucket stop_seconds_count stop_seconds_sum tier_used_bytes tier_compressed_bytes "
+        "tier_healthy tier_pages_total tier_errors_total pages_demoted_total pages_refused_total tier_read_seconds_bucket "
+        "tier_read_seconds_count tier_read_seconds_sum"
     )
     promised = {f"tierd_guest_{name}" for name in guest.split()} | {
         "tierd_build_info",
@@ -77,6 +79,11 @@ def test_values_and_labels() -> None:
     found = samples(scrape(two_guests()))
     assert found[("tierd_build_info", (("engine", "stock"), ("version", "0.1.0")))] == 1
     assert found[of("stored_bytes", "web", 10, tier="file")] == GIB // 4
+    assert found[of("tier_used_bytes", "web", 10, tier="file")] == GIB // 4
+    assert found[of("tier_pages_total", "web", 10, tier="memory", what="refused")] == 1
+    assert found[of("tier_errors_total", "web", 10, tier="file", kind="read")] == 1
+    assert found[of("tier_read_seconds_count", "web", 10, tier="file")] == 3
+    assert found[of("tier_healthy", "web", 10, tier="file")] == 1
     assert found[of("idle_bytes", "web", 10, age_s="120")] == GIB // 4
     assert found[of("faults_total", "web", 10, kind="fetch", outcome="served")] == 5
     assert found[of("faults_total", "web", 10, kind="any", outcome="failed")] == 2

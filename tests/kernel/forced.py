@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from tierd import cycle
 from tierd.engine import choose, fitting
-from tierd.native import Zap
+from tierd.native import Codec, Zap
 from tierd.serve import Tuning
+from tierd.store import Store
+from tierd.store.file import FileStore
+from tierd.store.memory import MemoryStore
 
 
 @dataclass
@@ -21,6 +26,8 @@ class Options:
     zap: Zap | None = None
     direct: Literal["auto", "on", "off"] = "auto"
     capacity_bytes: int = 1 << 50
+    tiers: Sequence[str] = ("file",)  # memory; names of file stores: each in a directory of this name beside `store`
+    codec: Codec = Codec.LZ4
     readahead_pages: int = 16
     read_deadline_s: float = 0.0  # no second chance for a page that cannot be read
     hold_lost: bool = False
@@ -28,6 +35,19 @@ class Options:
 
     def tuning(self, min_idle_s: float) -> Tuning:
         return Tuning(min_idle_s, self.readahead_pages, read_deadline_s=self.read_deadline_s, hold_lost=self.hold_lost)
+
+
+def stores_of(options: Options, tmpfs_dir: Path, disk_dir: Path) -> list[Store]:
+    """What a guest with these options has, in their order."""
+    stores: list[Store] = []
+    for name in options.tiers:
+        if name == "memory":
+            stores.append(MemoryStore(tmpfs_dir / "pools", None, options.codec))
+            continue
+        store = FileStore(disk_dir / ("store" if name == "file" else name), None, options.direct)
+        store.name = name
+        stores.append(store)
+    return stores
 
 
 class ForcedEngine:

@@ -74,14 +74,14 @@ def test_everything_leaves_and_comes_back(vmm: Vmm, host: Host) -> None:
         assert free_pages() == free + vmm.pages, "the pages are in the host's pool again"
         assert c["state_pages"][4] == vmm.pages
         assert c["tier_pages"][0] == 1
-        assert tiered.served.space.used_bytes() >= (vmm.pages - 1) * PAGE
+        assert tiered.served.tiers["file"].space.used_bytes() >= (vmm.pages - 1) * PAGE
         vmm.verify()
         wait_for(lambda: tiered.counters()["pages_fetched"] >= vmm.pages, "every page was fetched")
         c = tiered.counters()
         assert c["kernel_errors"] == c["checksum_errors"] == c["pages_lost"] == 0
         assert c["latency_count"] == sum(c["latency_buckets"]) == vmm.pages
         tiered.discard()
-        assert tiered.served.space.used_bytes() == 0
+        assert tiered.served.tiers["file"].space.used_bytes() == 0
         tiered.leave()
     vmm.verify()
     assert not userfaultfds(vmm.pid)

@@ -400,7 +400,9 @@ def test_an_area_that_lies_is_not_believed(victim: Victim, area: Area) -> None:
     """The VMM can write what it likes there: no more is read for it than there were calls."""
 
     def lied_to() -> bool:
-        with subprocess.Popen(area.command("sleep", 0, area.address, "long"), stdout=subprocess.PIPE, text=True) as killer:
+        with subprocess.Popen(
+            area.command("sleep", 0, area.address, "long"), stdout=subprocess.PIPE, text=True
+        ) as killer:
             wait_for(lambda: area.header().running or killer.poll() is not None, "the batch runs")
             area.write_header(Header._fields.index("done"), 90)
             said = killer.communicate(timeout=60)[0]

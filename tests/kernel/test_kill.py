@@ -81,7 +81,7 @@ def test_a_page_that_does_not_verify_is_a_memory_error(start_vmm: Start, host: H
     with host.attached(vmm, direct="off", readahead_pages=16) as tiered:
         tiered.evict_all()
         page = 517
-        with open(tiered.served.space.path, "r+b") as store:
+        with open(tiered.served.tiers["file"].space.path, "r+b") as store:
             store.seek(page * PAGE + 99)
             byte = store.read(1)[0]
             store.seek(page * PAGE + 99)
@@ -102,7 +102,7 @@ def test_a_store_that_cannot_be_read_is_a_memory_error(start_vmm: Start, host: H
     vmm.ask("fill")
     with host.attached(vmm) as tiered:
         tiered.evict_all()
-        os.truncate(tiered.served.space.path, 512 * PAGE)
+        os.truncate(tiered.served.tiers["file"].space.path, 512 * PAGE)
         vmm.ask("verify", 0, 512)
         vmm.send("verify", 700, 1)
         assert vmm.process.wait(timeout=20) == -signal.SIGBUS

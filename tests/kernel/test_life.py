@@ -38,7 +38,7 @@ def test_everything_leaves_and_comes_back(start_vmm: Start, host: Host, variant:
         assert tiered.served.resident_bytes() == 0 < before, "memory is given back, not only unmapped"
         assert c["state_pages"][4] == vmm.pages
         assert c["pages_evicted_zero"] == c["tier_pages"][0] == 50
-        assert tiered.served.space.used_bytes() >= (vmm.pages - 50) * PAGE
+        assert tiered.served.tiers["file"].space.used_bytes() >= (vmm.pages - 50) * PAGE
         vmm.verify()
         # the last page is counted after its waiter was woken
         wait_for(lambda: tiered.counters()["pages_fetched"] >= vmm.pages, "every page was fetched")
@@ -52,7 +52,7 @@ def test_everything_leaves_and_comes_back(start_vmm: Start, host: Host, variant:
         assert c["latency_count"] == sum(c["latency_buckets"]) > 0
         assert c["kernel_errors"] == c["store_read_errors"] == c["checksum_errors"] == c["pages_lost"] == 0
         tiered.discard()
-        assert tiered.served.space.used_bytes() == 0, "store space is given back"
+        assert tiered.served.tiers["file"].space.used_bytes() == 0, "store space is given back"
         tiered.leave()
         tiered.served.forget()
     vmm.verify()
@@ -170,6 +170,7 @@ def test_a_vmm_that_is_killed_in_mid_eviction(start_vmm: Start, host: Host) -> N
                     tiered.native,
                     min_idle_s=0,
                     max_bytes=1 << 40,
+                    tiers=[1],
                     hold_ms_max=20,
                     phases=tiered.options.phases,
                     check=kill_soon,

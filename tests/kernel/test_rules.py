@@ -27,7 +27,7 @@ from tierd.attach import Refused
 from tierd.attach.holders import HolderScan
 from tierd.attach.preflight import recheck
 from tierd.engine import choose
-from tierd.native import KernelError, Zap
+from tierd.native import GUEST_TIER, KernelError, Zap
 
 Start = Callable[..., Vmm]
 
@@ -113,7 +113,7 @@ def test_a_file_system_that_is_full_loses_nothing(
     with loop_disk(disk_dir, image) as mount, Vmm(vmm_binary, f"bytes={48 * MIB}") as vmm:
         vmm.ask("fill")
         with Host(tmpfs_dir, mount).attached(vmm, direct=direct) as tiered:
-            assert tiered.served.space.direct == (direct == "on")
+            assert tiered.served.tiers["file"].space.direct == (direct == "on")
             tiered.scan()
             with pytest.raises(KernelError) as caught:
                 tiered.evict()
@@ -290,9 +290,9 @@ def test_a_vmm_that_dies_after_a_step(start_vmm: Start, host: Host, last: str) -
             for step in steps:
                 try:
                     if step == "select":
-                        assert batch.select(0, 0.0, 512).selected_pages
+                        assert batch.select(GUEST_TIER, 0, 0.0, 512, [1]).selected_pages
                     elif step == "write":
-                        batch.write(1)
+                        batch.write([1])
                     elif step == "window":
                         batch.window(20)
                     else:

@@ -20,7 +20,7 @@ GETPID = {"x86_64": 39, "aarch64": 172}[platform.machine()]
 
 def _destroy(tiered: Tiered, page: int) -> bytes:
     """One byte of a stored page is wrong; what it was."""
-    with open(tiered.served.space.path, "r+b") as store:
+    with open(tiered.served.tiers["file"].space.path, "r+b") as store:
         store.seek(page * PAGE + 99)
         byte = store.read(1)
         store.seek(page * PAGE + 99)
@@ -29,7 +29,7 @@ def _destroy(tiered: Tiered, page: int) -> bytes:
 
 
 def _repair(tiered: Tiered, page: int, byte: bytes) -> None:
-    with open(tiered.served.space.path, "r+b") as store:
+    with open(tiered.served.tiers["file"].space.path, "r+b") as store:
         store.seek(page * PAGE + 99)
         store.write(byte)
 

@@ -12,6 +12,7 @@ from tests.kernel.host_memory import scratch_swap
 from tests.kernel.vmm import MIB, PAGE, Host, Vmm
 from tests.need import need
 from tierd.engine import choose
+from tierd.native import GUEST_TIER
 
 Start = Callable[..., Vmm]
 
@@ -62,12 +63,12 @@ def test_it_is_read_back_before_any_window(start_vmm: Start, host: Host) -> None
         tiered.scan()
         pages = page_out(vmm, 64, 64)
         with tiered.native.batch(512) as batch:
-            assert batch.select(0, 0.0, 512).selected_pages == 512
+            assert batch.select(GUEST_TIER, 0, 0.0, 512, [1]).selected_pages == 512
             copied = batch.copy()
             assert swapped_pages(vmm) == 0
             # rwp: mapped only now, they are not yet protected; they leave when they were idle since
             assert copied.cancelled_pages == (pages if choose().name == "rwp" else 0)
-            batch.write(1)
+            batch.write([1])
             assert batch.window(1000).evicted_pages == 512 - copied.cancelled_pages
         vmm.verify()
         tiered.leave()
@@ -85,9 +86,9 @@ def test_a_window_leaves_alone_what_is_in_swap(start_vmm: Start, host: Host) -> 
     with host.attached(vmm) as tiered:
         tiered.scan()
         with tiered.native.batch(512) as batch:
-            batch.select(0, 0.0, 512)
+            batch.select(GUEST_TIER, 0, 0.0, 512, [1])
             batch.copy()
-            batch.write(1)
+            batch.write([1])
             pages = page_out(vmm, 64, 64)
             result = batch.window(1000)
         assert (result.evicted_pages, result.cancelled_pages) == (512 - pages, pages)

@@ -17,7 +17,7 @@ import trio
 from tests.kernel.vmm import PAGE, Host, Tiered, Vmm, wait_for
 from tests.need import need
 from tierd.engine import choose
-from tierd.native import KernelError
+from tierd.native import GUEST_TIER, KernelError
 
 Start = Callable[..., Vmm]
 MIB = 1 << 20
@@ -80,11 +80,11 @@ def test_only_what_nobody_touched_since_the_copy_leaves(start_vmm: Start, host: 
     with host.attached(vmm) as tiered:
         tiered.scan()
         with tiered.native.batch(512) as batch:
-            assert batch.select(0, 0.0, 512).selected_pages == 512
+            assert batch.select(GUEST_TIER, 0, 0.0, 512, [1]).selected_pages == 512
             batch.copy()
             vmm.ask("verify", 0, 16)  # a read
             vmm.ask("fill", 100, 8)
-            batch.write(1)
+            batch.write([1])
             vmm.ask("fill", 200, 4)
             evicted = batch.window(1000).evicted_pages
             assert evicted == 512 - 16 - 8 - 4
@@ -99,11 +99,11 @@ def test_a_page_that_was_unmapped_since_the_copy(start_vmm: Start, host: Host) -
     with host.attached(vmm) as tiered:
         tiered.scan()
         with tiered.native.batch(512) as batch:
-            batch.select(0, 0.0, 512)
+            batch.select(GUEST_TIER, 0, 0.0, 512, [1])
             batch.copy()
             vmm.ask("fill", 100, 8)
             assert vmm.ask("zap", 96, 16) == [0]
-            batch.write(1)
+            batch.write([1])
             result = batch.window(1000)
         assert result.evicted_pages == 512 - (16 if choose().name == "rwp" else 8)
         vmm.verify()
@@ -159,9 +159,9 @@ def test_windows_are_cut(start_vmm: Start, host: Host) -> None:
     with host.attached(vmm) as tiered:
         tiered.scan()
         with tiered.native.batch(512) as batch:
-            batch.select(0, 0.0, 512)
+            batch.select(GUEST_TIER, 0, 0.0, 512, [1])
             batch.copy()
-            batch.write(1)
+            batch.write([1])
             first = batch.window(0)
             assert (first.evicted_pages, first.left_pages) == (256, 256)
             second = batch.window(0)

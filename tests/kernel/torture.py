@@ -37,7 +37,7 @@ import click
 from tests.kernel.pressure import pressure
 from tests.kernel.vmm import MIB, SLOWNESS, VMM_SOURCES, Vmm, compile_child, wait_for
 from tierd.engine import choose
-from tierd.native import STAGING_TIER, STATES, TableRegion, table_read
+from tierd.native import STATES, TableRegion, TierKind, table_read
 from tierd.serve import wait_for_lock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,27 +184,25 @@ class Tortured:
         fd = os.open(paths[0], os.O_RDWR)
         try:
             wait_for_lock(fd, paths[0], time.sleep)
-            _, regions, _ = table_read(fd)
+            identity, regions, _ = table_read(fd)
             pages = sum(region.bytes for region in regions) // self.vmm.page_bytes
             words = struct.unpack(f"{pages}I", os.pread(fd, 4 * pages, TABLE_HEADER_BYTES))
         finally:
             os.close(fd)
         in_vmm = self._in_vmm(regions)
+        places = {n: place.path for n, place in enumerate(identity.places, 1) if place.kind is TierKind.FILE}
         stored = [
             n
             for n, w in enumerate(words)
-            if w & 15 == STORED
-            and w >> 4 & 15 not in (0, STAGING_TIER)
-            and in_vmm.get(n, -1) not in {-1, *self.destroyed}
+            if w & 15 == STORED and w >> 4 & 15 in places and in_vmm.get(n, -1) not in {-1, *self.destroyed}
         ]
-        (store,) = (self.disk_dir / "store").glob("guest-*.pages")  # not what a death in the trial of O_DIRECT left
-        with store.open("r+b") as file:
-            for page in self.chance.sample(stored, min(most, len(stored))):
+        for page in self.chance.sample(stored, min(most, len(stored))):
+            with open(places[words[page] >> 4 & 15], "r+b") as file:
                 at = page * self.vmm.page_bytes + self.chance.randrange(self.vmm.page_bytes)
                 (byte,) = os.pread(file.fileno(), 1, at)
                 os.pwrite(file.fileno(), bytes([byte ^ 1 << self.chance.randrange(8)]), at)
+                os.fsync(file.fileno())
                 self.destroyed.add(in_vmm[page])
-            os.fsync(file.fileno())
 
     def _in_vmm(self, regions: Sequence[TableRegion]) -> dict[int, int]:
         """What the VMM calls a page of the state file, by its number there. (There may be more regions of anonymous memory: what
@@ -252,6 +250,7 @@ def torture(
     seed: int,
     guests: int,
     memory: Memory = "memfd",
+    ladder: bool = False,
     seconds: float = 0.0,
     python: Python = Python(),
     memory_limit: int = WORKERS_LIMIT,
@@ -259,18 +258,22 @@ def torture(
 ) -> dict[str, Any]:
     """Kill `kills` times at least, for so many seconds at least, and until pages have left and come back; then verify everything.
     AssertionError: a byte was wrong, a memory error where it must not be, or somebody hangs. memory: the guests'; of hugetlb: the
-    pool has 32 pages for each. memory_limit: of all workers together; 0: none."""
+    pool has 32 pages for each. ladder: compressed memory and two files, from one to the next of which pages sink, instead of one
+    file. memory_limit: of all workers together; 0: none."""
     with ExitStack() as cleanup:
-        cgroup = cleanup.enter_context(pressure(memory_limit))
         huge, anonymous = memory == "hugetlb", memory == "anonymous"
-        # their pages take longer to leave than a life lasts: they are large, or the VMM has time for itself between stops
-        slowness = SLOWNESS if huge else 2.0 if anonymous else 1.0
+        size = 32 * MIB if huge else 8 * MIB
+        pools = guests * size // 2 if ladder else 0  # in tmpfs files, which are charged to who writes them
+        cgroup = cleanup.enter_context(pressure(memory_limit and memory_limit + pools))
+        # their pages take longer to leave than a life lasts: they are large, or the VMM has time for itself between stops, or
+        # they leave twice
+        slowness = SLOWNESS if huge else 2.0 if anonymous or ladder else 1.0
         tortured: list[Tortured] = []
         for i in range(guests):
-            size = 32 * MIB if huge else 8 * MIB
             kind = {"memfd": "memfd", "hugetlb": "huge", "anonymous": "anonymous"}[memory]
             arguments = (f"bytes={size}", f"kind={kind}")
-            vmm = cleanup.enter_context(Vmm(binary, *arguments, f"regions={1 + i % 2}", "threads=3", "survive"))
+            more = ("threads=3", "survive", *(["compressible"] if ladder else []))
+            vmm = cleanup.enter_context(Vmm(binary, *arguments, f"regions={1 + i % 2}", *more))
             shm, disk = (Path(tempfile.mkdtemp(prefix="tierd-torture-", dir=at)) for at in ("/dev/shm", "/var/tmp"))
             cleanup.callback(shutil.rmtree, shm)
             cleanup.callback(shutil.rmtree, disk)
@@ -337,14 +340,21 @@ def torture(
 @click.option("--kills", default=1000, show_default=True)
 @click.option("--seed", default=1, show_default=True)
 @click.option("--guests", default=3, show_default=True)
+@click.option("--ladder", is_flag=True, help="Compressed memory and two files, instead of one file.")
 @click.option("--memory", default="memfd", show_default=True, type=click.Choice(get_args(Memory)))
-def main(kills: int, seed: int, guests: int, memory: Memory) -> None:
+def main(kills: int, seed: int, guests: int, memory: Memory, ladder: bool) -> None:
     """Kill tierd many times and verify every byte."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through what cleans up
     with tempfile.TemporaryDirectory() as directory:
         binary = compile_child(Path(directory) / "vmm", *VMM_SOURCES)
         result = torture(
-            binary, kills=kills, seed=seed, guests=guests, memory=memory, tell=lambda line: print(line, flush=True)
+            binary,
+            kills=kills,
+            seed=seed,
+            guests=guests,
+            memory=memory,
+            ladder=ladder,
+            tell=lambda line: print(line, flush=True),
         )
     (ROOT / "build").mkdir(exist_ok=True)
     (ROOT / "build" / "torture.json").write_text(json.dumps(result, indent=2) + "\n")

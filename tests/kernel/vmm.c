@@ -45,7 +45,7 @@ static uint64_t region_bytes = 64 << 20, region_count = 1, thread_count = 2;
 bool anonymous;
 static const char *kind = "memfd", *memfd_name = "memory-backend-memfd", *handshake_path;
 static int userfaultfd_device = -1;
-static bool close_memfd, survive;
+static bool close_memfd, survive, compressible;
 static uint8_t *region[REGIONS_MAX];
 
 /* what the threads do; changed only while they rest */
@@ -72,9 +72,12 @@ static uint64_t key_of(uint64_t page)
 	return sequence[page] ? mix(page << 32 | sequence[page]) : 0;
 }
 
+/* With `compressible`: a page in four is one word again and again, and two have each word twice or eight times. */
 static uint64_t word_of(uint64_t key, uint64_t i)
 {
-	return key ? key + i * 0x9e3779b97f4a7c15u : 0;
+	static const uint64_t same[] = {1, 2, 8, UINT64_MAX};
+
+	return !key ? 0 : key + i / (compressible ? same[key >> 62] : 1) * 0x9e3779b97f4a7c15u;
 }
 
 static void check_word(uint64_t page, uint64_t key, uint64_t i, uint64_t got)
@@ -468,6 +471,8 @@ static void parse(int argc, char **argv)
 			close_memfd = true;
 		else if (!strcmp(argv[i], "survive"))
 			survive = true;
+		else if (!strcmp(argv[i], "compressible"))
+			compressible = true;
 	}
 }
 

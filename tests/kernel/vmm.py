@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tests.kernel.forced import ForcedEngine, Options
+from tests.kernel.forced import ForcedEngine, Options, stores_of
 from tests.need import need
 from tierd import cycle
 from tierd.attach import GuestSpec
@@ -26,7 +26,6 @@ from tierd.engine import choose, fitting
 from tierd.engine.stock import StockEngine
 from tierd.native import STAGING_TIER, NativeGuest, probe
 from tierd.serve import Served, adopt, attach, prepare_runtime_dir
-from tierd.store.file import FileStore
 
 HERE = Path(__file__).parent
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -219,8 +218,9 @@ class Tiered:
         *,
         stage: bool = True,
         bytes_per_s: float | None = None,
+        tiers: Sequence[str] | None = None,
     ) -> int:
-        """Pages evicted of those that are idle so long. Of anonymous memory: everything is staged before."""
+        """Pages evicted of those that are idle so long. Of anonymous memory: everything is staged before. `tiers`: None: all."""
         if self.native.anonymous and stage:
             self.stage()
         return (
@@ -228,6 +228,7 @@ class Tiered:
                 self.native,
                 min_idle_s=min_idle_s,
                 max_bytes=max_bytes,
+                tiers=[tier.number for name, tier in self.served.tiers.items() if tiers is None or name in tiers],
                 hold_ms_max=20,
                 phases=self.options.phases,
                 check=lambda: None,
@@ -268,6 +269,23 @@ class Tiered:
         finally:
             os.sched_setaffinity(0, cpus)
 
+    def demote(self, tier: str, min_idle_s: float = 0.0, max_bytes: int = 1 << 50) -> int:
+        """Pages that sink from a tier to those below it."""
+        above = self.served.tiers[tier].number
+        moved = cycle.demote(
+            self.native,
+            above,
+            [below.number for below in self.served.tiers.values() if below.number > above],
+            min_idle_s=min_idle_s,
+            max_bytes=max_bytes,
+            phases=self.options.phases,
+            check=lambda: None,
+        )
+        return moved // self.native.page_bytes
+
+    def pages_in(self, tier: str) -> int:
+        return int(self.counters()["tier_pages"][self.served.tiers[tier].number])
+
     def discard(self) -> int:
         return cycle.discard_fetched(self.native, self.options.phases, lambda: None)
 
@@ -287,9 +305,6 @@ class Host:
     tmpfs_dir: Path
     disk_dir: Path
 
-    def store(self, options: Options) -> FileStore:
-        return FileStore(self.disk_dir / "store", None, options.direct)
-
     @contextlib.contextmanager
     def attached(
         self, vmm: Vmm, policy: Policy = SAFE, *, in_spite_of_preflight: bool = False, **changes: Any
@@ -301,7 +316,7 @@ class Host:
         served = attach(
             spec,
             engine=ForcedEngine(options, spec.anonymous),
-            store=self.store(options),
+            stores=stores_of(options, self.tmpfs_dir, self.disk_dir),
             guests_dir=prepare_runtime_dir(self.tmpfs_dir),
             tuning=options.tuning(policy.min_idle_s),
             swap_can_receive=swap_can_receive(vmm.pid),

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.kernel.forced import ForcedEngine, Options
+from tests.kernel.forced import ForcedEngine, Options, stores_of
 from tierd import cycle
 from tierd.attach.holders import HolderScan
 from tierd.attach.preflight import preflight, swap_can_receive
@@ -29,7 +29,6 @@ from tierd.attach.procfs import boot_id, cmdline_of, read_spec
 from tierd.engine import choose, fitting
 from tierd.native import KernelError, Zap
 from tierd.serve import Served, Stale, Tuning, adopt, attach, prepare_runtime_dir
-from tierd.store.file import FileStore
 
 ANY: Any = SimpleNamespace(allow_nested=True)  # a policy, without what it takes to import the configuration
 READ_DEADLINE_S = 8.0  # fifteen tries: a page that is only misread now and then is never given up
@@ -55,7 +54,7 @@ def serve(pid: int, tmpfs_dir: Path, disk_dir: Path, options: Options) -> Served
     return attach(
         spec,
         engine=engine,
-        store=FileStore(disk_dir / "store", None, options.direct),
+        stores=stores_of(options, tmpfs_dir, disk_dir),
         guests_dir=guests_dir,
         tuning=Tuning(0.1, 16),
         swap_can_receive=swap,
@@ -105,6 +104,23 @@ def stage_all(served: Served, options: Options) -> None:
     )
 
 
+def sink(served: Served, options: Options) -> None:
+    """Some of what each tier has goes to those below, whatever its age."""
+    numbers = [tier.number for tier in served.tiers.values()]
+    for i, above in enumerate(numbers[:-1]):
+        most = served.native.counters()["tier_pages"][above] * served.page_bytes // 3
+        cycle.demote(
+            served.native,
+            above,
+            numbers[i + 1 :],
+            min_idle_s=0.0,
+            max_bytes=most,
+            phases=options.phases,
+            check=lambda: None,
+        )
+    cycle.compact(served.native, lambda: None)
+
+
 def one_cycle(served: Served, options: Options, report: Callable[[], None]) -> None:
     try:
         cycle.scan_and_deactivate(served.native, options.phases, lambda: None)
@@ -119,10 +135,13 @@ def one_cycle(served: Served, options: Options, report: Callable[[], None]) -> N
             served.native,
             min_idle_s=0.0,
             max_bytes=1 << 40,
+            tiers=[tier.number for tier in served.tiers.values()],
             hold_ms_max=20,
             phases=options.phases,
             check=report,
         )
+    with contextlib.suppress(KernelError):
+        sink(served, options)
     health = served.native.health(0.1)
     if health.fault_threads < 4 and (health.overdue_ns > 1e8 or health.hung_threads == health.fault_threads):
         served.native.start()
@@ -148,6 +167,7 @@ def main() -> None:
         use_pagemap=chance.random() < 0.3,
         zap=Zap.INJECT if chance.random() < 0.3 else None,
         readahead_pages=chance.choice([1, 4, 16]),
+        tiers=("memory", "file", "slow") if "compressible" in cmdline_of(pid) else ("file",),
     )
     stay_s = chance.random() * 0.3 if order == "leave" else float("inf")
     with serve(pid, tmpfs_dir, disk_dir, options) as served:

@@ -21,7 +21,10 @@ FLAGS = ("-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-clobbered", "-
 
 
 INCLUDES = (f"-I{NATIVE}", f"-I{HERE}")
-DRIVER = (*(NATIVE / name for name in DATA_PLANE), *(HERE / name for name in ("model.c", "script.c", "driver.c")))
+DRIVER = (
+    *(NATIVE / name for name in DATA_PLANE),
+    *(HERE / name for name in ("model.c", "model_pool.c", "script.c", "driver.c")),
+)
 
 
 def build_driver(output: Path, flags: Sequence[str], parts: Sequence[Path] = DRIVER) -> Path:
@@ -71,7 +74,7 @@ def build_threads(output: Path, native: Path = NATIVE) -> Path:
     model = output.with_suffix(".model.o")
     includes = [f"-I{native}", f"-I{HERE}"]
     unseen = ["-Dmemcpy=model_copy", "-Dmemset=model_set"]
-    sources = [str(native / name) for name in DATA_PLANE] + [str(HERE / "threads.c")]
+    sources = [str(native / name) for name in DATA_PLANE] + [str(HERE / "threads.c"), str(HERE / "model_pool.c")]
     sanitized = [
         *FLAGS,
         "-O1",

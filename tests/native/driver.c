@@ -2,7 +2,7 @@
 /*
  * driver.c: the data plane against the model kernel, under a seeded scheduler.
  *
- *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--hugetlb] [--anon] [--vmm-ends] [--engine stock|rwp|rfc] [-v]
+ *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--hugetlb] [--anon] [--ladder] [--often] [--vmm-ends] [--engine stock|rwp|rfc] [-v]
  *
  * Guest threads read and write, fault workers serve, one worker evicts, a killer kills the daemon and starts another, an
  * operator repairs what was destroyed. Every page-table access and every piece of a system call is a point where somebody else
@@ -67,17 +67,19 @@ static uint32_t engine; /* TIERD_ENGINE_* */
 static uint32_t stall_chance, reclaim_chance, guest_threads;
 static void (*staller)(uint32_t); /* who stalls; NULL: anybody */
 static uint32_t remapped;         /* nobody sees what is touched there: MODEL_PAGES_MAX: none */
-static bool remap, verbose, vmm_ends, late_io, hugetlb, anon, guests_stop, stopping, daemon_done, adopting, repaired;
+static bool remap, verbose, vmm_ends, late_io, hugetlb, anon, ladder, often, guests_stop, stopping, daemon_done,
+	adopting, repaired;
 
 /* One corner is known and allowed: a daemon that is killed between the COPY of a fetch and the fetch's last move, and a page
  * that the VMM gives back before the successor has looked at it. The successor cannot tell whether the COPY was made, and
  * serves what was stored: what the page held when it last left. */
 static bool maybe_arrived[MODEL_PAGES_MAX];
 static uint64_t touched_ns[MODEL_PAGES_MAX]; /* when the guest last did */
+static bool touched_late[MODEL_PAGES_MAX];   /* it was leaving by then: the stock engine does not see who reads it */
 
 static struct tierd_guest *guest;
 static int table_fd = -1;
-static uint64_t kills, faults, evictions, accesses, memory_errors, repairs;
+static uint64_t kills, faults, evictions, demotions, accesses, memory_errors, repairs;
 
 bool model_chance(uint32_t thousandths)
 {
@@ -288,6 +290,11 @@ int threads_stop(struct tierd_guest *g)
 
 /* --- the script's world ------------------------------------------------------------------------------------------------- */
 
+static enum page_state state_of(uint32_t page)
+{
+	return word_state(atomic_load(&guest->words[page]));
+}
+
 enum outcome world_access(uint32_t thread, uint32_t page, bool write, uint64_t *value)
 {
 	enum model_access access;
@@ -295,17 +302,13 @@ enum outcome world_access(uint32_t thread, uint32_t page, bool write, uint64_t *
 	while ((access = model_access(thread, page, write, value)) == ACCESS_WAITS)
 		to_scheduler();
 	touched_ns[page] = M.now_ns;
+	touched_late[page] = state_of(page) == LEAVING || state_of(page) == DROPPING;
 	return access == ACCESS_MADE ? MADE : MEMORY_ERROR;
 }
 
 bool world_may_be_older(uint32_t page, uint64_t value)
 {
 	return maybe_arrived[page] && value == M.arrived[page];
-}
-
-static enum page_state state_of(uint32_t page)
-{
-	return word_state(atomic_load(&guest->words[page]));
 }
 
 /* A page that is STORED can be had: no poison of an earlier time may be there still. */
@@ -379,11 +382,12 @@ void world_before_pass(void)
 
 /* Rule 8: what leaves was idle for long enough. A page that is mapped was touched since, and is turned back by the hold (or it was
  * fetched from the staging area, so the batch has lost it). */
-void world_selected(double min_idle_s)
+void world_selected(double min_idle_s, bool sinks)
 {
 	for (uint32_t page = 0; page < S.pages; page++)
-		if (page != remapped && state_of(page) == (anon ? MOVING : LEAVING) && looks_untouched(page) &&
-		    !S.giving_back[page] && M.now_ns - touched_ns[page] < (uint64_t)(min_idle_s * 1e9))
+		if (page != remapped && state_of(page) == (anon || sinks ? MOVING : LEAVING) && looks_untouched(page) &&
+		    !(sinks && touched_late[page]) && !S.giving_back[page] &&
+		    M.now_ns - touched_ns[page] < (uint64_t)(min_idle_s * 1e9))
 			model_fail("page %u leaves %lu ns after the guest touched it", page,
 				   M.now_ns - touched_ns[page]);
 }
@@ -459,6 +463,11 @@ static void check_lost(void)
 			model_fail("page %u is lost, and nothing destroyed its stored copy", page);
 }
 
+static uint32_t store_of_tier(uint32_t tier)
+{
+	return !ladder ? tier - 1 : tier == 1 ? MODEL_POOL : tier - 2;
+}
+
 /* Somebody else spoils the store, or repairs it. */
 static void spoil_store(void)
 {
@@ -468,8 +477,8 @@ static void spoil_store(void)
 
 	if (model_chance(400))
 		model_repair(below(S.pages));
-	else if (stored && word_tier(word) != TIER_ZERO && !M.late_io)
-		model_destroy(page);
+	else if (stored && word_tier(word) != TIER_ZERO && word_tier(word) != TIER_STAGING && !M.late_io)
+		model_destroy(store_of_tier(word_tier(word)), page);
 }
 
 static void run_worker(uint32_t adopted)
@@ -524,6 +533,25 @@ void model_swapped_in(void)
 		model_fail("a sync window reads from swap");
 }
 
+/* One file; or a pool, and a file or two. */
+static void set_tiers(struct tierd_guest_args *args, bool adopted)
+{
+	uint32_t files = ladder ? S.tiers - 1 : 1, first = S.tiers - files + 1;
+
+	if (ladder)
+		args->tiers[1] = (struct tierd_tier){.fd = FD_POOL,
+						     .kind = TIERD_KIND_MEMORY,
+						     .flags = adopted ? 0 : TIERD_SPACE_NEW,
+						     .capacity_bytes = below(M.pages + 1) * MODEL_PAGE_BYTES};
+	for (uint32_t i = 0; i < files; i++)
+		args->tiers[first + i] = (struct tierd_tier){.fd = FD_STORE + (int)i,
+							     .kind = TIERD_KIND_FILE,
+							     .flags = M.direct ? TIERD_SPACE_DIRECT : 0,
+							     .capacity_bytes = (M.pages - below(4)) * MODEL_PAGE_BYTES};
+	if (M.late_io)
+		args->tiers[S.tiers].flags |= TIERD_SPACE_LATE;
+}
+
 static void daemon_start(bool adopted)
 {
 	struct tierd_guest_args args = {
@@ -549,10 +577,7 @@ static void daemon_start(bool adopted)
 							.memfd = anon ? -1 : FD_MEM + (int)i};
 	for (int i = 0; i < TIERD_TIERS; i++)
 		args.tiers[i].fd = -1;
-	args.tiers[1] = (struct tierd_tier){
-		.fd = FD_STORE, .flags = M.direct ? TIERD_SPACE_DIRECT : 0, .capacity_pages = M.pages - below(4)};
-	if (M.late_io)
-		args.tiers[1].flags |= TIERD_SPACE_LATE;
+	set_tiers(&args, adopted);
 	if (!adopted) {
 		struct tierd_identity identity = {.pid = 1, .epoch_ns = 1000000, .page_bytes = args.page_bytes};
 
@@ -615,6 +640,7 @@ static void set_up(void)
 	memset(&S, 0, sizeof(S));
 	memset(maybe_arrived, 0, sizeof(maybe_arrived));
 	memset(touched_ns, 0, sizeof(touched_ns));
+	memset(touched_late, 0, sizeof(touched_late));
 	remapped = MODEL_PAGES_MAX;
 	guests_stop = stopping = daemon_done = adopting = repaired = false;
 	M.now_ns = 1000000000;
@@ -656,6 +682,11 @@ static void set_up(void)
 	M.generation = engine;
 	M.async = true;
 	S.pages = M.pages;
+	S.tiers = ladder ? 2 + below(2) : 1;
+	if (ladder) {
+		M.faults.pool_refuses = below(400);
+		M.faults.pool_full = below(100);
+	}
 	S.failures = faulty || (hugetlb && M.faults.punch_stays);
 	S.losses = faulty != 2 && !below(3);
 	if (faulty == 2 && !crowded) {
@@ -671,6 +702,11 @@ static void set_up(void)
 	M.write_pauses = crowded || late_io ? below(100) : 0;
 	M.read_pauses = below(4) ? 0 : below(100);
 	guest_threads = 1 + below(GUEST_THREADS_MAX);
+	if (often) {
+		M.faults.copy_nomem = 300;
+		M.write_pauses = 300;
+		S.failures = true;
+	}
 }
 
 static void run_until(bool (*over)(void), const char *what)
@@ -698,6 +734,11 @@ static bool guests_over(void)
 	return true;
 }
 
+static bool pool_is_quiet(void)
+{
+	return !M.pool_changes;
+}
+
 /* Every page was read at the end: it is RESIDENT again, or LOST because its stored copy is still destroyed. */
 static void check_end(void)
 {
@@ -711,6 +752,7 @@ static void count_up(void)
 	accesses += S.accesses;
 	memory_errors += S.memory_errors;
 	evictions += S.evicted;
+	demotions += S.demoted;
 	repairs += atomic_load(&guest->count.pages_repaired);
 }
 
@@ -724,7 +766,7 @@ static void run_seed(uint64_t steps)
 	below(2);
 	set_up();
 	ends_at = vmm_ends ? 200 + below((uint32_t)steps - 200) : steps;
-	kill_chance = below(2) && !remap ? 1 + below(3) : 0; /* in 1/1000 of every hundredth step */
+	kill_chance = often ? 6 : below(2) && !remap ? 1 + below(3) : 0; /* in 1/1000 of every hundredth step */
 	for (uint32_t i = 0; i < guest_threads; i++)
 		spawn(GUEST, run_guest, i);
 	if (remap) {
@@ -747,7 +789,7 @@ static void run_seed(uint64_t steps)
 			model_write_back();
 		if (i % 64 == 31 && S.losses)
 			spoil_store();
-		if (i % 256 == 128)
+		if (i % (ladder ? 1024 : 256) == 128) /* a page may take its time until it sinks there */
 			model_late_lands();
 		if (i % 16 == 5 && model_chance(reclaim_chance))
 			reclaim();
@@ -757,6 +799,7 @@ static void run_seed(uint64_t steps)
 	run_until(guests_over, "a guest thread waits for ever");
 	while (M.late_count)
 		model_late_lands();
+	run_until(pool_is_quiet, "a change of the pool does not end");
 	repaired = below(2);
 	for (uint32_t page = 0; page < S.pages && repaired; page++)
 		model_repair(page);
@@ -795,6 +838,11 @@ int main(int count, char **arguments)
 			hugetlb = true;
 		else if (!strcmp(arguments[i], "--anon"))
 			anon = true;
+		else if (!strcmp(arguments[i], "--ladder"))
+			ladder = true;
+		else if (!strcmp(arguments[i],
+				 "--often")) /* kills, while writes take long and pages cannot come back */
+			often = true;
 		else if (i + 1 < count && !strcmp(arguments[i], "--engine") && script_engine(arguments[i + 1], &engine))
 			i++;
 		else if (i + 1 < count && !strcmp(arguments[i], "--seeds"))
@@ -805,7 +853,7 @@ int main(int count, char **arguments)
 			steps = strtoull(arguments[++i], NULL, 10);
 		else
 			return fprintf(stderr, "usage: driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] "
-					       "[--hugetlb] [--anon] [--vmm-ends] [--engine "
+					       "[--hugetlb] [--anon] [--ladder] [--often] [--vmm-ends] [--engine "
 					       "stock|rwp|rfc] [-v]\n"),
 			       2;
 	}
@@ -814,9 +862,9 @@ int main(int count, char **arguments)
 			printf("seed %lu\n", seed);
 		run_seed(steps);
 	}
-	printf("%lu seeds from %lu: %lu accesses, %lu faults, %lu pages evicted, %lu repaired, %lu memory errors, %lu "
-	       "kills; "
-	       "every byte right\n",
-	       seeds, from, accesses, faults, evictions, repairs, memory_errors, kills);
+	printf("%lu seeds from %lu: %lu accesses, %lu faults, %lu pages evicted, %lu pages demoted, %lu repaired, %lu "
+	       "memory "
+	       "errors, %lu kills; every byte right\n",
+	       seeds, from, accesses, faults, evictions, demotions, repairs, memory_errors, kills);
 	return 0;
 }

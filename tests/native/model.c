@@ -64,6 +64,15 @@ static void unmap(uint32_t page)
 	M.present[page] = M.protected[page] = M.rwp_protected[page] = false;
 }
 
+static bool destroyed_anywhere(uint32_t page)
+{
+	bool destroyed = false;
+
+	for (uint32_t i = 0; i < MODEL_STORES; i++)
+		destroyed |= M.store[i].destroyed[page];
+	return destroyed;
+}
+
 static void swap_in(uint32_t page)
 {
 	if (!M.swapped[page])
@@ -145,7 +154,7 @@ enum model_access model_access(uint32_t thread, uint32_t page, bool write, uint6
 			model_fail("page %u is torn", page);
 	}
 	*value = M.bytes[page][0];
-	M.may_fail[page] &= M.destroyed[page];
+	M.may_fail[page] &= destroyed_anywhere(page);
 	return ACCESS_MADE;
 }
 
@@ -931,11 +940,25 @@ int sys_huge_place(struct sys_huge *h, uint64_t at, const void *from)
 
 /* --- the store ---------------------------------------------------------------------------------------------------------- */
 
+static struct model_store *store_of(int fd)
+{
+	if (fd < FD_STORE || fd >= FD_STORE + MODEL_FILES)
+		model_fail("%d is no file of a store", fd);
+	return &M.store[fd - FD_STORE];
+}
+
+uint64_t *model_stored(uint32_t store, uint32_t page)
+{
+	if (store != MODEL_POOL)
+		return M.store[store].bytes[page];
+	return M.pool_index[page] ? M.pool_object[M.pool_index[page] - 1] : NULL;
+}
+
 ssize_t sys_store_read(int fd, void *to, size_t bytes, uint64_t offset)
 {
+	struct model_store *s = store_of(fd);
 	ssize_t n;
 
-	(void)fd;
 	model_enter();
 	for (uint32_t i = 0; i < M.read_pauses; i++)
 		model_pause();
@@ -945,8 +968,8 @@ ssize_t sys_store_read(int fd, void *to, size_t bytes, uint64_t offset)
 	for (size_t done = 0; done < bytes; done += MODEL_PAGE_BYTES) {
 		uint64_t page = (offset + done) / MODEL_PAGE_BYTES;
 
-		memcpy((char *)to + done, M.store[page], MODEL_PAGE_BYTES);
-		if (M.unreadable[page])
+		memcpy((char *)to + done, s->bytes[page], MODEL_PAGE_BYTES);
+		if (s->unreadable[page])
 			n = -EIO;
 		model_pause();
 	}
@@ -959,44 +982,57 @@ ssize_t sys_store_read(int fd, void *to, size_t bytes, uint64_t offset)
 }
 
 /* What was destroyed is whole again: by a write or a discard of it. */
-static void made_anew(uint64_t page)
+static void made_anew(struct model_store *s, uint64_t page)
 {
-	M.destroyed[page] = M.unreadable[page] = M.may_fail[page] = false;
+	bool destroyed = s->destroyed[page];
+
+	s->destroyed[page] = s->unreadable[page] = false;
+	M.may_fail[page] &= !destroyed || destroyed_anywhere((uint32_t)page);
 }
 
-void model_destroy(uint32_t page)
+void model_destroy(uint32_t store, uint32_t page)
 {
-	if (M.destroyed[page])
+	struct model_store *s = &M.store[store];
+	uint64_t *bytes = model_stored(store, page);
+
+	if (s->destroyed[page] || !bytes || (store == MODEL_POOL && M.pool_changes))
 		return;
-	M.destroyed[page] = M.may_fail[page] = true;
-	memcpy(M.intact[page], M.store[page], MODEL_PAGE_BYTES);
+	s->destroyed[page] = M.may_fail[page] = true;
+	memcpy(s->intact[page], bytes, MODEL_PAGE_BYTES);
 	if (model_chance(300)) {
-		M.unreadable[page] = true;
+		s->unreadable[page] = true;
 		return;
 	}
 	if (model_chance(500))
-		memset(M.store[page], 0, MODEL_PAGE_BYTES);
-	M.store[page][3] ^= 0x10;
-	memcpy(M.device[page], M.store[page], MODEL_PAGE_BYTES);
+		memset(bytes, 0, MODEL_PAGE_BYTES);
+	bytes[3] ^= 0x10;
+	memcpy(s->device[page], bytes, MODEL_PAGE_BYTES);
 }
 
 void model_repair(uint32_t page)
 {
-	if (!M.destroyed[page])
-		return;
-	M.destroyed[page] = M.unreadable[page] = false; /* the guest is told no more errors once it has read the page */
-	memcpy(M.store[page], M.intact[page], MODEL_PAGE_BYTES);
-	memcpy(M.device[page], M.intact[page], MODEL_PAGE_BYTES);
+	for (uint32_t i = 0; i < MODEL_STORES; i++) {
+		struct model_store *s = &M.store[i];
+
+		if (!s->destroyed[page] ||
+		    (i == MODEL_POOL && M.pool_changes)) /* what is being copied does not change */
+			continue;
+		s->destroyed[page] = s->unreadable[page] =
+			false; /* the guest is told no more errors once it has read the page */
+		memcpy(model_stored(i, page), s->intact[page], MODEL_PAGE_BYTES);
+		memcpy(s->device[page], s->intact[page], MODEL_PAGE_BYTES);
+	}
 }
 
 /* A killed thread's request for `page`, when it goes on without it: true. */
-static bool outlives(uint64_t page, const void *bytes)
+static bool outlives(int fd, uint64_t page, const void *bytes)
 {
 	if (!M.late_io || !model_dying())
 		return false;
 	if (M.late_count == MODEL_LATE_MAX)
 		model_late_lands();
 	M.late[M.late_count].discard = !bytes;
+	M.late[M.late_count].file = (uint32_t)(fd - FD_STORE);
 	M.late[M.late_count].page = page;
 	if (bytes)
 		memcpy(M.late[M.late_count].bytes, bytes, MODEL_PAGE_BYTES);
@@ -1006,6 +1042,7 @@ static bool outlives(uint64_t page, const void *bytes)
 
 void model_late_lands(void)
 {
+	struct model_store *s;
 	uint32_t i = 0;
 	uint64_t page;
 
@@ -1014,19 +1051,20 @@ void model_late_lands(void)
 	while (i + 1 < M.late_count && model_chance(700))
 		i++;
 	page = M.late[i].page;
-	memset(M.store[page], 0, MODEL_PAGE_BYTES);
+	s = &M.store[M.late[i].file];
+	memset(s->bytes[page], 0, MODEL_PAGE_BYTES);
 	if (!M.late[i].discard)
-		memcpy(M.store[page], M.late[i].bytes, MODEL_PAGE_BYTES);
-	memcpy(M.device[page], M.store[page], MODEL_PAGE_BYTES);
-	M.dirty[page] = false;
+		memcpy(s->bytes[page], M.late[i].bytes, MODEL_PAGE_BYTES);
+	memcpy(s->device[page], s->bytes[page], MODEL_PAGE_BYTES);
+	s->dirty[page] = false;
 	M.late[i] = M.late[--M.late_count];
 }
 
 ssize_t sys_store_write(int fd, const struct iovec *from, int count, uint64_t offset)
 {
+	struct model_store *s = store_of(fd);
 	ssize_t n = (ssize_t)from[0].iov_len;
 
-	(void)fd;
 	(void)count;
 	model_enter();
 	for (uint32_t i = 0; i < M.write_pauses; i++)
@@ -1040,13 +1078,13 @@ ssize_t sys_store_write(int fd, const struct iovec *from, int count, uint64_t of
 			uint64_t page = (offset + (uint64_t)done) / MODEL_PAGE_BYTES;
 			char *bytes = (char *)from[0].iov_base + done;
 
-			if (outlives(page, bytes))
+			if (outlives(fd, page, bytes))
 				continue;
-			made_anew(page);
-			memcpy(M.store[page], bytes, MODEL_PAGE_BYTES);
-			M.dirty[page] = !M.direct;
+			made_anew(s, page);
+			memcpy(s->bytes[page], bytes, MODEL_PAGE_BYTES);
+			s->dirty[page] = !M.direct;
 			if (M.direct)
-				memcpy(M.device[page], M.store[page], MODEL_PAGE_BYTES);
+				memcpy(s->device[page], s->bytes[page], MODEL_PAGE_BYTES);
 			model_pause();
 		}
 	}
@@ -1054,52 +1092,54 @@ ssize_t sys_store_write(int fd, const struct iovec *from, int count, uint64_t of
 	return n;
 }
 
-static void clean(uint64_t page, bool lose)
+static void clean(struct model_store *s, uint64_t page, bool lose)
 {
-	if (!M.dirty[page])
+	if (!s->dirty[page])
 		return;
-	M.dirty[page] = false;
+	s->dirty[page] = false;
 	if (lose) {
-		memcpy(M.store[page], M.device[page],
+		memcpy(s->bytes[page], s->device[page],
 		       MODEL_PAGE_BYTES); /* the page is dropped; a read gives what was there */
-		M.sync_error = true;
+		s->sync_error = true;
 	} else {
-		memcpy(M.device[page], M.store[page], MODEL_PAGE_BYTES);
+		memcpy(s->device[page], s->bytes[page], MODEL_PAGE_BYTES);
 	}
 }
 
 void model_write_back(void)
 {
-	for (uint64_t page = 0; page < M.pages; page++)
-		if (M.dirty[page] && model_chance(300))
-			clean(page, model_chance(M.faults.sync_loses));
+	for (uint32_t i = 0; i < MODEL_FILES; i++)
+		for (uint64_t page = 0; page < M.pages; page++)
+			if (M.store[i].dirty[page] && model_chance(300))
+				clean(&M.store[i], page, model_chance(M.faults.sync_loses));
 }
 
 int sys_store_sync(int fd)
 {
+	struct model_store *s = store_of(fd);
 	bool failed;
 
-	(void)fd;
 	model_enter();
 	for (uint64_t page = 0; page < M.pages; page++)
-		clean(page, model_chance(M.faults.sync_loses));
-	failed = M.sync_error;
-	M.sync_error = false;
+		clean(s, page, model_chance(M.faults.sync_loses));
+	failed = s->sync_error;
+	s->sync_error = false;
 	model_exit();
 	return failed ? -EIO : 0;
 }
 
 int sys_store_discard(int fd, uint64_t offset, uint64_t bytes)
 {
-	(void)fd;
+	struct model_store *s = store_of(fd);
+
 	model_enter();
 	for (uint64_t page = offset / MODEL_PAGE_BYTES; page < (offset + bytes) / MODEL_PAGE_BYTES; page++) {
-		if (outlives(page, NULL))
+		if (outlives(fd, page, NULL))
 			continue;
-		made_anew(page);
-		memset(M.store[page], 0, MODEL_PAGE_BYTES);
-		memset(M.device[page], 0, MODEL_PAGE_BYTES);
-		M.dirty[page] = false;
+		made_anew(s, page);
+		memset(s->bytes[page], 0, MODEL_PAGE_BYTES);
+		memset(s->device[page], 0, MODEL_PAGE_BYTES);
+		s->dirty[page] = false;
 		model_pause();
 	}
 	model_exit();

@@ -23,13 +23,23 @@ enum {
 	MODEL_THREADS_MAX = 8,
 	MODEL_LATE_MAX = 256
 };
-enum { FD_UFFD = 1000, FD_PIDFD, FD_PAGEMAP, FD_VMM, FD_STORE, FD_MEM /* + region */ };
+enum { MODEL_FILES = 2, MODEL_POOL = MODEL_FILES, MODEL_STORES };
+enum {
+	FD_UFFD = 1000,
+	FD_PIDFD,
+	FD_PAGEMAP,
+	FD_VMM,
+	FD_STORE /* + file */,
+	FD_POOL = FD_STORE + MODEL_FILES,
+	FD_MEM /* + region */
+};
 enum { MODEL_STAGING = 0x80000, MODEL_CALLS_MAX = 64 }; /* from a region's address to its staging area's */
 
 struct model_faults { /* how often what goes wrong, in 1/1000 of the calls */
 	/* punch_stays: zeroed and cached, as a large folio may; of hugetlbfs the punch is refused */
 	uint32_t copy_nomem, copy_again, protect_fails, store_eio, store_short, sync_loses, punch_stays;
 	uint32_t read_eio, read_short, read_flip;
+	uint32_t pool_refuses, pool_full;
 	uint32_t resolve_fails, register_fails; /* not of a stock kernel, whose seeds stay what they are */
 	uint32_t move_busy, miscounts, enter_fails, cut_short; /* of anonymous memory */
 };
@@ -39,6 +49,15 @@ enum model_access { ACCESS_MADE, ACCESS_WAITS, ACCESS_POISONED };
 struct model_region {
 	uint64_t address, offset;
 	uint32_t first_page, pages;
+};
+
+/* What reads give, what is on the device, what of the former is not yet on the latter; stored copies that were destroyed (by other
+ * bytes, or they cannot be read), and what they were. The pool is in memory: it has no device, and no numbers of pages (model_pool.c). */
+struct model_store {
+	uint64_t bytes[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8], device[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
+	bool dirty[MODEL_PAGES_MAX], sync_error;
+	bool destroyed[MODEL_PAGES_MAX], unreadable[MODEL_PAGES_MAX];
+	uint64_t intact[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
 };
 
 struct model {
@@ -73,15 +92,14 @@ struct model {
 	struct sys_inside_call calls[MODEL_CALLS_MAX];
 	uint32_t calls_count, calls_done;
 	bool calls_run, calls_cancelled;
-	/* the store: what reads give, what is on the device, what of the former is not yet on the latter */
-	uint64_t store[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8], device[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
-	bool dirty[MODEL_PAGES_MAX], sync_error;
-	/* stored copies that were destroyed (by other bytes, or they cannot be read), and what they were */
-	bool destroyed[MODEL_PAGES_MAX], unreadable[MODEL_PAGES_MAX];
-	uint64_t intact[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
+	struct model_store store[MODEL_STORES];
+	uint32_t pool_index[MODEL_PAGES_MAX]; /* where in the pool the page is, counted from 1; 0: it is not there */
+	uint64_t pool_object[2 * MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
+	bool pool_changes;              /* somebody is inside of a call that changes it */
 	bool may_fail[MODEL_PAGES_MAX]; /* the guest may get a memory error there */
 	struct {
 		bool discard;
+		uint32_t file;
 		uint64_t page, bytes[MODEL_PAGE_BYTES / 8];
 	} late[MODEL_LATE_MAX];
 	uint32_t late_count;
@@ -121,8 +139,9 @@ bool model_unread(void);
 
 /* the store's side */
 void model_write_back(void); /* the host's kernel writes a dirty page of the store, or fails to */
-void model_destroy(uint32_t page);
-void model_repair(uint32_t page);
-void model_late_lands(void); /* one request that outlived its daemon, if there is one */
+void model_destroy(uint32_t store, uint32_t page);
+void model_repair(uint32_t page);                      /* in all stores */
+uint64_t *model_stored(uint32_t store, uint32_t page); /* its bytes; NULL: it is not there */
+void model_late_lands(void);                           /* one request that outlived its daemon, if there is one */
 
 #endif

@@ -223,9 +223,10 @@ bool world_stopped(void)
 	return atomic_load(&shared->guests_stop);
 }
 
-void world_selected(double min_idle_s)
+void world_selected(double min_idle_s, bool sinks)
 {
 	(void)min_idle_s;
+	(void)sinks;
 }
 
 /* --- the daemon --------------------------------------------------------------------------------------------------------- */
@@ -308,7 +309,8 @@ static struct tierd_guest *create_guest(int table_fd)
 		args.regions[i].memfd = S.anon ? -1 : shared->memfd[i];
 	for (int i = 0; i < TIERD_TIERS; i++)
 		args.tiers[i].fd = -1;
-	args.tiers[1] = (struct tierd_tier){.fd = shared->store_fd, .capacity_pages = S.pages - below(4)};
+	args.tiers[1] = (struct tierd_tier){
+		.fd = shared->store_fd, .kind = TIERD_KIND_FILE, .capacity_bytes = (S.pages - below(4)) * page_bytes};
 	if (shared->direct)
 		args.tiers[1].flags = TIERD_SPACE_DIRECT;
 	if (tierd_guest_create(&args, &g))
@@ -361,6 +363,7 @@ static int daemon_main(void)
 	is_daemon = true;
 	take_page_bytes(shared->page_bytes);
 	S.pages = shared->pages;
+	S.tiers = 1;
 	S.failures = shared->failures;
 	S.losses = shared->losses;
 	S.anon = shared->anon;

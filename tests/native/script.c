@@ -178,18 +178,34 @@ static void drop_in_windows(struct tierd_batch *b, struct tierd_batch_result *r)
 	} while (r->left_pages);
 }
 
+/* Those below `above`, in their order, or some of them; at least one. Returns how many. */
+static uint32_t ladder(uint32_t above, uint32_t *tiers)
+{
+	uint32_t n = 0;
+
+	if (S.tiers == 1) {
+		tiers[0] = 1;
+		return 1;
+	}
+	for (uint32_t tier = above + 1; tier <= S.tiers; tier++)
+		if (tier == S.tiers ? !n || below(2) : below(3))
+			tiers[n++] = tier;
+	return n;
+}
+
 static void evict_batch(struct tierd_guest *g, struct tierd_batch *b, uint64_t *page)
 {
 	struct tierd_batch_result r;
 	double min_idle_s = below(2) ? 0 : 0.002;
+	uint32_t from = S.anon ? TIER_STAGING : TIER_GUEST, tiers[TIERD_LADDER_MAX];
 	int error;
 
-	if (tierd_batch_select(b, *page, min_idle_s, 1 + below(BATCH_PAGES_MAX), &r))
+	if (tierd_batch_select(b, from, S.tiers > 1 && !below(4), *page, min_idle_s, 1 + below(BATCH_PAGES_MAX), &r))
 		script_fail("select failed");
 	*page = r.next_page;
 	if (!r.selected_pages)
 		return;
-	world_selected(min_idle_s);
+	world_selected(min_idle_s, false);
 	if (cancelled_at_will(b, &r))
 		return;
 	if (!g->engine->set_async && !S.anon && (failed(tierd_batch_hold(b, &r), "hold") || cancelled_at_will(b, &r))) {
@@ -200,7 +216,7 @@ static void evict_batch(struct tierd_guest *g, struct tierd_batch *b, uint64_t *
 		tierd_batch_cancel(b, &r);
 		return;
 	}
-	error = tierd_batch_write(b, 1, &r);
+	error = tierd_batch_write(b, tiers, ladder(0, tiers), &r);
 	if (!error && g->engine->set_async) {
 		drop_in_windows(b, &r);
 		return;
@@ -212,6 +228,39 @@ static void evict_batch(struct tierd_guest *g, struct tierd_batch *b, uint64_t *
 	}
 	S.evicted += r.evicted_pages;
 	failed(tierd_batch_release(b, &r), "release");
+}
+
+/* From one tier to those below it. */
+static void demote(struct tierd_guest *g, struct tierd_batch *b)
+{
+	uint32_t from = 1 + below(S.tiers - 1), tiers[TIERD_LADDER_MAX], moved;
+	double min_idle_s = below(2) ? 0 : 0.002;
+	struct tierd_batch_result r = {0};
+	int error;
+
+	for (uint64_t page = 0; page < g->pages;) {
+		if (tierd_batch_select(b, from, !below(4), page, min_idle_s, 1 + below(BATCH_PAGES_MAX), &r))
+			script_fail("select from tier %u failed", from);
+		page = r.next_page;
+		world_selected(min_idle_s, true);
+		if (!r.selected_pages || cancelled_at_will(b, &r))
+			continue;
+		error = failed(tierd_batch_copy(b, &r), "copy") || cancelled_at_will(b, &r);
+		if (error) {
+			tierd_batch_cancel(b, &r);
+			continue;
+		}
+		error = tierd_batch_write(b, tiers, ladder(from, tiers), &r);
+		if ((error != -ENOSPC && failed(error, "write")) || error || cancelled_at_will(b, &r) ||
+		    failed(tierd_batch_drop(b, &r), "drop")) {
+			tierd_batch_cancel(b, &r);
+			continue;
+		}
+		S.demoted += r.evicted_pages;
+		failed(tierd_batch_release(b, &r), "release");
+	}
+	if (chance(300) && tierd_guest_compact(g, 1 + below(SCRIPT_PAGES_MAX), &moved))
+		script_fail("compaction failed");
 }
 
 /* Of anonymous memory: room in the staging area back, and new pages into it. */
@@ -250,6 +299,8 @@ void script_cycle(struct tierd_guest *g)
 		script_fail("no batch");
 	for (page = 0; page < g->pages;)
 		evict_batch(g, b, &page);
+	if (S.tiers > 1 && chance(500))
+		demote(g, b);
 	tierd_batch_destroy(b);
 	page = 0;
 	if (chance(100))

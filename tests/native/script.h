@@ -19,9 +19,10 @@ enum { SCRIPT_PAGES_MAX = 64, BATCH_PAGES_MAX = 16 };
 
 struct script {
 	uint32_t pages;
-	bool failures; /* calls of the kernel or the store fail now and then, so a batch may */
-	bool losses;   /* stored copies are destroyed, so pages may be LOST */
-	bool anon;     /* the guest's memory is private and anonymous */
+	bool failures;  /* calls of the kernel or the store fail now and then, so a batch may */
+	bool losses;    /* stored copies are destroyed, so pages may be LOST */
+	bool anon;      /* the guest's memory is private and anonymous */
+	uint32_t tiers; /* the ladder's: 1, or the first of them is a pool */
 	/* the guest's side, by page; under world_lock */
 	uint64_t last[SCRIPT_PAGES_MAX]; /* what the guest last wrote */
 	uint32_t writes[SCRIPT_PAGES_MAX];
@@ -29,7 +30,7 @@ struct script {
 	int giving_back[SCRIPT_PAGES_MAX];
 	_Atomic uint64_t accesses, memory_errors;
 	/* the daemon's side */
-	uint64_t evicted, repaired;
+	uint64_t evicted, demoted, repaired;
 };
 
 extern struct script S;
@@ -69,6 +70,6 @@ void world_unlock(uint32_t page);
 void world_rest(uint32_t steps);
 bool world_stopped(void);
 void world_before_pass(void);
-void world_selected(double min_idle_s); /* a batch was, just now */
+void world_selected(double min_idle_s, bool sinks); /* a batch was, just now: out of the guest, or out of a tier */
 
 #endif

@@ -64,7 +64,8 @@ static int make_file(void)
 
 	strcpy(identity.boot_id, "boot");
 	strcpy(identity.name, "guest");
-	strcpy(identity.store_path, "/store/guest");
+	identity.places[0].kind = TIERD_KIND_FILE;
+	strcpy(identity.places[0].path, "/store/guest");
 	for (uint32_t i = 0; i < count; i++)
 		regions[i] = (struct tierd_region){.address = (i + 1ull) << 32, .bytes = page_bytes * (1 + roll(8))};
 	identity.page_bytes = roll(2) || page_bytes > 4096 ? page_bytes : 0;
@@ -100,7 +101,7 @@ static void damage_header(struct table_header *h)
 		memset(h->identity.boot_id, 'x', sizeof(h->identity.boot_id));
 		break;
 	case 7:
-		memset(h->identity.store_path, 0xff, sizeof(h->identity.store_path));
+		memset(h->identity.places[0].path, 0xff, sizeof(h->identity.places[0].path));
 		break;
 	case 8:
 		h->regions[region].bytes = number;
@@ -217,7 +218,7 @@ static void run(uint64_t seed)
 			fail(seed, "identity");
 		if (!memchr(identity.name, 0, sizeof(identity.name)) ||
 		    !memchr(identity.boot_id, 0, sizeof(identity.boot_id)) ||
-		    !memchr(identity.store_path, 0, sizeof(identity.store_path)))
+		    !memchr(identity.places[0].path, 0, sizeof(identity.places[0].path)))
 			fail(seed, "a text does not end");
 		use(seed, fd, identity.page_bytes, regions, count);
 	}

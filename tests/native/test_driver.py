@@ -93,7 +93,27 @@ def test_seeds_on_anonymous_memory(driver: Path, more: list[str]) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("more", [(), ("--anon",)], ids=["shared", "anonymous"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        *([], ["--late-io"], ["--vmm-ends"], ["--engine", "rwp"], ["--engine", "rfc"]),
+        *(["--anon"], ["--anon", "--late-io"], ["--anon", "--engine", "rwp"]),
+        *(["--late-io", "--often"], ["--anon", "--late-io", "--often"]),
+    ],
+    ids=lambda more: " ".join(more) or "stock",
+)
+def test_seeds_with_a_ladder(tmp_path: Path, more: list[str]) -> None:
+    """A pool and a file or two: pages enter at the first that takes them and sink, at any time, while they are wanted."""
+    seeds = max(SEEDS // 8, 100)
+    figures = run_seeds(build_driver(tmp_path / "driver", ["-O2"]), seeds, "--ladder", *more)
+    assert figures["pages demoted"] > seeds / 4
+    assert figures["kills"] > seeds / 2
+    if "--late-io" not in more:
+        assert figures["memory errors"] > 0, "no stored copy was destroyed"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("more", [(), ("--anon",), ("--ladder",)], ids=["shared", "anonymous", "ladder"])
 def test_seeds_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path, more: tuple[str, ...]) -> None:
     flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     run_seeds(build_driver(tmp_path / "driver", flags), max(SEEDS // 20, 100), *more, first=1000000)

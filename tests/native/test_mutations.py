@@ -49,7 +49,8 @@ MUTATIONS = [
     Mutation(
         "tier_forgotten_in_arriving",  # rule 4
         "fault.c",
-        "		if (!page_move(g, page + n, word, word_with_state(word, ARRIVING)))\n			break;\n"
+        "		if (!page_move(g, page + n, word, word_with_state(word, ARRIVING)))\n			break;\n		if (!n)\n"
+        "			w->was_moving = word_state(word) == MOVING;\n"
         "		w->claimed[n++] = word_with_state(word, ARRIVING);",
         "		if (!page_move(g, page + n, word, word_with_tier(word_with_state(word, ARRIVING), 0)))\n			break;\n"
         "		w->claimed[n++] = word_with_state(word, ARRIVING);\n"
@@ -153,10 +154,10 @@ MUTATIONS = [
         "	if (waits_now(g) == ~waits_before)\n		wake(g, page, count);",
     ),
     Mutation(
-        "parked_page_read_whatever_its_tier",
+        "page_claimed_whatever_its_tier",  # it may have become another one since the look at it
         "fault.c",
-        "	if (word_tier(p->owned) != TIER_ZERO) {",
-        "	if (p->owned) {",
+        "(n || word_state(word) != MOVING)) || word_tier(word) != tier)",
+        "(n || word_state(word) != MOVING)) || (n && word_tier(word) != word_tier(w->claimed[0])))",
     ),
     Mutation(
         "page_that_fails_again_is_forgotten",
@@ -167,8 +168,8 @@ MUTATIONS = [
     Mutation(
         "late_write_lands_in_used_space",  # rule 11: of a dead predecessor
         "evict.c",
-        " ||\n		    quarantined(g, page))\n			continue;",
-        ")\n			continue;",
+        "quarantined(g, page) || (b->pool_only && word_refused(w)))\n			continue;",
+        "(b->pool_only && word_refused(w)))\n			continue;",
     ),
     Mutation(
         "claimed_neighbours_not_woken",
@@ -442,8 +443,8 @@ ANONYMOUS = [
     Mutation(
         "anon_nobody_woken_after_the_move",
         "stage.c",
-        "		wake_waiters(g, b.first[i], b.pages[i], waits);\n",
-        "		(void)waits;\n",
+        "			wake_waiters(g, b->first[i], b->pages[i], waits);\n",
+        "			(void)waits;\n",
     ),
     Mutation(
         "anon_missing_not_registered_before_the_move",
@@ -478,8 +479,8 @@ ANONYMOUS = [
     Mutation(
         "anon_staged_page_leaves_at_once",  # rule 8
         "evict.c",
-        "epoch_age(epoch_now(g), word_epoch(w)) < min_age || quarantined",
-        "quarantined",
+        "stored_age(g, page, epoch_now(g), w) < min_age ||",
+        "",
     ),
     Mutation(
         "anon_time_in_the_staging_area_not_measured",  # rule 8
@@ -489,10 +490,91 @@ ANONYMOUS = [
     ),
 ]
 MUTATIONS += ANONYMOUS
+# From tier to tier.
+LADDER = [
+    Mutation(
+        "sinking_page_passed_on_unverified",  # rule 5: what a tier gives may not be what it was given
+        "evict.c",
+        "		return checksum(page, b->page_bytes) == *sum ? 0 : -EBADMSG;",
+        "		return 0;",
+    ),
+    Mutation(
+        "old_copy_given_back_before_the_word_moves",
+        "evict.c",
+        "		if (!page_move(g, b->pages[i], b->words[i], arrived_word(b, i, STORED))) {\n",
+        "		tier_discard(b->g, b->from, b->pages[i], 1);\n"
+        "		if (!page_move(g, b->pages[i], b->words[i], arrived_word(b, i, STORED))) {\n",
+    ),
+    Mutation(
+        "page_that_was_taken_back_has_sunk_all_the_same",
+        "evict.c",
+        "			forget_written(b, i);\n			continue;\n		}\n		g->copies[b->from]--;",
+        "			atomic_store(&g->words[b->pages[i]], arrived_word(b, i, STORED));\n		}\n		g->copies[b->from]--;",
+    ),
+    Mutation(
+        "sunk_page_keeps_its_old_tier",  # rule 4
+        "evict.c",
+        "	page_word w = word_with_tier(word_with_state(b->words[slot], state), b->to[slot]);",
+        "	page_word w = word_with_tier(word_with_state(b->words[slot], state), moving(b) ? b->from : b->to[slot]);",
+    ),
+    Mutation(
+        "compaction_does_not_own_its_page",  # rule 2
+        "evict.c",
+        "	       page_move(c->g, page, w, word_with_state(w, ARRIVING));",
+        "	       page_move(c->g, page, w, w);",
+    ),
+    Mutation(
+        "nobody_woken_after_compaction",
+        "evict.c",
+        "	wake_waiters(c->g, page, 1, c->waits);",
+        "	(void)c->waits;",
+    ),
+    Mutation(
+        "refused_page_leaves",
+        "evict.c",
+        "		if (placed(b, i))\n			keep(b, kept++, i);",
+        "		if (placed(b, i) || !b->g->anon)\n			keep(b, kept++, i);",
+    ),
+    Mutation(
+        "young_page_sinks",  # rule 8, of a tier
+        "evict.c",
+        "stored_age(g, page, epoch_now(g), w) < min_age ||",
+        "",
+    ),
+    Mutation(
+        "page_that_sinks_is_not_in_flight",  # rule 11
+        "guest.c",
+        "(word_state(w) == MOVING || word_state(w) == ARRIVING || word_state(w) == LOST))",
+        "false)",
+    ),
+    Mutation(
+        "quarantine_forgotten_by_the_second_successor",  # rule 11
+        "guest.c",
+        "	return word_state(to) == STORED ? word_with_state(to, MOVING) : to;",
+        "	return to;",
+    ),
+    Mutation(
+        "page_that_could_not_come_back_is_not_in_flight_any_more",  # rule 11
+        "fault.c",
+        "!i && w->was_moving ? MOVING : STORED",
+        "STORED",
+    ),
+    Mutation(
+        "pool_adopted_after_a_page_was_read_from_it",
+        "guest.c",
+        "		error = adopt_pool(g);",
+        "		error = 0;",
+    ),
+]
+MUTATIONS += LADDER
 MORE = {
     "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle
     "late_write_lands_in_used_space": ("--late-io",),
-    "parked_page_read_whatever_its_tier": ("--from", "24001"),  # it takes a page that leaves again between two looks
+    "page_claimed_whatever_its_tier": ("--ladder",),
+    **{mutation.name: ("--ladder",) for mutation in LADDER},
+    "page_that_sinks_is_not_in_flight": ("--ladder", "--late-io", "--from", "5001"),
+    "quarantine_forgotten_by_the_second_successor": ("--ladder", "--late-io", "--often"),
+    "page_that_could_not_come_back_is_not_in_flight_any_more": ("--ladder", "--late-io", "--often"),
     **{mutation.name: ("--engine", mutation.name[:3]) for mutation in NATIVE_ENGINES},
     **{mutation.name: ("--engine", "rwp", "--hugetlb") for mutation in HUGETLBFS},
     **{mutation.name: ("--anon",) for mutation in ANONYMOUS},

@@ -241,7 +241,8 @@ static void *watching_thread(void *unused)
 		if (c.pages_lost)
 			model_fail("%lu pages lost", c.pages_lost);
 		tierd_guest_idle(guest, (double[]){0, 1}, 2, idle);
-		tierd_guest_set_limits(guest, 1 + below(8), M.pages - below(4));
+		tierd_guest_set_readahead(guest, 1 + below(8));
+		tierd_guest_set_capacity(guest, 1, (M.pages - below(4)) * MODEL_PAGE_BYTES);
 		sched_yield();
 	}
 	return NULL;
@@ -251,13 +252,13 @@ static void evict_batch(struct tierd_batch *b, uint64_t *page)
 {
 	struct tierd_batch_result r;
 
-	if (tierd_batch_select(b, *page, 0, BATCH_PAGES, &r))
+	if (tierd_batch_select(b, M.anon ? TIER_STAGING : TIER_GUEST, false, *page, 0, BATCH_PAGES, &r))
 		model_fail("select failed");
 	*page = r.next_page;
 	if (!r.selected_pages)
 		return;
-	if ((!M.anon && tierd_batch_hold(b, &r)) || tierd_batch_copy(b, &r) || tierd_batch_write(b, 1, &r) ||
-	    tierd_batch_drop(b, &r)) {
+	if ((!M.anon && tierd_batch_hold(b, &r)) || tierd_batch_copy(b, &r) ||
+	    tierd_batch_write(b, (uint32_t[]){1}, 1, &r) || tierd_batch_drop(b, &r)) {
 		tierd_batch_cancel(b, &r);
 		return;
 	}
@@ -332,7 +333,8 @@ static void daemon_create(bool adopted)
 						.memfd = M.anon ? -1 : FD_MEM};
 	for (int i = 0; i < TIERD_TIERS; i++)
 		args.tiers[i].fd = -1;
-	args.tiers[1] = (struct tierd_tier){.fd = FD_STORE, .capacity_pages = M.pages};
+	args.tiers[1] = (struct tierd_tier){
+		.fd = FD_STORE, .kind = TIERD_KIND_FILE, .capacity_bytes = M.pages * MODEL_PAGE_BYTES};
 	if (!adopted) {
 		struct tierd_identity identity = {.pid = 1, .epoch_ns = 1000000};
 

@@ -21,6 +21,7 @@ from tierd.config import (
     ConfigErrors,
     Frozen,
     Policy,
+    Tier,
     changes,
     load,
     parse_rate,
@@ -161,6 +162,7 @@ def test_everything(loaded: Load) -> None:
         handshake: {socket: /dev/shm/tierd/handshake.sock, mode: 0660, group: kvm}
         metrics: {listen: "[::1]:9464"}
         store: {path: /srv/pages, capacity: 10GiB, direct: off}
+        memory: {path: /dev/shm/pools, capacity: 1GiB, codec: zstd}
         log: {level: debug, format: json}
         engine: stock
         discover_interval_s: 500ms
@@ -168,7 +170,9 @@ def test_everything(loaded: Load) -> None:
         on_restart: restore
         stop_timeout_s: 2min
         guests_dir: guests.d
-        defaults: {interval_s: 5s, resident_min: 64MiB, evict_rate_max: 100MiB/s}
+        defaults:
+          {interval_s: 5s, resident_min: 64MiB, evict_rate_max: 100MiB/s, demote_rate_max: 1MiB/s, stored_max: 2GiB,
+           tiers: [{name: memory, capacity: 512MiB}, {name: file, min_age_s: 1h}]}
         guests:
           - {name: "web-*", resident_max: 1GiB, dry_run: true}
           - {pid: 17, cmdline: "type=q35", allow_nested: true, min_idle_s: 3, unsafe_min_idle: true, readahead_pages: 1}
@@ -180,6 +184,7 @@ def test_everything(loaded: Load) -> None:
         "handshake": {"socket": Path("/dev/shm/tierd/handshake.sock"), "mode": 0o660, "group": "kvm"},
         "metrics": {"listen": "[::1]:9464"},
         "store": {"path": Path("/srv/pages"), "capacity": 10 << 30, "direct": "off"},
+        "memory": {"path": Path("/dev/shm/pools"), "capacity": 1 << 30, "codec": "zstd"},
         "log": {"level": "debug", "format": "json"},
         "engine": "stock",
         "discover_interval_s": 0.5,
@@ -188,7 +193,11 @@ def test_everything(loaded: Load) -> None:
         "stop_timeout_s": 120.0,
         "guests_dir": Path("guests.d"),
     }
-    base = {"interval_s": 5.0, "resident_min": 64 << 20, "evict_rate_max": 100 << 20}
+    base = {"interval_s": 5.0, "resident_min": 64 << 20, "evict_rate_max": 100 << 20, "demote_rate_max": 1 << 20}
+    base |= {
+        "stored_max": 2 << 30,
+        "tiers": (Tier(name="memory", capacity=512 << 20), Tier(name="file", min_age_s=3600.0)),
+    }
     assert config.defaults == Policy.model_validate(base)
     web, q35 = config.guests
     assert web.policy == Policy.model_validate({**base, "resident_max": 1 << 30, "dry_run": True})
@@ -211,6 +220,33 @@ def test_a_mode_is_octal(loaded: Load, word: str) -> None:
 @pytest.mark.parametrize("listen", ["127.0.0.1:9464", "localhost:1", ":65535", "[::]:9464", "0.0.0.0:80"])
 def test_addresses(loaded: Load, listen: str) -> None:
     assert loaded(f"metrics: {{listen: '{listen}'}}").metrics.listen == listen
+
+
+@pytest.mark.parametrize(
+    ("tiers", "names"), [("memory", ["memory"]), ("[memory, file]", ["memory", "file"]), ("[{name: file}]", ["file"])]
+)
+def test_tiers(loaded: Load, tiers: str, names: list[str]) -> None:
+    assert [tier.name for tier in loaded(f"defaults: {{tiers: {tiers}}}").defaults.tiers] == names
+    assert [tier.name for tier in Config().defaults.tiers] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("tiers", "words"),
+    [
+        ("[]", "not a list of tiers"),
+        ("{memory: 1}", "not a list of tiers"),
+        ("[memroy]", "tier 1, name: 'memroy': .*'memory' or 'file'"),
+        ("[memory, {name: file, capacity: lots}]", "tier 2, capacity: 'lots': .*not a size"),
+        ("[{name: memory, size: 1GiB}]", "tier 1, size: .*known keys are name, capacity, min_age_s"),
+        ("[memory, 7]", "tier 2: 7: "),
+        ("[file, memory, file]", "a tier stands twice"),
+        ("[{name: memory, min_age_s: 2h}, {name: file, min_age_s: 1h}]", "must grow from each to the next"),
+        ("[memory, {name: file, min_age_s: 30d}]", "must grow from each to the next, up to 432000 s"),
+    ],
+)
+def test_tiers_that_cannot_be(loaded: Load, tiers: str, words: str) -> None:
+    with pytest.raises(ConfigErrors, match=words):
+        loaded(f"defaults: {{tiers: {tiers}}}")
 
 
 def test_frozen(loaded: Load) -> None:

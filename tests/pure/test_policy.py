@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierd.config import Policy
-from tierd.policy import Sample, clamp_min_idle, decide, idle_edges
+from tierd.config import Policy, Tier
+from tierd.policy import Demotion, Sample, TierSample, clamp_min_idle, classes, decide, idle_edges, sink, tiers_for
 
 MIB = 1 << 20
 
@@ -113,3 +113,59 @@ def test_edges(p: Policy) -> None:
     assert edges[0] == 0
     assert list(edges) == sorted(set(edges))
     assert {p.min_idle_s, p.cold_s} <= set(edges)
+
+
+# --- from tier to tier ------------------------------------------------------------------------------------------------
+
+
+def tier_sample(**changes: Any) -> TierSample:
+    """400 MiB of guest memory in 200 MiB of a tier of 1 GiB: half of it idle for 5 minutes, half for an hour."""
+    usual: dict[str, Any] = {
+        "stored_bytes": 400 * MIB,
+        "used_bytes": 200 * MIB,
+        "capacity_bytes": 1024 * MIB,
+        "store_used_bytes": 2048 * MIB,
+        "store_free_bytes": 8192 * MIB,
+        "idle": ((0.0, 0), (300.0, 200 * MIB), (3600.0, 200 * MIB)),
+        "elapsed_s": 30.0,
+    }
+    return TierSample(**(usual | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "below", "sampled", "wanted"),
+    [
+        ({}, {}, {}, Demotion(0.0, 0)),  # there is room
+        ({}, {"min_age_s": 3600.0}, {}, Demotion(3600.0, 200 * MIB)),  # old enough
+        ({}, {"min_age_s": 7200.0}, {}, Demotion(7200.0, 0)),
+        (
+            {},
+            {},
+            {"capacity_bytes": 210 * MIB},
+            Demotion(3600.0, 64 * MIB),
+        ),  # to four fifths of 210 MiB: 16 % of what is there
+        ({}, {}, {"capacity_bytes": 225 * MIB}, Demotion(0.0, 0)),  # not above nine tenths
+        ({}, {}, {"capacity_bytes": 0}, Demotion(300.0, 400 * MIB)),  # everything
+        ({}, {"min_age_s": 3600.0}, {"capacity_bytes": 0}, Demotion(3600.0, 200 * MIB)),  # but nothing too young for it
+        ({"demote_rate_max": MIB}, {}, {"capacity_bytes": 0}, Demotion(300.0, 30 * MIB)),
+        ({}, {"min_age_s": 0.0}, {}, Demotion(300.0, 400 * MIB)),
+        ({}, {}, {"store_free_bytes": 0}, Demotion(3600.0, 80 * MIB - 1)),  # a fifth of what all guests have there
+    ],
+)
+def test_what_sinks(changes: dict[str, Any], below: dict[str, Any], sampled: dict[str, Any], wanted: Demotion) -> None:
+    assert sink(policy(**changes), Tier(name="file", **below), tier_sample(**sampled)) == wanted
+
+
+def test_a_page_enters_where_it_is_old_enough() -> None:
+    ladder = policy(tiers=[Tier(name="memory"), Tier(name="file", min_age_s=3600.0)])
+    assert [tier.name for tier in tiers_for(ladder, 3599.0)] == ["memory"]
+    assert [tier.name for tier in tiers_for(ladder, 3600.0)] == ["memory", "file"]
+    assert 3600.0 in idle_edges(ladder)
+    assert classes(ladder, 300.0) == (3600.0, 300.0), "the oldest first: they may go to the file at once"
+    assert classes(ladder, 7200.0) == (7200.0,)
+
+
+def test_stored_max() -> None:
+    decision = decide(policy(stored_max=100 * MIB), sample(stored_bytes=90 * MIB))
+    assert (decision.evict_bytes_max, decision.reason) == (10 * MIB, "up to stored_max")
+    assert decide(policy(stored_max=100 * MIB), sample(stored_bytes=190 * MIB)).evict_bytes_max == 0

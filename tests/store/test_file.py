@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tierd.store import StoreError
-from tierd.store.file import FileStore, file_system_of, reopen
+from tierd.store.directory import file_system_of
+from tierd.store.file import FileStore, reopen
 
 PAGE = os.sysconf("SC_PAGESIZE")
 KEY = "4711-123456"
@@ -128,7 +129,7 @@ def test_sweep_asks_before_it_removes(disk: Path) -> None:
 
 
 def test_capacity_counts_all_guests(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tierd.store.file.USED_CACHE_S", 0.0)
+    monkeypatch.setattr("tierd.store.directory.USED_CACHE_S", 0.0)
     store = FileStore(disk / "store", 64 * PAGE, "off")
     a, b = (store.create(key, 64, PAGE) for key in ("1-1", "2-2"))
     try:

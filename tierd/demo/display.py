@@ -28,7 +28,7 @@ SPARK_SAMPLES = 40  # with the columns beside it, fits 80
 class Sample:
     """What the demo knows at one moment."""
 
-    resident_bytes: int  # blocks of the guest's memory
+    resident_bytes: int  # blocks of the guest's memory, and what its compressed pages take
     used_bytes: int  # the same before tierd began
     tiers: Mapping[str, int] = field(default_factory=dict)  # stored bytes by tier
     faults: int = 0

@@ -44,14 +44,18 @@ TRIALS = (
     *("rwp", "rfc", "rwp_anonymous", "rfc_anonymous"),
 )
 STATES = ("resident", "resolving", "leaving", "dropping", "stored", "moving", "arriving", "lost", "staging")
-STAGING_TIER = int(lib.TIERD_TIER_STAGING)
+STAGING_TIER, GUEST_TIER = int(lib.TIERD_TIER_STAGING), int(lib.TIERD_TIER_GUEST)
+LADDER_MAX = int(lib.TIERD_LADDER_MAX)
 
 
 STORE_WRITE = "store write"  # the noun of a KernelError when a store did not take a batch
 
 
 class KernelError(OSError):
-    """A call of the data plane failed: errno, and what was being done (to which guest is known to the caller)."""
+    """A call of the data plane failed: errno, and what was being done (to which guest is known to the caller). `tier`: the number
+    of the one that did not take pages; 0: it is not about one."""
+
+    tier = 0
 
     def __str__(self) -> str:
         return f"{self.strerror}: {os.strerror(self.errno or 0)} (errno {self.errno})"
@@ -92,6 +96,30 @@ class TableRegion:
     staging: int = 0
 
 
+class TierKind(enum.IntEnum):
+    """What a tier is for the data plane."""
+
+    FILE = lib.TIERD_KIND_FILE  # sparse, addressed by page number
+    MEMORY = lib.TIERD_KIND_MEMORY  # a pool of compressed pages, in a file on tmpfs
+
+
+class Codec(enum.IntEnum):
+    """How a pool compresses."""
+
+    LZ4 = lib.TIERD_CODEC_LZ4
+    ZSTD = lib.TIERD_CODEC_ZSTD
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tier's pages are, for a successor."""
+
+    kind: TierKind
+    name: str  # of the store
+    path: str
+    direct: bool = False
+
+
 @dataclass(frozen=True)
 class Identity:
     """What a state file says about its VMM; adoption compares all of it."""
@@ -102,7 +130,7 @@ class Identity:
     name: str
     uffd_in_vmm: int
     epoch_ns: int
-    store_path: str
+    places: tuple[Place, ...]  # of tier 1, 2, ...
     page_bytes: int = 0  # 0: the system's
 
 
@@ -113,7 +141,6 @@ class Serving:
     read_deadline_s: float = 30.0
     hold_lost: bool = False
     readahead_pages: int = 16
-    store_direct: bool = False
     uffd_in_vmm: int | None = None  # the VMM has it under this number now; None: as Identity says
     engine: EngineNumber = EngineNumber.STOCK
     handshake: bool = False  # the VMM brought its descriptors, and must bring them again
@@ -122,13 +149,15 @@ class Serving:
 
 @dataclass(frozen=True)
 class Tier:
-    """An open space of a store: a sparse file addressed by page number."""
+    """An open space of a store."""
 
     fd: int
-    direct: bool
-    drop_cache: bool
-    capacity_pages: int
+    capacity_bytes: int
+    kind: TierKind = TierKind.FILE
+    direct: bool = False
+    drop_cache: bool = False
     late: bool = False  # what a killed process had in flight may still land
+    codec: Codec | None = None  # a new pool's: `fd` is an empty file
 
 
 @dataclass(frozen=True)
@@ -156,6 +185,8 @@ class BatchResult:
     cancelled_pages: int
     next_page: int
     left_pages: int
+    refused_pages: int
+    failed_tier: int
     select_ns: int
     hold_ns: int
     copy_ns: int
@@ -222,6 +253,14 @@ class Probe:
     rfc_step: int
 
 
+def _by_name(struct: Any, c_type: str) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, field in ffi.typeof(c_type).fields:
+        value = getattr(struct, name)
+        result[name] = tuple(value) if field.type.kind == "array" else value
+    return result
+
+
 def _fields(struct: Any, cls: type[Any]) -> Any:
     return cls(**{name: getattr(struct, name) for name in cls.__dataclass_fields__})
 
@@ -251,10 +290,12 @@ def table_create(fd: int, identity: Identity, regions: Sequence[TableRegion]) ->
     c.epoch_ns, c.page_bytes = identity.epoch_ns, identity.page_bytes
     c.boot_id = identity.boot_id.encode()[: lib.TIERD_BOOT_ID_BYTES - 1]
     c.name = identity.name.encode(errors="replace")[: lib.TIERD_NAME_BYTES - 1]
-    path = os.fsencode(identity.store_path)
-    if len(path) >= lib.TIERD_PATH_BYTES:
-        raise KernelError(errno.ENAMETOOLONG, f"store path {identity.store_path}")
-    c.store_path = path
+    for place, c_place in zip(identity.places, c.places, strict=False):
+        path = os.fsencode(place.path)
+        if len(path) >= lib.TIERD_PATH_BYTES:
+            raise KernelError(errno.ENAMETOOLONG, f"store path {place.path}")
+        c_place.kind, c_place.name, c_place.path = int(place.kind), place.name.encode(), path
+        c_place.flags = lib.TIERD_SPACE_DIRECT if place.direct else 0
     check(lib.tierd_table_create(fd, c, _c_regions(regions, [-1] * len(regions)), len(regions)), "state file")
 
 
@@ -272,13 +313,26 @@ def table_read(fd: int) -> tuple[Identity, tuple[TableRegion, ...], Serving]:
         name=ffi.string(c.name).decode(errors="replace"),
         uffd_in_vmm=c.uffd_in_vmm,
         epoch_ns=c.epoch_ns,
-        store_path=os.fsdecode(ffi.string(c.store_path)),
+        places=_places(c),
         page_bytes=c.page_bytes,
     )
     found = tuple(
         TableRegion(r.address, r.bytes, r.offset, r.device, r.inode, r.staging) for r in regions[0 : count[0]]
     )
     return identity, found, _serving(serving)
+
+
+def _places(c: Any) -> tuple[Place, ...]:
+    return tuple(
+        Place(
+            TierKind(place.kind),
+            ffi.string(place.name).decode(errors="replace"),
+            os.fsdecode(ffi.string(place.path)),
+            bool(place.flags & lib.TIERD_SPACE_DIRECT),
+        )
+        for place in c.places
+        if place.kind
+    )
 
 
 def _serving(c: Any) -> Serving:
@@ -291,7 +345,6 @@ def _serving(c: Any) -> Serving:
         read_deadline_s=min(c.read_deadline_ns / 1e9, READ_DEADLINE_S_MAX),
         hold_lost=c.on_lost == lib.TIERD_LOST_HOLD,
         readahead_pages=min(max(c.readahead_pages, 1), READAHEAD_PAGES_MAX),
-        store_direct=bool(c.store_flags & lib.TIERD_SPACE_DIRECT),
         uffd_in_vmm=c.uffd_moved - 1 if c.uffd_moved > 0 else None,
         engine=EngineNumber(c.engine),
         handshake=c.handshake == 1,
@@ -369,10 +422,15 @@ class NativeBatch:
         result: BatchResult = _fields(self._result, BatchResult)
         return result
 
-    def select(self, first_page: int, min_idle_s: float, max_pages: int) -> BatchResult:
-        """RESIDENT -> LEAVING for touched pages idle at least `min_idle_s`, from `first_page` on; of anonymous memory, what
-        has been in the staging area for so long."""
-        return self._done(lib.tierd_batch_select(self._b, first_page, min_idle_s, max_pages, self._result), "select")
+    def select(
+        self, from_tier: int, first_page: int, min_idle_s: float, max_pages: int, tiers: Sequence[int]
+    ) -> BatchResult:
+        """From GUEST_TIER: RESIDENT -> LEAVING for touched pages idle at least `min_idle_s`, from `first_page` on. From another
+        tier: what is STORED there and as idle (of STAGING_TIER: there for as long) -> MOVING. Pages that none of `tiers` would
+        take, because there is only a pool that has refused them already, are passed over."""
+        pool_only = all(tier == self.guest.pool_tier for tier in tiers)
+        error = lib.tierd_batch_select(self._b, from_tier, pool_only, first_page, min_idle_s, max_pages, self._result)
+        return self._done(error, "select")
 
     def hold(self) -> BatchResult:
         """Write-protect, scan again, give back what was touched meanwhile."""
@@ -382,12 +440,19 @@ class NativeBatch:
         """Read the bytes; find zero pages; take checksums."""
         return self._done(lib.tierd_batch_copy(self._b, self._result), "copy out")
 
-    def write(self, tier: int) -> BatchResult:
-        """Write durably to `tier`. KernelError ENOSPC: at capacity."""
-        return self._done(lib.tierd_batch_write(self._b, tier, self._result), STORE_WRITE)
+    def write(self, tiers: Sequence[int]) -> BatchResult:
+        """Write each page durably to the first of `tiers` that takes it; a page that none takes stays where it is. KernelError
+        ENOSPC: all are at capacity; others: its `tier` says which one failed."""
+        error = lib.tierd_batch_write(self._b, list(tiers), len(tiers), self._result)
+        if error < 0:
+            failure = KernelError(-error, STORE_WRITE)
+            failure.tier = self._result.failed_tier
+            raise failure
+        return self._done(error, STORE_WRITE)
 
     def drop(self) -> BatchResult:
-        """LEAVING -> DROPPING, punch exactly those runs, see the hole, STORED. Of anonymous memory: in its staging area."""
+        """LEAVING -> DROPPING, punch exactly those runs, see the hole, STORED. Of anonymous memory: in its staging area. From
+        another tier: STORED in the new one, and space in the old one back."""
         noun = "drop in the staging area" if self.guest.anonymous else "punch"
         return self._done(lib.tierd_batch_drop(self._b, self._result), noun)
 
@@ -418,7 +483,7 @@ class NativeGuest:
         pagemap_fd: int,
         regions: Sequence[TableRegion],
         memfds: Sequence[int],
-        tier: Tier | None,
+        tiers: Sequence[Tier],
         engine: EngineNumber = EngineNumber.STOCK,
         page_bytes: int = 0,
         zap: Zap = Zap.PAGEOUT,
@@ -440,22 +505,29 @@ class NativeGuest:
         ffi.memmove(args.regions, c_regions, ffi.sizeof(c_regions))
         for c in args.tiers:
             c.fd = -1
-        if tier is not None:
-            c = args.tiers[1]
-            c.fd, c.capacity_pages = tier.fd, tier.capacity_pages
+        for c, tier in zip(args.tiers[1 : 1 + LADDER_MAX], tiers, strict=False):
+            c.fd, c.kind, c.capacity_bytes = tier.fd, int(tier.kind), tier.capacity_bytes
+            c.codec = int(tier.codec or 0)
             c.flags = (
                 (lib.TIERD_SPACE_DIRECT if tier.direct else 0)
                 | (lib.TIERD_SPACE_DROP_CACHE if tier.drop_cache else 0)
                 | (lib.TIERD_SPACE_LATE if tier.late else 0)
+                | (lib.TIERD_SPACE_NEW if tier.codec else 0)
             )
         out = ffi.new("struct tierd_guest **")
-        check(lib.tierd_guest_create(args, out), "guest tables (is RLIMIT_MEMLOCK high enough?)")
+        error = lib.tierd_guest_create(args, out)
+        if -error in (errno.ELIBACC, errno.ELIBBAD):
+            raise KernelError(
+                -error, "compressed memory needs liblz4.so.1 or libzstd.so.1 (Debian: liblz4-1, libzstd1)"
+            )
+        check(error, "guest tables (is RLIMIT_MEMLOCK high enough?)")
         self._g = out[0]
         self.anonymous = any(region.staging for region in regions)
         self.has_sync_mode = engine is not EngineNumber.STOCK and not self.anonymous
         self.waits_for_readers = (
             engine is EngineNumber.STOCK and self.anonymous
         )  # in the staging area: no other way to see them
+        self.pool_tier = next((n for n, tier in enumerate(tiers, 1) if tier.kind is TierKind.MEMORY), 0)
         self.page_bytes = page_bytes or os.sysconf("SC_PAGESIZE")
         self.pages = sum(region.bytes for region in regions) // self.page_bytes
 
@@ -501,8 +573,12 @@ class NativeGuest:
         """Of the userfaultfd, which the VMM shares: it may have made the fault threads' reads block. Cheap."""
         check(lib.tierd_guest_keep_nonblocking(self._g), "O_NONBLOCK of the userfaultfd")
 
-    def set_limits(self, readahead_pages: int, capacity_pages: int) -> None:
-        lib.tierd_guest_set_limits(self._g, readahead_pages, capacity_pages)
+    def set_readahead(self, pages: int) -> None:
+        lib.tierd_guest_set_readahead(self._g, pages)
+
+    def set_capacity(self, tier: int, size: int) -> None:
+        """Bytes that `tier` may hold of this guest."""
+        lib.tierd_guest_set_capacity(self._g, tier, size)
 
     def set_reads(self, read_deadline_s: float, hold: bool) -> None:
         """A read that fails is tried again for so long; then the guest gets a memory error, or with `hold` its thread
@@ -546,16 +622,19 @@ class NativeGuest:
         """A snapshot of struct tierd_counters by field name; arrays as tuples. Reads the table: 0.1 ms per GiB."""
         out = ffi.new("struct tierd_counters *")
         lib.tierd_guest_counters(self._g, out)
-        result: dict[str, Any] = {}
-        for name, field in ffi.typeof("struct tierd_counters").fields:
-            value = getattr(out, name)
-            result[name] = tuple(value) if field.type.kind == "array" else value
-        return result
+        return _by_name(out, "struct tierd_counters")
 
-    def idle_pages(self, edges_s: Sequence[float]) -> tuple[int, ...]:
-        """Resident touched pages by idle time: item i counts those idle in [edges_s[i], edges_s[i + 1])."""
+    def tier_counters(self, tier: int) -> dict[str, Any]:
+        """A snapshot of struct tierd_tier_counters by field name. Reads the table."""
+        out = ffi.new("struct tierd_tier_counters *")
+        check(lib.tierd_guest_tier_counters(self._g, tier, out), "counters of a tier")
+        return _by_name(out, "struct tierd_tier_counters")
+
+    def idle_pages(self, edges_s: Sequence[float], tier: int = GUEST_TIER) -> tuple[int, ...]:
+        """Resident touched pages, or those stored in `tier`, by idle time: item i counts those idle in [edges_s[i], edges_s[i +
+        1])."""
         out = ffi.new("uint64_t[]", len(edges_s))
-        check(lib.tierd_guest_idle(self._g, ffi.new("double[]", list(edges_s)), len(edges_s), out), "ages")
+        check(lib.tierd_guest_idle(self._g, tier, ffi.new("double[]", list(edges_s)), len(edges_s), out), "ages")
         return tuple(out)
 
     def set_zap(self, zap: Zap, inject_tid: int) -> None:
@@ -593,6 +672,12 @@ class NativeGuest:
         """Give back store space of pages that were fetched since; how many. Worker."""
         out = ffi.new("uint64_t *")
         check(lib.tierd_guest_discard(self._g, max_pages, out), "store discard")
+        return int(out[0])
+
+    def compact(self, max_pages: int) -> int:
+        """Move at most so many pages of the pool closer together; how many were. 0: there is nothing to gain. Worker."""
+        out = ffi.new("uint32_t *")
+        check(lib.tierd_guest_compact(self._g, max_pages, out), "compaction of the pool")
         return int(out[0])
 
     def batch(self, max_pages: int) -> NativeBatch:

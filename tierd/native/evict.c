@@ -3,7 +3,8 @@
  * evict.c: one batch of pages on its way out: select, hold, copy, write, drop, release. With an engine that has a sync mode:
  * select, copy, write, and windows, each of which holds, drops and releases.
  *
- * Private anonymous memory comes from the staging area (stage.c), where nobody writes: select, copy, write, drop.
+ * Private anonymous memory comes from the staging area (stage.c), where nobody writes: select, copy, write, drop. So does what sinks
+ * from one tier to the next.
  *
  * The steps must come in this order (a batch in the wrong step answers -EINVAL), and a batch can be cancelled between any
  * two. Until a page is DROPPING its truth is where it was, so cancelling is free; from then on it is the tier's, durably.
@@ -14,7 +15,8 @@
 #include "internal.h"
 
 enum batch_step { EMPTY, SELECTED, HELD, COPIED, WRITTEN, DROPPED };
-enum { PIECE_BYTES = 64 << 10 }; /* read at once */
+enum { NOWHERE = 0xff, NOT_THE_POOL = 0xfe }; /* no tier has taken it yet; and the pool does not */
+enum { PIECE_BYTES = 64 << 10 };              /* read at once */
 
 struct held_run {
 	uint64_t page;
@@ -25,12 +27,13 @@ struct tierd_batch {
 	struct tierd_guest *g;
 	enum batch_step step;
 	uint32_t max_pages, count, held_runs;
-	uint32_t first; /* of those that are still to leave in a window */
-	unsigned int tier;
-	uint64_t *pages;  /* ascending; all LEAVING or MOVING (or, in drop, DROPPING) unless a fault took them */
-	page_word *words; /* what we expect the page's word to be */
-	uint8_t *zero;    /* all zeros: needs no store */
-	uint8_t *bytes;   /* the copy: slot i belongs to pages[i] */
+	uint32_t first;    /* of those that are still to leave in a window */
+	unsigned int from; /* TIER_GUEST, or a tier */
+	bool pool_only;    /* pages that the pool has refused are not tried again */
+	uint64_t *pages;   /* ascending; all LEAVING or MOVING (or, in drop, DROPPING) unless a fault took them */
+	page_word *words;  /* what we expect the page's word to be */
+	uint8_t *to;       /* the tier it goes to; TIER_ZERO: it needs no store */
+	uint8_t *bytes;    /* the copy: slot i belongs to pages[i] */
 	struct held_run *held;
 	uint64_t *touched, *other; /* bitmaps of a run */
 	uint64_t *before;          /* rfc: touched before the hold */
@@ -49,14 +52,14 @@ int tierd_batch_create(struct tierd_guest *g, uint32_t max_pages, struct tierd_b
 	b->page_bytes = g->page_bytes;
 	b->pages = sys_alloc(max_pages * sizeof(*b->pages));
 	b->words = sys_alloc(max_pages * sizeof(*b->words));
-	b->zero = sys_alloc(max_pages);
+	b->to = sys_alloc(max_pages);
 	b->held = sys_alloc(max_pages * sizeof(*b->held));
 	b->touched = sys_alloc(bitmap_bytes(max_pages));
 	b->other = sys_alloc(bitmap_bytes(max_pages));
 	b->before = sys_alloc(bitmap_bytes(max_pages));
 	b->bytes = sys_alloc((size_t)max_pages * b->page_bytes);
 	b->again = sys_alloc(b->page_bytes);
-	if (!b->again || !b->pages || !b->words || !b->zero || !b->held || !b->touched || !b->other || !b->before ||
+	if (!b->again || !b->pages || !b->words || !b->to || !b->held || !b->touched || !b->other || !b->before ||
 	    !b->bytes) {
 		tierd_batch_destroy(b);
 		return -ENOMEM;
@@ -81,7 +84,7 @@ void tierd_batch_destroy(struct tierd_batch *b)
 		tierd_batch_cancel(b, &ignored);
 	release_memory(b->pages, b->max_pages * sizeof(*b->pages));
 	release_memory(b->words, b->max_pages * sizeof(*b->words));
-	release_memory(b->zero, b->max_pages);
+	release_memory(b->to, b->max_pages);
 	release_memory(b->held, b->max_pages * sizeof(*b->held));
 	release_memory(b->touched, bitmap_bytes(b->max_pages));
 	release_memory(b->other, bitmap_bytes(b->max_pages));
@@ -99,6 +102,17 @@ static int batch_enter(struct tierd_batch *b, enum batch_step wanted, struct tie
 	return guest_enter(b->g);
 }
 
+static bool placed(const struct tierd_batch *b, uint32_t slot)
+{
+	return b->to[slot] < NOT_THE_POOL;
+}
+
+/* Its pages are MOVING, not LEAVING: the guest has nothing to do with it. */
+static bool moving(const struct tierd_batch *b)
+{
+	return b->from != TIER_GUEST;
+}
+
 /* Takes slot `from` to slot `to` (to <= from) while a batch is being thinned out. */
 static void keep(struct tierd_batch *b, uint32_t to, uint32_t from)
 {
@@ -106,7 +120,7 @@ static void keep(struct tierd_batch *b, uint32_t to, uint32_t from)
 		return;
 	b->pages[to] = b->pages[from];
 	b->words[to] = b->words[from];
-	b->zero[to] = b->zero[from];
+	b->to[to] = b->to[from];
 	if (b->step >= HELD)
 		memcpy(b->bytes + to * b->page_bytes, b->bytes + from * b->page_bytes, b->page_bytes);
 }
@@ -123,7 +137,7 @@ static void select_pages(struct tierd_batch *b, uint64_t page, uint32_t min_age,
 		int error;
 
 		if (word_state(w) != RESIDENT || word_untouched(w) || page_age(g, page, now, w) < min_age ||
-		    quarantined(g, page))
+		    quarantined(g, page) || (b->pool_only && word_refused(w)))
 			continue;
 		/* before the page can leave: a punched page without MISSING would silently read as zeros */
 		error = missing_register(g, page);
@@ -132,8 +146,7 @@ static void select_pages(struct tierd_batch *b, uint64_t page, uint32_t min_age,
 			page = (page / g->chunk_pages + 1) * g->chunk_pages - 1;
 			continue;
 		}
-		leaving = word_with_tier(word_with_state(word_next_generation(w), LEAVING),
-					 word_copy(w) ? word_tier(w) : 1);
+		leaving = word_with_state(word_next_generation(w), LEAVING);
 		if (!page_move(g, page, w, leaving))
 			continue;
 		b->pages[b->count] = page;
@@ -142,39 +155,43 @@ static void select_pages(struct tierd_batch *b, uint64_t page, uint32_t min_age,
 	*next_page = page < g->pages ? page : g->pages;
 }
 
-/* Out of the staging area: what has been there for long enough. */
-static void select_staged(struct tierd_batch *b, uint64_t page, uint32_t min_age, uint32_t max, uint64_t *next_page)
+/* Out of a tier. Of the staging area: what has been there for long enough. */
+static void select_stored(struct tierd_batch *b, uint64_t page, uint32_t min_age, uint32_t max, uint64_t *next_page)
 {
 	struct tierd_guest *g = b->g;
 
 	for (; page < g->pages && b->count < max; page++) {
-		page_word w = page_load(g, page), moving = word_with_state(w, MOVING);
+		page_word w = page_load(g, page), to = word_with_state(w, MOVING);
 
-		if (!word_staged(w) || epoch_age(epoch_now(g), word_epoch(w)) < min_age || quarantined(g, page) ||
-		    !page_move(g, page, w, moving))
+		if (word_state(w) != STORED || word_tier(w) != b->from ||
+		    stored_age(g, page, epoch_now(g), w) < min_age || quarantined(g, page) ||
+		    (b->pool_only && word_refused(w)) || !page_move(g, page, w, to))
 			continue;
 		b->pages[b->count] = page;
-		b->words[b->count++] = moving;
+		b->words[b->count++] = to;
 	}
 	*next_page = page;
 }
 
-int tierd_batch_select(struct tierd_batch *b, uint64_t first_page, double min_idle_s, uint64_t max_pages,
-		       struct tierd_batch_result *ret)
+int tierd_batch_select(struct tierd_batch *b, uint32_t from, uint32_t pool_only, uint64_t first_page, double min_idle_s,
+		       uint64_t max_pages, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
 	uint64_t began_ns = sys_now_ns();
 	double min_age = min_idle_s * 1e9 / (double)g->epoch_ns;
 	uint32_t age;
-	int error = batch_enter(b, EMPTY, ret);
+	int error = from == TIER_ZERO || from > TIER_GUEST || (from == TIER_GUEST && g->anon)
+			    ? -EINVAL
+			    : batch_enter(b, EMPTY, ret);
 
 	if (error)
 		return error;
 	age = min_age < 0xf000 ? (uint32_t)min_age : 0xf000;
 	age += age < min_age;
 	b->count = b->held_runs = b->first = 0;
-	b->tier = TIER_ZERO;
-	(g->anon ? select_staged : select_pages)(
+	b->from = from;
+	b->pool_only = pool_only;
+	(moving(b) ? select_stored : select_pages)(
 		b, first_page, age, max_pages < b->max_pages ? (uint32_t)max_pages : b->max_pages, &ret->next_page);
 	b->step = b->count ? SELECTED : EMPTY;
 	ret->selected_pages = b->count;
@@ -195,7 +212,7 @@ static int hold_run(struct tierd_batch *b, uint64_t page, uint32_t count)
 /* A page that was touched, or does not carry the hold's marker, stays with the guest. */
 static void turn_back(struct tierd_guest *g, uint64_t page, page_word leaving)
 {
-	page_word to = word_with_epoch(word_with_state(leaving, RESIDENT), epoch_next(g));
+	page_word to = word_touched(leaving, epoch_next(g));
 
 	page_move(g, page, leaving, to); /* or a fault has taken it already */
 }
@@ -220,7 +237,7 @@ int tierd_batch_hold(struct tierd_batch *b, struct tierd_batch_result *ret)
 	struct tierd_guest *g = b->g;
 	uint64_t began_ns = sys_now_ns();
 	uint32_t n, kept = 0, count = b->count;
-	int error = g->anon ? -EINVAL : batch_enter(b, SELECTED, ret);
+	int error = moving(b) ? -EINVAL : batch_enter(b, SELECTED, ret);
 
 	if (error)
 		return error;
@@ -258,8 +275,9 @@ static int read_pages(struct tierd_batch *b, uint64_t page, uint32_t n, uint8_t 
 	struct region *r = region_of_page(b->g, page);
 	size_t bytes = n * b->page_bytes, done = 0;
 
-	if (b->g->anon)
-		return staged_copy(b->g, page, n, to);
+	if (moving(b))
+		return b->from == TIER_STAGING ? staged_copy(b->g, page, n, to)
+					       : tier_read(b->g, b->g->reader, b->from, page, n, to);
 	while (done < bytes) {
 		ssize_t got = sys_mem_read(r->memfd, to + done, bytes - done, mem_offset_of(r, page) + done);
 
@@ -325,14 +343,20 @@ static int keep_mapped(struct tierd_batch *b, struct tierd_batch_result *ret)
 }
 
 /* What the slot's bytes are: all zeros, or the checksum of its page. That is ours to write: a fetch reads it only after we made the
- * page STORED. */
-static void look_at_copy(struct tierd_batch *b, uint32_t slot)
+ * page STORED. Of a page that sinks it is known: -EBADMSG, the tier did not give what it was given. */
+static int look_at_copy(struct tierd_batch *b, uint32_t slot)
 {
 	const uint8_t *page = b->bytes + slot * b->page_bytes;
+	uint32_t *sum = &b->g->checksums[b->pages[slot]];
 
-	b->zero[slot] = all_zero(page, b->page_bytes);
-	if (!b->zero[slot])
-		b->g->checksums[b->pages[slot]] = checksum(page, b->page_bytes);
+	b->to[slot] = word_refused(b->words[slot]) ? NOT_THE_POOL : NOWHERE;
+	if (moving(b) && b->from != TIER_STAGING)
+		return checksum(page, b->page_bytes) == *sum ? 0 : -EBADMSG;
+	if (all_zero(page, b->page_bytes))
+		b->to[slot] = TIER_ZERO;
+	else
+		*sum = checksum(page, b->page_bytes);
+	return 0;
 }
 
 /* The slots [first, first + n), neighbours, in pieces that the CPU's cache still has when they are looked at. */
@@ -346,10 +370,10 @@ static int copy_run(struct tierd_batch *b, uint32_t first, uint32_t n)
 		if (piece > end - i)
 			piece = end - i;
 		error = read_pages(b, b->pages[i], piece, b->bytes + i * b->page_bytes);
+		for (uint32_t k = i; !error && k < i + piece; k++)
+			error = look_at_copy(b, k);
 		if (error)
 			return error;
-		for (uint32_t k = i; k < i + piece; k++)
-			look_at_copy(b, k);
 	}
 	return 0;
 }
@@ -366,8 +390,28 @@ static int copy_runs(struct tierd_batch *b)
 	return error;
 }
 
-/* A page that cannot be read (a memory error, or the VMM has dropped it there) stays where it is, and the others go on. */
-static void copy_staged(struct tierd_batch *b, struct tierd_batch_result *ret)
+/* The page of this slot stays in the tier where it is, for as long once more. */
+static void stay(struct tierd_batch *b, uint32_t slot)
+{
+	page_move(b->g, b->pages[slot], b->words[slot],
+		  word_with_epoch(word_with_state(b->words[slot], STORED), epoch_next(b->g)));
+}
+
+static void count_unreadable(struct tierd_batch *b, int error)
+{
+	struct counters *c = &b->g->count;
+
+	if (b->from == TIER_STAGING)
+		count_error(b->g, &c->kernel_errors, error);
+	else
+		count_error(b->g, error == -EBADMSG ? &c->checksum_errors : &c->store_read_errors, error);
+	if (error == -EBADMSG)
+		count_add(&b->g->tier_counts[b->from].checksum_errors, 1);
+}
+
+/* A page that cannot be read (a memory error, a read error of the store, or the VMM has dropped it in its staging area) stays where it
+ * is, and the others go on. */
+static void copy_stored(struct tierd_batch *b, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
 	uint32_t n, kept = 0, count = b->count;
@@ -387,9 +431,8 @@ static void copy_staged(struct tierd_batch *b, struct tierd_batch_result *ret)
 				kept++;
 				continue;
 			}
-			count_error(g, &g->count.kernel_errors, error);
-			page_move(g, b->pages[kept], b->words[kept],
-				  word_with_epoch(word_with_state(b->words[kept], STORED), epoch_next(g)));
+			count_unreadable(b, error);
+			stay(b, kept);
 		}
 	}
 	b->count = kept;
@@ -401,18 +444,21 @@ int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
 	uint64_t began_ns = sys_now_ns();
-	int error = batch_enter(b, g->engine->set_async || g->anon ? SELECTED : HELD, ret);
+	int error = batch_enter(b, g->engine->set_async || moving(b) ? SELECTED : HELD, ret);
 
 	if (error)
 		return error;
-	if (g->engine->holds_mapped)
+	if (g->engine->holds_mapped && !moving(b))
 		error = keep_mapped(b, ret);
-	if (g->anon)
-		copy_staged(b, ret);
-	else if (!error)
+	if (moving(b)) {
+		worker_io_begin(g);
+		copy_stored(b, ret);
+		worker_io_end(g);
+	} else if (!error) {
 		error = copy_runs(b);
+	}
 	for (uint32_t i = 0; !error && i < b->count; i++)
-		ret->zero_pages += b->zero[i];
+		ret->zero_pages += b->to[i] == TIER_ZERO;
 	if (error)
 		count_error(g, &g->count.kernel_errors, error);
 	else
@@ -424,87 +470,216 @@ int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret)
 
 /* --- write -------------------------------------------------------------------------------------------------------------- */
 
-/* The word says that the tier holds space for the page before it does, so that space is never forgotten. (But of a page in the
- * staging area: its word speaks of that. What a crash leaves in the file then is written over when the page comes next.) */
-static void mark_copies(struct tierd_batch *b)
+/* How many of the slots could be given to the file `tier`, as far as its capacity goes. */
+static uint64_t room_in_file(const struct tierd_batch *b, unsigned int tier)
 {
+	uint64_t pages = atomic_load(&b->g->capacity_bytes[tier]) / b->page_bytes, used = b->g->copies[tier];
+
+	return pages > used ? pages - used : 0;
+}
+
+static bool has_space_in(page_word w, unsigned int tier)
+{
+	return word_copy(w) && word_tier(w) == tier;
+}
+
+/* A page of the guest may still have space in another tier, from the last time: a word has one tier only. */
+static int give_back_elsewhere(struct tierd_batch *b, uint32_t slot, unsigned int tier)
+{
+	struct tierd_guest *g = b->g;
+	page_word w = b->words[slot], to = word_with_copy(w, false);
+	int error;
+
+	if (moving(b) || !word_copy(w) || word_tier(w) == tier)
+		return 0;
+	error = tier_discard(g, word_tier(w), b->pages[slot], 1);
+	if (error || !page_move(g, b->pages[slot], w, to))
+		return error ? error : -ECANCELED; /* touched: it is the guest's again */
+	g->copies[word_tier(w)]--;
+	b->words[slot] = to;
+	return 0;
+}
+
+/* The word says that the tier holds space for the page before a file does, so that space is never forgotten. (But of a page that
+ * moves: its word speaks of where it is. What a crash leaves in the new file then is written over when the page comes next.) */
+static int mark(struct tierd_batch *b, uint32_t slot, unsigned int tier)
+{
+	struct tierd_guest *g = b->g;
+	page_word w = b->words[slot], to = word_with_tier(word_with_copy(w, true), tier);
+
+	if (moving(b) || to == w)
+		return 0;
+	if (!page_move(g, b->pages[slot], w, to))
+		return -ECANCELED;
+	g->copies[tier] += !word_copy(w);
+	b->words[slot] = to;
+	return 0;
+}
+
+/* Gives slots that no tier has taken yet to the file. */
+static void place_in_file(struct tierd_batch *b, unsigned int tier, bool *full)
+{
+	uint64_t room = room_in_file(b, tier);
 	uint32_t kept = 0;
 
 	for (uint32_t i = 0; i < b->count; i++) {
-		page_word to = word_with_tier(word_with_copy(b->words[i], true), b->tier);
+		bool has_space = !moving(b) && has_space_in(b->words[i], tier);
 
-		if (!b->g->anon && !b->zero[i] && to != b->words[i]) {
-			if (!page_move(b->g, b->pages[i], b->words[i], to))
-				continue; /* touched: it is the guest's again */
-			b->g->copy_pages += !word_copy(b->words[i]);
-			b->words[i] = to;
+		if (!placed(b, i) && (room || has_space)) {
+			if (give_back_elsewhere(b, i, tier) || mark(b, i, tier)) {
+				turn_back(b->g, b->pages[i], b->words[i]);
+				continue;
+			}
+			b->to[i] = (uint8_t)tier;
+			room -= !has_space;
 		}
+		*full |= !placed(b, i);
 		keep(b, kept++, i);
 	}
 	count_add(&b->g->count.pages_cancelled, b->count - kept);
 	b->count = kept;
 }
 
-static uint64_t pages_to_allocate(const struct tierd_batch *b)
-{
-	uint64_t n = 0;
-
-	for (uint32_t i = 0; i < b->count; i++)
-		n += !b->zero[i] && !word_takes_space(b->words[i]);
-	return n;
-}
-
-/* Length of the run from slot i whose pages are neighbours and alike in `zero`. */
+/* Length of the run from slot i whose pages are neighbours and go to the same tier. */
 static uint32_t alike_run(struct tierd_batch *b, uint32_t i)
 {
 	uint32_t n = run_length(b->g, b->pages + i, b->count - i), k = 1;
 
-	while (k < n && b->zero[i + k] == b->zero[i])
+	while (k < n && b->to[i + k] == b->to[i])
 		k++;
 	return k;
 }
 
-static int write_runs(struct tierd_batch *b, struct tierd_batch_result *ret)
+static int write_to_file(struct tierd_batch *b, unsigned int tier, uint64_t *written, bool *full)
 {
 	struct tierd_guest *g = b->g;
 	uint32_t n;
 
+	place_in_file(b, tier, full);
 	for (uint32_t i = 0; i < b->count; i += n) {
 		int error;
 
 		n = alike_run(b, i);
-		if (b->zero[i])
+		if (b->to[i] != tier)
 			continue;
-		error = store_write(g, b->tier, b->pages[i], n, b->bytes + i * b->page_bytes);
+		error = store_write(g, tier, b->pages[i], n, b->bytes + i * b->page_bytes);
 		if (error)
 			return error;
-		ret->written_pages += n;
+		*written += n;
 	}
-	if (!ret->written_pages)
+	if (!*written)
 		return 0;
-	return store_settle(g, b->tier, b->pages[0], b->pages[b->count - 1] + 1);
+	return store_settle(g, tier, b->pages[0], b->pages[b->count - 1] + 1);
 }
 
-int tierd_batch_write(struct tierd_batch *b, uint32_t tier, struct tierd_batch_result *ret)
+/*
+ * A pool keeps what it was given whatever becomes of us, and what no word speaks of is nobody's: so first the page, then the word.
+ * 0: it is in the pool; -E2BIG, -ENOSPC, -ENOMEM: it is not; -ECANCELED: it stays with the guest.
+ */
+static int give_to_pool(struct tierd_batch *b, uint32_t slot, unsigned int tier)
+{
+	struct pool *pool = b->g->pool;
+	int error = !pool ? -EBADMSG : give_back_elsewhere(b, slot, tier) ? -ECANCELED : 0;
+
+	while (!error && (error = pool_write(pool, b->pages[slot], b->bytes + slot * b->page_bytes)) == -EINTR)
+		error = 0;
+	if (!error && mark(b, slot, tier)) {
+		pool_free(pool, b->pages[slot]);
+		error = -ECANCELED;
+	}
+	return error;
+}
+
+static int write_to_pool(struct tierd_batch *b, unsigned int tier, uint64_t *written, bool *full)
+{
+	struct tierd_guest *g = b->g;
+	uint32_t kept = 0;
+	int error = 0;
+
+	for (uint32_t i = 0; i < b->count; i++) {
+		int refused = b->to[i] == NOWHERE && !error && !*full ? give_to_pool(b, i, tier) : -EALREADY;
+
+		if (refused == -ECANCELED) {
+			turn_back(g, b->pages[i], b->words[i]);
+			continue;
+		}
+		if (!refused) {
+			b->to[i] = (uint8_t)tier;
+			(*written)++;
+		} else if (refused == -E2BIG) {
+			b->to[i] = NOT_THE_POOL;
+			count_add(&g->tier_counts[tier].refused_pages, 1);
+		} else if (refused == -ENOSPC ||
+			   refused == -ENOMEM) { /* by policy, or the host or our cgroup has no memory for it */
+			*full = true;
+		} else if (refused != -EALREADY) {
+			error = refused;
+		}
+		keep(b, kept++, i);
+	}
+	count_add(&g->count.pages_cancelled, b->count - kept);
+	b->count = kept;
+	return error;
+}
+
+static int write_to(struct tierd_batch *b, unsigned int tier, struct tierd_batch_result *ret, bool *full)
+{
+	struct tierd_guest *g = b->g;
+	uint64_t written = 0;
+	bool no_room = false;
+	int error;
+
+	if (tier == TIER_ZERO || tier > TIERD_LADDER_MAX || tier == b->from || g->tiers[tier].fd < 0)
+		return -ENODEV;
+	worker_io_begin(g);
+	error = tier_is_pool(g, tier) ? write_to_pool(b, tier, &written, &no_room)
+				      : write_to_file(b, tier, &written, &no_room);
+	worker_io_end(g);
+	count_add(&g->tier_counts[tier].written_pages, written);
+	ret->written_pages += written;
+	*full |= no_room;
+	if (error) {
+		ret->failed_tier = tier;
+		count_add(&g->tier_counts[tier].write_errors, 1);
+		count_error(g, &g->count.store_write_errors, error);
+	}
+	return error;
+}
+
+/* What no tier took stays where it is, as old as it is: a tier for older pages may take it some day. */
+static void leave_refused(struct tierd_batch *b, struct tierd_batch_result *ret)
+{
+	uint32_t kept = 0;
+
+	for (uint32_t i = 0; i < b->count; i++) {
+		page_word to = word_with_state(b->words[i], moving(b) ? STORED : RESIDENT);
+
+		if (placed(b, i))
+			keep(b, kept++, i);
+		else
+			page_move(b->g, b->pages[i], b->words[i],
+				  word_with_refused(to, b->to[i] == NOT_THE_POOL)); /* or a fault has taken it */
+	}
+	ret->refused_pages = b->count - kept;
+	count_add(&b->g->count.pages_refused, ret->refused_pages);
+	b->count = kept;
+}
+
+int tierd_batch_write(struct tierd_batch *b, const uint32_t *tiers, uint32_t count, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
 	uint64_t began_ns = sys_now_ns();
+	bool full = false;
 	int error = batch_enter(b, COPIED, ret);
 
 	if (error)
 		return error;
-	b->tier = tier;
-	if (tier == TIER_ZERO || tier >= TIER_UNTOUCHED || g->tiers[tier].fd < 0) {
-		error = -ENODEV;
-	} else if (g->copy_pages + pages_to_allocate(b) > atomic_load(&g->capacity_pages)) {
-		error = -ENOSPC; /* by policy: nothing was tried, so nothing is wrong with the store */
-	} else {
-		mark_copies(b);
-		worker_io_begin(g);
-		error = write_runs(b, ret);
-		worker_io_end(g);
-		if (error)
-			count_error(g, &g->count.store_write_errors, error);
+	for (uint32_t i = 0; !error && i < count; i++)
+		error = write_to(b, tiers[i], ret, &full);
+	if (!error) {
+		leave_refused(b, ret);
+		if (full && !b->count)
+			error = -ENOSPC; /* nothing is wrong with the store */
 	}
 	if (!error)
 		b->step = WRITTEN;
@@ -515,18 +690,26 @@ int tierd_batch_write(struct tierd_batch *b, uint32_t tier, struct tierd_batch_r
 
 /* --- drop --------------------------------------------------------------------------------------------------------------- */
 
-/* Of a page that stays in the staging area: what was written of it. Best effort: its space is written again when it comes next. */
+/* Of a page that stays in its tier: what was written of it to another one. Best effort: its space is written again when it comes next. */
 static void forget_written(struct tierd_batch *b, uint32_t slot)
 {
 	int error;
 
-	if (b->zero[slot])
+	if (b->to[slot] == TIER_ZERO || !placed(b, slot))
 		return;
 	worker_io_begin(b->g);
-	error = store_discard(b->g, b->tier, b->pages[slot], 1);
+	error = tier_discard(b->g, b->to[slot], b->pages[slot], 1);
 	worker_io_end(b->g);
 	if (error)
 		count_error(b->g, &b->g->count.store_write_errors, error);
+}
+
+/* The word of a page that its new tier has. */
+static page_word arrived_word(struct tierd_batch *b, uint32_t slot, enum page_state state)
+{
+	page_word w = word_with_tier(word_with_state(b->words[slot], state), b->to[slot]);
+
+	return word_with_copy(w, b->to[slot] != TIER_ZERO);
 }
 
 /* Of the slots [first, first + n): those that are DROPPING now are the first ones, this many. */
@@ -535,16 +718,10 @@ static uint32_t claim_dropping(struct tierd_batch *b, uint32_t first, uint32_t n
 	uint32_t kept = first;
 
 	for (uint32_t i = first; i < first + n; i++) {
-		page_word to = word_with_state(b->words[i], DROPPING);
+		page_word to = arrived_word(b, i, DROPPING);
 
-		if (b->zero[i])
-			to = word_with_tier(to, TIER_ZERO);
-		else if (b->g->anon)
-			to = word_with_tier(to, b->tier);
-		if (b->g->anon)
-			to = word_with_copy(to, !b->zero[i]);
 		if (!page_move(b->g, b->pages[i], b->words[i], to)) {
-			if (b->g->anon)
+			if (moving(b))
 				forget_written(b, i);
 			continue;
 		}
@@ -579,7 +756,7 @@ static int settle_dropped(struct tierd_batch *b, uint32_t i, bool cached, struct
 	} else {
 		ret->evicted_pages++;
 		count_add(&g->count.pages_evicted, 1);
-		count_add(&g->count.pages_evicted_zero, b->zero[i]);
+		count_add(&g->count.pages_evicted_zero, b->to[i] == TIER_ZERO);
 	}
 	if (!page_move(g, b->pages[i], b->words[i], to))
 		abort();
@@ -634,13 +811,13 @@ static int discard_zeroed(struct tierd_batch *b)
 		page_word to = word_with_copy(b->words[i], false);
 		int error;
 
-		if (!b->zero[i] || !word_copy(b->words[i]))
+		if (b->to[i] != TIER_ZERO || !word_copy(b->words[i]))
 			continue;
-		error = store_discard(b->g, word_tier(b->words[i]), b->pages[i], 1);
+		error = tier_discard(b->g, word_tier(b->words[i]), b->pages[i], 1);
 		if (error && !first)
 			first = error;
-		if (!error && page_move(b->g, b->pages[i], b->words[i], to)) {
-			b->g->copy_pages--;
+		if (page_move(b->g, b->pages[i], b->words[i], to)) {
+			b->g->copies[word_tier(b->words[i])]--;
 			b->words[i] = to;
 		}
 	}
@@ -675,10 +852,10 @@ static void settle_moved(struct tierd_batch *b, uint32_t i, bool there, struct t
 		to = word_with_copy(word_with_tier(to, TIER_STAGING), true);
 		count_add(&g->count.pages_cancelled, 1);
 	} else {
-		g->copy_pages += !b->zero[i];
+		g->copies[b->to[i]] += b->to[i] != TIER_ZERO;
 		ret->evicted_pages++;
 		count_add(&g->count.pages_evicted, 1);
-		count_add(&g->count.pages_evicted_zero, b->zero[i]);
+		count_add(&g->count.pages_evicted_zero, b->to[i] == TIER_ZERO);
 		heat_down(g, b->pages[i]);
 	}
 	if (!page_move(g, b->pages[i], b->words[i], to))
@@ -714,28 +891,79 @@ static int drop_staged(struct tierd_batch *b, struct tierd_batch_result *ret)
 	return error;
 }
 
+/* --- from one tier to the next ---------------------------------------------------------------------------------------- */
+
+/* The pages that nobody has taken back meanwhile are the new tier's. */
+static void hand_over(struct tierd_batch *b, struct tierd_batch_result *ret)
+{
+	struct tierd_guest *g = b->g;
+	uint32_t kept = 0, count = b->count;
+
+	for (uint32_t i = 0; i < count; i++) {
+		if (!page_move(g, b->pages[i], b->words[i], arrived_word(b, i, STORED))) {
+			forget_written(b, i);
+			continue;
+		}
+		g->copies[b->from]--;
+		g->copies[b->to[i]] += b->to[i] != TIER_ZERO;
+		keep(b, kept++, i);
+	}
+	b->count = kept;
+	ret->evicted_pages = kept;
+	ret->cancelled_pages = count - kept;
+	count_add(&g->count.pages_demoted, kept);
+	count_add(&g->count.pages_cancelled, count - kept);
+}
+
+/* Their space in the old tier is given back after their words speak of the new one: who takes a page from then on reads there, and who
+ * took it before has kept its word from changing. What a crash leaves in a pool is found by adoption, in a file it is written over. */
+static int drop_demoted(struct tierd_batch *b, struct tierd_batch_result *ret)
+{
+	int error = 0, failed;
+	uint32_t n;
+
+	worker_io_begin(b->g);
+	hand_over(b, ret);
+	for (uint32_t i = 0; i < b->count; i += n) {
+		n = run_length(b->g, b->pages + i, b->count - i);
+		failed = tier_discard(b->g, b->from, b->pages[i], n);
+		if (failed && !error)
+			error = failed;
+	}
+	worker_io_end(b->g);
+	return error;
+}
+
+static int drop(struct tierd_batch *b, struct tierd_batch_result *ret)
+{
+	int first, error;
+
+	if (b->from == TIER_STAGING)
+		return drop_staged(b, ret);
+	if (moving(b))
+		return drop_demoted(b, ret);
+	first = discard_zeroed(b);
+	b->count = claim_dropping(b, 0, b->count);
+	error = drop_slots(b, 0, b->count, ret);
+	return first ? first : error;
+}
+
 int tierd_batch_drop(struct tierd_batch *b, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
 	uint64_t began_ns = sys_now_ns();
-	int error = batch_enter(b, WRITTEN, ret), first = 0;
+	int error = batch_enter(b, WRITTEN, ret);
 
 	if (error)
 		return error;
-	if (!g->anon) {
-		first = discard_zeroed(b);
-		b->count = claim_dropping(b, 0, b->count);
-	}
-	error = g->anon ? drop_staged(b, ret) : drop_slots(b, 0, b->count, ret);
-	if (!first)
-		first = error;
-	if (first)
-		count_error(g, &g->count.kernel_errors, first);
+	error = drop(b, ret);
+	if (error)
+		count_error(g, &g->count.kernel_errors, error);
 	b->count = 0;
 	b->step = DROPPED;
 	ret->drop_ns = sys_now_ns() - began_ns;
 	guest_leave(g);
-	return first;
+	return error;
 }
 
 /* --- release and cancel ------------------------------------------------------------------------------------------------- */
@@ -780,9 +1008,9 @@ int tierd_batch_cancel(struct tierd_batch *b, struct tierd_batch_result *ret)
 	if (error)
 		return error;
 	for (uint32_t i = b->first; i < b->count; i++) {
-		if (g->anon && b->tier != TIER_ZERO)
+		if (moving(b) && b->step >= COPIED)
 			forget_written(b, i);
-		page_move(g, b->pages[i], b->words[i], word_with_state(b->words[i], g->anon ? STORED : RESIDENT));
+		page_move(g, b->pages[i], b->words[i], word_with_state(b->words[i], moving(b) ? STORED : RESIDENT));
 	}
 	ret->cancelled_pages = b->count - b->first;
 	count_add(&g->count.pages_cancelled, b->count - b->first);
@@ -902,7 +1130,7 @@ int tierd_batch_window(struct tierd_batch *b, uint64_t window_ns_max, struct tie
 	struct tierd_guest *g = b->g;
 	uint64_t began_ns;
 	uint32_t n;
-	int error = batch_enter(b, WRITTEN, ret), failed, discarded = 0;
+	int error = moving(b) ? -EINVAL : batch_enter(b, WRITTEN, ret), failed, discarded = 0;
 
 	if (error)
 		return error;
@@ -943,42 +1171,109 @@ static bool stale(struct tierd_guest *g, uint64_t page, page_word w)
 	return word_state(w) == RESIDENT && word_takes_space(w) && !quarantined(g, page);
 }
 
+static bool anything_stored(const struct tierd_guest *g)
+{
+	uint64_t pages = 0;
+
+	for (uint32_t tier = 1; tier <= TIERD_LADDER_MAX; tier++)
+		pages += g->copies[tier];
+	return pages;
+}
+
+/* Length of the stale run of one tier from `page` on. */
+static uint64_t stale_run(struct tierd_guest *g, uint64_t page, uint64_t max_pages)
+{
+	unsigned int tier = word_tier(page_load(g, page));
+	uint64_t n = 0;
+
+	while (page + n < g->pages && n < max_pages) {
+		page_word w = page_load(g, page + n);
+
+		if (!stale(g, page + n, w) || word_tier(w) != tier)
+			break;
+		n++;
+	}
+	return n;
+}
+
+/* A tier that fails is passed over from then on: what is stale in the others takes room, of the pool the host's memory. */
 int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint64_t *discarded)
 {
-	int error = guest_enter(g);
+	uint32_t failed = 0; /* tiers */
+	int error = guest_enter(g), first = 0;
+	uint64_t n;
 
 	*discarded = 0;
 	if (error)
 		return error;
-	for (uint64_t page = 0; g->copy_pages && page < g->pages && *discarded < max_pages && !error;) {
-		page_word w = page_load(g, page);
-		uint64_t n = 0;
+	for (uint64_t page = 0; page < g->pages && *discarded < max_pages && anything_stored(g); page += n ? n : 1) {
+		unsigned int tier = word_tier(page_load(g, page));
 
-		while (page + n < g->pages && n < max_pages - *discarded) {
-			page_word next = page_load(g, page + n);
-
-			if (!stale(g, page + n, next) || word_tier(next) != word_tier(w))
-				break;
-			n++;
+		n = failed >> tier & 1 ? 0 : stale_run(g, page, max_pages - *discarded);
+		if (!n)
+			continue;
+		worker_io_begin(g);
+		error = tier_discard(g, tier, page, n);
+		worker_io_end(g);
+		if (error) {
+			failed |= 1u << tier;
+			first = first ? first : error;
+			continue;
 		}
-		if (n) {
-			worker_io_begin(g);
-			error = store_discard(g, word_tier(w), page, n);
-			worker_io_end(g);
-		}
-		for (uint64_t i = page; !error && i < page + n; i++) {
+		for (uint64_t i = page; i < page + n; i++) {
 			page_word now = page_load(g, i);
 
 			/* a page that a fault is resolving just now keeps its bit: its space is discarded again, later */
 			if (stale(g, i, now) && page_move(g, i, now, word_with_copy(now, false))) {
-				g->copy_pages--;
+				g->copies[word_tier(now)]--;
 				(*discarded)++;
 			}
 		}
-		page += n ? n : 1;
 	}
+	if (first)
+		count_error(g, &g->count.store_write_errors, first);
+	guest_leave(g);
+	return first;
+}
+
+/* --- the pool: closer together ---------------------------------------------------------------------------------------------- */
+
+struct compaction {
+	struct tierd_guest *g;
+	uint64_t waits;
+};
+
+/* A stored page is ours while it is moved within its pool: ARRIVING, so faults on it wait for us. */
+static bool own_stored(void *argument, uint64_t page)
+{
+	struct compaction *c = argument;
+	page_word w = page_load(c->g, page);
+
+	c->waits = waits_now(c->g);
+	return word_state(w) == STORED && tier_is_pool(c->g, word_tier(w)) &&
+	       page_move(c->g, page, w, word_with_state(w, ARRIVING));
+}
+
+static void disown_stored(void *argument, uint64_t page)
+{
+	struct compaction *c = argument;
+	page_word w = page_load(c->g, page);
+
+	if (!page_move(c->g, page, w, word_with_state(w, STORED)))
+		abort();
+	wake_waiters(c->g, page, 1, c->waits);
+}
+
+int tierd_guest_compact(struct tierd_guest *g, uint32_t max_pages, uint32_t *moved)
+{
+	struct compaction c = {.g = g};
+	int error = guest_enter(g);
+
+	*moved = 0;
 	if (error)
-		count_error(g, &g->count.store_write_errors, error);
+		return error;
+	if (g->pool)
+		error = pool_compact(g->pool, max_pages, own_stored, disown_stored, &c, moved);
 	guest_leave(g);
 	return error;
 }

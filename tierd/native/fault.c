@@ -37,6 +37,8 @@ struct stream {
 
 struct tierd_worker {
 	struct tierd_guest *g;
+	struct pool_reader *reader;
+	bool was_moving; /* claimed[0] */
 	uint8_t *buffer; /* readahead_max pages */
 	page_word *claimed;
 	struct stream streams[STREAMS];
@@ -54,7 +56,7 @@ int tierd_worker_create(struct tierd_guest *g, struct tierd_worker **ret)
 	w->g = g;
 	w->buffer = sys_alloc((size_t)g->readahead_max * g->page_bytes);
 	w->claimed = sys_alloc(g->readahead_max * sizeof(*w->claimed));
-	if (!w->buffer || !w->claimed) {
+	if (!w->buffer || !w->claimed || (g->pool && pool_reader_create(g->pool, &w->reader))) {
 		tierd_worker_destroy(w);
 		return -ENOMEM;
 	}
@@ -70,6 +72,8 @@ void tierd_worker_destroy(struct tierd_worker *w)
 		sys_free(w->buffer, (size_t)g->readahead_max * g->page_bytes);
 	if (w->claimed)
 		sys_free(w->claimed, g->readahead_max * sizeof(*w->claimed));
+	if (w->reader)
+		pool_reader_destroy(w->reader);
 	sys_free(w, sizeof(*w));
 }
 
@@ -122,7 +126,7 @@ static bool transient(int error)
 /* Owned page -> RESIDENT, touched now. */
 static void settle(struct tierd_guest *g, uint64_t page, page_word owned)
 {
-	page_word to = word_with_epoch(word_with_state(owned, RESIDENT), epoch_next(g));
+	page_word to = word_touched(owned, epoch_next(g));
 
 	if (word_tier(to) == TIER_UNTOUCHED)
 		to = word_with_tier(to, TIER_ZERO);
@@ -264,7 +268,7 @@ static int resolve(struct tierd_worker *w, uint64_t page, page_word word, uint64
 /* --- a page that is stored ---------------------------------------------------------------------------------------------- */
 
 /* A page on its way to another tier is taken back where it is; only the one that is waited for. */
-static uint32_t claim_stored(struct tierd_worker *w, uint64_t page, uint32_t want)
+static uint32_t claim_stored(struct tierd_worker *w, unsigned int tier, uint64_t page, uint32_t want)
 {
 	struct tierd_guest *g = w->g;
 	struct region *r = region_of_page(g, page);
@@ -273,23 +277,26 @@ static uint32_t claim_stored(struct tierd_worker *w, uint64_t page, uint32_t wan
 	while (n < want && page + n < r->first_page + r->pages) {
 		page_word word = page_load(g, page + n);
 
-		if ((word_state(word) != STORED && (n || word_state(word) != MOVING)) ||
-		    (n && word_tier(word) != word_tier(w->claimed[0])))
+		if ((word_state(word) != STORED && (n || word_state(word) != MOVING)) || word_tier(word) != tier)
 			break;
 		if (!page_move(g, page + n, word, word_with_state(word, ARRIVING)))
 			break;
+		if (!n)
+			w->was_moving = word_state(word) == MOVING;
 		w->claimed[n++] = word_with_state(word, ARRIVING);
 	}
 	return n;
 }
 
-/* Claimed pages that did not get here go back; whoever faulted on them meanwhile was left to us. */
+/* Claimed pages that did not get here go back; whoever faulted on them meanwhile was left to us. One that was MOVING is so again: a
+ * write of it to the next tier may be under way, which a successor must know, and its bytes have not changed. */
 static void give_back(struct tierd_worker *w, uint64_t page, uint32_t from, uint32_t to)
 {
 	if (from >= to)
 		return;
 	for (uint32_t i = from; i < to; i++)
-		if (!page_move(w->g, page + i, w->claimed[i], word_with_state(w->claimed[i], STORED)))
+		if (!page_move(w->g, page + i, w->claimed[i],
+			       word_with_state(w->claimed[i], !i && w->was_moving ? MOVING : STORED)))
 			abort();
 	wake(w->g, page + from, to - from);
 }
@@ -302,6 +309,7 @@ static uint32_t verified(struct tierd_worker *w, uint64_t page, uint32_t n)
 	for (uint32_t i = 0; i < n; i++) {
 		if (checksum(w->buffer + (size_t)i * g->page_bytes, g->page_bytes) != g->checksums[page + i]) {
 			count_error(g, &g->count.checksum_errors, -EBADMSG);
+			count_add(&g->tier_counts[word_tier(w->claimed[0])].checksum_errors, 1);
 			return i;
 		}
 	}
@@ -309,11 +317,11 @@ static uint32_t verified(struct tierd_worker *w, uint64_t page, uint32_t n)
 }
 
 /* The staging area holds the pages themselves: there is nothing to verify. */
-static int read_tier(struct tierd_worker *w, uint64_t page, uint32_t n, uint32_t *good)
+static int read_verified(struct tierd_worker *w, uint64_t page, uint32_t n, uint32_t *good)
 {
 	struct tierd_guest *g = w->g;
 	unsigned int tier = word_tier(w->claimed[0]);
-	int error = tier == TIER_STAGING ? staged_read(g, page, n, w->buffer) : store_read(g, tier, page, n, w->buffer);
+	int error = tier_read(g, w->reader, tier, page, n, w->buffer);
 
 	*good = error ? 0 : tier == TIER_STAGING ? n : verified(w, page, n);
 	return error;
@@ -326,7 +334,7 @@ static uint32_t read_claimed(struct tierd_worker *w, uint64_t page, uint32_t n)
 
 	for (int try = 0; try < READ_TRIES; try++) {
 		uint32_t good;
-		int error = read_tier(w, page, n, &good);
+		int error = read_verified(w, page, n, &good);
 
 		if (error)
 			count_error(g, &g->count.store_read_errors, error);
@@ -395,18 +403,18 @@ static uint32_t put_into_file(struct tierd_guest *g, uint64_t page, uint32_t n, 
 	return n;
 }
 
-int64_t fetch_run(struct tierd_worker *w, uint64_t page, uint32_t count, uint32_t *claimed)
+int64_t fetch_run(struct tierd_worker *w, unsigned int tier, uint64_t page, uint32_t count, uint32_t *claimed)
 {
 	struct tierd_guest *g = w->g;
 	uint64_t waits = waits_now(g);
-	uint32_t n = claim_stored(w, page, count < g->readahead_max ? count : g->readahead_max), placed;
+	uint32_t n = claim_stored(w, tier, page, count < g->readahead_max ? count : g->readahead_max), placed;
 	const void *from = NULL;
 	int error;
 
 	*claimed = n;
 	if (!n)
 		return 0;
-	if (word_tier(w->claimed[0]) != TIER_ZERO) {
+	if (tier != TIER_ZERO) {
 		n = read_claimed(w, page, n);
 		if (!n)
 			return UNREADABLE;
@@ -428,6 +436,7 @@ static int fetch_later(struct tierd_worker *w, struct parked *p)
 	struct tierd_guest *g = w->g;
 
 	p->owned = w->claimed[0];
+	p->was_moving = w->was_moving;
 	if (park(g, p))
 		return -EINPROGRESS;
 	give_back(w, p->page, 0, 1); /* no room: the guest faults again */
@@ -460,15 +469,15 @@ static int fetch(struct tierd_worker *w, uint64_t page, uint64_t began_ns)
 {
 	struct tierd_guest *g = w->g;
 	unsigned int tier = word_tier(page_load(g, page));
-	bool memory = tier == TIER_ZERO || tier == TIER_STAGING; /* no I/O */
+	bool memory = tier_in_memory(g, tier);
 	struct parked later = {.page = page, .fault_ns = began_ns, .due_ns = began_ns};
 	struct stream *s;
 	uint32_t claimed, window = stream_window(w, page, &s);
 	int64_t placed;
 
 	if (!memory && !reader_enter(g))
-		return claim_stored(w, page, 1) ? fetch_later(w, &later) : -EALREADY;
-	placed = fetch_run(w, page, window, &claimed);
+		return claim_stored(w, tier, page, 1) ? fetch_later(w, &later) : -EALREADY;
+	placed = fetch_run(w, tier, page, window, &claimed);
 	if (!memory)
 		reader_leave(g);
 	if (!claimed)
@@ -478,7 +487,6 @@ static int fetch(struct tierd_worker *w, uint64_t page, uint64_t began_ns)
 	s->next_page = page + (placed > 0 ? (uint64_t)placed : 1);
 	if (placed < 0)
 		return (int)placed;
-	tier = word_tier(w->claimed[0]); /* it may have become another one since the look at it */
 	count_add(tier == TIER_ZERO      ? &g->count.faults_zero
 		  : tier == TIER_STAGING ? &g->count.faults_staged
 					 : &g->count.faults_fetch,
@@ -582,18 +590,15 @@ int tierd_worker_serve(struct tierd_worker *w, uint32_t *tid)
 static void retry_page(struct tierd_worker *w, struct parked *p)
 {
 	struct tierd_guest *g = w->g;
-	const void *from = NULL;
 	int error;
 
 	w->claimed[0] = p->owned;
-	if (word_tier(p->owned) != TIER_ZERO) { /* it may have become one between the look at it and the claim */
-		if (!read_claimed(w, p->page, 1)) {
-			fetch_failed(w, p);
-			return;
-		}
-		from = w->buffer;
+	w->was_moving = p->was_moving;
+	if (!read_claimed(w, p->page, 1)) {
+		fetch_failed(w, p);
+		return;
 	}
-	if (!place(g, p->page, 1, from, &error)) {
+	if (!place(g, p->page, 1, w->buffer, &error)) {
 		if (error == -ENOMEM)
 			sys_pause_us(NO_MEMORY_PAUSE_US);
 		give_back(w, p->page, 0, 1);
@@ -655,6 +660,7 @@ static bool retry_lost(struct tierd_worker *w, uint64_t page, page_word word)
 	int error;
 
 	w->claimed[0] = word_with_state(word, ARRIVING);
+	w->was_moving = false;
 	if (!page_move(g, page, word, w->claimed[0]))
 		return false;
 	atomic_thread_fence(memory_order_seq_cst);
@@ -700,13 +706,14 @@ int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max
 	*restored = 0;
 	while (!error && *next_page < g->pages && *restored < max_pages) {
 		uint64_t left = max_pages - *restored;
+		page_word word = page_load(g, *next_page);
 		uint32_t claimed = 0;
 		int64_t n = 0;
 
-		if (word_state(page_load(g, *next_page)) == STORED) {
+		if (word_state(word) == STORED || word_state(word) == MOVING) {
 			worker_io_begin(g);
-			n = fetch_run(g->restorer, *next_page, left < UINT32_MAX ? (uint32_t)left : UINT32_MAX,
-				      &claimed);
+			n = fetch_run(g->restorer, word_tier(word), *next_page,
+				      left < UINT32_MAX ? (uint32_t)left : UINT32_MAX, &claimed);
 			worker_io_end(g);
 		}
 		if (n == UNREADABLE) { /* nobody waits for it: a fault, or the next try, decides */

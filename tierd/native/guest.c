@@ -163,6 +163,63 @@ static int descriptors_take(struct tierd_guest *g, const struct tierd_guest_args
 	return 0;
 }
 
+/* A damaged one keeps nobody from the pages that are elsewhere. */
+static int open_pool(struct tierd_guest *g, uint32_t tier)
+{
+	struct tierd_tier *t = &g->tiers[tier];
+	int error;
+
+	if (g->pool_tier)
+		return -EINVAL;
+	g->pool_tier = tier;
+	error = t->flags & TIERD_SPACE_NEW
+			? pool_create(t->fd, g->page_bytes, g->pages, (enum codec_kind)t->codec, 0, &g->pool)
+			: pool_open(t->fd, g->page_bytes, g->pages, 0, &g->pool);
+	if (error == -EBADMSG || error == -ESTALE || error == -EPROTONOSUPPORT) {
+		count_error(g, &g->count.store_read_errors, error);
+		return 0;
+	}
+	if (error)
+		return error;
+	pool_set_capacity(g->pool, t->capacity_bytes);
+	return pool_reader_create(g->pool, &g->reader);
+}
+
+/* Only the last tier may be one where a killed process's writes and discards may still land: what sinks from it would be given back
+ * there, and nothing says so of a page that has sunk. */
+static int tiers_open(struct tierd_guest *g)
+{
+	uint32_t late = 0;
+
+	for (uint32_t i = 1; i <= TIERD_LADDER_MAX; i++) {
+		struct tierd_tier *t = &g->tiers[i];
+		int error;
+
+		atomic_store(&g->capacity_bytes[i], t->capacity_bytes);
+		if (t->fd < 0)
+			continue;
+		if (late)
+			return -EINVAL;
+		late = t->flags & TIERD_SPACE_LATE;
+		error = t->kind == TIERD_KIND_MEMORY ? open_pool(g, i) : 0;
+		if (error)
+			return error;
+	}
+	if (!late)
+		return 0;
+	g->quarantine = sys_alloc(bitmap_bytes(g->pages));
+	return g->quarantine ? 0 : -ENOMEM;
+}
+
+static void copies_count(struct tierd_guest *g)
+{
+	for (uint64_t page = 0; page < g->pages; page++) {
+		page_word w = atomic_load_explicit(&g->words[page], memory_order_relaxed);
+
+		g->copies[word_tier(w)] += word_takes_space(w);
+	}
+}
+
 static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args)
 {
 	int error;
@@ -181,7 +238,6 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	g->follow = args->follow;
 	g->readahead_max = args->readahead_pages && !g->huge ? args->readahead_pages : 1;
 	atomic_store(&g->readahead_pages, g->readahead_max);
-	atomic_store(&g->capacity_pages, args->tiers[1].capacity_pages);
 	if (!g->chunk_pages || args->region_count > TIERD_REGIONS_MAX)
 		return -EINVAL;
 	error = regions_take(g, args);
@@ -194,10 +250,11 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	if (error)
 		return error;
 	g->header->serving.engine = args->engine;
-	g->header->serving.store_flags = args->tiers[1].flags;
 	g->header->serving.readahead_pages = g->readahead_max;
-	for (uint64_t page = 0; page < g->pages; page++)
-		g->copy_pages += word_takes_space(atomic_load_explicit(&g->words[page], memory_order_relaxed));
+	error = tiers_open(g);
+	if (error)
+		return error;
+	copies_count(g);
 	g->chunks = g->pages / g->chunk_pages + 1;
 	error = parking_create(g);
 	if (error)
@@ -214,11 +271,6 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	if (!g->missing || !g->touched || !g->other || !g->aged || !g->large || (g->huge && !g->zeros) ||
 	    (g->anon && !g->heat))
 		return -ENOMEM;
-	if (args->tiers[1].flags & TIERD_SPACE_LATE) {
-		g->quarantine = sys_alloc(bitmap_bytes(g->pages));
-		if (!g->quarantine)
-			return -ENOMEM;
-	}
 	return tierd_worker_create(g, &g->restorer);
 }
 
@@ -261,6 +313,10 @@ void tierd_guest_destroy(struct tierd_guest *g)
 		if (g->regions[i].memfd >= 0)
 			sys_close(g->regions[i].memfd);
 	}
+	if (g->reader)
+		pool_reader_destroy(g->reader);
+	if (g->pool)
+		pool_close(g->pool);
 	for (int i = 0; i < TIERD_TIERS; i++)
 		if (g->tiers[i].fd >= 0)
 			sys_close(g->tiers[i].fd);
@@ -286,13 +342,21 @@ void tierd_guest_destroy(struct tierd_guest *g)
 	sys_free(g, g->bytes);
 }
 
-void tierd_guest_set_limits(struct tierd_guest *g, uint32_t readahead_pages, uint64_t capacity_pages)
+void tierd_guest_set_readahead(struct tierd_guest *g, uint32_t readahead_pages)
 {
 	g->header->serving.readahead_pages = readahead_pages; /* a successor's buffers may be larger */
 	if (readahead_pages > g->readahead_max)
 		readahead_pages = g->readahead_max;
 	atomic_store(&g->readahead_pages, readahead_pages ? readahead_pages : 1);
-	atomic_store(&g->capacity_pages, capacity_pages);
+}
+
+void tierd_guest_set_capacity(struct tierd_guest *g, uint32_t tier, uint64_t bytes)
+{
+	if (tier > TIERD_LADDER_MAX)
+		return;
+	atomic_store(&g->capacity_bytes[tier], bytes);
+	if (tier_is_pool(g, tier) && g->pool)
+		pool_set_capacity(g->pool, bytes);
 }
 
 void tierd_guest_set_uffd_in_vmm(struct tierd_guest *g, int32_t uffd_in_vmm)
@@ -509,11 +573,16 @@ static page_word adopted_word(page_word w, bool cached)
 }
 
 /* Whether the predecessor may have had a write or a discard of the page's space in flight: a write marks the word before it
- * begins, a discard only after it has ended. A page that stays quarantined keeps its mark, for the successor's successor. */
-static bool in_flight(page_word w)
+ * begins, a discard only after it has ended. A page that stays quarantined keeps its mark, for the successor's successor. Of a page
+ * that is on its way to the next tier, or taken back from there, the word speaks of where it was. */
+static bool in_flight(struct tierd_guest *g, page_word w)
 {
-	if (word_tier(w) == TIER_STAGING) /* on its way to the next tier, or taken back from there */
+	bool last = g->tiers[word_tier(w)].flags & TIERD_SPACE_LATE; /* nothing sinks from there */
+
+	if (word_tier(w) == TIER_STAGING)
 		return word_copy(w) && word_state(w) != STORED;
+	if (word_copy(w) && !last && (word_state(w) == MOVING || word_state(w) == ARRIVING || word_state(w) == LOST))
+		return true;
 	return word_copy(w) && (word_state(w) == RESIDENT || word_state(w) == RESOLVING || word_state(w) == LEAVING);
 }
 
@@ -530,7 +599,7 @@ static int repair_unpunched(struct tierd_guest *g, uint64_t page, page_word w, v
 		return -EIO;
 	if (!all_zero(bytes, g->page_bytes) || checksum(bytes, g->page_bytes) == g->checksums[page])
 		return 0;
-	error = store_read(g, word_tier(w), page, 1, bytes);
+	error = tier_read(g, g->reader, word_tier(w), page, 1, bytes);
 	if (error)
 		count_error(g, &g->count.store_read_errors, error);
 	else if (checksum(bytes, g->page_bytes) != g->checksums[page])
@@ -587,13 +656,15 @@ static int still_lost(struct tierd_guest *g, uint64_t page, page_word w, bool *r
 	return word_state(w) == ARRIVING ? look_for_poison(g, address_of(g, page), ret) : 0;
 }
 
-static void adopt_in_flight(struct tierd_guest *g, uint64_t page, struct tierd_adoption *ret)
+/* `to` is what the page would be else: one that is STORED is MOVING still, so that the next successor knows. */
+static page_word adopt_in_flight(struct tierd_guest *g, uint64_t page, page_word to, struct tierd_adoption *ret)
 {
 	if (!g->quarantine)
-		return;
+		return to;
 	bit_set(g->quarantine, page);
 	atomic_fetch_add(&g->quarantined_pages, 1);
 	ret->quarantined_pages++;
+	return word_state(to) == STORED ? word_with_state(to, MOVING) : to;
 }
 
 /* The page is `to` from now on. */
@@ -609,7 +680,7 @@ static int adopt_as(struct tierd_guest *g, uint64_t page, page_word w, page_word
 	if (word_spent(to))
 		atomic_fetch_add(&g->spent_pages, 1);
 	ret->resident_pages += word_state(to) == RESIDENT;
-	ret->stored_pages += word_state(to) == STORED;
+	ret->stored_pages += word_state(to) == STORED || word_state(to) == MOVING;
 	ret->lost_pages += word_state(to) == LOST;
 	return word_state(to) == RESIDENT ? 0 : missing_register(g, page);
 }
@@ -625,8 +696,8 @@ static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct 
 	if (lost)
 		to = word_with_state(w, LOST);
 
-	if (in_flight(w))
-		adopt_in_flight(g, page, ret);
+	if (in_flight(g, w))
+		to = adopt_in_flight(g, page, to, ret);
 	if (word_state(w) == DROPPING && cached && word_tier(w) != TIER_ZERO) {
 		error = adopt_unpunched(g, page, w);
 		if (error == -ENODATA) { /* one page, not the guest: the punch again, and then it waits for its bytes */
@@ -672,15 +743,17 @@ static int anon_poisoned(struct tierd_guest *g, uint64_t page, bool *ret)
 static int adopt_anon_page(struct tierd_guest *g, uint64_t page, bool with_guest, bool staged,
 			   struct tierd_adoption *ret)
 {
-	page_word w = page_load(g, page);
+	page_word w = page_load(g, page), to = adopted_anon_word(w, with_guest, staged);
 	bool lost = false;
 	int error = with_guest && word_state(w) == ARRIVING ? anon_poisoned(g, page, &lost) : 0;
 
 	if (error)
 		return error;
-	if (in_flight(w) || (word_state(w) == DROPPING && staged)) /* that may be a discard */
-		adopt_in_flight(g, page, ret);
-	return adopt_as(g, page, w, lost ? word_with_state(w, LOST) : adopted_anon_word(w, with_guest, staged), ret);
+	if (lost)
+		to = word_with_state(w, LOST);
+	if (in_flight(g, w) || (word_state(w) == DROPPING && staged)) /* that may be a discard */
+		to = adopt_in_flight(g, page, to, ret);
+	return adopt_as(g, page, w, to, ret);
 }
 
 static int adopt_anon(struct tierd_guest *g, struct region *r, struct tierd_adoption *ret)
@@ -699,6 +772,35 @@ static int adopt_anon(struct tierd_guest *g, struct region *r, struct tierd_adop
 			return error;
 	}
 	return 0;
+}
+
+static bool in_pool(void *argument, uint64_t page)
+{
+	struct tierd_guest *g = argument;
+	page_word w = page_load(g, page);
+
+	return word_copy(w) && tier_is_pool(g, word_tier(w));
+}
+
+static void not_in_pool(void *argument, uint64_t page)
+{
+	struct tierd_guest *g = argument;
+
+	(void)page; /* it is found out again when somebody wants it */
+	count_error(g, &g->count.store_read_errors, -EBADMSG);
+}
+
+/* What no word speaks of is nobody's: a page that was written and not yet marked, one that sank. */
+static int adopt_pool(struct tierd_guest *g)
+{
+	int error;
+
+	if (!g->pool)
+		return 0;
+	do
+		error = pool_adopt(g->pool, in_pool, not_in_pool, g);
+	while (error == -EINTR);
+	return error;
 }
 
 /* Killed in a batch of calls, the predecessor left the VMM to make them. */
@@ -796,6 +898,9 @@ int tierd_guest_adopt(struct tierd_guest *g, const struct tierd_range *mapped, u
 	g->mapped_count = count;
 	if (g->anon)
 		error = settle_inside(g);
+	/* before any page is read from it, and before a word says less than it does now */
+	if (!error)
+		error = adopt_pool(g);
 	if (!error && g->engine->set_async)
 		error = leave_window(g, ret);
 	if (!error)
@@ -815,26 +920,73 @@ int tierd_guest_adopt(struct tierd_guest *g, const struct tierd_range *mapped, u
 	return error;
 }
 
-int tierd_guest_idle(struct tierd_guest *g, const double *edges_s, uint32_t count, uint64_t *ret)
+uint32_t stored_age(const struct tierd_guest *g, uint64_t page, uint16_t now, page_word w)
+{
+	return word_tier(w) == TIER_STAGING ? epoch_age(now, word_epoch(w)) : page_age(g, page, now, w);
+}
+
+int tierd_guest_idle(struct tierd_guest *g, uint32_t tier, const double *edges_s, uint32_t count, uint64_t *ret)
 {
 	uint16_t now = epoch_now(g);
 	double epoch_s = (double)g->epoch_ns / 1e9;
-	bool staged = g->engine->reads_unseen;
 
+	if (tier == TIER_GUEST && g->engine->reads_unseen)
+		tier = TIER_STAGING; /* what may leave, and since when it is known that nobody reads it */
 	memset(ret, 0, count * sizeof(*ret));
 	for (uint64_t page = 0; page < g->pages; page++) {
 		page_word w = atomic_load_explicit(&g->words[page], memory_order_relaxed);
-		double idle_s = (staged ? epoch_age(now, word_epoch(w)) : page_age(g, page, now, w)) * epoch_s;
+		double idle_s = stored_age(g, page, now, w) * epoch_s;
 		uint32_t i = count;
 
-		/* where reads are not seen: what may leave, and since when it is known that nobody reads it */
-		if (staged ? !word_staged(w) : word_state(w) != RESIDENT || word_untouched(w))
+		if (tier == TIER_GUEST ? word_state(w) != RESIDENT || word_untouched(w)
+				       : word_state(w) != STORED || word_tier(w) != tier)
 			continue;
 		while (i && idle_s < edges_s[i - 1])
 			i--;
 		if (i)
 			ret[i - 1]++;
 	}
+	return 0;
+}
+
+/* Whether it is on its way to another tier or not. */
+static bool stored(page_word w)
+{
+	return word_state(w) == STORED || word_state(w) == MOVING;
+}
+
+int tierd_guest_tier_counters(struct tierd_guest *g, uint32_t tier, struct tierd_tier_counters *ret)
+{
+	struct tier_count *c = &g->tier_counts[tier % TIERD_TIERS];
+
+	memset(ret, 0, sizeof(*ret));
+	if (tier >= TIERD_TIERS || (g->tiers[tier].fd < 0 && tier != TIER_STAGING))
+		return -ENODEV;
+	for (uint64_t page = 0; page < g->pages; page++) {
+		page_word w = atomic_load_explicit(&g->words[page], memory_order_relaxed);
+
+		ret->pages += stored(w) && word_tier(w) == tier;
+	}
+	if (tier_is_pool(g, tier) && g->pool) {
+		struct pool_counters in_pool;
+
+		pool_counters(g->pool, &in_pool);
+		ret->used_bytes = in_pool.used_bytes;
+		ret->metadata_bytes = in_pool.metadata_bytes;
+		ret->filled_pages = in_pool.filled_pages;
+		ret->compressed_bytes = in_pool.object_bytes;
+	}
+#define COPY(field) ret->field = atomic_load_explicit(&c->field, memory_order_relaxed)
+	COPY(written_pages);
+	COPY(read_pages);
+	COPY(refused_pages);
+	COPY(write_errors);
+	COPY(read_errors);
+	COPY(checksum_errors);
+	COPY(read_sum_ns);
+	for (int i = 0; i < TIERD_LATENCY_BUCKETS; i++)
+		COPY(read_buckets[i]);
+#undef COPY
 	return 0;
 }
 
@@ -847,8 +999,8 @@ void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret)
 	for (uint64_t page = 0; page < g->pages; page++) {
 		page_word w = atomic_load_explicit(&g->words[page], memory_order_relaxed);
 
-		ret->state_pages[word_state(w) % PAGE_STATES]++;
-		ret->tier_pages[word_tier(w)] += word_state(w) == STORED;
+		ret->state_pages[stored(w) ? STORED : word_state(w) % PAGE_STATES]++;
+		ret->tier_pages[word_tier(w)] += stored(w);
 		ret->untouched_pages += word_untouched(w);
 		ret->stale_pages += word_state(w) == RESIDENT && word_takes_space(w);
 		ret->spent_pages += word_spent(w);
@@ -868,6 +1020,8 @@ void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret)
 	COPY(pages_cancelled);
 	COPY(pages_lost);
 	COPY(pages_repaired);
+	COPY(pages_demoted);
+	COPY(pages_refused);
 	COPY(pages_staged);
 	COPY(pages_unmovable);
 	COPY(faults_staged);

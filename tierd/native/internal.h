@@ -30,6 +30,7 @@
 #include <stdint.h>
 #include <stddef.h>
 
+#include "pool.h"
 #include "sys.h"
 #include "tierd.h"
 
@@ -43,9 +44,10 @@ void tierd_model_yield(void);
 enum page_state { RESIDENT, RESOLVING, LEAVING, DROPPING, STORED, MOVING, ARRIVING, LOST, STAGING, PAGE_STATES };
 _Static_assert((int)PAGE_STATES == TIERD_STATES, "counters");
 
-enum { TIER_ZERO = 0, TIER_STAGING = TIERD_TIER_STAGING, TIER_UNTOUCHED = 15 };
+enum { TIER_ZERO = 0, TIER_STAGING = TIERD_TIER_STAGING, TIER_GUEST = TIERD_TIER_GUEST, TIER_UNTOUCHED = TIER_GUEST };
 
-/* word: state 0-3, tier 4-7, copy 8 (the tier's file holds space for this page), generation 9-15, epoch 16-31 */
+/* word: state 0-3, tier 4-7, copy 8 (the tier holds space for this page), generation 9-14,
+ * refused 15 (the pool did not take it, and it was not touched since), epoch 16-31 */
 typedef uint32_t page_word;
 
 static inline enum page_state word_state(page_word w)
@@ -90,10 +92,26 @@ static inline page_word word_with_epoch(page_word w, uint16_t epoch)
 
 static inline page_word word_next_generation(page_word w)
 {
-	return (w & ~0xfe00u) | ((w + 0x200u) & 0xfe00u);
+	return (w & ~0x7e00u) | ((w + 0x200u) & 0x7e00u);
 }
 
-/* The tier's file holds space for the page. */
+static inline bool word_refused(page_word w)
+{
+	return w >> 15 & 1;
+}
+
+static inline page_word word_with_refused(page_word w, bool refused)
+{
+	return (w & ~0x8000u) | (page_word)refused << 15;
+}
+
+/* RESIDENT, touched at this epoch: what the pool said of the page as it was says nothing any more. */
+static inline page_word word_touched(page_word w, uint16_t epoch)
+{
+	return word_with_refused(word_with_epoch(word_with_state(w, RESIDENT), epoch), false);
+}
+
+/* A store holds space for the page. */
 static inline bool word_takes_space(page_word w)
 {
 	return word_copy(w) && word_tier(w) != TIER_STAGING;
@@ -141,12 +159,17 @@ struct counters {
 	_Atomic uint64_t faults_fetch, faults_zero, faults_cancel, faults_resolve, faults_wait, faults_failed;
 	_Atomic uint64_t pages_fetched, pages_readahead, pages_restored;
 	_Atomic uint64_t pages_evicted, pages_evicted_zero, pages_cancelled, pages_lost, pages_repaired;
-	_Atomic uint64_t pages_staged, pages_unmovable, faults_staged;
+	_Atomic uint64_t pages_demoted, pages_refused, pages_staged, pages_unmovable, faults_staged;
 	_Atomic uint64_t store_read_errors, store_write_errors, checksum_errors, kernel_errors, last_errno;
 	_Atomic uint64_t inject_stops, inject_stopped_ns, stop_buckets[TIERD_LATENCY_BUCKETS];
 	_Atomic uint64_t large_folios_split;
 	_Atomic uint64_t faults_window, windows, window_sum_ns, window_buckets[TIERD_LATENCY_BUCKETS];
 	_Atomic uint64_t latency_count, latency_sum_ns, latency_buckets[TIERD_LATENCY_BUCKETS];
+};
+
+struct tier_count {
+	_Atomic uint64_t written_pages, read_pages, refused_pages, write_errors, read_errors, checksum_errors;
+	_Atomic uint64_t read_sum_ns, read_buckets[TIERD_LATENCY_BUCKETS];
 };
 
 /* a word of a bitmap; few in the model, whose guests are small */
@@ -180,6 +203,7 @@ struct parking;      /* faults that wait for the store: park.c */
 struct parked {
 	uint64_t page;
 	page_word owned;    /* its word: ARRIVING */
+	bool was_moving;    /* before that */
 	uint32_t pause_us;  /* before the next try; 0: not tried yet */
 	uint64_t fault_ns;  /* when the guest faulted */
 	uint64_t failed_ns; /* when a read failed first; 0: none has */
@@ -198,7 +222,6 @@ struct tierd_guest {
 	uint32_t spin_us_max, follow;
 	uint32_t readahead_max; /* what the workers' buffers hold */
 	_Atomic uint32_t readahead_pages;
-	_Atomic uint64_t capacity_pages;
 
 	uint64_t pages;
 	uint32_t region_count;
@@ -206,6 +229,12 @@ struct tierd_guest {
 	struct tierd_range mapped[TIERD_RANGES_MAX]; /* of the regions: where the VMM maps them still */
 	uint32_t mapped_count;
 	struct tierd_tier tiers[TIERD_TIERS];
+	unsigned int pool_tier; /* the one that is a pool; 0: none is */
+	struct pool *pool;      /* NULL also where its file is damaged: what is in there cannot be had */
+	_Atomic uint64_t capacity_bytes[TIERD_TIERS];
+	uint64_t copies[TIERD_TIERS]; /* words with the copy bit; the worker's own */
+	struct pool_reader *reader;   /* the worker's own; NULL: there is no pool */
+	struct tier_count tier_counts[TIERD_TIERS];
 
 	struct table_header *header; /* the mapped state file */
 	size_t table_bytes;
@@ -217,8 +246,7 @@ struct tierd_guest {
 	uint64_t epoch_ns, epoch_zero_ns;
 
 	_Atomic bool worker_busy;
-	uint64_t copy_pages; /* words with the copy bit; the worker's own */
-	uint8_t *missing;    /* one a chunk: MISSING is registered; the worker's own */
+	uint8_t *missing; /* one a chunk: MISSING is registered; the worker's own */
 	uint64_t chunks;
 	_Atomic uint64_t missing_chunks;
 	uint64_t *touched, *other;    /* bitmaps of one chunk; the worker's own */
@@ -265,6 +293,8 @@ uint16_t epoch_next(const struct tierd_guest *g); /* the first epoch that lies w
 uint32_t page_age(const struct tierd_guest *g, uint64_t page, uint16_t now,
 		  page_word w); /* in epochs, never too large */
 uint32_t epoch_age(uint16_t now, uint16_t epoch);
+/* Of a STORED page: since the guest touched it; of one in the staging area, since it is there. */
+uint32_t stored_age(const struct tierd_guest *g, uint64_t page, uint16_t now, page_word w);
 int table_map(struct tierd_guest *g);
 void table_unmap(struct tierd_guest *g);
 uint64_t table_bytes(uint64_t pages);
@@ -404,21 +434,34 @@ int tierd_worker_serve(struct tierd_worker *w, uint32_t *tid);
 uint64_t tierd_worker_busy_since(struct tierd_worker *w);
 /* Tries parked faults that are due. *next_due_ns: when the next one is, 0 when none is parked. */
 void tierd_worker_retry(struct tierd_worker *w, uint64_t *next_due_ns);
-/* Brings back the STORED pages in [page, page + count), as far as they are of one tier: how many are RESIDENT, or -errno. On
+/* Brings back the pages in [page, page + count) that are STORED in `tier`, up to the first that is not: how many are RESIDENT, or -errno. On
  * UNREADABLE the first page is still ARRIVING, and the caller's. */
 enum { UNREADABLE = -ENODATA };
-int64_t fetch_run(struct tierd_worker *w, uint64_t page, uint32_t count, uint32_t *claimed);
+int64_t fetch_run(struct tierd_worker *w, unsigned int tier, uint64_t page, uint32_t count, uint32_t *claimed);
 
 static inline bool quarantined(struct tierd_guest *g, uint64_t page)
 {
 	return g->quarantine && bit_get(g->quarantine, page);
 }
 
-/* store.c */
-int store_read(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_t count, void *to);
+/* store.c: a run of pages of one tier; also the staging area is read so. */
+int tier_read(struct tierd_guest *g, struct pool_reader *reader, unsigned int tier, uint64_t page, uint32_t count,
+	      void *to);
+int tier_discard(struct tierd_guest *g, unsigned int tier, uint64_t page, uint64_t count);
+/* of a file */
 int store_write(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_t count, const void *from);
 int store_settle(struct tierd_guest *g, unsigned int tier, uint64_t first_page, uint64_t end_page);
-int store_discard(struct tierd_guest *g, unsigned int tier, uint64_t page, uint64_t count);
+
+static inline bool tier_is_pool(const struct tierd_guest *g, unsigned int tier)
+{
+	return tier && tier == g->pool_tier;
+}
+
+/* A read of it is no I/O: it does not keep a fault thread from the others. */
+static inline bool tier_in_memory(const struct tierd_guest *g, unsigned int tier)
+{
+	return tier == TIER_ZERO || tier == TIER_STAGING || tier_is_pool(g, tier);
+}
 
 /* park.c */
 int parking_create(struct tierd_guest *g);

@@ -48,6 +48,8 @@ int pool_write(struct pool *p, uint64_t page, const void *from)
 
 	if (page >= p->pages || !p->adopted)
 		return -EINVAL;
+	if (!pool_has_room(p, 0)) /* the capacity was lowered: what is free in its slots is not for more */
+		return -ENOSPC;
 	error = object_make(p, from, &made, &data);
 	if (!error)
 		error = reserve_entry(p, (const void *)&p->index[page]);
@@ -149,7 +151,7 @@ static int object_move(struct pool *p, struct size_class *c, uint64_t page, uint
 	int error;
 
 	if (!o)
-		return 0; /* damaged: pool_read says so */
+		return -EBADMSG; /* pool_read says so, too */
 	error = object_take(p, c, &to);
 	if (error)
 		return error;
@@ -177,6 +179,8 @@ static int slot_evacuate(struct pool *p, struct size_class *c, uint32_t slot, st
 		m->disown(m->arg, page);
 		if (!error)
 			++*m->moved;
+		else if (error == -EBADMSG) /* it stays where it is */
+			error = 0;
 	}
 	return error;
 }

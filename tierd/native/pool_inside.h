@@ -210,6 +210,7 @@ static inline void directory_store(struct pool *p, uint32_t slot, uint8_t number
 
 /* pool_slots.c: the worker's. A slot that is attached has its room in its class's lists; while it is detached, nothing is put there. */
 void set_reserved(struct pool *p, const void *memory);
+bool pool_has_room(const struct pool *p, uint64_t bytes); /* below the capacity */
 int reserve_space(const struct pool *p, void *memory, uint64_t bytes);
 /* Space for the entry of the index or the directory at `memory`. -ENOSPC, -ENOMEM */
 int reserve_entry(struct pool *p, const void *memory);

@@ -11,7 +11,7 @@ void set_reserved(struct pool *p, const void *memory)
 	add(&p->meta_bytes, p->page_bytes);
 }
 
-static bool has_room(const struct pool *p, uint64_t bytes)
+bool pool_has_room(const struct pool *p, uint64_t bytes)
 {
 	uint64_t capacity = atomic_load_explicit(&p->capacity_bytes, memory_order_relaxed),
 		 used = atomic_load_explicit(&p->used_bytes, memory_order_relaxed);
@@ -57,7 +57,7 @@ int reserve_entry(struct pool *p, const void *memory)
 
 	if (is_reserved(p, memory))
 		return 0;
-	if (!has_room(p, p->page_bytes))
+	if (!pool_has_room(p, p->page_bytes))
 		return -ENOSPC;
 	error = reserve_hole(p, p->memory + offset / p->page_bytes * p->page_bytes, p->page_bytes);
 	if (!error)
@@ -193,7 +193,7 @@ static int slot_add(struct pool *p, struct size_class *c)
 {
 	uint64_t bytes = (uint64_t)c->pages * p->page_bytes;
 	uint8_t number = (uint8_t)(c - p->classes);
-	uint32_t slot = has_room(p, bytes) ? slot_number_take(p) : 0;
+	uint32_t slot = pool_has_room(p, bytes) ? slot_number_take(p) : 0;
 	int error;
 
 	if (!slot)
@@ -204,7 +204,7 @@ static int slot_add(struct pool *p, struct size_class *c)
 		return error;
 	}
 	directory_store(p, slot, number); /* first: a successor finds whatever takes space */
-	error = has_room(p, bytes) ? reserve_hole(p, slot_memory(p, slot), bytes) : -ENOSPC;
+	error = pool_has_room(p, bytes) ? reserve_hole(p, slot_memory(p, slot), bytes) : -ENOSPC;
 	if (error) {
 		slot_unuse(p, slot);
 		return error;

@@ -172,23 +172,23 @@ static void stamp_page(struct tierd_guest *g, uint64_t first_page, uint64_t i, u
 		bit_clear(g->touched, i);
 		return;
 	}
-	to = word_with_epoch(w, epoch);
+	to = word_touched(w, epoch);
 	if (word_tier(to) == TIER_UNTOUCHED)
 		to = word_with_tier(to, TIER_ZERO);
 	if (to != w)
 		page_move(g, first_page + i, w, to); /* lost to a fault: it stamps the page itself */
 }
 
-/* Of two words at once: both RESIDENT, and seen touched before. */
+/* Of two words at once: both RESIDENT, seen touched before, and not refused. */
 static bool plain_pair(struct tierd_guest *g, uint64_t page)
 {
-	const uint64_t states = 0x0000000f0000000full, ones = 0x0000000100000001ull;
+	const uint64_t states = 0x0000000f0000000full, ones = 0x0000000100000001ull, refused = ones << 15;
 	uint64_t pair;
 
 	_Static_assert(RESIDENT == 0 && TIER_UNTOUCHED == 0xf, "what is looked for");
 	TIERD_YIELD();
 	pair = __atomic_load_n((const uint64_t *)(const void *)&g->words[page], __ATOMIC_ACQUIRE);
-	return !(pair & states) && !(((pair >> 4 & states) + ones) & ones << 4);
+	return !(pair & (states | refused)) && !(((pair >> 4 & states) + ones) & ones << 4);
 }
 
 /* All of the group touched: one store dates it. A page that is somebody's is left to stamp_page; one that becomes somebody's
@@ -231,7 +231,8 @@ static void age(struct tierd_guest *g, uint64_t chunk, uint16_t epoch)
 	for (uint64_t page = first_page; page < first_page + pages; page++) {
 		page_word w = page_load(g, page);
 
-		if (word_state(w) == RESIDENT && epoch_age(epoch, word_epoch(w)) >= AGE_MAX)
+		if ((word_state(w) == RESIDENT || word_state(w) == STORED) &&
+		    epoch_age(epoch, word_epoch(w)) >= AGE_MAX)
 			page_move(g, page, w, word_with_epoch(w, (uint16_t)(epoch - AGE_KEPT)));
 	}
 	for (uint64_t i = first_page / GROUP_PAGES; i <= (first_page + pages - 1) / GROUP_PAGES; i++)

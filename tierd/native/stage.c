@@ -146,11 +146,22 @@ int staged_copy(struct tierd_guest *g, uint64_t page, uint32_t count, void *to)
 	return staged_read(g, page, count, to);
 }
 
+/* What is to be there, by its page's word, the VMM has dropped. What is not, somebody else looks for: it has left, or is leaving. */
+static bool must_be_staged(page_word w)
+{
+	return word_tier(w) == TIER_STAGING &&
+	       (word_state(w) == STORED || word_state(w) == MOVING || word_state(w) == ARRIVING);
+}
+
 bool staged_poison(struct tierd_guest *g, uint64_t address)
 {
-	for (uint32_t i = 0; i < g->region_count; i++)
-		if (g->anon && address - g->regions[i].staging < g->regions[i].bytes)
-			return !sys_uffd_poison(g->uffd, address & ~((uint64_t)g->page_bytes - 1), g->page_bytes);
+	for (uint32_t i = 0; i < g->region_count; i++) {
+		struct region *r = &g->regions[i];
+
+		if (g->anon && address - r->staging < r->bytes)
+			return must_be_staged(page_load(g, r->first_page + (address - r->staging) / g->page_bytes)) &&
+			       !sys_uffd_poison(g->uffd, address & ~((uint64_t)g->page_bytes - 1), g->page_bytes);
+	}
 	return false;
 }
 

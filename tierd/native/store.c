@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* store.c: a tier that is a sparse file: the offset of a page is its number times the page size. */
+/*
+ * store.c: what a tier is asked for. A file is sparse, and the offset of a page is its number times the page size; a pool (pool.c)
+ * is in our memory.
+ */
 #include "internal.h"
 
 /* --- a store that misbehaves, for tests --------------------------------------------------------------------------------- */
@@ -67,7 +70,7 @@ static ssize_t write_some(struct tierd_guest *g, int fd, struct iovec *from, uin
 
 /* --- the store ---------------------------------------------------------------------------------------------------------- */
 
-int store_read(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_t count, void *to)
+static int store_read(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_t count, void *to)
 {
 	size_t bytes = (size_t)count * g->page_bytes, done = 0;
 
@@ -121,9 +124,44 @@ int store_settle(struct tierd_guest *g, unsigned int tier, uint64_t first_page, 
 	return error;
 }
 
-int store_discard(struct tierd_guest *g, unsigned int tier, uint64_t page, uint64_t count)
+/* --- any tier ----------------------------------------------------------------------------------------------------------- */
+
+static int pool_read_run(struct tierd_guest *g, struct pool_reader *reader, uint64_t page, uint32_t count, uint8_t *to)
+{
+	int error = reader ? 0 : -EBADMSG;
+
+	for (uint32_t i = 0; !error && i < count; i++)
+		error = pool_read(reader, page + i, to + (size_t)i * g->page_bytes);
+	return error;
+}
+
+int tier_read(struct tierd_guest *g, struct pool_reader *reader, unsigned int tier, uint64_t page, uint32_t count,
+	      void *to)
+{
+	struct tier_count *c = &g->tier_counts[tier];
+	uint64_t began_ns = sys_now_ns(), ns;
+	int error = tier == TIER_STAGING    ? staged_read(g, page, count, to)
+		    : tier_is_pool(g, tier) ? pool_read_run(g, reader, page, count, to)
+					    : store_read(g, tier, page, count, to);
+
+	if (error) {
+		count_add(&c->read_errors, 1);
+		return error;
+	}
+	ns = sys_now_ns() - began_ns;
+	count_add(&c->read_pages, count);
+	count_add(&c->read_sum_ns, ns);
+	count_add(&c->read_buckets[bucket_of(ns)], 1);
+	return 0;
+}
+
+int tier_discard(struct tierd_guest *g, unsigned int tier, uint64_t page, uint64_t count)
 {
 	if (g->tiers[tier].fd < 0)
 		return -ENODEV;
-	return sys_store_discard(g->tiers[tier].fd, page * g->page_bytes, count * g->page_bytes);
+	if (!tier_is_pool(g, tier))
+		return sys_store_discard(g->tiers[tier].fd, page * g->page_bytes, count * g->page_bytes);
+	for (uint64_t i = 0; g->pool && i < count; i++)
+		pool_free(g->pool, page + i);
+	return 0;
 }

@@ -29,9 +29,9 @@ static const uint16_t LEGAL[PAGE_STATES] = {
 	[RESOLVING] = TO(RESIDENT),
 	[LEAVING] = TO(LEAVING) | TO(DROPPING) | TO(RESIDENT) | TO(RESOLVING),
 	[DROPPING] = TO(STORED) | TO(RESIDENT),
-	[STORED] = TO(ARRIVING) | TO(MOVING),
+	[STORED] = TO(STORED) | TO(ARRIVING) | TO(MOVING),
 	[MOVING] = TO(STORED) | TO(ARRIVING) | TO(DROPPING),
-	[ARRIVING] = TO(RESIDENT) | TO(STORED) | TO(LOST),
+	[ARRIVING] = TO(RESIDENT) | TO(STORED) | TO(MOVING) | TO(LOST),
 	[LOST] = TO(ARRIVING),
 	[STAGING] = TO(STORED) | TO(RESIDENT),
 };
@@ -148,12 +148,21 @@ static bool ends(const char *text, size_t bytes)
 	return memchr(text, 0, bytes);
 }
 
+static bool places_sane(const struct tierd_place *places)
+{
+	for (int i = 0; i < TIERD_LADDER_MAX; i++)
+		if (places[i].kind > TIERD_KIND_MEMORY || !ends(places[i].name, sizeof(places[i].name)) ||
+		    !ends(places[i].path, sizeof(places[i].path)))
+			return false;
+	return true;
+}
+
 /* A checksum that is right says who wrote the file, perhaps, and not that all of it can be used. */
 static bool identity_sane(const struct tierd_identity *identity)
 {
 	return identity->pid > 0 && identity->uffd_in_vmm >= 0 && identity->epoch_ns &&
 	       page_size_sane(identity->page_bytes) && ends(identity->boot_id, sizeof(identity->boot_id)) &&
-	       ends(identity->name, sizeof(identity->name)) && ends(identity->store_path, sizeof(identity->store_path));
+	       ends(identity->name, sizeof(identity->name)) && places_sane(identity->places);
 }
 
 static bool regions_sane(const struct table_header *h)

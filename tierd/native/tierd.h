@@ -8,12 +8,15 @@
  */
 
 enum {
-	TIERD_TABLE_VERSION = 3,
+	TIERD_TABLE_VERSION = 4,
 	TIERD_REGIONS_MAX = 32,
 	TIERD_RANGES_MAX = 1024,
-	TIERD_TIERS =
-		16, /* tier 0 is "all zeros", needs no store; 14 is the staging area; 15 marks a RESIDENT page that was never seen touched */
+	/* tier 0 is "all zeros", and needs no store; 1 to TIERD_LADDER_MAX are where pages are stored, in the order in which they sink; 14 is
+	 * the staging area; 15 is guest memory itself, and in the word of a RESIDENT page says that it was never seen touched */
+	TIERD_TIERS = 16,
+	TIERD_LADDER_MAX = 8,
 	TIERD_TIER_STAGING = 14,
+	TIERD_TIER_GUEST = 15,
 	TIERD_STATES = 9,
 	TIERD_LATENCY_BUCKETS = 40, /* bucket i counts service times below 2^i ns (and not below 2^(i-1)) */
 	TIERD_NAME_BYTES = 256,
@@ -30,21 +33,40 @@ enum { TIERD_ZAP_PAGEOUT = 1, TIERD_ZAP_INJECT = 2 };
 /* what becomes of a page that cannot be read within the deadline */
 enum { TIERD_LOST_POISON = 0, TIERD_LOST_HOLD = 1 };
 
-/* flags of struct tierd_tier. LATE: a write or discard of a process that was killed may still land, at any time (FUSE, network
+/* what a tier is: a sparse file addressed by page number; a pool of compressed pages in a file on tmpfs (pool.c) */
+enum { TIERD_KIND_NONE = 0, TIERD_KIND_FILE = 1, TIERD_KIND_MEMORY = 2 };
+
+/* how pages are compressed in a pool */
+enum { TIERD_CODEC_LZ4 = 1, TIERD_CODEC_ZSTD = 2 };
+
+/* flags of a tier. LATE: a write or discard of a process that was killed may still land, at any time (FUSE, network
  * file systems): what a predecessor may have had in flight is not used again. */
-enum { TIERD_SPACE_DIRECT = 1, TIERD_SPACE_DROP_CACHE = 2, TIERD_SPACE_LATE = 4 };
+enum {
+	TIERD_SPACE_DIRECT = 1,
+	TIERD_SPACE_DROP_CACHE = 2,
+	TIERD_SPACE_LATE = 4,
+	TIERD_SPACE_NEW = 8 /* an empty file, to become a pool */
+};
+
+/* Where a tier's pages are, for a successor. */
+struct tierd_place {
+	uint32_t kind;   /* TIERD_KIND_* */
+	uint32_t flags;  /* TIERD_SPACE_* */
+	char name[64];   /* of the store, NUL-terminated */
+	char path[1024]; /* NUL-terminated */
+};
 
 /* What the state file says about the VMM: adoption compares all of it before it touches anything. */
 struct tierd_identity {
 	int32_t pid;
-	int32_t uffd_in_vmm;   /* the number of the userfaultfd in the VMM */
-	uint64_t start_ticks;  /* field 22 of /proc/PID/stat */
-	uint64_t page_bytes;   /* tierd_table_create: 0: the system's */
-	uint64_t epoch_ns;     /* step of the last-access epochs */
-	uint64_t created_ns;   /* CLOCK_MONOTONIC at epoch 0; filled by tierd_table_create */
-	char boot_id[40];      /* /proc/sys/kernel/random/boot_id, NUL-terminated */
-	char name[256];        /* the guest's name, NUL-terminated, for people */
-	char store_path[1024]; /* the file that holds the guest's stored pages, NUL-terminated */
+	int32_t uffd_in_vmm;          /* the number of the userfaultfd in the VMM */
+	uint64_t start_ticks;         /* field 22 of /proc/PID/stat */
+	uint64_t page_bytes;          /* tierd_table_create: 0: the system's */
+	uint64_t epoch_ns;            /* step of the last-access epochs */
+	uint64_t created_ns;          /* CLOCK_MONOTONIC at epoch 0; filled by tierd_table_create */
+	char boot_id[40];             /* /proc/sys/kernel/random/boot_id, NUL-terminated */
+	char name[256];               /* the guest's name, NUL-terminated, for people */
+	struct tierd_place places[8]; /* of tier 1, 2, ...; the last ones may be TIERD_KIND_NONE */
 };
 
 /* What a successor must know before it has read its configuration. In the state file, outside of the header's checksum: each
@@ -54,12 +76,10 @@ struct tierd_serving {
 	uint32_t on_lost;
 	uint64_t read_deadline_ns;
 	uint32_t readahead_pages;
-	uint32_t store_flags; /* TIERD_SPACE_* of tier 1 */
-	int32_t uffd_moved;   /* not 0: the userfaultfd's number in the VMM is uffd_moved - 1 by now */
+	int32_t uffd_moved; /* not 0: the userfaultfd's number in the VMM is uffd_moved - 1 by now */
 	uint32_t engine;    /* TIERD_ENGINE_*: with what it is registered. It cannot be changed while pages are away */
 	uint32_t handshake; /* 1: the VMM brought its descriptors and brings them to every successor */
-	uint32_t reserved;
-	uint64_t calls; /* where in the VMM batches of calls are run from: tierd_calls_create; 0: nowhere yet */
+	uint64_t calls;     /* where in the VMM batches of calls are run from: tierd_calls_create; 0: nowhere yet */
 };
 
 struct tierd_region {
@@ -79,9 +99,11 @@ struct tierd_range {
 };
 
 struct tierd_tier {
-	int32_t fd; /* -1: no such tier */
-	uint32_t flags;
-	uint64_t capacity_pages;
+	int32_t fd;     /* -1: no such tier */
+	uint32_t kind;  /* TIERD_KIND_*; one pool at most */
+	uint32_t flags; /* TIERD_SPACE_*; LATE: only of the last one */
+	uint32_t codec; /* TIERD_CODEC_*, of a new pool */
+	uint64_t capacity_bytes;
 };
 
 struct tierd_guest_args {
@@ -108,7 +130,7 @@ struct tierd_guest_args {
 /* Counters since tierd_guest_create. One snapshot; each number is exact, the set is not taken at one instant. */
 struct tierd_counters {
 	uint64_t pages;             /* size of the guest */
-	uint64_t state_pages[9];    /* by enum page_state, from the table */
+	uint64_t state_pages[9];    /* by enum page_state, from the table; MOVING counts as STORED */
 	uint64_t tier_pages[16];    /* STORED by tier */
 	uint64_t untouched_pages;   /* RESIDENT and never seen touched */
 	uint64_t stale_pages;       /* RESIDENT, store space not yet given back */
@@ -128,6 +150,8 @@ struct tierd_counters {
 	uint64_t pages_cancelled;    /* LEAVING and back: touched meanwhile, or an error */
 	uint64_t pages_lost;
 	uint64_t pages_repaired; /* a punch did not punch: the bytes were written back */
+	uint64_t pages_demoted;  /* from one tier to the next */
+	uint64_t pages_refused;  /* no tier took them: they do not compress well enough, or there is no room */
 	uint64_t pages_staged;
 	uint64_t pages_unmovable; /* shared by fork or KSM, pinned, or gone: they stay with the guest */
 	uint64_t faults_staged;   /* of a page in the staging area: it was read after all */
@@ -150,6 +174,18 @@ struct tierd_counters {
 	uint64_t latency_count;
 	uint64_t latency_sum_ns;
 	uint64_t latency_buckets[40]; /* from reading the message to the page being in place */
+};
+
+/* One tier of a guest. */
+struct tierd_tier_counters {
+	uint64_t pages;      /* STORED there, from the table; of a pool also others, whose room is given back soon */
+	uint64_t used_bytes; /* of a pool: memory that its file takes */
+	uint64_t metadata_bytes;   /* of a pool: what of that, and of ours, is neither pages nor waste */
+	uint64_t filled_pages;     /* of a pool: one 8-byte word, again and again */
+	uint64_t compressed_bytes; /* of a pool: what its pages have become */
+	uint64_t written_pages, read_pages, refused_pages;
+	uint64_t write_errors, read_errors, checksum_errors;
+	uint64_t read_sum_ns, read_buckets[40]; /* like latency_buckets: reads of one or several pages */
 };
 
 /* What a watchdog looks at: cheap, unlike the counters, which read the whole table. */
@@ -193,8 +229,10 @@ struct tierd_batch_result {
 	uint64_t zero_pages;
 	uint64_t evicted_pages;
 	uint64_t cancelled_pages;
-	uint64_t next_page;  /* select: where to look next; == pages of the guest at the end */
-	uint64_t left_pages; /* window: still to leave, in another one */
+	uint64_t next_page;     /* select: where to look next; == pages of the guest at the end */
+	uint64_t left_pages;    /* window: still to leave, in another one */
+	uint64_t refused_pages; /* write: no tier took them */
+	uint64_t failed_tier;   /* write: after an error, which tier did not take the pages; 0: it is not known */
 	uint64_t select_ns, hold_ns, copy_ns, write_ns, drop_ns, release_ns;
 };
 
@@ -263,8 +301,11 @@ void tierd_guest_stop(struct tierd_guest *g);
 /* The VMM shares the userfaultfd's open file and can make its reads block: not from now on, and not those that do. Cheap. */
 int tierd_guest_keep_nonblocking(struct tierd_guest *g);
 /* Takes effect at once, from any thread. */
-void tierd_guest_set_limits(struct tierd_guest *g, uint32_t readahead_pages, uint64_t capacity_pages);
+void tierd_guest_set_readahead(struct tierd_guest *g, uint32_t readahead_pages);
+void tierd_guest_set_capacity(struct tierd_guest *g, uint32_t tier, uint64_t bytes);
 void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret);
+/* -ENODEV: there is no such tier. Reads the table. */
+int tierd_guest_tier_counters(struct tierd_guest *g, uint32_t tier, struct tierd_tier_counters *ret);
 /* A read that fails is tried again for so long; then the page is LOST: TIERD_LOST_POISON gives the guest a memory error,
  * TIERD_LOST_HOLD leaves its thread blocked for tierd_guest_retry. Takes effect at once, on what is LOST already, too. */
 void tierd_guest_set_reads(struct tierd_guest *g, uint64_t read_deadline_ns, uint32_t on_lost);
@@ -278,9 +319,10 @@ void tierd_guest_set_handshake(struct tierd_guest *g);
  * there are no more. Reads the table only. */
 int tierd_guest_lost(struct tierd_guest *g, uint64_t *next_page, uint64_t *addresses, uint32_t max, uint32_t *count);
 void tierd_guest_set_store_faults(struct tierd_guest *g, const struct tierd_store_faults *faults);
-/* Pages that are RESIDENT and touched (of anonymous memory, with the stock engine: in the staging area), by idle time: ret[i] counts pages idle at least edges_s[i] seconds and less than
- * edges_s[i + 1] (the last one is open). edges_s ascends. Reads the table only. */
-int tierd_guest_idle(struct tierd_guest *g, const double *edges_s, uint32_t count, uint64_t *ret);
+/* Pages that are STORED in `tier`, by idle time; with TIERD_TIER_GUEST, those that are RESIDENT and touched (of anonymous memory, with
+ * the stock engine: in the staging area). ret[i] counts pages idle at least edges_s[i] seconds and less than edges_s[i + 1] (the
+ * last one is open). edges_s ascends. Reads the table only. */
+int tierd_guest_idle(struct tierd_guest *g, uint32_t tier, const double *edges_s, uint32_t count, uint64_t *ret);
 
 /* The calls below belong to the guest's one worker: a second one at the same time gets -EBUSY. All block. */
 
@@ -296,6 +338,8 @@ int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max
 int tierd_guest_retry(struct tierd_guest *g, uint64_t *recovered, uint64_t *still_lost);
 /* Gives back store space of pages that were fetched since. */
 int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint64_t *discarded);
+/* In the guest's pool: moves at most max_pages stored pages closer together, so that memory becomes free. 0 moved: there is nothing to do. */
+int tierd_guest_compact(struct tierd_guest *g, uint32_t max_pages, uint32_t *moved);
 
 /* --- private anonymous memory: pages go through a staging area in the VMM (stage.c) ---------------------------------- */
 
@@ -308,23 +352,27 @@ int tierd_guest_stage(struct tierd_guest *g, uint64_t first_page, double min_idl
 int tierd_guest_unstage(struct tierd_guest *g, uint64_t first_page, struct tierd_staged *ret);
 
 /* --- eviction: select, hold, copy, write, drop, release, in this order; cancel is legal at any point. With an engine that
- * has a sync mode: select, copy, write, window until no page is left ------------------------------------------------- */
+ * has a sync mode: select, copy, write, window until no page is left. From one tier to another, and out of the staging area: select,
+ * copy, write, drop, release ------------------------------------------------------------------------------------------- */
 
 int tierd_batch_create(struct tierd_guest *g, uint32_t max_pages, struct tierd_batch **ret);
 /* Cancels what is still LEAVING, releases what is still held. NULL is fine. */
 void tierd_batch_destroy(struct tierd_batch *b);
-/* RESIDENT -> LEAVING, for touched pages idle at least min_idle_s, from first_page on. Also registers MISSING for their
- * chunks. Of anonymous memory: STORED in the staging area -> MOVING, for pages that are there at least as long; they need
- * no hold, and so no release. */
-int tierd_batch_select(struct tierd_batch *b, uint64_t first_page, double min_idle_s, uint64_t max_pages,
-		       struct tierd_batch_result *ret);
+/* from TIERD_TIER_GUEST: RESIDENT -> LEAVING, for touched pages idle at least min_idle_s, from first_page on. Also registers MISSING
+ * for their chunks. From another tier: STORED there -> MOVING, for pages that are idle (of the staging area: that are there) at
+ * least as long. pool_only: but not those that the pool has refused and nobody has touched since. -EINVAL: anonymous memory leaves
+ * by the staging area only. */
+int tierd_batch_select(struct tierd_batch *b, uint32_t from, uint32_t pool_only, uint64_t first_page, double min_idle_s,
+		       uint64_t max_pages, struct tierd_batch_result *ret);
 /* Write-protects the batch, scans again, gives back what was touched meanwhile. */
 int tierd_batch_hold(struct tierd_batch *b, struct tierd_batch_result *ret);
 /* Reads the bytes through the file; finds pages that are all zeros; takes checksums. */
 int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret);
-/* Writes them to the tier, durably. Any error: nothing of the batch counts as written; cancel it. -ENOSPC at capacity. */
-int tierd_batch_write(struct tierd_batch *b, uint32_t tier, struct tierd_batch_result *ret);
-/* LEAVING -> DROPPING, punch exactly those runs, see the hole, STORED. */
+/* Writes each page, durably, to the first of `tiers` that takes it. A page that none takes stays where it is. Any error: nothing of the batch counts as written; cancel it. -ENOSPC: all are at
+ * capacity. */
+int tierd_batch_write(struct tierd_batch *b, const uint32_t *tiers, uint32_t count, struct tierd_batch_result *ret);
+/* LEAVING -> DROPPING, punch exactly those runs, see the hole, STORED. From the staging area: MOVING -> DROPPING, dropped there, STORED.
+ * From another tier: MOVING -> STORED in the new one, and its space in the old one is given back. */
 int tierd_batch_drop(struct tierd_batch *b, struct tierd_batch_result *ret);
 /* Lifts the hold, which wakes whoever waited. The batch is empty afterwards and can be used again. */
 int tierd_batch_release(struct tierd_batch *b, struct tierd_batch_result *ret);

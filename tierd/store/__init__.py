@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where cold pages live. A space belongs to one guest and is addressed by page number: no slots, no map to lose."""
+"""Where cold pages live. A space belongs to one guest and is addressed by page number: no slots, no map to lose.
+
+Policies name stores as tiers, in the order in which pages sink: compressed memory (`memory`), a disk (`file`).
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from tierd.native import Codec, TierKind
+
 
 class StoreError(Exception):
     """A store cannot be used; the text says why and what to do."""
 
 
 class Space(Protocol):
-    """One guest's pages in a store: page n is at byte n * page_bytes of `fd`. The data plane reads and writes it there."""
+    """One guest's pages in a store, which the data plane reads and writes: a file in which page n is at byte n * page_bytes, or
+    the file of a pool."""
 
+    @property
+    def kind(self) -> TierKind: ...
     @property
     def fd(self) -> int: ...
     @property
     def path(self) -> Path: ...
+    @property
+    def codec(self) -> Codec | None:
+        """Of a pool that is to be made in an empty file."""
+        ...
+
     @property
     def direct(self) -> bool:
         """Opened with O_DIRECT: a write that returned went to the device. Else fdatasync is needed per batch."""
@@ -46,6 +59,22 @@ class Space(Protocol):
 
 class Store(Protocol):
     """A place for the spaces of many guests."""
+
+    @property
+    def name(self) -> str:
+        """By which policies speak of it."""
+        ...
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def trouble(self) -> str:
+        """Why it cannot be written now, where guests' pages are in it all the same; else empty."""
+        ...
+
+    def takes(self, page_bytes: int) -> bool:
+        """Whether it stores pages of this size."""
+        ...
 
     def create(self, key: str, pages: int, page_bytes: int) -> Space:
         """A new space for guest `key` (PID-STARTTICKS). StoreError. Blocks."""

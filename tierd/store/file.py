@@ -11,19 +11,15 @@ import contextlib
 import errno
 import mmap
 import os
-import re
-import stat
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from tierd.native import TierKind
 from tierd.store import StoreError
+from tierd.store.directory import GuestFiles, file_system_of, open_ours
 
-PREFIX, SUFFIX = "guest-", ".pages"
-KEY = re.compile(r"[0-9]{1,10}-[0-9]{1,20}")
 RESERVE_BYTES = 256 << 20  # of the file system, for others; and so that a full disk is our decision, not an error
-USED_CACHE_S = 1.0
 MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
 # where a thread that is killed in a read or write is gone only when the I/O is: on others (FUSE, NFS) a request that the
 # kernel has given up may still land
@@ -32,6 +28,8 @@ LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", 
 
 class FileSpace:
     """One guest's file. Implements store.Space."""
+
+    kind, codec = TierKind.FILE, None
 
     def __init__(self, fd: int, path: Path, direct: bool) -> None:
         self.fd, self.path, self.direct = fd, path, direct
@@ -52,41 +50,21 @@ class FileSpace:
 class FileStore:
     """Implements store.Store in directory `path`. `capacity_bytes`: of all guests together, None: what the disk has."""
 
+    name = "file"
+
     def __init__(self, path: Path, capacity_bytes: int | None, direct: Literal["auto", "on", "off"]) -> None:
         """StoreError: the directory cannot hold guests' pages; the text says why and what to do."""
+        self._files = GuestFiles(path, ".pages", "store.path")
         self.path = path
         self._capacity_bytes = capacity_bytes
-        self._used_at, self._used = -1e9, 0
         self.trouble = ""  # why it cannot be written now, where guests' pages are in it all the same
-        self._prepare()
-        self.direct = self._choose_direct(direct)
-
-    def _prepare(self) -> None:
-        try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            info = self.path.lstat()
-        except OSError as error:
-            raise StoreError(
-                f"the store's directory {self.path} cannot be made: {error.strerror}; create it, or set store.path"
-            ) from error
-        if not stat.S_ISDIR(info.st_mode):
-            raise StoreError(f"the store's path {self.path} is not a directory; remove it, or set store.path")
-        if info.st_uid != os.geteuid():
-            raise StoreError(
-                f"{self.path} belongs to user {info.st_uid}, tierd runs as {os.geteuid()}: guests' memory would "
-                f"be theirs to read; chown it or set store.path"
-            )
-        if info.st_mode & 0o077:
-            raise StoreError(
-                f"{self.path} has mode {stat.S_IMODE(info.st_mode):04o}: others could read guests' memory; "
-                f"chmod 0700 {self.path}"
-            )
-        kind = file_system_of(self.path)
+        kind = file_system_of(path)
         if kind in MEMORY_FILE_SYSTEMS:
             raise StoreError(
-                f"{self.path} is on {kind}: evicted pages would stay in memory and nothing would be given back; "
+                f"{path} is on {kind}: evicted pages would stay in memory and nothing would be given back; "
                 "set store.path to a directory on a disk"
             )
+        self.direct = self._choose_direct(direct)
 
     def _choose_direct(self, wanted: Literal["auto", "on", "off"]) -> bool:
         if wanted == "off":
@@ -94,7 +72,7 @@ class FileStore:
         try:
             problem = self._try_direct()
         except StoreError as error:
-            if not any(self.path.glob(f"{PREFIX}*{SUFFIX}")):
+            if not self._files.any():
                 raise
             # full, or read-only after an error: evicting must wait, but those who wait for their pages must not
             self.trouble = str(error)
@@ -137,14 +115,11 @@ class FileStore:
             os.close(fd)
             scratch.unlink()
 
+    def takes(self, page_bytes: int) -> bool:
+        return True
+
     def create(self, key: str, pages: int, page_bytes: int) -> FileSpace:
-        path = self.path / f"{PREFIX}{key}{SUFFIX}"
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            path.unlink(missing_ok=True)  # it can only be a leftover: pids and start times do not come back
-            fd = os.open(path, flags | (os.O_DIRECT if self.direct else 0), 0o600)
-        except OSError as error:
-            raise StoreError(f"{path} cannot be made: {error.strerror}; see the directory's owner and mode") from error
+        fd, path = self._files.create(key, os.O_DIRECT if self.direct else 0)
         try:
             os.ftruncate(fd, pages * page_bytes)
         except OSError as error:
@@ -156,26 +131,10 @@ class FileStore:
         return FileSpace(fd, path, self.direct)
 
     def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
-        swept = []
-        for path in sorted(self.path.glob(f"{PREFIX}*{SUFFIX}")):
-            key = path.name[len(PREFIX) : -len(SUFFIX)]
-            if KEY.fullmatch(key) and path.is_file() and not path.is_symlink() and not may_be_needed(key):
-                try:
-                    path.unlink()
-                except OSError:  # a file system that is read-only now: the next sweep tries again
-                    continue
-                swept.append(key)
-        return swept
+        return self._files.sweep(may_be_needed)
 
     def used_bytes(self) -> int:
-        """Blocks of all guests' files; looked up at most once a second."""
-        if time.monotonic() - self._used_at > USED_CACHE_S:
-            used = 0
-            for path in self.path.glob(f"{PREFIX}*{SUFFIX}"):
-                with contextlib.suppress(FileNotFoundError):  # a guest that is being deleted
-                    used += path.lstat().st_blocks * 512
-            self._used, self._used_at = used, time.monotonic()
-        return self._used
+        return self._files.used_bytes()
 
     def free_bytes(self) -> int:
         disk = os.statvfs(self.path)
@@ -208,42 +167,3 @@ def reopen(path: Path, pages: int, page_bytes: int, *, direct: bool) -> FileSpac
         os.close(fd)
         raise
     return FileSpace(fd, path, direct)
-
-
-def open_ours(path: Path, flags: int) -> int:
-    """Open a file that exists and that only this user can have put there. Never waits: what is not a regular file (a FIFO
-    waits for its other end, a device may do anything) is looked at, not opened. OSError says what it is."""
-    looked_at = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        info = os.fstat(looked_at)
-        if not stat.S_ISREG(info.st_mode):
-            raise OSError(
-                errno.EPERM, f"it is {_KINDS.get(stat.S_IFMT(info.st_mode), 'not a file')}, not a regular file"
-            )
-        if info.st_uid != os.geteuid():
-            raise OSError(errno.EPERM, f"it belongs to user {info.st_uid}, tierd runs as {os.geteuid()}")
-        return os.open(f"/proc/self/fd/{looked_at}", flags | os.O_CLOEXEC)
-    finally:
-        os.close(looked_at)
-
-
-_KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFLNK: "a symbolic link",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
-
-
-def file_system_of(path: Path) -> str:
-    """Type of the file system that holds `path`, by the kernel's mount table ("" when it does not say)."""
-    device = os.stat(path).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    kind = ""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
-        if fields[2] == wanted:
-            kind = fields[fields.index("-") + 1]
-    return kind

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiers under the real daemon: pages enter, sink by age and where there is no room, survive a kill; what a reload may change."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+
+from tests.daemon.process import OURS, POLICY, Boot, Daemon, evicted
+from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
+from tests.kernel.vmm import MIB, Vmm, wait_for
+
+pytestmark = pytest.mark.usefixtures("kernel")
+SMALL = {"name": "memory", "capacity": "2MiB"}
+
+
+def with_tiers(daemon: Daemon, *tiers: object, **settings: Any) -> None:
+    daemon.write(guests=[{"name": f"*{OURS}", **POLICY, "tiers": list(tiers)}], **settings)
+
+
+def tiers(daemon: Daemon) -> dict[str, dict[str, Any]]:
+    return {tier["name"]: tier for tier in daemon.guests()["web"]["tiers"]}
+
+
+@pytest.fixture
+def web(boot: Boot) -> Vmm:
+    return boot("web", 16 * MIB, "compressible")
+
+
+def test_pages_enter_sink_and_come_back(daemon: Daemon, web: Vmm) -> None:
+    with_tiers(daemon, SMALL, "file")
+    daemon.start()
+    evicted(daemon, "web", web)
+    wait_for(lambda: daemon.guests()["web"]["counters"]["pages_demoted"], "what is too much has sunk")
+    memory, file = tiers(daemon)["memory"], tiers(daemon)["file"]
+    assert 0 < memory["used_bytes"] <= 2 * MIB < memory["stored_bytes"]
+    assert file["stored_bytes"] == file["used_bytes"] > 4 * MIB
+    shown = daemon.tierd("status").stdout
+    assert [line.split()[1] for line in shown.splitlines() if line.startswith(f"web{OURS}")][1:] == ["memory", "file"]
+    assert {store["name"] for store in daemon.status()["stores"]} == {"memory", "file"}
+    daemon.kill()
+    daemon.start()
+    web.verify()
+    evicted(daemon, "web", web)
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    web.verify()
+    assert not list((daemon.runtime_dir / "pools").iterdir())
+
+
+def test_pages_sink_with_age(daemon: Daemon, web: Vmm) -> None:
+    with_tiers(daemon, "memory", {"name": "file", "min_age_s": 4})
+    daemon.start()
+    wait_for(lambda: daemon.stored_bytes("web"), "pages leave")
+    assert not tiers(daemon)["file"]["stored_bytes"], "nothing is as old"
+    evicted(daemon, "web", web)  # what does not compress has waited for that
+    wait_for(lambda: not tiers(daemon)["memory"]["stored_bytes"], "everything has sunk")
+    web.verify()
+
+
+def test_a_tier_is_not_taken_from_its_pages(daemon: Daemon, web: Vmm) -> None:
+    with_tiers(daemon, "memory", "file")
+    daemon.start()
+    evicted(daemon, "web", web)
+    with_tiers(daemon, "file")
+    refused = daemon.tierd("config", "check")
+    assert refused.returncode == 0, "by itself it is right"
+    daemon.signal(signal.SIGHUP)
+    wait_for(lambda: daemon.logged("reload_failed"), "it is refused")
+    pages = tiers(daemon)["memory"]["stored_bytes"] // 4096
+    (told,) = daemon.logged("config_error")
+    assert f"guest web{OURS} has {pages} pages in tier memory" in told["error"]
+    with_tiers(daemon, {"name": "memory", "capacity": 0}, "file")
+    daemon.signal(signal.SIGHUP)
+    wait_for(lambda: not tiers(daemon)["memory"]["stored_bytes"], "the tier is emptied")
+    with_tiers(daemon, "file")
+    daemon.signal(signal.SIGHUP)
+    wait_for(lambda: len(daemon.logged("reloaded")) == 2, "nothing is in its way")
+    web.verify()
+
+
+def test_a_place_for_pools_that_is_none(daemon: Daemon) -> None:
+    with_tiers(daemon, "memory", memory={"path": str(daemon.store_dir.parent / "pools")})
+    daemon.spawn()
+    assert daemon.wait() == 1
+    assert "compressed memory must be on a tmpfs; set memory.path" in daemon.log_path.read_text()
+
+
+def test_a_full_tier_below_holds_up_nothing(daemon: Daemon, web: Vmm) -> None:
+    """What would sink stays; what comes back gives its room back all the same, and pages go on leaving."""
+    with_tiers(daemon, "memory", {"name": "file", "capacity": 0, "min_age_s": 0})
+    daemon.start()
+    wait_for(lambda: daemon.stored_bytes("web") > 8 * MIB, "what compresses leaves")
+    before = tiers(daemon)["memory"]["used_bytes"]
+    assert daemon.tierd("restore", f"web{OURS}").returncode == 0
+    wait_for(lambda: tiers(daemon)["memory"]["used_bytes"] < before / 4, "room is given back")
+    assert daemon.tierd("resume", f"web{OURS}").returncode == 0
+    wait_for(lambda: tiers(daemon)["memory"]["used_bytes"] > before / 2, "it leaves again")
+    assert not tiers(daemon)["file"]["stored_bytes"]
+    assert not daemon.logged("eviction_failed")
+    web.verify()
+
+
+def test_a_place_that_nobody_needs_is_not_looked_at(daemon: Daemon) -> None:
+    with_tiers(daemon, "file", memory={"path": str(daemon.store_dir.parent / "pools")})
+    daemon.start()
+    assert [store["name"] for store in daemon.status()["stores"]] == ["file"]
+    with_tiers(daemon, "memory", memory={"path": str(daemon.store_dir.parent / "pools")})
+    daemon.signal(signal.SIGHUP)
+    wait_for(lambda: daemon.logged("reload_failed"), "it is by now")
+    assert "must be on a tmpfs" in daemon.logged("config_error")[0]["error"]
+
+
+def test_memory_is_named_later(daemon: Daemon, boot: Boot) -> None:
+    with_tiers(daemon, "file")
+    daemon.start()
+    with_tiers(daemon, "memory", "file")
+    daemon.signal(signal.SIGHUP)
+    wait_for(lambda: daemon.logged("reloaded"), "reloaded")
+    late = boot("web", 16 * MIB, "compressible")
+    evicted(daemon, "web", late)
+    assert tiers(daemon)["memory"]["stored_bytes"]
+    late.verify()

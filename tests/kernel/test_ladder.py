@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest whose cold pages go to compressed memory, and sink from there to a disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernel.host_memory import huge_pages
+from tests.kernel.torture import torture
+from tests.kernel.vmm import MIB, PAGE, Host, Tiered, Vmm, wait_for
+from tierd.native import Codec, KernelError
+from tierd.store import StoreError
+
+Start = Callable[..., Vmm]
+LADDER = ("memory", "file")
+ZEROS = 50  # pages
+
+
+@pytest.fixture(params=["memfd", "anonymous"])
+def vmm(start_vmm: Start, request: pytest.FixtureRequest) -> Vmm:
+    vmm = start_vmm(f"bytes={16 * MIB}", "regions=2", f"kind={request.param}", "compressible")
+    vmm.ask("fill")
+    vmm.ask("zero", 100, ZEROS)
+    return vmm
+
+
+def pool_of(tiered: Tiered) -> dict[str, Any]:
+    return tiered.native.tier_counters(tiered.served.tiers["memory"].number)
+
+
+@pytest.mark.parametrize("codec", Codec)
+def test_everything_leaves_and_comes_back(vmm: Vmm, host: Host, codec: Codec) -> None:
+    with host.attached(vmm, tiers=LADDER, codec=codec) as tiered:
+        tiered.evict_all()
+        pool = pool_of(tiered)
+        assert tiered.pages_in("memory") == pool["pages"] > vmm.pages / 2
+        assert tiered.pages_in("file") == pool["refused_pages"] > vmm.pages / 8, "what does not compress well goes on"
+        assert tiered.counters()["tier_pages"][0] == ZEROS
+        assert pool["filled_pages"] > vmm.pages / 8, "one word, again and again"
+        assert 0 < pool["compressed_bytes"] < pool["used_bytes"] < pool["pages"] * PAGE * 0.75
+        assert tiered.counters()["pages_refused"] == 0
+        vmm.verify()
+        wait_for(lambda: not tiered.stored_pages, "everything is fetched")
+        pool = pool_of(tiered)
+        assert pool["read_pages"] == pool["written_pages"] >= sum(pool["read_buckets"]) > 0
+        tiered.discard()
+        assert pool_of(tiered)["compressed_bytes"] == 0, "what came back takes no room"
+        tiered.leave()
+    vmm.verify()
+    assert not list((host.tmpfs_dir / "pools").iterdir()), "no pool is left behind"
+
+
+def test_pages_sink(vmm: Vmm, host: Host) -> None:
+    with host.attached(vmm, tiers=LADDER) as tiered:
+        tiered.evict_all()
+        before = tiered.pages_in("memory")
+        assert tiered.demote("memory", max_bytes=1000 * PAGE) == 1000
+        assert tiered.pages_in("memory") == before - 1000
+        assert tiered.demote("memory") == before - 1000
+        pool = pool_of(tiered)
+        assert pool["pages"] == pool["compressed_bytes"] == 0
+        assert tiered.pages_in("file") == vmm.pages - ZEROS
+        assert tiered.counters()["pages_demoted"] == before
+        vmm.verify()
+        tiered.leave()
+
+
+def test_only_what_is_old_enough_sinks(vmm: Vmm, host: Host) -> None:
+    with host.attached(vmm, tiers=LADDER) as tiered:
+        tiered.evict_all()
+        assert tiered.demote("memory", min_idle_s=3600.0) == 0
+        ages = tiered.native.idle_pages((0.0, 3600.0), tiered.served.tiers["memory"].number)
+        assert ages == (tiered.pages_in("memory"), 0)
+
+
+def test_a_full_pool(vmm: Vmm, host: Host) -> None:
+    """What it has no room for goes to the next tier, and so does what a page becomes that was in it before."""
+    with host.attached(vmm, tiers=LADDER) as tiered:
+        tiered.native.set_capacity(1, 2 * MIB)
+        tiered.evict_all()
+        assert tiered.pages_in("memory") > 0
+        assert tiered.served.tiers["memory"].space.used_bytes() <= 2 * MIB
+        assert tiered.pages_in("memory") + tiered.pages_in("file") == vmm.pages - ZEROS
+        vmm.verify()
+        tiered.native.set_capacity(1, 0)
+        tiered.evict_all()
+        assert tiered.pages_in("memory") == 0
+        vmm.verify()
+        tiered.leave()
+
+
+def test_nowhere_to_go(vmm: Vmm, host: Host) -> None:
+    """Pages that do not compress stay with a guest that has compressed memory only; they are not tried again before somebody has
+    touched them, and are as old as they are when there is another tier for them."""
+    with host.attached(vmm, tiers=LADDER) as tiered:
+        tiered.scan()
+        tiered.evict(tiers=["memory"])
+        refused = tiered.counters()["pages_refused"]
+        assert refused > vmm.pages / 8
+        assert tiered.pages_in("file") == tiered.counters()["store_write_errors"] == 0
+        assert not tiered.evict(tiers=["memory"], stage=False)
+        assert tiered.counters()["pages_refused"] == refused
+        assert tiered.evict(stage=False) == tiered.pages_in("file") == refused
+        assert pool_of(tiered)["refused_pages"] == refused, "the pool is not asked again"
+        vmm.verify()
+        tiered.discard()
+        tiered.native.set_capacity(1, 0)
+        tiered.scan()
+        with pytest.raises(KernelError, match="No space left"):
+            tiered.evict(tiers=["memory"])
+        vmm.verify()
+        tiered.leave()
+
+
+def test_a_page_that_was_touched_is_tried_again(start_vmm: Start, host: Host) -> None:
+    """What was touched may have become something that compresses, also where a whole group of pages was touched at once."""
+    vmm = start_vmm(f"bytes={4 * MIB}", "compressible")
+    vmm.ask("fill")
+    with host.attached(vmm, tiers=LADDER) as tiered:
+        tiered.scan()
+        tiered.evict(tiers=["memory"])
+        refused = pool_of(tiered)["refused_pages"]
+        vmm.verify()
+        wait_for(lambda: not tiered.stored_pages, "everything is fetched")
+        tiered.discard()
+        tiered.scan()
+        tiered.evict(tiers=["memory"])
+        assert pool_of(tiered)["refused_pages"] >= 2 * refused
+        tiered.leave()
+
+
+def test_a_tier_that_discards_nothing_holds_up_no_other(start_vmm: Start, host: Host) -> None:
+    """The pool's room is the host's memory."""
+    vmm = start_vmm(f"bytes={4 * MIB}", "compressible")
+    vmm.ask("fill")
+    with host.attached(vmm, tiers=LADDER) as tiered:
+        tiered.evict_all()
+        vmm.verify()
+        wait_for(lambda: not tiered.stored_pages, "everything is fetched")
+        for fd in map(int, os.listdir("/proc/self/fd")):  # the data plane has one of its own
+            with contextlib.suppress(OSError):
+                if (path := os.readlink(f"/proc/self/fd/{fd}")).endswith(".pages"):
+                    read_only = os.open(path, os.O_RDONLY)
+                    os.dup2(read_only, fd)
+                    os.close(read_only)
+        with pytest.raises(KernelError, match="discard"):
+            tiered.discard()
+        assert pool_of(tiered)["compressed_bytes"] == 0
+        tiered.leave()
+
+
+def test_adoption(vmm: Vmm, host: Host) -> None:
+    with host.attached(vmm, tiers=LADDER) as tiered:
+        tiered.evict_all()
+        tiered.demote("memory", max_bytes=500 * PAGE)
+        before = {name: tiered.pages_in(name) for name in LADDER}
+    with host.adopted(vmm) as tiered:
+        assert list(tiered.served.tiers) == list(LADDER)
+        assert {name: tiered.pages_in(name) for name in LADDER} == before
+        tiered.native.set_capacity(1, 1 << 30)
+        assert pool_of(tiered)["pages"] == before["memory"]
+        vmm.verify()
+        tiered.evict_all()
+        vmm.verify()
+        tiered.leave()
+
+
+@pytest.mark.parametrize("kind", ["flipped", "overwritten", "cut"])
+def test_a_damaged_pool(start_vmm: Start, host: Host, kind: str) -> None:
+    """Memory errors at what was in it, whatever is wrong with it; never other bytes. What is elsewhere is not touched by that."""
+    vmm = start_vmm(f"bytes={4 * MIB}", "compressible", "survive")
+    vmm.ask("fill")
+    with host.attached(vmm, tiers=LADDER) as tiered:
+        tiered.evict_all()
+        in_pool, path = tiered.pages_in("memory"), tiered.served.tiers["memory"].space.path
+    with open(path, "r+b") as pool:
+        size, at = os.fstat(pool.fileno()).st_size, 0
+        if kind == "overwritten":
+            pool.write(os.urandom(4096))
+        elif kind == "cut":
+            pool.truncate(size // 2)
+        while kind == "flipped" and at < size:
+            at = os.lseek(pool.fileno(), at, os.SEEK_DATA) if at == 0 else at
+            if at >= 1 * MIB:
+                byte = os.pread(pool.fileno(), 1, at)[0]
+                os.pwrite(pool.fileno(), bytes([byte ^ 0x10]), at)
+            at += 5000
+    with host.adopted(vmm) as tiered:
+        vmm.ask("verify")
+        assert tiered.counters()["pages_lost"] <= in_pool
+        if kind == "overwritten":
+            assert tiered.counters()["pages_lost"] == in_pool
+        wait_for(lambda: not tiered.stored_pages, "everything that can be had is fetched")
+    assert not vmm.wrong
+
+
+def test_a_pool_that_is_gone(start_vmm: Start, host: Host) -> None:
+    """The guest is left as it is: its threads wait at pages that are nowhere to be had."""
+    vmm = start_vmm(f"bytes={4 * MIB}", "compressible")
+    vmm.ask("fill")
+    with host.attached(vmm, tiers=LADDER) as tiered:
+        tiered.evict_all()
+        path: Path = tiered.served.tiers["memory"].space.path
+        kept = path.rename(path.with_suffix(".kept"))
+    with pytest.raises(StoreError, match="nothing was touched"), host.adopted(vmm):
+        pass
+    kept.rename(path)
+    with host.adopted(vmm) as tiered:
+        vmm.verify()
+        tiered.leave()
+
+
+def test_huge_pages_pass_compressed_memory_by(start_vmm: Start, host: Host) -> None:
+    with huge_pages(16):
+        vmm = start_vmm(f"bytes={16 * MIB}", "kind=huge", "compressible")
+        vmm.ask("fill")
+        with host.attached(vmm, tiers=LADDER) as tiered:
+            assert list(tiered.served.tiers) == ["file"]
+            tiered.evict_all()
+            vmm.verify()
+            tiered.leave()
+        with pytest.raises(StoreError, match="none of its tiers"), host.attached(vmm, tiers=("memory",)):
+            pass
+        vmm.kill()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("memory", ["memfd", "anonymous"])
+def test_torture(vmm_binary: Path, memory: Any) -> None:
+    """Three tiers, everything as in the other torture runs, while pages sink and the pool is compacted."""
+    result = torture(vmm_binary, kills=30, seed=7, guests=2, memory=memory, ladder=True)
+    assert result["wrong_bytes"] == 0
+    assert result["evicted_pages"] > 0

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A directory of ours with one file a guest in it: mode 0700 and 0600, because what is in there is guests' memory."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tierd.store import StoreError
+
+PREFIX = "guest-"
+KEY = re.compile(r"[0-9]{1,10}-[0-9]{1,20}")
+USED_CACHE_S = 1.0
+
+
+class GuestFiles:
+    """The directory. Everything here blocks."""
+
+    def __init__(self, path: Path, suffix: str, setting: str) -> None:
+        """Makes it where there is none. `setting`: the configuration's key for it. StoreError: it cannot hold guests' memory;
+        the text says why and what to do."""
+        self.path, self.suffix = path, suffix
+        self._used_at, self._used = -1e9, 0
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            info = path.lstat()
+        except OSError as error:
+            raise StoreError(
+                f"the store's directory {path} cannot be made: {error.strerror}; create it, or set {setting}"
+            ) from error
+        if not stat.S_ISDIR(info.st_mode):
+            raise StoreError(f"the store's path {path} is not a directory; remove it, or set {setting}")
+        if info.st_uid != os.geteuid():
+            raise StoreError(
+                f"{path} belongs to user {info.st_uid}, tierd runs as {os.geteuid()}: guests' memory would "
+                f"be theirs to read; chown it or set {setting}"
+            )
+        if info.st_mode & 0o077:
+            raise StoreError(
+                f"{path} has mode {stat.S_IMODE(info.st_mode):04o}: others could read guests' memory; chmod 0700 {path}"
+            )
+
+    def any(self) -> bool:
+        """Whether some guest has a file in it."""
+        return any(self.path.glob(f"{PREFIX}*{self.suffix}"))
+
+    def create(self, key: str, flags: int = 0) -> tuple[int, Path]:
+        """A new, empty file, open for reading and writing. StoreError."""
+        path = self.path / f"{PREFIX}{key}{self.suffix}"
+        try:
+            path.unlink(missing_ok=True)  # it can only be a leftover: pids and start times do not come back
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be made: {error.strerror}; see the directory's owner and mode") from error
+        return fd, path
+
+    def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
+        """Remove the files of guests that are gone; their keys."""
+        swept = []
+        for path in sorted(self.path.glob(f"{PREFIX}*{self.suffix}")):
+            key = path.name[len(PREFIX) : -len(self.suffix)]
+            if KEY.fullmatch(key) and path.is_file() and not path.is_symlink() and not may_be_needed(key):
+                try:
+                    path.unlink()
+                except OSError:  # a file system that is read-only now: the next sweep tries again
+                    continue
+                swept.append(key)
+        return swept
+
+    def used_bytes(self) -> int:
+        """Blocks of all guests' files; looked up at most once a second."""
+        if time.monotonic() - self._used_at > USED_CACHE_S:
+            used = 0
+            for path in self.path.glob(f"{PREFIX}*{self.suffix}"):
+                with contextlib.suppress(FileNotFoundError):  # a guest that is being deleted
+                    used += path.lstat().st_blocks * 512
+            self._used, self._used_at = used, time.monotonic()
+        return self._used
+
+
+def open_ours(path: Path, flags: int) -> int:
+    """Open a file that exists and that only this user can have put there. Never waits: what is not a regular file (a FIFO
+    waits for its other end, a device may do anything) is looked at, not opened. OSError says what it is."""
+    looked_at = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        info = os.fstat(looked_at)
+        if not stat.S_ISREG(info.st_mode):
+            raise OSError(
+                errno.EPERM, f"it is {_KINDS.get(stat.S_IFMT(info.st_mode), 'not a file')}, not a regular file"
+            )
+        if info.st_uid != os.geteuid():
+            raise OSError(errno.EPERM, f"it belongs to user {info.st_uid}, tierd runs as {os.geteuid()}")
+        return os.open(f"/proc/self/fd/{looked_at}", flags | os.O_CLOEXEC)
+    finally:
+        os.close(looked_at)
+
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def file_system_of(path: Path) -> str:
+    """Type of the file system that holds `path`, by the kernel's mount table ("" when it does not say)."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    kind = ""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[2] == wanted:
+            kind = fields[fields.index("-") + 1]
+    return kind
