@@ -81,6 +81,7 @@ def boot(
                 "-accel",
                 "tcg,thread=multi",
             ),
+            *("-machine", "mem-merge=off"),  # the same guests run outside: KSM would merge them with these
             *("-cpu", "max", "-smp", str(cpus), "-m", str(memory_mib)),
             *("-kernel", str(kernel.image), "-initrd", str(make_initramfs(kernel, command, scratch))),
             *("-append", f"{KERNEL_COMMAND_LINE} tree={TREE} {append}"),
