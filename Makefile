@@ -20,22 +20,22 @@ $(STAMP): pyproject.toml setup.py $(C_SOURCES)
 setup: build
 	@tests/setup.sh vm
 
-# The main job on a real guest; JSON=1 ends with one JSON object on the last line. MEMORY=anon: with QEMU's default memory.
+# The main job on a real guest; JSON=1 ends with one JSON object on the last line. MEMORY=anon: with QEMU's default memory; TIERS=file: only that tier.
 demo: setup
-	@$(VENV)/bin/tierd --config config/tierd.yaml demo --directory build/vm $(if $(JSON),--json) $(if $(filter anon,$(MEMORY)),--backing anonymous)
+	@$(VENV)/bin/tierd --config config/tierd.yaml demo --directory build/vm $(if $(JSON),--json) $(if $(filter anon,$(MEMORY)),--backing anonymous) $(if $(TIERS),--tiers $(TIERS))
 
-# Two lanes: much of what must have the machine to itself only waits, so what computes goes on beside it, with what is left of the CPUs.
 test: setup lint
 	@tests/setup.sh libvirt metrics disks boot
-	@$(MAKE) --no-print-directory -j2 test-machine test-beside
+	@$(MAKE) --no-print-directory test-machine
+	@$(MAKE) --no-print-directory test-beside
 
 # One after the other: these look at what the machine has and change what it is set to.
 test-machine:
 	$(PY) -m pytest -q --ignore=tests/kernels --ignore=tests/native $(ARGS)
 
-# Shown at the end: two outputs at once cannot be read.
+# What computes: two at once.
 test-beside: kernels
-	@nice $(BOOTED) tests/native $(ARGS) >build/test-beside.log 2>&1; status=$$?; cat build/test-beside.log; exit $$status
+	$(BOOTED) tests/native $(ARGS)
 
 # Kernels that have the engines' interfaces, and Debian's own: built or unpacked once, into ~/.cache/tierd/kernels.
 kernels:

@@ -325,6 +325,13 @@ def _size(context: click.Context, param: click.Parameter, value: str | None) -> 
     help="Of the virtual machine; 128MiB at least.",
 )
 @click.option(
+    "--tiers",
+    default="memory,file",
+    show_default=True,
+    metavar="NAMES",
+    help="Where the guest's cold pages go, in the order in which they sink.",
+)
+@click.option(
     "--backing",
     type=click.Choice(["memfd", "anonymous"]),
     default="memfd",
@@ -339,6 +346,7 @@ def demo(
     accel: str,
     memory_bytes: int,
     backing: Literal["memfd", "anonymous"],
+    tiers: str,
 ) -> NoReturn:
     """Boot a virtual machine, tier it, and let it verify every byte: two minutes at most, as root.
 
@@ -350,7 +358,7 @@ def demo(
     config = options.config if options.config.exists() else None
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        sys.exit(run_demo(as_json, directory, config, accel, memory_bytes, backing))
+        sys.exit(run_demo(as_json, directory, config, accel, memory_bytes, backing, tiers.split(",")))
     except (DemoError, GuestError) as error:
         raise Failure(str(error)) from error
 

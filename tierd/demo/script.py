@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
@@ -45,8 +45,8 @@ POLICY = {
     "min_idle_s": 3,
     "unsafe_min_idle": True,
     "evict_rate_max": "64MiB/s",  # it would be over in a second
-    "tiers": [{"name": "memory", "capacity": "24MiB"}, "file"],  # small, so that pages sink
 }
+TIERS: dict[str, Any] = {"memory": {"name": "memory", "capacity": "24MiB"}}  # small, so that pages sink
 
 
 class DemoError(Exception):
@@ -89,7 +89,9 @@ class Tierd:
     """The real daemon, with the shipped configuration but for places and short times: `with Tierd(...) as tierd:`.
     Leaving the block stops it as systemd would (SIGTERM: everything is brought back first)."""
 
-    def __init__(self, shipped: Path | None, directory: Path, runtime_dir: Path, pid: int) -> None:
+    def __init__(
+        self, shipped: Path | None, directory: Path, runtime_dir: Path, pid: int, tiers: Sequence[str]
+    ) -> None:
         self._log = directory / "tierd.log"
         self._config = directory / "tierd.yaml"
         self._pid = pid
@@ -102,7 +104,9 @@ class Tierd:
         guests = directory / "guests.d"
         guests.mkdir()
         # by pid as well: another demo's guest has the same name
-        (guests / "demo.yaml").write_text(yaml.safe_dump({"name": NAME, "pid": pid, **POLICY}))
+        (guests / "demo.yaml").write_text(
+            yaml.safe_dump({"name": NAME, "pid": pid, **POLICY, "tiers": [TIERS.get(tier, tier) for tier in tiers]})
+        )
         self._daemon: subprocess.Popen[bytes] | None = None
         self._socket = socket
 
@@ -206,7 +210,9 @@ class Demo:
         return DemoError(f"{what}; its log ends:\n{self.tierd.log()}" if self.tierd else what)
 
 
-def _show(guest: DemoGuest, config: Path | None, directory: Path, display: Display, began: float) -> Result:
+def _show(
+    guest: DemoGuest, config: Path | None, directory: Path, tiers: Sequence[str], display: Display, began: float
+) -> Result:
     """The demo from a guest that was just started."""
     deadline = began + DEMO_S_MAX
     said = guest.wait_ready(deadline - time.monotonic())
@@ -215,7 +221,10 @@ def _show(guest: DemoGuest, config: Path | None, directory: Path, display: Displ
         f"it uses {demo.used_bytes / MIB:.0f} MiB of host memory and can check {said['used'] / MIB:.0f} MiB of it: "
         f"{said['cold'] / MIB:.0f} cold, {said['hot'] / MIB:.0f} in use, {said['zero'] / MIB:.0f} zeros"
     )
-    with _places(directory) as (scratch, runtime_dir), Tierd(config, scratch, runtime_dir, guest.pid) as demo.tierd:
+    with (
+        _places(directory) as (scratch, runtime_dir),
+        Tierd(config, scratch, runtime_dir, guest.pid, tiers) as demo.tierd,
+    ):
         display.say("starting tierd")
         demo.wait_served()
         display.say(f"tierd serves it (engine {demo.status['engine']}): what the guest does not touch leaves memory")
@@ -293,6 +302,7 @@ def run_demo(
     accel: str = "auto",
     memory_bytes: int = MEMORY_BYTES,
     backing: Backing = "memfd",
+    tiers: Sequence[str] = ("memory", "file"),
 ) -> int:
     """The whole demo, under two minutes; main thread only. The exit status: 0 if the guest verified every byte and at
     least 40 % of its memory was given back at the low point, else 1. DemoError or GuestError when it does not come that
@@ -301,7 +311,7 @@ def run_demo(
     json: the result as one JSON object on the last line of standard output; progress goes to standard error.
     directory: for the guest's files (its kernel is looked for there first) and the store; not on a tmpfs.
     config: the shipped tierd.yaml, of which places and times are changed. None: tierd's defaults.
-    memory_bytes: of the guest; backing: see DemoGuest.
+    memory_bytes: of the guest; backing: see DemoGuest; tiers: its policy's.
     """
     if os.geteuid() != 0:
         raise DemoError("the demo needs root, as tierd does (ptrace, userfaultfd): run it with sudo")
@@ -310,7 +320,7 @@ def run_demo(
         guest = DemoGuest(directory, NAME, memory_bytes=memory_bytes, accel=accel, backing=backing, VERIFY_S=VERIFY_S)
         display.say("booting a virtual machine under an unmodified QEMU")
         with guest:
-            result = _show(guest, config, directory, display, began)
+            result = _show(guest, config, directory, tiers, display, began)
     if json:
         print(dumps(asdict(result)), flush=True)
     else:
