@@ -548,18 +548,6 @@ LADDER = [
         "false)",
     ),
     Mutation(
-        "quarantine_forgotten_by_the_second_successor",  # rule 11
-        "guest.c",
-        "	return word_state(to) == STORED ? word_with_state(to, MOVING) : to;",
-        "	return to;",
-    ),
-    Mutation(
-        "page_that_could_not_come_back_is_not_in_flight_any_more",  # rule 11
-        "fault.c",
-        "!i && w->was_moving ? MOVING : STORED",
-        "STORED",
-    ),
-    Mutation(
         "pool_adopted_after_a_page_was_read_from_it",
         "guest.c",
         "		error = adopt_pool(g);",
@@ -573,8 +561,6 @@ MORE = {
     "page_claimed_whatever_its_tier": ("--ladder",),
     **{mutation.name: ("--ladder",) for mutation in LADDER},
     "page_that_sinks_is_not_in_flight": ("--ladder", "--late-io", "--from", "5001"),
-    "quarantine_forgotten_by_the_second_successor": ("--ladder", "--late-io", "--often"),
-    "page_that_could_not_come_back_is_not_in_flight_any_more": ("--ladder", "--late-io", "--often"),
     **{mutation.name: ("--engine", mutation.name[:3]) for mutation in NATIVE_ENGINES},
     **{mutation.name: ("--engine", "rwp", "--hugetlb") for mutation in HUGETLBFS},
     **{mutation.name: ("--anon",) for mutation in ANONYMOUS},
@@ -584,7 +570,7 @@ MORE = {
         "4001",
     ),  # the kernel must refuse the drop
     "huge_hold_taken_for_poison": ("--engine", "rfc", "--hugetlb"),
-    "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--from", "17001"),  # one seed in ten thousand
+    "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--from", "38001"),  # one seed in ten thousand
     "rwp_absence_is_taken_for_protection": ("--engine", "rwp", "--remap"),
 }
 # Two walls stand behind each other here: one alone holds, so both are broken.
