@@ -4,6 +4,8 @@
  *
  *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--hugetlb] [--anon] [--ladder] [--often] [--vmm-ends] [--engine stock|rwp|rfc] [-v]
  *
+ * --often: it is killed often, while writes take long, and pages often cannot come back at once.
+ *
  * Guest threads read and write, fault workers serve, one worker evicts, a killer kills the daemon and starts another, an
  * operator repairs what was destroyed. Every page-table access and every piece of a system call is a point where somebody else
  * may run; a seed says who. What they do and what must be true of it: script.h. And nobody waits for ever. A failing seed is
@@ -702,9 +704,11 @@ static void set_up(void)
 	M.write_pauses = crowded || late_io ? below(100) : 0;
 	M.read_pauses = below(4) ? 0 : below(100);
 	guest_threads = 1 + below(GUEST_THREADS_MAX);
+	S.often = often;
 	if (often) {
-		M.faults.copy_nomem = 300;
-		M.write_pauses = 300;
+		M.faults.copy_nomem = 300 + below(600);
+		M.faults.store_eio = 0;
+		M.write_pauses = 30 + below(270);
 		S.failures = true;
 	}
 }
@@ -789,7 +793,7 @@ static void run_seed(uint64_t steps)
 			model_write_back();
 		if (i % 64 == 31 && S.losses)
 			spoil_store();
-		if (i % (ladder ? 1024 : 256) == 128) /* a page may take its time until it sinks there */
+		if (i % (often ? 2048 : ladder ? 1024 : 256) == 128) /* a page may take its time until it sinks there */
 			model_late_lands();
 		if (i % 16 == 5 && model_chance(reclaim_chance))
 			reclaim();
@@ -840,8 +844,7 @@ int main(int count, char **arguments)
 			anon = true;
 		else if (!strcmp(arguments[i], "--ladder"))
 			ladder = true;
-		else if (!strcmp(arguments[i],
-				 "--often")) /* kills, while writes take long and pages cannot come back */
+		else if (!strcmp(arguments[i], "--often"))
 			often = true;
 		else if (i + 1 < count && !strcmp(arguments[i], "--engine") && script_engine(arguments[i + 1], &engine))
 			i++;

@@ -299,7 +299,7 @@ void script_cycle(struct tierd_guest *g)
 		script_fail("no batch");
 	for (page = 0; page < g->pages;)
 		evict_batch(g, b, &page);
-	if (S.tiers > 1 && chance(500))
+	if (S.tiers > 1 && (S.often || chance(500)))
 		demote(g, b);
 	tierd_batch_destroy(b);
 	page = 0;

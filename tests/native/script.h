@@ -23,6 +23,7 @@ struct script {
 	bool losses;    /* stored copies are destroyed, so pages may be LOST */
 	bool anon;      /* the guest's memory is private and anonymous */
 	uint32_t tiers; /* the ladder's: 1, or the first of them is a pool */
+	bool often;     /* what can sink does so in every cycle */
 	/* the guest's side, by page; under world_lock */
 	uint64_t last[SCRIPT_PAGES_MAX]; /* what the guest last wrote */
 	uint32_t writes[SCRIPT_PAGES_MAX];

@@ -548,6 +548,18 @@ LADDER = [
         "false)",
     ),
     Mutation(
+        "quarantine_forgotten_by_the_second_successor",  # rule 11
+        "guest.c",
+        "	return word_state(to) == STORED ? word_with_state(to, MOVING) : to;",
+        "	return to;",
+    ),
+    Mutation(
+        "page_that_could_not_come_back_is_not_in_flight_any_more",  # rule 11
+        "fault.c",
+        "!i && w->was_moving ? MOVING : STORED",
+        "STORED",
+    ),
+    Mutation(
         "pool_adopted_after_a_page_was_read_from_it",
         "guest.c",
         "		error = adopt_pool(g);",
@@ -560,6 +572,8 @@ MORE = {
     "late_write_lands_in_used_space": ("--late-io",),
     "page_claimed_whatever_its_tier": ("--ladder",),
     **{mutation.name: ("--ladder",) for mutation in LADDER},
+    "quarantine_forgotten_by_the_second_successor": ("--ladder", "--late-io", "--often"),
+    "page_that_could_not_come_back_is_not_in_flight_any_more": ("--ladder", "--late-io", "--often"),
     "page_that_sinks_is_not_in_flight": ("--ladder", "--late-io", "--from", "5001"),
     **{mutation.name: ("--engine", mutation.name[:3]) for mutation in NATIVE_ENGINES},
     **{mutation.name: ("--engine", "rwp", "--hugetlb") for mutation in HUGETLBFS},
