@@ -242,20 +242,12 @@ class Guest:
         return attach(
             self.spec,
             engine=engine,
-            stores=[self._store(tier.name) for tier in policy.tiers],
+            stores=[host.stores[tier.name] for tier in policy.tiers],
             guests_dir=host.guests_dir,
             tuning=tuning,
             swap_can_receive=swappable,
             handed=self._handed,
         )
-
-    def _store(self, name: str) -> Store:
-        store = self._host.stores.get(name)
-        if store is None:
-            raise StoreError(
-                f"there is no tier {name}: see why in the log of tierd's start, mend it, and restart tierd"
-            )
-        return store
 
     def _adoption_facts(self) -> dict[str, int]:
         assert self._served is not None
@@ -514,13 +506,17 @@ class Guest:
         ]
 
     async def _evict(self, served: Served, min_idle_s: float, max_bytes: int) -> int:
-        evicted: int = await self._in_worker(self._evict_by_age, served, self.policy, min_idle_s, max_bytes)
+        well: set[str] = set()
+        evicted: int = await self._in_worker(self._evict_by_age, served, self.policy, min_idle_s, max_bytes, well)
+        for name in well if evicted else ():
+            self._tier_failures.pop(name, None)
+            self._host.store_trouble.pop((name, self.key), None)
         if evicted:
             self._log.debug("evicted", bytes=evicted, min_idle_s=min_idle_s)
         return evicted
 
-    def _evict_by_age(self, served: Served, policy: Policy, min_idle_s: float, max_bytes: int) -> int:
-        """The oldest first, which more tiers may take. Worker."""
+    def _evict_by_age(self, served: Served, policy: Policy, min_idle_s: float, max_bytes: int, well: set[str]) -> int:
+        """The oldest first, which more tiers may take. `well`: tiers that were asked, and none failed. Worker."""
         evicted = 0
         for age_s in policies.classes(policy, min_idle_s):
             tiers = self._may_take(served, policy, age_s)
@@ -536,9 +532,7 @@ class Guest:
                 check=trio.from_thread.check_cancelled,
                 bytes_per_s=policy.evict_rate_max,
             )
-            for tier in tiers if evicted else ():  # they are well again
-                self._tier_failures.pop(tier.name, None)
-                self._host.store_trouble.pop((tier.name, self.key), None)
+            well.update(tier.name for tier in tiers)
         return evicted
 
     def _sink(self, served: Served, policy: Policy) -> None:
@@ -910,7 +904,7 @@ class Guest:
                 **{tier.name: pages[tier.number] * served.page_bytes for tier in served.tiers.values()},
             },
             staged_bytes=pages[STAGING_TIER] * served.page_bytes,
-            tiers=[self._tier_status(served, tier) for tier in served.tiers.values()],
+            tiers=[self._tier_status(served, tier, pages[tier.number]) for tier in served.tiers.values()],
             hole_bytes=counters["untouched_pages"] * served.page_bytes,
             idle=self._idle(served),
             counters=counters,
@@ -919,9 +913,9 @@ class Guest:
             cycles=self._cycles,
         )
 
-    def _tier_status(self, served: Served, tier: ServedTier) -> TierStatus:
+    def _tier_status(self, served: Served, tier: ServedTier, pages: int) -> TierStatus:
         counters: dict[str, Any] = served.native.tier_counters(tier.number)
-        stored_bytes = counters["pages"] * served.page_bytes
+        stored_bytes = pages * served.page_bytes
         return TierStatus(
             name=tier.name,
             stored_bytes=stored_bytes,

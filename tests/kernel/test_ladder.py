@@ -39,11 +39,11 @@ def test_everything_leaves_and_comes_back(vmm: Vmm, host: Host, codec: Codec) ->
     with host.attached(vmm, tiers=LADDER, codec=codec) as tiered:
         tiered.evict_all()
         pool = pool_of(tiered)
-        assert tiered.pages_in("memory") == pool["pages"] > vmm.pages / 2
+        assert tiered.pages_in("memory") == pool["written_pages"] > vmm.pages / 2
         assert tiered.pages_in("file") == pool["refused_pages"] > vmm.pages / 8, "what does not compress well goes on"
         assert tiered.counters()["tier_pages"][0] == ZEROS
         assert pool["filled_pages"] > vmm.pages / 8, "one word, again and again"
-        assert 0 < pool["compressed_bytes"] < pool["used_bytes"] < pool["pages"] * PAGE * 0.75
+        assert 0 < pool["compressed_bytes"] < pool["used_bytes"] < tiered.pages_in("memory") * PAGE * 0.75
         assert tiered.counters()["pages_refused"] == 0
         vmm.verify()
         wait_for(lambda: not tiered.stored_pages, "everything is fetched")
@@ -64,7 +64,7 @@ def test_pages_sink(vmm: Vmm, host: Host) -> None:
         assert tiered.pages_in("memory") == before - 1000
         assert tiered.demote("memory") == before - 1000
         pool = pool_of(tiered)
-        assert pool["pages"] == pool["compressed_bytes"] == 0
+        assert tiered.pages_in("memory") == pool["compressed_bytes"] == 0
         assert tiered.pages_in("file") == vmm.pages - ZEROS
         assert tiered.counters()["pages_demoted"] == before
         vmm.verify()
@@ -170,7 +170,6 @@ def test_adoption(vmm: Vmm, host: Host) -> None:
         assert list(tiered.served.tiers) == list(LADDER)
         assert {name: tiered.pages_in(name) for name in LADDER} == before
         tiered.native.set_capacity(1, 1 << 30)
-        assert pool_of(tiered)["pages"] == before["memory"]
         vmm.verify()
         tiered.evict_all()
         vmm.verify()

@@ -625,7 +625,7 @@ class NativeGuest:
         return _by_name(out, "struct tierd_counters")
 
     def tier_counters(self, tier: int) -> dict[str, Any]:
-        """A snapshot of struct tierd_tier_counters by field name. Reads the table."""
+        """A snapshot of struct tierd_tier_counters by field name."""
         out = ffi.new("struct tierd_tier_counters *")
         check(lib.tierd_guest_tier_counters(self._g, tier, out), "counters of a tier")
         return _by_name(out, "struct tierd_tier_counters")

@@ -483,7 +483,7 @@ static bool has_space_in(page_word w, unsigned int tier)
 	return word_copy(w) && word_tier(w) == tier;
 }
 
-/* A page of the guest may still have space in another tier, from the last time: a word has one tier only. */
+/* A page of the guest may still have space in another tier, from the last time: a word has one tier only. -ECANCELED: it was touched. */
 static int give_back_elsewhere(struct tierd_batch *b, uint32_t slot, unsigned int tier)
 {
 	struct tierd_guest *g = b->g;
@@ -516,6 +516,12 @@ static int mark(struct tierd_batch *b, uint32_t slot, unsigned int tier)
 	return 0;
 }
 
+/* As old as it is; or a fault has taken it already. */
+static void stay_with_guest(struct tierd_batch *b, uint32_t slot)
+{
+	page_move(b->g, b->pages[slot], b->words[slot], word_with_state(b->words[slot], RESIDENT));
+}
+
 /* Gives slots that no tier has taken yet to the file. */
 static void place_in_file(struct tierd_batch *b, unsigned int tier, bool *full)
 {
@@ -527,7 +533,7 @@ static void place_in_file(struct tierd_batch *b, unsigned int tier, bool *full)
 
 		if (!placed(b, i) && (room || has_space)) {
 			if (give_back_elsewhere(b, i, tier) || mark(b, i, tier)) {
-				turn_back(b->g, b->pages[i], b->words[i]);
+				stay_with_guest(b, i);
 				continue;
 			}
 			b->to[i] = (uint8_t)tier;
@@ -600,7 +606,7 @@ static int write_to_pool(struct tierd_batch *b, unsigned int tier, uint64_t *wri
 		int refused = b->to[i] == NOWHERE && !error && !*full ? give_to_pool(b, i, tier) : -EALREADY;
 
 		if (refused == -ECANCELED) {
-			turn_back(g, b->pages[i], b->words[i]);
+			stay_with_guest(b, i);
 			continue;
 		}
 		if (!refused) {
@@ -1134,6 +1140,11 @@ int tierd_batch_window(struct tierd_batch *b, uint64_t window_ns_max, struct tie
 
 	if (error)
 		return error;
+	if (!b->count) { /* no tier took any: nobody is held for that */
+		b->step = EMPTY;
+		guest_leave(g);
+		return 0;
+	}
 	if (!b->first)
 		discarded = discard_zeroed(b); /* an I/O of the store: before the guest is held */
 	began_ns = sys_now_ns();

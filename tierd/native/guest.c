@@ -949,24 +949,13 @@ int tierd_guest_idle(struct tierd_guest *g, uint32_t tier, const double *edges_s
 	return 0;
 }
 
-/* Whether it is on its way to another tier or not. */
-static bool stored(page_word w)
-{
-	return word_state(w) == STORED || word_state(w) == MOVING;
-}
-
 int tierd_guest_tier_counters(struct tierd_guest *g, uint32_t tier, struct tierd_tier_counters *ret)
 {
 	struct tier_count *c = &g->tier_counts[tier % TIERD_TIERS];
 
 	memset(ret, 0, sizeof(*ret));
-	if (tier >= TIERD_TIERS || (g->tiers[tier].fd < 0 && tier != TIER_STAGING))
+	if (tier >= TIERD_TIERS || g->tiers[tier].fd < 0)
 		return -ENODEV;
-	for (uint64_t page = 0; page < g->pages; page++) {
-		page_word w = atomic_load_explicit(&g->words[page], memory_order_relaxed);
-
-		ret->pages += stored(w) && word_tier(w) == tier;
-	}
 	if (tier_is_pool(g, tier) && g->pool) {
 		struct pool_counters in_pool;
 
@@ -988,6 +977,12 @@ int tierd_guest_tier_counters(struct tierd_guest *g, uint32_t tier, struct tierd
 		COPY(read_buckets[i]);
 #undef COPY
 	return 0;
+}
+
+/* Whether it is on its way to another tier or not. */
+static bool stored(page_word w)
+{
+	return word_state(w) == STORED || word_state(w) == MOVING;
 }
 
 void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret)

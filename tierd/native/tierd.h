@@ -178,8 +178,7 @@ struct tierd_counters {
 
 /* One tier of a guest. */
 struct tierd_tier_counters {
-	uint64_t pages;      /* STORED there, from the table; of a pool also others, whose room is given back soon */
-	uint64_t used_bytes; /* of a pool: memory that its file takes */
+	uint64_t used_bytes;       /* of a pool: memory that its file takes */
 	uint64_t metadata_bytes;   /* of a pool: what of that, and of ours, is neither pages nor waste */
 	uint64_t filled_pages;     /* of a pool: one 8-byte word, again and again */
 	uint64_t compressed_bytes; /* of a pool: what its pages have become */
@@ -304,7 +303,7 @@ int tierd_guest_keep_nonblocking(struct tierd_guest *g);
 void tierd_guest_set_readahead(struct tierd_guest *g, uint32_t readahead_pages);
 void tierd_guest_set_capacity(struct tierd_guest *g, uint32_t tier, uint64_t bytes);
 void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret);
-/* -ENODEV: there is no such tier. Reads the table. */
+/* -ENODEV: there is no such tier. How many pages are in it: tier_pages of tierd_counters. */
 int tierd_guest_tier_counters(struct tierd_guest *g, uint32_t tier, struct tierd_tier_counters *ret);
 /* A read that fails is tried again for so long; then the page is LOST: TIERD_LOST_POISON gives the guest a memory error,
  * TIERD_LOST_HOLD leaves its thread blocked for tierd_guest_retry. Takes effect at once, on what is LOST already, too. */
