@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory of ours with one file a guest in it: mode 0700 and 0600, because what is in there is guests' memory."""
+"""A store that is a directory of ours with one file a guest in it: mode 0700 and 0600, because what is in there is guests'
+memory."""
 
 from __future__ import annotations
 
@@ -19,13 +20,35 @@ KEY = re.compile(r"[0-9]{1,10}-[0-9]{1,20}")
 USED_CACHE_S = 1.0
 
 
-class GuestFiles:
-    """The directory. Everything here blocks."""
+class GuestFile:
+    """One guest's file: what all of store.Space's have in common."""
 
-    def __init__(self, path: Path, suffix: str, setting: str) -> None:
-        """Makes it where there is none. `setting`: the configuration's key for it. StoreError: it cannot hold guests' memory;
-        the text says why and what to do."""
-        self.path, self.suffix = path, suffix
+    def __init__(self, fd: int, path: Path) -> None:
+        self.fd, self.path = fd, path
+
+    def used_bytes(self) -> int:
+        return os.fstat(self.fd).st_blocks * 512
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def delete(self) -> None:
+        """Remove the file, open or closed. It may be gone already."""
+        self.path.unlink(missing_ok=True)
+
+
+class DirectoryStore:
+    """The directory: what all of store.Store's have in common. Everything here blocks."""
+
+    suffix = ""  # of the files' names
+    setting = ""  # the configuration's section
+
+    def __init__(self, path: Path, capacity_bytes: int | None) -> None:
+        """Makes it where there is none. `capacity_bytes`: of all guests together; None: what the file system has. StoreError: it
+        cannot hold guests' memory; the text says why and what to do."""
+        setting = f"{self.setting}.path"
+        self.path, self.trouble = path, ""
+        self._capacity_bytes = capacity_bytes
         self._used_at, self._used = -1e9, 0
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -50,7 +73,18 @@ class GuestFiles:
         """Whether some guest has a file in it."""
         return any(self.path.glob(f"{PREFIX}*{self.suffix}"))
 
-    def create(self, key: str, flags: int = 0) -> tuple[int, Path]:
+    def reserve_bytes(self, size: int) -> int:
+        """Of a file system of this size: what is left to others."""
+        raise NotImplementedError
+
+    def free_bytes(self) -> int:
+        disk = os.statvfs(self.path)
+        free = max(disk.f_bavail * disk.f_frsize - self.reserve_bytes(disk.f_blocks * disk.f_frsize), 0)
+        if self._capacity_bytes is not None:
+            free = min(free, max(self._capacity_bytes - self.used_bytes(), 0))
+        return free
+
+    def create_file(self, key: str, flags: int = 0) -> tuple[int, Path]:
         """A new, empty file, open for reading and writing. StoreError."""
         path = self.path / f"{PREFIX}{key}{self.suffix}"
         try:

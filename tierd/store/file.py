@@ -11,13 +11,12 @@ import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from tierd.native import TierKind
 from tierd.store import StoreError
-from tierd.store.directory import GuestFiles, file_system_of, open_ours
+from tierd.store.directory import DirectoryStore, GuestFile, file_system_of, open_ours
 
 RESERVE_BYTES = 256 << 20  # of the file system, for others; and so that a full disk is our decision, not an error
 MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
@@ -26,38 +25,25 @@ MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
 LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "jfs", "nilfs2"})
 
 
-class FileSpace:
+class FileSpace(GuestFile):
     """One guest's file. Implements store.Space."""
 
     kind, codec = TierKind.FILE, None
 
     def __init__(self, fd: int, path: Path, direct: bool) -> None:
-        self.fd, self.path, self.direct = fd, path, direct
-        self.drop_cache = not direct
+        super().__init__(fd, path)
+        self.direct, self.drop_cache = direct, not direct
         self.late = file_system_of(path.parent) not in LOCAL_FILE_SYSTEMS
 
-    def used_bytes(self) -> int:
-        return os.fstat(self.fd).st_blocks * 512
 
-    def close(self) -> None:
-        os.close(self.fd)
-
-    def delete(self) -> None:
-        """Remove the file, open or closed. It may be gone already."""
-        self.path.unlink(missing_ok=True)
-
-
-class FileStore:
+class FileStore(DirectoryStore):
     """Implements store.Store in directory `path`. `capacity_bytes`: of all guests together, None: what the disk has."""
 
-    name = "file"
+    name, suffix, setting = "file", ".pages", "store"
 
     def __init__(self, path: Path, capacity_bytes: int | None, direct: Literal["auto", "on", "off"]) -> None:
         """StoreError: the directory cannot hold guests' pages; the text says why and what to do."""
-        self._files = GuestFiles(path, ".pages", "store.path")
-        self.path = path
-        self._capacity_bytes = capacity_bytes
-        self.trouble = ""  # why it cannot be written now, where guests' pages are in it all the same
+        super().__init__(path, capacity_bytes)
         kind = file_system_of(path)
         if kind in MEMORY_FILE_SYSTEMS:
             raise StoreError(
@@ -72,7 +58,7 @@ class FileStore:
         try:
             problem = self._try_direct()
         except StoreError as error:
-            if not self._files.any():
+            if not self.any():
                 raise
             # full, or read-only after an error: evicting must wait, but those who wait for their pages must not
             self.trouble = str(error)
@@ -119,7 +105,7 @@ class FileStore:
         return True
 
     def create(self, key: str, pages: int, page_bytes: int) -> FileSpace:
-        fd, path = self._files.create(key, os.O_DIRECT if self.direct else 0)
+        fd, path = self.create_file(key, os.O_DIRECT if self.direct else 0)
         try:
             os.ftruncate(fd, pages * page_bytes)
         except OSError as error:
@@ -130,18 +116,8 @@ class FileStore:
             ) from error
         return FileSpace(fd, path, self.direct)
 
-    def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
-        return self._files.sweep(may_be_needed)
-
-    def used_bytes(self) -> int:
-        return self._files.used_bytes()
-
-    def free_bytes(self) -> int:
-        disk = os.statvfs(self.path)
-        free = max(disk.f_bavail * disk.f_frsize - RESERVE_BYTES, 0)
-        if self._capacity_bytes is not None:
-            free = min(free, max(self._capacity_bytes - self.used_bytes(), 0))
-        return free
+    def reserve_bytes(self, size: int) -> int:
+        return RESERVE_BYTES
 
 
 def reopen(path: Path, pages: int, page_bytes: int, *, direct: bool) -> FileSpace:
