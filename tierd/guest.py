@@ -13,8 +13,7 @@ import enum
 import errno
 import os
 import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,13 +29,12 @@ from tierd.attach.holders import HolderScan
 from tierd.attach.preflight import preflight, recheck, swap_can_receive
 from tierd.attach.procfs import grown, start_ticks
 from tierd.attach.ptrace import same_open_file
-from tierd.config import Policy, Tier
+from tierd.config import Policy
 from tierd.engine import Engine, fitting
-from tierd.native import STAGING_TIER, STATES, KernelError, NativeGuest, TierKind, Zap
+from tierd.native import STAGING_TIER, STATES, KernelError, NativeGuest, Zap
 from tierd.serve import (
     AwaitsHandshake,
     Served,
-    ServedTier,
     Tuning,
     adopt,
     attach,
@@ -46,7 +44,8 @@ from tierd.serve import (
 )
 from tierd.store import Store, StoreError
 from tierd.systemd import Notifier
-from tierd.view import GuestStatus, Progress, RequestRefused, State, TierStatus
+from tierd.tiers import Tiers
+from tierd.view import GuestStatus, Progress, RequestRefused, State
 
 HUNG_S = 0.25  # a fault in service for longer: another thread takes over
 HUNG_TOLD_S = 2.0  # and for longer than this: an operator is told
@@ -125,9 +124,6 @@ class Guest:
         self._fragile = self._fragile_told = False
         self._threads = trio.CapacityLimiter(THREADS_MAX)
         self._not_before = -1e9
-        self._tier_failures: dict[
-            str, tuple[int, float]
-        ] = {}  # by name: how often in a row, and when it is tried again
         self._cycles = 0
         self._worker = trio.Lock()
         self._ending: Ending | None = None
@@ -136,6 +132,7 @@ class Guest:
         self._scope = trio.CancelScope()
         self._wake = trio.Event()
         self._served: Served | None = None
+        self._tiers: Tiers
         self.begun = trio.Event()  # attached, or not and over
         self.phases = cycle.Phases()
         self._staging = cycle.Staging()
@@ -180,6 +177,7 @@ class Guest:
         finally:
             self.begun.set()
         self.spec = served.spec  # with what is ours in the VMM
+        self._tiers = Tiers(served, self._host.stores, lambda: self._host.served_guests)
         self._state = "paused" if self._paused else "active"
         self._host.served_guests += 1
         self._apply_reads(served)
@@ -326,7 +324,8 @@ class Guest:
             self._reason = decision.reason
             if decision.evict_bytes_max and not self._paused and trio.current_time() >= self._not_before:
                 evicted = await self._evict(served, decision.min_idle_s, decision.evict_bytes_max)
-            await self._in_worker(self._sink, served, self.policy)
+            if not self._paused and not self.policy.dry_run:
+                await self._sink()
         except Refused as refused:
             await self._give_up(served, refused)
         except (OSError, StoreError) as error:
@@ -456,148 +455,42 @@ class Guest:
     def _sample(self, served: Served) -> policies.Sample:
         policy = self.policy
         served.native.set_readahead(policy.readahead_pages)
-        free_bytes = sum(self._room(served, tier, policy) for tier in self._tiers_now(served, policy))
         stored_pages = sum(served.native.counters()["tier_pages"][tier.number] for tier in served.tiers.values())
         return policies.Sample(
             resident_bytes=served.resident_bytes(),
             stored_bytes=stored_pages * served.page_bytes,
-            store_free_bytes=free_bytes,
+            store_free_bytes=sum(self._tiers.room(tier, policy) for tier in self._tiers.usable(policy)),
             idle=self._idle(served),
             elapsed_s=policy.interval_s,
         )
 
-    def _tiers_now(self, served: Served, policy: Policy) -> Sequence[ServedTier]:
-        """Those that the policy still names and that are not to be left alone for a while. What the guest has not had since it
-        was attached it does not get: page words speak of its tiers by number."""
-        now = time.monotonic()
-        named = {tier.name for tier in policy.tiers}
-        return [
-            tier
-            for tier in served.tiers.values()
-            if tier.name in named and self._tier_failures.get(tier.name, (0, now))[1] <= now
-        ]
-
-    def _set_capacity(self, served: Served, tier: ServedTier, policy: Policy) -> int:
-        """Tell the data plane what the tier may hold of this guest, by the policy, by its store and by the host. Bytes."""
-        store = self._host.stores.get(tier.name)
-        free = store.free_bytes() if store is not None else 0
-        if tier.space.kind is TierKind.MEMORY:  # guests that got cold together must not each take all of it
-            free //= max(self._host.served_guests, 1)
-        capacity = tier.space.used_bytes() + free
-        own = next(
-            (t.capacity for t in policy.tiers if t.name == tier.name), 0
-        )  # 0: the policy has no such tier any more
-        if own is not None:
-            capacity = min(capacity, own)
-        served.native.set_capacity(tier.number, capacity)
-        return capacity
-
-    def _room(self, served: Served, tier: ServedTier, policy: Policy) -> int:
-        """Bytes that the tier may still take of this guest."""
-        return max(self._set_capacity(served, tier, policy) - tier.space.used_bytes(), 0)
-
-    def _may_take(self, served: Served, policy: Policy, min_idle_s: float) -> list[ServedTier]:
-        """The tiers to which pages that are idle for so long may go now, and that have room."""
-        old_enough = {tier.name for tier in policies.tiers_for(policy, min_idle_s)}
-        return [
-            tier
-            for tier in self._tiers_now(served, policy)
-            if tier.name in old_enough and self._room(served, tier, policy)
-        ]
-
     async def _evict(self, served: Served, min_idle_s: float, max_bytes: int) -> int:
-        well: set[str] = set()
-        evicted: int = await self._in_worker(self._evict_by_age, served, self.policy, min_idle_s, max_bytes, well)
-        for name in well if evicted else ():
-            self._tier_failures.pop(name, None)
+        check = trio.from_thread.check_cancelled
+        evicted, asked = await self._in_worker(
+            self._tiers.evict, self.policy, min_idle_s, max_bytes, self.phases, check
+        )
+        for name in asked if evicted else ():
+            self._tiers.well_again(name)
             self._host.store_trouble.pop((name, self.key), None)
         if evicted:
             self._log.debug("evicted", bytes=evicted, min_idle_s=min_idle_s)
-        return evicted
+        return int(evicted)
 
-    def _evict_by_age(self, served: Served, policy: Policy, min_idle_s: float, max_bytes: int, well: set[str]) -> int:
-        """The oldest first, which more tiers may take. `well`: tiers that were asked, and none failed. Worker."""
-        evicted = 0
-        for age_s in policies.classes(policy, min_idle_s):
-            tiers = self._may_take(served, policy, age_s)
-            if not tiers or evicted >= max_bytes:
-                continue
-            evicted += cycle.evict(
-                served.native,
-                min_idle_s=age_s,
-                max_bytes=max_bytes - evicted,
-                tiers=[tier.number for tier in tiers],
-                hold_ms_max=policy.hold_ms_max,
-                phases=self.phases,
-                check=trio.from_thread.check_cancelled,
-                bytes_per_s=policy.evict_rate_max,
-            )
-            well.update(tier.name for tier in tiers)
-        return evicted
-
-    def _sink(self, served: Served, policy: Policy) -> None:
-        """From each tier to those below it: what has become old enough for them, and the oldest of what is too much. Worker."""
-        if self._paused or policy.dry_run:
-            return
-        named: dict[str, Tier] = {tier.name: tier for tier in policy.tiers}
-        for above in served.tiers.values():
-            below = [tier for tier in self._tiers_now(served, policy) if tier.number > above.number]
-            if not below:
-                continue
-            demotion = policies.sink(policy, named[below[0].name], self._tier_sample(served, above, policy))
-            to = [tier for tier in self._may_take(served, policy, demotion.min_idle_s) if tier.number > above.number]
-            room = sum(self._room(served, tier, policy) for tier in to)
-            if not min(demotion.bytes_max, room):
-                continue
-            try:
-                moved = cycle.demote(
-                    served.native,
-                    above.number,
-                    [tier.number for tier in to],
-                    min_idle_s=demotion.min_idle_s,
-                    max_bytes=min(demotion.bytes_max, room),
-                    phases=self.phases,
-                    check=trio.from_thread.check_cancelled,
-                    bytes_per_s=policy.demote_rate_max,
-                )
-            except KernelError as error:
-                if error.errno != errno.ENOSPC or error.tier:
-                    raise
-                continue  # there was less room than it seemed: by policy, not an error
-            if moved:
-                self._log.debug("demoted", tier=above.name, bytes=moved, min_idle_s=demotion.min_idle_s)
-
-    def _tier_sample(self, served: Served, tier: ServedTier, policy: Policy) -> policies.TierSample:
-        store = self._host.stores.get(tier.name)
-        edges = policies.idle_edges(policy)
-        idle = served.native.idle_pages(edges, tier.number)
-        return policies.TierSample(
-            stored_bytes=sum(idle) * served.page_bytes,
-            used_bytes=tier.space.used_bytes(),
-            capacity_bytes=self._set_capacity(served, tier, policy),
-            store_used_bytes=store.used_bytes() if store is not None else 0,
-            store_free_bytes=store.free_bytes() if store is not None else 0,
-            idle=tuple((edge, pages * served.page_bytes) for edge, pages in zip(edges, idle, strict=True)),
-            elapsed_s=policy.interval_s,
-        )
+    async def _sink(self) -> None:
+        check = trio.from_thread.check_cancelled
+        for name, moved in await self._in_worker(self._tiers.sink, self.policy, self.phases, check):
+            self._log.debug("demoted", tier=name, bytes=moved)
 
     def _back_off_s(self, failures: int) -> float:
         """Guests that failed together do not try again together."""
         pause_s: float = min(self.policy.interval_s * 2 ** min(failures, 20), BACK_OFF_S_MAX)
         return pause_s * random.uniform(0.5, 1.0)
 
-    def _tier_failed(self, served: Served, error: KernelError) -> bool:
-        """A tier did not take pages: it is left alone for a while. Whether others go on meanwhile."""
-        name = next(tier.name for tier in served.tiers.values() if tier.number == error.tier)
-        failures = self._tier_failures.get(name, (0, 0.0))[0] + 1
-        self._tier_failures[name] = failures, time.monotonic() + self._back_off_s(failures)
-        self._host.store_trouble[name, self.key] = str(error)
-        return any(tier.name not in self._tier_failures for tier in served.tiers.values())
-
     def _failed(self, error: OSError | StoreError | RequestRefused) -> None:
         others = False
         if isinstance(error, KernelError) and error.tier and self._served is not None:
-            others = self._tier_failed(self._served, error)
+            name, others = self._tiers.failed(error.tier, self._back_off_s)
+            self._host.store_trouble[name, self.key] = str(error)
         if not others:
             self._failures += 1
             self._not_before = trio.current_time() + self._back_off_s(self._failures)
@@ -904,24 +797,16 @@ class Guest:
                 **{tier.name: pages[tier.number] * served.page_bytes for tier in served.tiers.values()},
             },
             staged_bytes=pages[STAGING_TIER] * served.page_bytes,
-            tiers=[self._tier_status(served, tier, pages[tier.number]) for tier in served.tiers.values()],
+            tiers=[
+                self._tiers.status(tier, pages[tier.number], (tier.name, self.key) not in self._host.store_trouble)
+                for tier in served.tiers.values()
+            ],
             hole_bytes=counters["untouched_pages"] * served.page_bytes,
             idle=self._idle(served),
             counters=counters,
             policy=self.policy.model_dump(mode="json"),
             phase_s=dict(self.phases.seconds),
             cycles=self._cycles,
-        )
-
-    def _tier_status(self, served: Served, tier: ServedTier, pages: int) -> TierStatus:
-        counters: dict[str, Any] = served.native.tier_counters(tier.number)
-        stored_bytes = pages * served.page_bytes
-        return TierStatus(
-            name=tier.name,
-            stored_bytes=stored_bytes,
-            used_bytes=counters["used_bytes"] if tier.space.kind is TierKind.MEMORY else stored_bytes,
-            healthy=(tier.name, self.key) not in self._host.store_trouble,
-            counters=counters,
         )
 
     def pages_in(self, name: str) -> int:

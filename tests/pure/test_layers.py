@@ -25,6 +25,7 @@ ORDER = [
     "policy",
     "cycle",
     "serve",
+    "tiers",
     "resume",
     "salvage",
     "guest",

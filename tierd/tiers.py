@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tiers of one guest: which may take pages now, what leaves for which, what sinks from one to the next.
+
+Page words speak of a guest's tiers by number, so what it has is decided when it is attached; a policy that is reloaded says how
+they are used. `evict` and `sink` run in the guest's worker thread and block; what changes here is changed in the trio thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from tierd import cycle
+from tierd import policy as policies
+from tierd.config import Policy, Tier
+from tierd.native import KernelError, TierKind
+from tierd.serve import Served, ServedTier
+from tierd.store import Store
+from tierd.view import TierStatus
+
+
+class Tiers:
+    """Of a guest that is served. `stores`: by name. `sharing`: how many guests share them."""
+
+    def __init__(self, served: Served, stores: Mapping[str, Store], sharing: Callable[[], int]) -> None:
+        self._served, self._stores, self._sharing = served, stores, sharing
+        self._failures: dict[str, tuple[int, float]] = {}  # by name: how often in a row, and when it is tried again
+
+    def usable(self, policy: Policy) -> Sequence[ServedTier]:
+        """Those that the policy still names and that are not to be left alone for a while."""
+        now = time.monotonic()
+        named = {tier.name for tier in policy.tiers}
+        return [
+            tier
+            for tier in self._served.tiers.values()
+            if tier.name in named and self._failures.get(tier.name, (0, now))[1] <= now
+        ]
+
+    def capacity(self, tier: ServedTier, policy: Policy) -> int:
+        """What the tier may hold of this guest, by the policy, by its store and by the host; the data plane is told. Bytes."""
+        store = self._stores.get(tier.name)
+        free = store.free_bytes() if store is not None else 0
+        if tier.space.kind is TierKind.MEMORY:  # guests that got cold together must not each take all of it
+            free //= max(self._sharing(), 1)
+        capacity = tier.space.used_bytes() + free
+        own = next(
+            (t.capacity for t in policy.tiers if t.name == tier.name), 0
+        )  # 0: the policy has no such tier any more
+        if own is not None:
+            capacity = min(capacity, own)
+        self._served.native.set_capacity(tier.number, capacity)
+        return capacity
+
+    def room(self, tier: ServedTier, policy: Policy) -> int:
+        """Bytes that the tier may still take of this guest."""
+        return max(self.capacity(tier, policy) - tier.space.used_bytes(), 0)
+
+    def _may_take(self, policy: Policy, min_idle_s: float) -> list[ServedTier]:
+        """Where pages that are idle for so long may go now, as far as there is room."""
+        old_enough = {tier.name for tier in policies.tiers_for(policy, min_idle_s)}
+        return [tier for tier in self.usable(policy) if tier.name in old_enough and self.room(tier, policy)]
+
+    # --- worker -----------------------------------------------------------------------------------------------------------
+
+    def evict(
+        self, policy: Policy, min_idle_s: float, max_bytes: int, phases: cycle.Phases, check: Callable[[], None]
+    ) -> tuple[int, set[str]]:
+        """The oldest pages first, which more tiers may take. Bytes, and the tiers that were asked. KernelError, whose `tier`
+        did not take pages: they stay with the guest."""
+        evicted = 0
+        asked: set[str] = set()
+        for age_s in policies.classes(policy, min_idle_s):
+            tiers = self._may_take(policy, age_s)
+            if not tiers or evicted >= max_bytes:
+                continue
+            evicted += cycle.evict(
+                self._served.native,
+                min_idle_s=age_s,
+                max_bytes=max_bytes - evicted,
+                tiers=[tier.number for tier in tiers],
+                hold_ms_max=policy.hold_ms_max,
+                phases=phases,
+                check=check,
+                bytes_per_s=policy.evict_rate_max,
+            )
+            asked.update(tier.name for tier in tiers)
+        return evicted, asked
+
+    def sink(self, policy: Policy, phases: cycle.Phases, check: Callable[[], None]) -> list[tuple[str, int]]:
+        """From each tier to those below it: what has become old enough for them, and the oldest of what is too much. By tier,
+        bytes of guest memory that went. KernelError as in `evict`: pages stay where they are."""
+        named: dict[str, Tier] = {tier.name: tier for tier in policy.tiers}
+        moved = []
+        for above in self._served.tiers.values():
+            below = [tier for tier in self.usable(policy) if tier.number > above.number]
+            if below:
+                demotion = policies.sink(policy, named[below[0].name], self._sample(above, policy))
+                moved.append((above.name, self._demote(above, demotion, policy, phases, check)))
+        return [(name, size) for name, size in moved if size]
+
+    def _demote(
+        self,
+        above: ServedTier,
+        demotion: policies.Demotion,
+        policy: Policy,
+        phases: cycle.Phases,
+        check: Callable[[], None],
+    ) -> int:
+        to = [tier for tier in self._may_take(policy, demotion.min_idle_s) if tier.number > above.number]
+        most = min(demotion.bytes_max, sum(self.room(tier, policy) for tier in to))
+        if not most:
+            return 0
+        try:
+            return cycle.demote(
+                self._served.native,
+                above.number,
+                [tier.number for tier in to],
+                min_idle_s=demotion.min_idle_s,
+                max_bytes=most,
+                phases=phases,
+                check=check,
+                bytes_per_s=policy.demote_rate_max,
+            )
+        except KernelError as error:
+            if error.errno != errno.ENOSPC or error.tier:
+                raise
+            return 0  # there was less room than it seemed: by policy, not an error
+
+    def _sample(self, tier: ServedTier, policy: Policy) -> policies.TierSample:
+        store = self._stores.get(tier.name)
+        edges, page_bytes = policies.idle_edges(policy), self._served.page_bytes
+        idle = self._served.native.idle_pages(edges, tier.number)
+        return policies.TierSample(
+            stored_bytes=sum(idle) * page_bytes,
+            used_bytes=tier.space.used_bytes(),
+            capacity_bytes=self.capacity(tier, policy),
+            store_used_bytes=store.used_bytes() if store is not None else 0,
+            store_free_bytes=store.free_bytes() if store is not None else 0,
+            idle=tuple((edge, pages * page_bytes) for edge, pages in zip(edges, idle, strict=True)),
+            elapsed_s=policy.interval_s,
+        )
+
+    # --- trio -------------------------------------------------------------------------------------------------------------
+
+    def failed(self, number: int, pause_s: Callable[[int], float]) -> tuple[str, bool]:
+        """This tier did not take pages: it is left alone for `pause_s(how often in a row)`. Its name, and whether others go on
+        meanwhile."""
+        name = next(tier.name for tier in self._served.tiers.values() if tier.number == number)
+        failures = self._failures.get(name, (0, 0.0))[0] + 1
+        self._failures[name] = failures, time.monotonic() + pause_s(failures)
+        return name, any(tier.name not in self._failures for tier in self._served.tiers.values())
+
+    def well_again(self, name: str) -> None:
+        self._failures.pop(name, None)
+
+    def status(self, tier: ServedTier, pages: int, healthy: bool) -> TierStatus:
+        """`pages`: that are stored in it."""
+        counters = self._served.native.tier_counters(tier.number)
+        stored_bytes = pages * self._served.page_bytes
+        used_bytes = counters["used_bytes"] if tier.space.kind is TierKind.MEMORY else stored_bytes
+        return TierStatus(tier.name, stored_bytes, used_bytes, healthy, counters)
