@@ -192,7 +192,7 @@ def _import_structlog() -> None:
 @contextlib.contextmanager
 def _config_errors() -> Iterator[None]:
     """All that is wrong with a configuration, one line each."""
-    from tierd.config import ConfigErrors
+    from tierd.document import ConfigErrors
 
     try:
         yield
@@ -213,7 +213,8 @@ def config() -> None:
 @click.pass_obj
 def config_check(options: Options, config: Path | None, as_json: bool) -> None:
     """Say everything that is wrong with the configuration, or that nothing is."""
-    from tierd.config import ConfigErrors, load
+    from tierd.config import load
+    from tierd.document import ConfigErrors
 
     path = _own_config(options, config)
     if as_json:
@@ -295,7 +296,7 @@ def show_findings(findings: Sequence[Finding], as_json: bool) -> None:
 
 
 def _size(context: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    from tierd.config import parse_size
+    from tierd.quantities import parse_size
 
     try:
         return None if value is None else parse_size(value)
@@ -554,7 +555,7 @@ def retry(options: Options, guest: str, as_json: bool) -> None:
 
 
 def _time(context: click.Context, param: click.Parameter, value: str | None) -> float | None:
-    from tierd.config import parse_time
+    from tierd.quantities import parse_time
 
     try:
         return None if value is None else parse_time(value)

@@ -9,77 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import fnmatch
 import ipaddress
-import math
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
+
+from tierd.document import ConfigError, ConfigErrors, Document, KeyPath, read
+from tierd.quantities import parse_rate, parse_size, parse_time, shown
 
 SAFE_MIN_IDLE_S = 120.0
 AGE_S_MAX = 5 * 86400.0  # a page's age is counted in 61,440 steps of 8 s: somewhat more than this
 SOCKET_PATH_BYTES_MAX = 107  # sun_path, unix(7)
-FILE_BYTES_MAX = 128 << 10  # YAML is slow to read: seconds at the most, whatever is in it
 RULES_MAX = 4096  # and files of guests_dir
 ERRORS_MAX = 200  # nobody reads more at once
-
-_SIZE_UNITS = {
-    **{"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
-    **{"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40},
-}
-_TIME_UNITS_MS = {"ms": 1, "s": 1000, "min": 60_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-_QUANTITY = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*")
-
-
-def _shown(value: object) -> str:
-    """What somebody wrote, for an error: bounded, on one line."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not print numbers of more than 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def parse_size(value: object) -> int:
-    """Bytes of `512MiB`, `10GB`, 4096. ValueError says what is expected."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, str) and (match := _QUANTITY.fullmatch(value)):
-        unit = _SIZE_UNITS.get(match[2].upper() or "B")
-        if unit is not None:
-            return int(Decimal(match[1]) * unit)
-    raise ValueError(f"{_shown(value)} is not a size; write for example 512MiB, 10GiB or a number of bytes")
-
-
-def parse_time(value: object) -> float:
-    """Seconds of `30s`, `2min`, `500ms`, 1.5. ValueError says what is expected."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float(value) if abs(value) < 1 << 64 else math.inf if value > 0 else -math.inf  # a bound refuses it
-    if isinstance(value, float) and not math.isnan(value):
-        return value
-    if isinstance(value, str) and (match := _QUANTITY.fullmatch(value)):
-        unit = _TIME_UNITS_MS.get(match[2] or "s")
-        if unit is not None:
-            return float(Decimal(match[1]) * unit / 1000)
-    raise ValueError(f"{_shown(value)} is not a time; write for example 30s, 2min, 500ms or a number of seconds")
-
-
-def parse_rate(value: object) -> int:
-    """Bytes per second of `100MiB/s`. ValueError says what is expected."""
-    try:
-        return parse_size(value.strip().removesuffix("/s") if isinstance(value, str) else value)
-    except ValueError:
-        raise ValueError(f"{_shown(value)} is not a rate; write for example 100MiB/s") from None
 
 
 def _parse_switch(value: object) -> object:
@@ -91,14 +40,14 @@ def _parse_mode(value: object) -> int:
     """`0660`: octal, as everybody means it. 660 and 432 could be either, so they are refused."""
     if isinstance(value, str) and re.fullmatch(r"0o?[0-7]{3}", value):
         return int(value.removeprefix("0o"), 8)
-    raise ValueError(f"{_shown(value)} is not a file mode; write four octal digits, 0660 for example")
+    raise ValueError(f"{shown(value)} is not a file mode; write four octal digits, 0660 for example")
 
 
 def _parse_path(value: object) -> Path:
     with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate: YAML can write it, a file system cannot
         if isinstance(value, str) and os.fsencode(value) and "\0" not in value:
             return Path(value)
-    raise ValueError(f"{_shown(value)} is not a path")
+    raise ValueError(f"{shown(value)} is not a path")
 
 
 def _socket_fits(path: Path) -> Path:
@@ -116,7 +65,7 @@ def _parse_address(listen: object) -> object:
         if match[1] not in ("", "localhost"):
             ipaddress.IPv6Address(match[1][1:-1]) if match[1][0] == "[" else ipaddress.IPv4Address(match[1])
     except ValueError:
-        what = f"{_shown(listen)} is not a numeric address and a port"
+        what = f"{shown(listen)} is not a numeric address and a port"
         raise ValueError(f"{what}; write 127.0.0.1:9464 for example") from None
     return listen
 
@@ -125,7 +74,7 @@ def _is_pattern(pattern: str) -> str:
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{_shown(pattern)} is not a regular expression: {error}") from None
+        raise ValueError(f"{shown(pattern)} is not a regular expression: {error}") from None
     return pattern
 
 
@@ -165,7 +114,7 @@ def _parse_tiers(value: object) -> object:
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"{_shown(value)} is not a list of tiers; write [memory, file] for example")
+        raise ValueError(f"{shown(value)} is not a list of tiers; write [memory, file] for example")
     return tuple(_parse_tier(i, item) for i, item in enumerate(value, 1))
 
 
@@ -181,7 +130,7 @@ def _parse_tier(number: int, item: object) -> Tier:
         message = told["msg"].removeprefix("Value error, ")
         known = ": known keys are name, capacity, min_age_s" if told["type"] == "extra_forbidden" else ""
         raise ValueError(
-            f"tier {number}{f', {key}' if key else ''}: {_shown(told['input'])}: {message}{known}"
+            f"tier {number}{f', {key}' if key else ''}: {shown(told['input'])}: {message}{known}"
         ) from None
 
 
@@ -396,144 +345,12 @@ def _rule_changes(before: Sequence[Rule], after: Sequence[Rule]) -> Iterator[str
         yield "guests: the rules stand in another order"
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ConfigError:
-    """One thing that is wrong, for the person who wrote it."""
-
-    file: Path
-    line: int  # from 1; 0: no line
-    key: str  # dotted
-    message: str
-    suggestion: str = ""
-
-    def __str__(self) -> str:
-        place = f"{self.file}:{self.line}" if self.line else str(self.file)
-        key = f" {self.key}:" if self.key else ""
-        return f"{place}:{key} {self.message}" + (f" ({self.suggestion})" if self.suggestion else "")
-
-
-class ConfigErrors(Exception):
-    """All that is wrong with a configuration; nothing of it is in force."""
-
-    def __init__(self, errors: Sequence[ConfigError]) -> None:
-        super().__init__("; ".join(map(str, errors)))
-        self.errors = tuple(errors)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-KeyPath = tuple[str | int, ...]
-
-
-@dataclass
-class _Document:
-    """A parsed file and the line of every key in it."""
-
-    file: Path
-    value: Any
-    lines: dict[KeyPath, int]
-    errors: list[ConfigError]  # of the whole configuration
-
-    def wrong(self, path: KeyPath, message: str, suggestion: str = "") -> None:
-        at = path
-        while at and at not in self.lines:
-            at = at[:-1]
-        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
-        key = key if key.isprintable() else _shown(key)
-        self.errors.append(ConfigError(self.file, self.lines.get(at, 0), key, message, suggestion))
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without the parts that nobody needs in a configuration, and that hide lines or blow up."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        mark: yaml.Mark = event.start_mark
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not supported", mark)
-        if getattr(event, "tag", None) is not None:
-            raise yaml.composer.ComposerError(None, None, "tags (!name) are not supported", mark)
-        if isinstance(event, yaml.ScalarEvent) and re.search("[\ud800-\udfff]", event.value):
-            raise yaml.composer.ComposerError(None, None, "a \\u escape names half a character", mark)
-        return super().compose_node(parent, index)
-
-
-def _plain(node: yaml.Node, path: KeyPath, document: _Document) -> Any:
-    """The Python value of a node; notes lines, and finds keys given twice."""
-    if isinstance(node, yaml.MappingNode):
-        found: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "(a list or mapping)"
-            before = document.lines.get((*path, key))
-            document.lines[(*path, key)] = key_node.start_mark.line + 1
-            if before is not None:
-                document.wrong((*path, key), f"stands on line {before} already", "remove one of them")
-            found[key] = _plain(value_node, (*path, key), document)
-        return found
-    if isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            document.lines[(*path, i)] = item.start_mark.line + 1
-        return [_plain(item, (*path, i), document) for i, item in enumerate(node.value)]
-    if node.tag == "tag:yaml.org,2002:int" and re.fullmatch(r"0[0-7]+", node.value):
-        return node.value  # only a file mode is octal; _parse_mode wants to see the 0
-    try:
-        return yaml.constructor.SafeConstructor().construct_object(node)
-    except (ValueError, IndexError, OverflowError):
-        document.wrong(path, f"{_shown(node.value)} looks like a number or a date, but is none", "put it in quotes")
-        return node.value
-
-
-def _text_of(file: Path) -> str:
-    """Never waits for the other end of a FIFO, and reads no more than anybody writes."""
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as opened:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file")
-        data = opened.read(FILE_BYTES_MAX + 1)
-    if len(data) > FILE_BYTES_MAX:
-        raise OSError(errno.EFBIG, f"it has more than {FILE_BYTES_MAX >> 10} KiB")
-    return data.decode()
-
-
-def _read(file: Path, errors: list[ConfigError]) -> _Document | None:
-    """None: there is nothing to judge in it, `errors` says why."""
-    try:
-        text = _text_of(file)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        errors.append(ConfigError(file, 0, "", f"cannot be read: {reason}", "check its path and mode"))
-        return None
-    document = _Document(file, {}, {}, errors)
-    try:
-        node = _Loader(text).get_single_node()
-        value = _plain(node, (), document) if node is not None else None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        errors.append(ConfigError(file, line, "", f"is not YAML: there is a character {_shown(chr(error.character))}"))
-        return None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 0
-        errors.append(ConfigError(file, line, "", f"is not YAML: {error.problem}", "check the indentation"))
-        return None
-    except RecursionError:
-        errors.append(ConfigError(file, 0, "", "is nested too deeply"))
-        return None
-    document.value = {} if value is None else value
-    if not isinstance(document.value, dict):
-        document.wrong((), "must be a mapping of keys to values", "a list of guest rules stands under `guests:`")
-        return None
-    return document
-
-
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 _Model = TypeVar("_Model", bound=Frozen)
 
 
-def _section(model: type[_Model], document: _Document, path: KeyPath, raw: object) -> _Model:
+def _section(model: type[_Model], document: Document, path: KeyPath, raw: object) -> _Model:
     """The model of a mapping. What is wrong goes to the errors and is left out, so that the rest is judged as well."""
     if not isinstance(raw, dict):
         if raw is not None:  # a section whose keys are all commented out
@@ -552,7 +369,7 @@ def _section(model: type[_Model], document: _Document, path: KeyPath, raw: objec
                 return model()
 
 
-def _tell(model: type[Frozen], document: _Document, path: KeyPath, item: ErrorDetails) -> Sequence[str]:
+def _tell(model: type[Frozen], document: Document, path: KeyPath, item: ErrorDetails) -> Sequence[str]:
     """Adds what pydantic found to the errors; returns the keys that it is about."""
     if item["type"] == "impossible":
         keys: Sequence[str] = item["ctx"]["keys"]
@@ -569,7 +386,7 @@ def _tell(model: type[Frozen], document: _Document, path: KeyPath, item: ErrorDe
     elif message.startswith("Value error, "):
         message = message.removeprefix("Value error, ")
     else:
-        message = f"is {_shown(value)}; " + message.replace("Input should", "it must", 1)
+        message = f"is {shown(value)}; " + message.replace("Input should", "it must", 1)
         suggestion = _suggest_value(item)
     document.wrong((*path, key), message, suggestion)
     return [key]
@@ -600,14 +417,14 @@ def _suggest_value(item: ErrorDetails) -> str:
     if item["type"] == "literal_error" and isinstance(value, bool):
         return "YAML reads a bare on, off, yes or no as true or false"
     if item["type"] == "literal_error":
-        close = difflib.get_close_matches(_shown(value), re.findall(r"'(\w+)'", item["ctx"]["expected"]), n=1)
+        close = difflib.get_close_matches(shown(value), re.findall(r"'(\w+)'", item["ctx"]["expected"]), n=1)
         return f"did you mean {close[0]}?" if close else ""
     if item["type"] == "string_type" and not isinstance(value, dict | list):
         return "put it in quotes"
     return "write true or false" if item["type"] == "bool_type" else ""
 
 
-def _rule(document: _Document, path: KeyPath, raw: object, defaults: Mapping[str, Any]) -> Rule | None:
+def _rule(document: Document, path: KeyPath, raw: object, defaults: Mapping[str, Any]) -> Rule | None:
     """One guest rule: whom it is for, and the defaults with its own keys over them."""
     if not isinstance(raw, dict):
         document.wrong(path, "must be a mapping with name, pid or cmdline", "for example `- name: 'web-*'`")
@@ -629,7 +446,7 @@ def _rule(document: _Document, path: KeyPath, raw: object, defaults: Mapping[str
 
 @dataclass
 class _Found:
-    document: _Document
+    document: Document
     path: KeyPath
     rule: Rule
 
@@ -637,7 +454,7 @@ class _Found:
 def load(path: Path) -> Config:
     """A whole new configuration from `path` and its guests_dir. ConfigErrors tells everything that is wrong at once."""
     errors: list[ConfigError] = []
-    main = _read(path, errors)
+    main = read(path, errors)
     if main is None:
         raise ConfigErrors(errors)
     raw = dict(main.value)
@@ -659,7 +476,7 @@ def load(path: Path) -> Config:
     return config.model_copy(update={**sections, "guests": tuple(found.rule for found in rules)})
 
 
-def _rules(document: _Document, raw: object, defaults: Mapping[str, Any]) -> list[_Found]:
+def _rules(document: Document, raw: object, defaults: Mapping[str, Any]) -> list[_Found]:
     """The list under `guests:`."""
     if raw is not None and not isinstance(raw, list):
         document.wrong(("guests",), "must be a list of rules", "begin each with `- name:`")
@@ -671,7 +488,7 @@ def _rules(document: _Document, raw: object, defaults: Mapping[str, Any]) -> lis
     return found
 
 
-def _rules_of_directory(directory: Path, required: bool, main: _Document, defaults: Mapping[str, Any]) -> list[_Found]:
+def _rules_of_directory(directory: Path, required: bool, main: Document, defaults: Mapping[str, Any]) -> list[_Found]:
     """*.yaml in order of their names; each holds one rule, or a list of them under `guests:`."""
     try:
         names = sorted(os.listdir(directory))
@@ -688,7 +505,7 @@ def _rules_of_directory(directory: Path, required: bool, main: _Document, defaul
             main.errors.append(ConfigError(directory / name, 0, "", "is not read", "rename it to end with .yaml"))
         if not name.endswith(".yaml") or name.startswith("."):
             continue
-        document = _read(directory / name, main.errors)
+        document = read(directory / name, main.errors)
         if document is None or not document.value:
             continue
         if "guests" not in document.value:

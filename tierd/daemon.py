@@ -27,7 +27,8 @@ from tierd.attach import GuestSpec, Handed, Refused
 from tierd.attach.holders import HolderScan
 from tierd.attach.procfs import Discovery, boot_id, read_spec, start_ticks
 from tierd.check import engine_findings
-from tierd.config import Config, ConfigError, ConfigErrors, Policy, changes, load
+from tierd.config import Config, Policy, changes, load
+from tierd.document import ConfigError, ConfigErrors
 from tierd.engine import EngineUnavailable, choose
 from tierd.guest import Ending, Guest, Host
 from tierd.native import Codec

@@ -25,7 +25,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from tierd.attach import Refused
-from tierd.config import ConfigErrors
+from tierd.document import ConfigErrors
 from tierd.metrics import create_registry, exposition
 from tierd.view import DaemonView, GuestStatus, GuestView, Progress, RequestRefused
 

@@ -24,7 +24,7 @@ import trio
 from tests.daemon.fake import GIB, PAGE_BYTES, FakeDaemon, FakeGuest
 from tests.daemon.live import Live, live
 from tierd.api import Limits, SocketUnusable, bind_tcp, bind_unix
-from tierd.config import ConfigError, ConfigErrors
+from tierd.document import ConfigError, ConfigErrors
 from tierd.view import StoreStatus
 
 QUICK = Limits(connections_max=4, header_s=0.5, body_s=0.5, send_s=0.5)

@@ -18,16 +18,14 @@ from tierd.config import (
     AGE_S_MAX,
     SAFE_MIN_IDLE_S,
     Config,
-    ConfigErrors,
     Frozen,
     Policy,
     Tier,
     changes,
     load,
-    parse_rate,
-    parse_size,
-    parse_time,
 )
+from tierd.document import ConfigErrors
+from tierd.quantities import parse_rate, parse_size, parse_time
 
 ROOT = Path(__file__).resolve().parents[2]
 Load = Callable[..., Config]

@@ -25,7 +25,8 @@ from tierd.attach.procfs import (
     ram_regions,
     split_options,
 )
-from tierd.config import Config, ConfigErrors, load
+from tierd.config import Config, load
+from tierd.document import FILE_BYTES_MAX, ConfigErrors
 from tierd.systemd import Notifier, listen_fds, watchdog_interval_s
 
 SECONDS_MAX = 20.0  # on a machine that does other things as well
@@ -103,7 +104,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         "guests: [" + "name, " * 20_000,
         "guests: [{name: x, cmdline: '" + "(" * 50_000 + "'}]",
         "guests: [{name: x, cmdline: '(?:a{1000}){1000}{1000}'}]",
-        "a" * (config.FILE_BYTES_MAX + 1),
+        "a" * (FILE_BYTES_MAX + 1),
         "# nothing\n" * 10_000,
         "'" + "\n" * 100_000,
     ],

@@ -14,6 +14,8 @@ PACKAGE = ROOT / "tierd"
 ORDER = [
     "native",
     "engine",
+    "quantities",
+    "document",
     "config",
     "systemd",
     "view",
