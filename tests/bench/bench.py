@@ -164,21 +164,26 @@ class Bench:
         self.rows.append(Row(name, unit, round(measured, 3), round(limit, 3), round(ratio, 3), f"{sign} {bound:g}", ok))
 
 
+def evict(served: Served) -> int:
+    """One pass over what was not touched since the last scan. Bytes."""
+    return cycle.evict(
+        served.native,
+        min_idle_s=0,
+        max_bytes=1 << 50,
+        tiers=[1],
+        hold_ms_max=20,
+        phases=cycle.Phases(),
+        check=lambda: None,
+    )
+
+
 def evict_all(served: Served) -> None:
     phases = cycle.Phases()
 
     def done() -> bool:
         cycle.scan_and_deactivate(served.native, phases, lambda: None)
         with contextlib.suppress(KernelError):
-            cycle.evict(
-                served.native,
-                min_idle_s=0,
-                max_bytes=1 << 50,
-                tiers=[1],
-                hold_ms_max=20,
-                phases=phases,
-                check=lambda: None,
-            )
+            evict(served)
         c = served.native.counters()
         return bool(c["state_pages"][0] <= c["untouched_pages"])
 
@@ -341,15 +346,7 @@ def row_d(bench: Bench) -> None:
                 phases = cycle.Phases()
                 cycle.scan_and_deactivate(served.native, phases, lambda: None)
                 began = time.monotonic_ns()
-                moved = cycle.evict(
-                    served.native,
-                    min_idle_s=0,
-                    max_bytes=1 << 50,
-                    tiers=[1],
-                    hold_ms_max=20,
-                    phases=phases,
-                    check=lambda: None,
-                )
+                moved = evict(served)
                 ours.append(moved / MIB / ((time.monotonic_ns() - began) / 1e9))
                 took = bench.bare("evict", size, bench.disk / "bare")[0]
                 bare.append(size / MIB / (took / 1e9))
@@ -372,15 +369,7 @@ def row_j(bench: Bench) -> None:
                 page = 0
                 while page < served.native.pages:
                     page = served.native.stage(page, 0.0, served.native.pages).next_page
-                moved = cycle.evict(
-                    served.native,
-                    min_idle_s=0,
-                    max_bytes=1 << 50,
-                    tiers=[1],
-                    hold_ms_max=20,
-                    phases=phases,
-                    check=lambda: None,
-                )
+                moved = evict(served)
                 ours.append(moved / MIB / ((time.monotonic_ns() - began) / 1e9))
                 after = served.native.counters()
                 stopped_ms = (after["inject_stopped_ns"] - before["inject_stopped_ns"]) / 1e6
@@ -553,21 +542,6 @@ def row_i(bench: Bench) -> None:
     bench.add("i adoption of 16 GiB", "ms", 1000 * median(took), 1000, 1.0)
 
 
-def evict_once(served: Served) -> float:
-    """One pass over a guest that was not touched since the last scan. MiB a second of this thread's CPU time."""
-    began = time.thread_time_ns()
-    moved = cycle.evict(
-        served.native,
-        min_idle_s=0,
-        max_bytes=1 << 50,
-        tiers=[1],
-        hold_ms_max=20,
-        phases=cycle.Phases(),
-        check=lambda: None,
-    )
-    return moved / MIB / ((time.thread_time_ns() - began) / 1e9)
-
-
 def row_l(bench: Bench) -> None:
     """Faults from compressed memory."""
     pages = bench.fault_mib * MIB // PAGE
@@ -596,7 +570,9 @@ def row_m(bench: Bench) -> None:
             for i in range(bench.pairs):
                 bench.tell(f"m: pair {i + 1} of {bench.pairs}")
                 cycle.scan_and_deactivate(served.native, cycle.Phases(), lambda: None)
-                ours.append(evict_once(served))
+                began = time.thread_time_ns()
+                moved = evict(served)
+                ours.append(moved / MIB / ((time.thread_time_ns() - began) / 1e9))
                 bare.append(size / MIB / (bench.bare("compress", size)[0] / 1e9))
                 load.ask("walk")
                 cycle.discard_fetched(served.native, cycle.Phases(), lambda: None)

@@ -240,7 +240,7 @@ static void *watching_thread(void *unused)
 		tierd_guest_counters(guest, &c);
 		if (c.pages_lost)
 			model_fail("%lu pages lost", c.pages_lost);
-		tierd_guest_idle(guest, (double[]){0, 1}, 2, idle);
+		tierd_guest_idle(guest, below(3), (double[]){0, 1}, 2, idle);
 		tierd_guest_set_readahead(guest, 1 + below(8));
 		tierd_guest_set_capacity(guest, 1, (M.pages - below(4)) * MODEL_PAGE_BYTES);
 		sched_yield();
