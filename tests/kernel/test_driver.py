@@ -49,6 +49,13 @@ def test_seeds_on_hugetlbfs(real: Path, disk_dir: Path) -> None:
 
 
 @pytest.mark.timeout(900)
+def test_seeds_with_a_store_that_python_asks(real: Path, disk_dir: Path) -> None:
+    """Its part is played by a thread that takes requests and answers them late, in another order, or with an error."""
+    figures = run_seeds(real, max(SEEDS // 7, 20), "--asked", "--store", str(disk_dir))
+    assert figures["pages evicted"] > 0
+    assert figures["kills in service"] > 0
+
+
 def test_seeds_on_anonymous_memory(real: Path, disk_dir: Path) -> None:
     """The VMM's calls are really made inside of it, by a thread that is interrupted, and go on when the daemon is killed."""
     need_anonymous()

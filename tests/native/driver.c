@@ -2,8 +2,9 @@
 /*
  * driver.c: the data plane against the model kernel, under a seeded scheduler.
  *
- *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--hugetlb] [--anon] [--ladder] [--often] [--vmm-ends] [--engine stock|rwp|rfc] [-v]
+ *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--hugetlb] [--anon] [--ladder] [--asked] [--often] [--vmm-ends] [--engine stock|rwp|rfc] [-v]
  *
+ * --asked: of the ladder's files one or all are tiers that Python asks; without a ladder, the only tier is.
  * --often: it is killed often, while writes take long, and pages often cannot come back at once.
  *
  * Guest threads read and write, fault workers serve, one worker evicts, a killer kills the daemon and starts another, an
@@ -69,8 +70,8 @@ static uint32_t engine; /* TIERD_ENGINE_* */
 static uint32_t stall_chance, reclaim_chance, guest_threads;
 static void (*staller)(uint32_t); /* who stalls; NULL: anybody */
 static uint32_t remapped;         /* nobody sees what is touched there: MODEL_PAGES_MAX: none */
-static bool remap, verbose, vmm_ends, late_io, hugetlb, anon, ladder, often, guests_stop, stopping, daemon_done,
-	adopting, repaired;
+static bool remap, verbose, vmm_ends, late_io, hugetlb, anon, ladder, asked, often, worker_done, guests_stop, stopping,
+	daemon_done, adopting, repaired;
 
 /* One corner is known and allowed: a daemon that is killed between the COPY of a fetch and the fetch's last move, and a page
  * that the VMM gives back before the successor has looked at it. The successor cannot tell whether the COPY was made, and
@@ -195,6 +196,12 @@ static void spawn(enum kind kind, void (*run)(uint32_t), uint32_t argument)
 	makecontext(&c->context.first, trampoline, 0);
 }
 
+/* Whose pages are asked for, the worker cannot bring back by itself. */
+static bool served_out(void)
+{
+	return daemon_done && (!asked || worker_done);
+}
+
 static bool runnable(struct coroutine *c)
 {
 	if (!c->used || c->over)
@@ -203,7 +210,7 @@ static bool runnable(struct coroutine *c)
 		return false;
 	if (c->kind == INSIDE)
 		return M.calls_run;
-	if (c->idle && !model_unread() && !daemon_done)
+	if (c->idle && !model_unread() && !served_out() && !atomic_load(&guest->answers))
 		return false;
 	return true;
 }
@@ -283,11 +290,16 @@ static void free_everything(void)
 	}
 }
 
-/* thread.c is not linked: workers are coroutines here */
+/* thread.c is not linked: workers are coroutines here, which look by themselves */
 int threads_stop(struct tierd_guest *g)
 {
 	(void)g;
 	return 0;
+}
+
+void ring(int eventfd)
+{
+	(void)eventfd;
 }
 
 /* --- the script's world ------------------------------------------------------------------------------------------------- */
@@ -443,10 +455,12 @@ static void run_fault_worker(uint32_t unused)
 	(void)unused;
 	if (tierd_worker_create(guest, &w))
 		model_fail("no fault worker");
-	while (!daemon_done) {
+	while (!served_out()) {
 		int n = tierd_worker_serve(w, &tid);
 		uint64_t due_ns;
 
+		if (asked)
+			tierd_worker_answers(w);
 		tierd_worker_retry(w, &due_ns);
 		if (n > 0)
 			faults += (uint64_t)n;
@@ -455,6 +469,17 @@ static void run_fault_worker(uint32_t unused)
 		current->idle = false;
 	}
 	tierd_worker_destroy(w);
+}
+
+/* Python's part in trio's thread. */
+static void run_asker(uint32_t unused)
+{
+	struct script_requests held = {0};
+
+	(void)unused;
+	while (!served_out())
+		if (!script_answer(guest, &held))
+			to_scheduler();
 }
 
 /* A page may be LOST where its stored copy was destroyed. */
@@ -483,18 +508,17 @@ static void spoil_store(void)
 		model_destroy(store_of_tier(word_tier(word)), page);
 }
 
-static void run_worker(uint32_t adopted)
+static void serve(uint32_t adopted)
 {
 	struct tierd_adoption adoption;
-
 	int error;
 
 	while ((error = adopted ? tierd_guest_adopt(guest, guest->mapped, guest->mapped_count, &adoption)
 				: tierd_guest_arm(guest)))
 		if (M.gone)
 			return;
-		else if (error == -ETIMEDOUT && anon)
-			continue;                 /* the predecessor's batch is under way still */
+		else if ((error == -ETIMEDOUT && anon) || (error == -EBUSY && asked))
+			continue; /* the predecessor's batch is under way still; or a punch must be made again, and was not */
 		else if (!adopted || !S.failures) /* the daemon tries again for as long as the VMM lives */
 			model_fail("%s failed: error %d", adopted ? "adoption" : "arm", -error);
 	adopting = false;
@@ -502,6 +526,8 @@ static void run_worker(uint32_t adopted)
 		maybe_arrived[page] &= word_state(atomic_load(&guest->words[page])) != RESIDENT || S.maybe_zero[page];
 	for (uint32_t i = 0; i < 1 + (seed % 3 != 0); i++) /* only now: adoption moves pages without asking */
 		spawn(DAEMON, run_fault_worker, i);
+	if (asked)
+		spawn(DAEMON, run_asker, 0);
 	while (!guests_stop) {
 		check_lost();
 		script_cycle(guest);
@@ -511,6 +537,13 @@ static void run_worker(uint32_t adopted)
 		model_pause();
 	while (script_bring_back(guest, repaired) && !M.gone)
 		check_lost();
+}
+
+static void run_worker(uint32_t adopted)
+{
+	worker_done = false;
+	serve(adopted);
+	worker_done = true;
 }
 
 /* It dies: its threads, wherever they are, and every call about its memory from now on. The daemon must come to an end all the same. */
@@ -552,6 +585,47 @@ static void set_tiers(struct tierd_guest_args *args, bool adopted)
 							     .capacity_bytes = (M.pages - below(4)) * MODEL_PAGE_BYTES};
 	if (M.late_io)
 		args->tiers[S.tiers].flags |= TIERD_SPACE_LATE;
+	for (uint32_t tier = 1; tier <= S.tiers; tier++)
+		if (S.asked >> tier & 1) {
+			args->tiers[tier].kind = TIERD_KIND_ASKED;
+			args->tiers[tier].fd = -1;
+			args->tiers[tier].flags = 0;
+		}
+}
+
+/* Of a tier that is asked: a file of the model, whose bytes are on the device when a write of it ends. */
+static int store_file(uint32_t tier)
+{
+	return FD_STORE + (int)store_of_tier(tier);
+}
+
+int world_store_write(uint32_t tier, uint64_t page, uint32_t count, const uint8_t *bytes)
+{
+	for (uint32_t i = 0; i < count; i++) {
+		struct iovec one = {.iov_base = (void *)(bytes + i * MODEL_PAGE_BYTES), .iov_len = MODEL_PAGE_BYTES};
+		ssize_t n = sys_store_write(store_file(tier), &one, 1, (page + i) * MODEL_PAGE_BYTES);
+
+		if (n != MODEL_PAGE_BYTES)
+			return n < 0 ? (int)n : -EIO;
+	}
+	return sys_store_sync(store_file(tier));
+}
+
+int world_store_read(uint32_t tier, uint64_t page, uint32_t count, uint8_t *bytes)
+{
+	for (uint32_t i = 0; i < count; i++) {
+		ssize_t n = sys_store_read(store_file(tier), bytes + i * MODEL_PAGE_BYTES, MODEL_PAGE_BYTES,
+					   (page + i) * MODEL_PAGE_BYTES);
+
+		if (n != MODEL_PAGE_BYTES)
+			return n < 0 ? (int)n : -EIO;
+	}
+	return 0;
+}
+
+int world_store_discard(uint32_t tier, uint64_t page, uint64_t count)
+{
+	return sys_store_discard(store_file(tier), page * MODEL_PAGE_BYTES, count * MODEL_PAGE_BYTES);
 }
 
 static void daemon_start(bool adopted)
@@ -685,6 +759,8 @@ static void set_up(void)
 	M.async = true;
 	S.pages = M.pages;
 	S.tiers = ladder ? 2 + below(2) : 1;
+	if (asked)
+		S.asked = !ladder ? 1u << 1 : S.tiers == 2 ? 1u << 2 : (1 + below(3)) << 2;
 	if (ladder) {
 		M.faults.pool_refuses = below(400);
 		M.faults.pool_full = below(100);
@@ -844,6 +920,8 @@ int main(int count, char **arguments)
 			anon = true;
 		else if (!strcmp(arguments[i], "--ladder"))
 			ladder = true;
+		else if (!strcmp(arguments[i], "--asked"))
+			asked = true;
 		else if (!strcmp(arguments[i], "--often"))
 			often = true;
 		else if (i + 1 < count && !strcmp(arguments[i], "--engine") && script_engine(arguments[i + 1], &engine))
@@ -855,9 +933,10 @@ int main(int count, char **arguments)
 		else if (i + 1 < count && !strcmp(arguments[i], "--steps"))
 			steps = strtoull(arguments[++i], NULL, 10);
 		else
-			return fprintf(stderr, "usage: driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] "
-					       "[--hugetlb] [--anon] [--ladder] [--often] [--vmm-ends] [--engine "
-					       "stock|rwp|rfc] [-v]\n"),
+			return fprintf(stderr,
+				       "usage: driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] "
+				       "[--hugetlb] [--anon] [--ladder] [--asked] [--often] [--vmm-ends] [--engine "
+				       "stock|rwp|rfc] [-v]\n"),
 			       2;
 	}
 	for (seed = from; seed < from + seeds; seed++) {

@@ -2,14 +2,15 @@
 /*
  * real.c: the data plane on the real kernel, under the same script as in the model (script.h).
  *
- *   real [--engine stock|rwp|rfc] [--hugetlb] [--large] [--slowness N] [--seeds N] [--from S] [--store DIRECTORY] [-v]
+ *   real [--engine stock|rwp|rfc] [--hugetlb] [--large] [--asked] [--slowness N] [--seeds N] [--from S] [--store DIRECTORY] [-v]
  *
  * This process is the guest: its threads read, write and give back pages of memfds, and check what they read. The daemon is
  * another process (this program again, with --daemon), with the real sys.c, a real userfaultfd and a store file. It is killed
  * with SIGKILL at moments that the seed draws and started again to adopt; stored copies are destroyed while none runs. A seed
  * says what everybody wants to do and when; who comes first is the kernel's to say, so a failing seed fails again only with
  * some luck. --large: every region is a part of a large folio (shmem_enabled must be `always`), which often cannot be split,
- * because a pipe refers to it; for the engines that have a sync mode.
+ * because a pipe refers to it; for the engines that have a sync mode. --asked: the store is one that Python asks; a thread of the
+ * daemon plays its part.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -47,7 +48,7 @@ struct shared {
 	uint64_t seed;
 	uint32_t life, pages, region_count;
 	uint32_t engine, page_bytes;
-	bool failures, losses, anon, direct, use_pagemap, inside;
+	bool failures, losses, anon, asked, direct, use_pagemap, inside;
 	int uffd, table_fd, store_fd, memfd[REGIONS_MAX], inject_tid;
 	_Atomic bool guests_stop, finish, repaired, all_read;
 	_Atomic uint32_t phase;
@@ -231,6 +232,55 @@ void world_selected(double min_idle_s, bool sinks)
 
 /* --- the daemon --------------------------------------------------------------------------------------------------------- */
 
+static bool fails(uint32_t thousandths)
+{
+	return S.failures && below(1000) < thousandths;
+}
+
+int world_store_write(uint32_t tier, uint64_t page, uint32_t count, const uint8_t *bytes)
+{
+	size_t size = count * page_bytes;
+
+	(void)tier;
+	if (fails(60) || pwrite(shared->store_fd, bytes, size, (off_t)(page * page_bytes)) != (ssize_t)size)
+		return -EIO;
+	return fdatasync(shared->store_fd) ? -errno : 0;
+}
+
+int world_store_read(uint32_t tier, uint64_t page, uint32_t count, uint8_t *bytes)
+{
+	size_t size = count * page_bytes;
+
+	(void)tier;
+	if (fails(50))
+		usleep(below(2000));
+	if (!S.losses && fails(100))
+		return -EIO;
+	return pread(shared->store_fd, bytes, size, (off_t)(page * page_bytes)) == (ssize_t)size ? 0 : -EIO;
+}
+
+int world_store_discard(uint32_t tier, uint64_t page, uint64_t count)
+{
+	(void)tier;
+	return fallocate(shared->store_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(page * page_bytes),
+			 (off_t)(count * page_bytes))
+		       ? -errno
+		       : 0;
+}
+
+static _Atomic bool served_out;
+
+static void *run_asker(void *guest)
+{
+	struct script_requests held = {0};
+
+	seed_thread(200);
+	while (!atomic_load(&served_out))
+		if (!script_answer(guest, &held))
+			usleep(20);
+	return NULL;
+}
+
 static void take_page_bytes(size_t bytes)
 {
 	size_t base = (size_t)sysconf(_SC_PAGESIZE);
@@ -313,6 +363,11 @@ static struct tierd_guest *create_guest(int table_fd)
 		.fd = shared->store_fd, .kind = TIERD_KIND_FILE, .capacity_bytes = (S.pages - below(4)) * page_bytes};
 	if (shared->direct)
 		args.tiers[1].flags = TIERD_SPACE_DIRECT;
+	if (S.asked) {
+		args.tiers[1].kind = TIERD_KIND_ASKED;
+		args.tiers[1].fd = -1;
+	}
+	args.asked_fd = -1;
 	if (tierd_guest_create(&args, &g))
 		script_fail("no guest");
 	return g;
@@ -358,6 +413,7 @@ static int daemon_main(void)
 	struct tierd_adoption adoption;
 	struct tierd_guest *g;
 	int table_fd, error;
+	pthread_t asker;
 	bool repaired;
 
 	is_daemon = true;
@@ -367,6 +423,7 @@ static int daemon_main(void)
 	S.failures = shared->failures;
 	S.losses = shared->losses;
 	S.anon = shared->anon;
+	S.asked = shared->asked ? 1 << 1 : 0;
 	seed_thread(100 + shared->life);
 	table_fd = locked_table();
 	g = create_guest(table_fd);
@@ -382,6 +439,8 @@ static int daemon_main(void)
 	if (error)
 		script_fail("%s: error %d", shared->life ? "adoption" : "arm", -error);
 	make_store_misbehave(g);
+	if (S.asked && pthread_create(&asker, NULL, run_asker, g))
+		script_fail("no thread");
 	atomic_store(&shared->phase, SERVING);
 	while (!atomic_load(&shared->guests_stop)) {
 		script_cycle(g);
@@ -404,6 +463,9 @@ static int daemon_main(void)
 			usleep(100);
 	if (error)
 		script_fail("disarm: error %d", -error);
+	atomic_store(&served_out, true);
+	if (S.asked)
+		pthread_join(asker, NULL);
 	tierd_guest_destroy(g);
 	atomic_store(&shared->phase, LEFT);
 	return 0;
@@ -414,7 +476,7 @@ static int daemon_main(void)
 static bool verbose;
 static const char *store_directory = "/var/tmp";
 static uint32_t engine; /* TIERD_ENGINE_* */
-static bool large, anon;
+static bool large, anon, asked;
 static int references[2] = {-1, -1}; /* a pipe that refers to a page of each large folio */
 static pid_t daemon_pid;
 static uint64_t kills[LEFT + 1], accesses, faults, evicted, errors_seen, lost_pages;
@@ -582,7 +644,8 @@ static void set_up(void)
 	shared->pages = S.pages;
 	shared->failures = S.failures = below(3);
 	shared->losses = S.losses = !below(3);
-	shared->direct = below(2);
+	shared->direct = below(2) && !asked;
+	shared->asked = asked;
 	shared->use_pagemap = below(2) && engine == TIERD_ENGINE_STOCK && !hugetlb && !anon;
 	shared->anon = S.anon = anon;
 	shared->engine = engine;
@@ -869,6 +932,8 @@ int main(int count, char **arguments)
 			large = true;
 		} else if (!strcmp(arguments[i], "--anon")) {
 			anon = true;
+		} else if (!strcmp(arguments[i], "--asked")) {
+			asked = true;
 		} else if (i + 1 < count && !strcmp(arguments[i], "--daemon")) {
 			shared = map_shared(atoi(arguments[i + 1]));
 			return daemon_main();
@@ -884,9 +949,10 @@ int main(int count, char **arguments)
 		} else if (i + 1 < count && !strcmp(arguments[i], "--store")) {
 			store_directory = arguments[++i];
 		} else {
-			return fprintf(stderr, "usage: real [--engine stock|rwp|rfc] [--hugetlb] [--large] [--anon] "
-					       "[--slowness N] "
-					       "[--seeds N] [--from S] [--store DIRECTORY] [-v]\n"),
+			return fprintf(stderr,
+				       "usage: real [--engine stock|rwp|rfc] [--hugetlb] [--large] [--anon] [--asked] "
+				       "[--slowness N] "
+				       "[--seeds N] [--from S] [--store DIRECTORY] [-v]\n"),
 			       2;
 		}
 	}

@@ -152,6 +152,97 @@ static bool failed(int error, const char *what)
 	return error;
 }
 
+/* --- the daemon's part that is Python: tiers that are asked ------------------------------------------------------------- */
+
+enum { ANSWER_BYTES_MAX = 1 << 16 };
+
+/* An answer's bytes are read until its number is given out again. */
+static uint8_t answers[256][ANSWER_BYTES_MAX];
+
+static void answer(struct tierd_guest *g, const struct tierd_request *r)
+{
+	uint32_t good = r->count > 1 && chance(200) ? 1 : r->count;
+	int error = world_store_read(r->tier, r->page, good, answers[r->number]);
+
+	if (tierd_guest_answer(g, r->number, answers[r->number], error ? 0 : good, error))
+		script_fail("a request was not taken");
+}
+
+bool script_answer(struct tierd_guest *g, struct script_requests *held)
+{
+	struct tierd_request r;
+	uint32_t n, i;
+
+	if (tierd_guest_asked(g, held->taken + held->count, SCRIPT_TAKEN_MAX - held->count, &n))
+		script_fail("nothing is asked here");
+	held->count += n;
+	if (!held->count)
+		return false;
+	i = below(held->count);
+	r = held->taken[i];
+	held->taken[i] = held->taken[--held->count];
+	answer(g, &r);
+	return true;
+}
+
+static int store_offered(struct tierd_batch *b, struct tierd_batch_result *r)
+{
+	struct tierd_run run;
+
+	if (!r->offered_pages)
+		return 0;
+	for (uint32_t tier = 1; tier <= S.tiers; tier++)
+		for (uint32_t slot = 0; S.asked >> tier & 1; slot = run.slot + run.count) {
+			int error = tierd_batch_run(b, tier, slot, &run);
+
+			if (!error && !run.count)
+				break;
+			if (!error)
+				error = world_store_write(tier, run.page, run.count, run.bytes);
+			if (error)
+				return error;
+		}
+	return tierd_batch_stored(b, r);
+}
+
+/* Each page to the first of some tiers; the batch is WRITTEN then. */
+static int write_batch(struct tierd_batch *b, const uint32_t *tiers, uint32_t count, struct tierd_batch_result *r)
+{
+	int error = tierd_batch_write(b, tiers, count, r);
+
+	return error ? error : store_offered(b, r);
+}
+
+/* What sinks out of a tier that is asked: its bytes, or of some pages not. */
+static void supply(struct tierd_batch *b, uint32_t from)
+{
+	static uint8_t bytes[ANSWER_BYTES_MAX];
+	struct tierd_run run;
+
+	for (uint32_t slot = 0; !tierd_batch_run(b, 0, slot, &run) && run.count; slot = run.slot + run.count) {
+		if (chance(100))
+			continue;
+		if (!world_store_read(from, run.page, run.count, bytes) &&
+		    tierd_batch_supply(b, run.slot, run.count, bytes))
+			script_fail("bytes were not taken");
+	}
+}
+
+static void tell_garbage(struct tierd_guest *g)
+{
+	uint64_t page, count;
+
+	for (uint32_t tier = 1; tier <= S.tiers; tier++)
+		for (page = 0; S.asked >> tier & 1; page += count) {
+			if (tierd_guest_garbage(g, tier, page, 1 + below(8), &page, &count))
+				script_fail("no garbage here");
+			if (!count)
+				break;
+			if (!world_store_discard(tier, page, count) && tierd_guest_garbage_gone(g, tier, page, count))
+				script_fail("garbage was not taken");
+		}
+}
+
 static bool cancelled_at_will(struct tierd_batch *b, struct tierd_batch_result *r)
 {
 	if (!chance(40))
@@ -216,7 +307,7 @@ static void evict_batch(struct tierd_guest *g, struct tierd_batch *b, uint64_t *
 		tierd_batch_cancel(b, &r);
 		return;
 	}
-	error = tierd_batch_write(b, tiers, ladder(0, tiers), &r);
+	error = write_batch(b, tiers, ladder(0, tiers), &r);
 	if (!error && g->engine->set_async) {
 		drop_in_windows(b, &r);
 		return;
@@ -245,12 +336,14 @@ static void demote(struct tierd_guest *g, struct tierd_batch *b)
 		world_selected(min_idle_s, true);
 		if (!r.selected_pages || cancelled_at_will(b, &r))
 			continue;
+		if (S.asked >> from & 1)
+			supply(b, from);
 		error = failed(tierd_batch_copy(b, &r), "copy") || cancelled_at_will(b, &r);
 		if (error) {
 			tierd_batch_cancel(b, &r);
 			continue;
 		}
-		error = tierd_batch_write(b, tiers, ladder(from, tiers), &r);
+		error = write_batch(b, tiers, ladder(from, tiers), &r);
 		if ((error != -ENOSPC && failed(error, "write")) || error || cancelled_at_will(b, &r) ||
 		    failed(tierd_batch_drop(b, &r), "drop")) {
 			tierd_batch_cancel(b, &r);
@@ -305,6 +398,8 @@ void script_cycle(struct tierd_guest *g)
 	page = 0;
 	if (chance(100))
 		tierd_guest_restore(g, &page, below(SCRIPT_PAGES_MAX), &n);
+	if (S.asked && chance(400))
+		tell_garbage(g);
 	if (chance(400))
 		tierd_guest_discard(g, below(SCRIPT_PAGES_MAX) + 1, &n);
 	if (chance(S.losses ? 300 : 20)) /* an order that finds nothing to do hurts nobody */

@@ -11,9 +11,10 @@
 
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
-struct tierd_guest;
+#include "internal.h"
 
 enum { SCRIPT_PAGES_MAX = 64, BATCH_PAGES_MAX = 16 };
 
@@ -23,6 +24,7 @@ struct script {
 	bool losses;    /* stored copies are destroyed, so pages may be LOST */
 	bool anon;      /* the guest's memory is private and anonymous */
 	uint32_t tiers; /* the ladder's: 1, or the first of them is a pool */
+	uint32_t asked; /* bit i: tier i is one that Python asks, whose part the script plays */
 	bool often;     /* what can sink does so in every cycle */
 	/* the guest's side, by page; under world_lock */
 	uint64_t last[SCRIPT_PAGES_MAX]; /* what the guest last wrote */
@@ -54,6 +56,14 @@ void script_cycle(struct tierd_guest *g);
 /* One try at bringing everything back: how many pages are still away. With `repaired` these include the LOST ones. */
 uint64_t script_bring_back(struct tierd_guest *g, bool repaired);
 
+/* Where tiers are asked, what Python does in trio's thread: takes requests, reads, answers, in some other order. False: there was none. */
+enum { SCRIPT_TAKEN_MAX = 4 };
+struct script_requests {
+	struct tierd_request taken[SCRIPT_TAKEN_MAX];
+	uint32_t count;
+};
+bool script_answer(struct tierd_guest *g, struct script_requests *held);
+
 /* --- what the world says ------------------------------------------------------------------------------------------------ */
 
 enum outcome { MADE, MEMORY_ERROR, UNKNOWN /* a write was cut off by a memory error: the page may hold anything */ };
@@ -71,6 +81,10 @@ void world_unlock(uint32_t page);
 void world_rest(uint32_t steps);
 bool world_stopped(void);
 void world_before_pass(void);
+/* The store of a tier that is asked: pages [page, page + count). 0, or -errno: then each may have been written or not. */
+int world_store_write(uint32_t tier, uint64_t page, uint32_t count, const uint8_t *bytes);
+int world_store_read(uint32_t tier, uint64_t page, uint32_t count, uint8_t *bytes);
+int world_store_discard(uint32_t tier, uint64_t page, uint64_t count);
 void world_selected(double min_idle_s, bool sinks); /* a batch was, just now: out of the guest, or out of a tier */
 
 #endif

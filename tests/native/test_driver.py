@@ -113,7 +113,27 @@ def test_seeds_with_a_ladder(tmp_path: Path, more: list[str]) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("more", [(), ("--anon",), ("--ladder",)], ids=["shared", "anonymous", "ladder"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        *([], ["--ladder"], ["--ladder", "--often"], ["--anon", "--ladder"], ["--vmm-ends"], ["--hugetlb"]),
+        *(["--ladder", "--engine", "rwp"], ["--engine", "rfc"]),
+    ],
+    ids=lambda more: " ".join(more) or "stock",
+)
+def test_seeds_with_a_tier_that_python_asks(driver: Path, more: list[str]) -> None:
+    """Nobody who serves faults reads it: pages are asked for, and come at any time, in any order, or not."""
+    seeds = max(SEEDS // 10, 100)
+    figures = run_seeds(driver, seeds, "--asked", *more)
+    assert figures["pages evicted"] > seeds / 2
+    assert figures["kills"] > seeds / 2
+    assert figures["memory errors"] > 0, "no stored copy was destroyed"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "more", [(), ("--anon",), ("--ladder", "--asked")], ids=["shared", "anonymous", "ladder, asked"]
+)
 def test_seeds_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path, more: tuple[str, ...]) -> None:
     flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     run_seeds(build_driver(tmp_path / "driver", flags), max(SEEDS // 20, 100), *more, first=1000000)
@@ -135,7 +155,7 @@ def test_threads_under_the_thread_sanitizer(tmp_path: Path) -> None:
     """Guest threads, fault workers, the evictor and a reader of counters really at once; daemons that succeed each other."""
     binary = build_threads(tmp_path / "threads")
     for seed in range(1, 4):
-        for more in ((), ("--anon", "1")):
+        for more in ((), ("--anon", "1"), ("--asked", "1")):
             done = _run_threads(binary, max(SEEDS // 2500, 6), seed, *more)
             assert done.returncode == 0, done.stdout + done.stderr
 

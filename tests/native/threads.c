@@ -2,7 +2,7 @@
 /*
  * threads.c: the data plane against the model kernel with real threads, for the thread sanitizer.
  *
- *   threads [--rounds N] [--cycles N] [--seed S] [--anon 1]
+ *   threads [--rounds N] [--cycles N] [--seed S] [--anon 1] [--asked 1]
  *
  * driver.c decides who runs, so it cannot show what a compiler or a CPU may reorder. Here guest threads, fault workers, the
  * evictor and a reader of the counters really run at once; the model kernel has one lock, which it lets go between pages. Each
@@ -66,6 +66,7 @@ static uint64_t seed = 1, rounds = 8, cycles_per_round = 100;
 static struct tierd_guest *guest;
 static int table_fd = -1;
 static _Atomic bool guests_stop, daemon_stop, over;
+static bool asked; /* the tier is one that Python asks */
 static _Atomic uint64_t accesses, evicted, served;
 
 static uint32_t below(uint32_t n)
@@ -157,6 +158,11 @@ int threads_stop(struct tierd_guest *g)
 	return 0;
 }
 
+void ring(int eventfd)
+{
+	(void)eventfd;
+}
+
 /* --- the guest ---------------------------------------------------------------------------------------------------------- */
 
 UNSEEN static uint64_t access_page(uint32_t thread, uint32_t page, bool write, uint64_t value)
@@ -218,6 +224,8 @@ static void *fault_thread(void *argument)
 		int n = tierd_worker_serve(w, &tid);
 		uint64_t due_ns;
 
+		if (asked)
+			tierd_worker_answers(w);
 		tierd_worker_retry(w, &due_ns);
 		if (n > 0)
 			atomic_fetch_add(&served, (uint64_t)n);
@@ -248,6 +256,45 @@ static void *watching_thread(void *unused)
 	return NULL;
 }
 
+/* What trio's thread does where the tier is asked. */
+static void *asking_thread(void *unused)
+{
+	static uint64_t bytes[256][8 * MODEL_PAGE_BYTES / 8];
+	struct tierd_request r;
+	uint32_t n;
+
+	(void)unused;
+	seed_thread(21);
+	while (!atomic_load(&daemon_stop)) {
+		if (tierd_guest_asked(guest, &r, 1, &n))
+			model_fail("nothing is asked");
+		if (n) {
+			ssize_t got = sys_store_read(FD_STORE, bytes[r.number], r.count * MODEL_PAGE_BYTES,
+						     r.page * MODEL_PAGE_BYTES);
+			uint32_t good = got > 0 ? (uint32_t)got / MODEL_PAGE_BYTES : 0;
+
+			if (tierd_guest_answer(guest, r.number, bytes[r.number], good, good ? 0 : -EIO))
+				model_fail("an answer was not taken");
+		}
+		sched_yield();
+	}
+	return NULL;
+}
+
+static int store_offered(struct tierd_batch *b)
+{
+	struct tierd_batch_result r;
+	struct tierd_run run;
+
+	for (uint32_t slot = 0; !tierd_batch_run(b, 1, slot, &run) && run.count; slot = run.slot + run.count) {
+		struct iovec from = {.iov_base = run.bytes, .iov_len = run.count * MODEL_PAGE_BYTES};
+
+		if (sys_store_write(FD_STORE, &from, 1, run.page * MODEL_PAGE_BYTES) != (ssize_t)from.iov_len)
+			return -EIO;
+	}
+	return sys_store_sync(FD_STORE) ? -EIO : tierd_batch_stored(b, &r);
+}
+
 static void evict_batch(struct tierd_batch *b, uint64_t *page)
 {
 	struct tierd_batch_result r;
@@ -258,7 +305,8 @@ static void evict_batch(struct tierd_batch *b, uint64_t *page)
 	if (!r.selected_pages)
 		return;
 	if ((!M.anon && tierd_batch_hold(b, &r)) || tierd_batch_copy(b, &r) ||
-	    tierd_batch_write(b, (uint32_t[]){1}, 1, &r) || tierd_batch_drop(b, &r)) {
+	    tierd_batch_write(b, (uint32_t[]){1}, 1, &r) || (r.offered_pages && store_offered(b)) ||
+	    tierd_batch_drop(b, &r)) {
 		tierd_batch_cancel(b, &r);
 		return;
 	}
@@ -335,6 +383,10 @@ static void daemon_create(bool adopted)
 		args.tiers[i].fd = -1;
 	args.tiers[1] = (struct tierd_tier){
 		.fd = FD_STORE, .kind = TIERD_KIND_FILE, .capacity_bytes = M.pages * MODEL_PAGE_BYTES};
+	if (asked) {
+		args.tiers[1].kind = TIERD_KIND_ASKED;
+		args.tiers[1].fd = args.asked_fd = -1;
+	}
 	if (!adopted) {
 		struct tierd_identity identity = {.pid = 1, .epoch_ns = 1000000};
 
@@ -357,7 +409,7 @@ static void start(pthread_t *thread, void *(*run)(void *), uint64_t number)
 /* One daemon's life, while the guest runs. The last one sees the guest out and brings everything back. */
 static void daemon_life(bool adopted, pthread_t *guests)
 {
-	pthread_t workers[WORKERS], watcher;
+	pthread_t workers[WORKERS], watcher, asker;
 	uint64_t page = 0, n;
 
 	atomic_store(&daemon_stop, false);
@@ -365,22 +417,26 @@ static void daemon_life(bool adopted, pthread_t *guests)
 	for (uint64_t i = 0; i < WORKERS; i++)
 		start(&workers[i], fault_thread, i);
 	start(&watcher, watching_thread, 0);
+	if (asked)
+		start(&asker, asking_thread, 0);
 	for (uint64_t i = 0; i < cycles_per_round; i++)
 		cycle();
 	if (guests) {
 		atomic_store(&guests_stop, true);
 		for (int i = 0; i < GUEST_THREADS; i++)
 			pthread_join(guests[i], NULL);
-		while (page < guest->pages)
-			if (tierd_guest_restore(guest, &page, UINT64_MAX, &n) == -EBUSY)
-				model_fail("two workers");
-		if (tierd_guest_disarm(guest))
-			model_fail("a page is not resident after the restore");
+		do
+			for (page = 0; page < guest->pages;)
+				if (tierd_guest_restore(guest, &page, UINT64_MAX, &n) == -EBUSY)
+					model_fail("two workers");
+		while (tierd_guest_disarm(guest) && asked); /* where it is asked, they come later */
 	}
 	atomic_store(&daemon_stop, true);
 	for (int i = 0; i < WORKERS; i++)
 		pthread_join(workers[i], NULL);
 	pthread_join(watcher, NULL);
+	if (asked)
+		pthread_join(asker, NULL);
 	tierd_guest_destroy(guest);
 }
 
@@ -399,6 +455,8 @@ int main(int count, char **arguments)
 			seed = n;
 		else if (!strcmp(arguments[i], "--anon"))
 			M.anon = n;
+		else if (!strcmp(arguments[i], "--asked"))
+			asked = n;
 	}
 	seed_thread(30);
 	M.regions = 1;

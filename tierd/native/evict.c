@@ -6,6 +6,9 @@
  * Private anonymous memory comes from the staging area (stage.c), where nobody writes: select, copy, write, drop. So does what sinks
  * from one tier to the next.
  *
+ * A tier that Python asks (ask.c) is read and written by Python: it supplies the bytes of what sinks from there before copy, and stores
+ * what write has offered to such a tier before it says stored.
+ *
  * The steps must come in this order (a batch in the wrong step answers -EINVAL), and a batch can be cancelled between any
  * two. Until a page is DROPPING its truth is where it was, so cancelling is free; from then on it is the tier's, durably.
  */
@@ -14,7 +17,7 @@
 
 #include "internal.h"
 
-enum batch_step { EMPTY, SELECTED, HELD, COPIED, WRITTEN, DROPPED };
+enum batch_step { EMPTY, SELECTED, HELD, COPIED, OFFERED, WRITTEN, DROPPED };
 enum { NOWHERE = 0xff, NOT_THE_POOL = 0xfe }; /* no tier has taken it yet; and the pool does not */
 enum { PIECE_BYTES = 64 << 10 };              /* read at once */
 
@@ -35,9 +38,10 @@ struct tierd_batch {
 	uint8_t *to;       /* the tier it goes to; TIER_ZERO: it needs no store */
 	uint8_t *bytes;    /* the copy: slot i belongs to pages[i] */
 	struct held_run *held;
-	uint64_t *touched, *other; /* bitmaps of a run */
-	uint64_t *before;          /* rfc: touched before the hold */
-	uint8_t *again;            /* a page, read once more */
+	uint64_t *touched,
+		*other;   /* bitmaps of a run; out of a tier that is asked, `touched` says whose bytes were supplied */
+	uint64_t *before; /* rfc: touched before the hold */
+	uint8_t *again;   /* a page, read once more */
 	size_t page_bytes;
 };
 
@@ -190,6 +194,7 @@ int tierd_batch_select(struct tierd_batch *b, uint32_t from, uint32_t pool_only,
 	age += age < min_age;
 	b->count = b->held_runs = b->first = 0;
 	b->from = from;
+	memset(b->touched, 0, bitmap_bytes(b->max_pages));
 	b->pool_only = pool_only;
 	(moving(b) ? select_stored : select_pages)(
 		b, first_page, age, max_pages < b->max_pages ? (uint32_t)max_pages : b->max_pages, &ret->next_page);
@@ -440,6 +445,46 @@ static void copy_stored(struct tierd_batch *b, struct tierd_batch_result *ret)
 	count_add(&g->count.pages_cancelled, count - kept);
 }
 
+static bool from_asked(const struct tierd_batch *b)
+{
+	return moving(b) && tier_is_asked(b->g, b->from);
+}
+
+int tierd_batch_supply(struct tierd_batch *b, uint32_t slot, uint32_t count, const void *bytes)
+{
+	if (b->step != SELECTED || !from_asked(b) || slot > b->count || count > b->count - slot)
+		return -EINVAL;
+	memcpy(b->bytes + slot * b->page_bytes, bytes, count * b->page_bytes);
+	for (uint32_t i = slot; i < slot + count; i++)
+		bit_set(b->touched, i);
+	return 0;
+}
+
+/* What was not supplied, or is not what was stored, stays where it is. */
+static void copy_supplied(struct tierd_batch *b, struct tierd_batch_result *ret)
+{
+	uint32_t kept = 0, count = b->count;
+
+	for (uint32_t i = 0; i < count; i++) {
+		int error = bit_get(b->touched, i) ? 0 : -ENODATA;
+
+		if (kept != i && !error)
+			memcpy(b->bytes + kept * b->page_bytes, b->bytes + i * b->page_bytes, b->page_bytes);
+		keep(b, kept, i);
+		if (!error)
+			error = look_at_copy(b, kept);
+		if (!error) {
+			kept++;
+			continue;
+		}
+		count_unreadable(b, error);
+		stay(b, kept);
+	}
+	b->count = kept;
+	ret->cancelled_pages = count - kept;
+	count_add(&b->g->count.pages_cancelled, count - kept);
+}
+
 int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
@@ -450,7 +495,9 @@ int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret)
 		return error;
 	if (g->engine->holds_mapped && !moving(b))
 		error = keep_mapped(b, ret);
-	if (moving(b)) {
+	if (from_asked(b)) {
+		copy_supplied(b, ret);
+	} else if (moving(b)) {
 		worker_io_begin(g);
 		copy_stored(b, ret);
 		worker_io_end(g);
@@ -470,8 +517,8 @@ int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret)
 
 /* --- write -------------------------------------------------------------------------------------------------------------- */
 
-/* How many of the slots could be given to the file `tier`, as far as its capacity goes. */
-static uint64_t room_in_file(const struct tierd_batch *b, unsigned int tier)
+/* How many of the slots could be given to `tier`, no pool, as far as its capacity goes. */
+static uint64_t room_in(const struct tierd_batch *b, unsigned int tier)
 {
 	uint64_t pages = atomic_load(&b->g->capacity_bytes[tier]) / b->page_bytes, used = b->g->copies[tier];
 
@@ -522,11 +569,11 @@ static void stay_with_guest(struct tierd_batch *b, uint32_t slot)
 	page_move(b->g, b->pages[slot], b->words[slot], word_with_state(b->words[slot], RESIDENT));
 }
 
-/* Gives slots that no tier has taken yet to the file. */
-static void place_in_file(struct tierd_batch *b, unsigned int tier, bool *full)
+/* Gives slots that no tier has taken yet to `tier`, no pool. How many. */
+static uint32_t place_in(struct tierd_batch *b, unsigned int tier, bool *full)
 {
-	uint64_t room = room_in_file(b, tier);
-	uint32_t kept = 0;
+	uint64_t room = room_in(b, tier), *garbage = b->g->garbage[tier];
+	uint32_t kept = 0, given = 0;
 
 	for (uint32_t i = 0; i < b->count; i++) {
 		bool has_space = !moving(b) && has_space_in(b->words[i], tier);
@@ -538,12 +585,16 @@ static void place_in_file(struct tierd_batch *b, unsigned int tier, bool *full)
 			}
 			b->to[i] = (uint8_t)tier;
 			room -= !has_space;
+			given++;
+			if (garbage) /* of the page as it was before */
+				bit_clear(garbage, b->pages[i]);
 		}
 		*full |= !placed(b, i);
 		keep(b, kept++, i);
 	}
 	count_add(&b->g->count.pages_cancelled, b->count - kept);
 	b->count = kept;
+	return given;
 }
 
 /* Length of the run from slot i whose pages are neighbours and go to the same tier. */
@@ -561,7 +612,7 @@ static int write_to_file(struct tierd_batch *b, unsigned int tier, uint64_t *wri
 	struct tierd_guest *g = b->g;
 	uint32_t n;
 
-	place_in_file(b, tier, full);
+	place_in(b, tier, full);
 	for (uint32_t i = 0; i < b->count; i += n) {
 		int error;
 
@@ -635,8 +686,13 @@ static int write_to(struct tierd_batch *b, unsigned int tier, struct tierd_batch
 	bool no_room = false;
 	int error;
 
-	if (tier == TIER_ZERO || tier > TIERD_LADDER_MAX || tier == b->from || g->tiers[tier].fd < 0)
+	if (tier == TIER_ZERO || tier > TIERD_LADDER_MAX || tier == b->from || !tier_exists(g, tier))
 		return -ENODEV;
+	if (tier_is_asked(g, tier)) {
+		ret->offered_pages += place_in(b, tier, &no_room);
+		*full |= no_room;
+		return 0;
+	}
 	worker_io_begin(g);
 	error = tier_is_pool(g, tier) ? write_to_pool(b, tier, &written, &no_room)
 				      : write_to_file(b, tier, &written, &no_room);
@@ -688,10 +744,45 @@ int tierd_batch_write(struct tierd_batch *b, const uint32_t *tiers, uint32_t cou
 			error = -ENOSPC; /* nothing is wrong with the store */
 	}
 	if (!error)
-		b->step = WRITTEN;
+		b->step = ret->offered_pages ? OFFERED : WRITTEN;
 	ret->write_ns = sys_now_ns() - began_ns;
 	guest_leave(g);
 	return error;
+}
+
+int tierd_batch_run(struct tierd_batch *b, uint32_t tier, uint32_t slot, struct tierd_run *ret)
+{
+	*ret = (struct tierd_run){0};
+	if (b->step != (tier ? OFFERED : SELECTED) || (!tier && !from_asked(b)))
+		return -EINVAL;
+	while (tier && slot < b->count && b->to[slot] != tier)
+		slot++;
+	if (slot < b->count)
+		*ret = (struct tierd_run){.page = b->pages[slot],
+					  .slot = slot,
+					  .count = tier ? alike_run(b, slot)
+							: run_length(b->g, b->pages + slot, b->count - slot),
+					  .bytes = b->bytes + slot * b->page_bytes};
+	return 0;
+}
+
+int tierd_batch_stored(struct tierd_batch *b, struct tierd_batch_result *ret)
+{
+	struct tierd_guest *g = b->g;
+	int error = batch_enter(b, OFFERED, ret);
+
+	if (error)
+		return error;
+	for (uint32_t i = 0; i < b->count; i++) {
+		bool asked = placed(b, i) && tier_is_asked(g, b->to[i]);
+
+		ret->written_pages += asked;
+		if (asked)
+			count_add(&g->tier_counts[b->to[i]].written_pages, 1);
+	}
+	b->step = WRITTEN;
+	guest_leave(g);
+	return 0;
 }
 
 /* --- drop --------------------------------------------------------------------------------------------------------------- */

@@ -302,12 +302,12 @@ static void give_back(struct tierd_worker *w, uint64_t page, uint32_t from, uint
 }
 
 /* Number of pages at the start of the run whose bytes are what was written. */
-static uint32_t verified(struct tierd_worker *w, uint64_t page, uint32_t n)
+static uint32_t verified(struct tierd_worker *w, uint64_t page, uint32_t n, const uint8_t *bytes)
 {
 	struct tierd_guest *g = w->g;
 
 	for (uint32_t i = 0; i < n; i++) {
-		if (checksum(w->buffer + (size_t)i * g->page_bytes, g->page_bytes) != g->checksums[page + i]) {
+		if (checksum(bytes + (size_t)i * g->page_bytes, g->page_bytes) != g->checksums[page + i]) {
 			count_error(g, &g->count.checksum_errors, -EBADMSG);
 			count_add(&g->tier_counts[word_tier(w->claimed[0])].checksum_errors, 1);
 			return i;
@@ -323,7 +323,7 @@ static int read_verified(struct tierd_worker *w, uint64_t page, uint32_t n, uint
 	unsigned int tier = word_tier(w->claimed[0]);
 	int error = tier_read(g, w->reader, tier, page, n, w->buffer);
 
-	*good = error ? 0 : tier == TIER_STAGING ? n : verified(w, page, n);
+	*good = error ? 0 : tier == TIER_STAGING ? n : verified(w, page, n, w->buffer);
 	return error;
 }
 
@@ -465,6 +465,26 @@ static int fetch_failed(struct tierd_worker *w, struct parked *p)
 	return -EIO;
 }
 
+/* The pages are ours (ARRIVING, w->claimed[]): from now on they are the request's, or they go back. */
+static int ask_for(struct tierd_worker *w, const struct request *r)
+{
+	if (ask(w->g, r))
+		return -EINPROGRESS;
+	give_back(w, r->first.page, 0, r->count); /* no room: the guest faults again */
+	return -ENOMEM;
+}
+
+static int fetch_asked(struct tierd_worker *w, unsigned int tier, uint64_t page, uint32_t window, uint64_t began_ns)
+{
+	uint32_t n = claim_stored(w, tier, page, window < w->g->readahead_max ? window : w->g->readahead_max);
+
+	if (!n)
+		return -EALREADY;
+	return ask_for(w, &(struct request){.first = {.page = page, .fault_ns = began_ns, .was_moving = w->was_moving},
+					    .count = n,
+					    .demand = true});
+}
+
 static int fetch(struct tierd_worker *w, uint64_t page, uint64_t began_ns)
 {
 	struct tierd_guest *g = w->g;
@@ -475,6 +495,10 @@ static int fetch(struct tierd_worker *w, uint64_t page, uint64_t began_ns)
 	uint32_t claimed, window = stream_window(w, page, &s);
 	int64_t placed;
 
+	if (tier_is_asked(g, tier)) {
+		s->next_page = page + window;
+		return fetch_asked(w, tier, page, window, began_ns);
+	}
 	if (!memory && !reader_enter(g))
 		return claim_stored(w, tier, page, 1) ? fetch_later(w, &later) : -EALREADY;
 	placed = fetch_run(w, tier, page, window, &claimed);
@@ -594,6 +618,10 @@ static void retry_page(struct tierd_worker *w, struct parked *p)
 
 	w->claimed[0] = p->owned;
 	w->was_moving = p->was_moving;
+	if (tier_is_asked(g, word_tier(p->owned))) {
+		ask_for(w, &(struct request){.first = *p, .count = 1, .demand = true});
+		return;
+	}
 	if (!read_claimed(w, p->page, 1)) {
 		fetch_failed(w, p);
 		return;
@@ -635,6 +663,103 @@ void tierd_worker_retry(struct tierd_worker *w, uint64_t *next_due_ns)
 	atomic_store_explicit(&w->busy_since_ns, 0, memory_order_relaxed);
 }
 
+/* --- what Python has brought ------------------------------------------------------------------------------------------------ */
+
+/* The first page of a request could not be had; the others went back. */
+static void not_answered(struct tierd_worker *w, struct request *r)
+{
+	uint64_t page = r->first.page;
+
+	if (r->was_lost) {
+		if (!page_move(w->g, page, w->claimed[0], word_with_state(w->claimed[0], LOST)))
+			abort();
+		wake(w->g, page, 1);
+	} else if (r->demand && r->count > 1) { /* its neighbours must not fail the page that is waited for: alone, then */
+		ask_for(w, &(struct request){.first = r->first, .count = 1, .demand = true});
+	} else if (r->demand) {
+		fetch_failed(w, &r->first);
+	} else {
+		give_back(w, page, 0, 1); /* nobody waits for it: a fault, or the next try, decides */
+	}
+}
+
+static void count_read(struct tierd_guest *g, unsigned int tier, const struct request *r)
+{
+	struct tier_count *c = &g->tier_counts[tier];
+	uint64_t ns = sys_now_ns() - r->asked_ns;
+
+	if (r->error) {
+		count_add(&c->read_errors, 1);
+		count_error(g, &g->count.store_read_errors, r->error);
+		return;
+	}
+	count_add(&c->read_pages, r->good);
+	count_add(&c->read_sum_ns, ns);
+	count_add(&c->read_buckets[bucket_of(ns)], 1);
+}
+
+static void count_brought(struct tierd_guest *g, const struct request *r, uint32_t placed)
+{
+	if (r->demand) {
+		count_add(&g->count.faults_fetch, 1);
+		count_add(&g->count.pages_fetched, placed);
+		count_add(&g->count.pages_readahead, placed - 1);
+		observe_latency(g, sys_now_ns() - r->first.fault_ns);
+	} else {
+		count_add(&g->count.pages_restored, placed);
+	}
+}
+
+static void place_answer(struct tierd_worker *w, struct request *r)
+{
+	struct tierd_guest *g = w->g;
+	uint64_t page = r->first.page;
+	uint32_t good, placed;
+	int error;
+
+	for (uint32_t i = 0; i < r->count; i++)
+		w->claimed[i] = page_load(g, page + i); /* nobody else moves them */
+	w->was_moving = r->first.was_moving;
+	count_read(g, word_tier(w->claimed[0]), r);
+	good = verified(w, page, r->good, r->bytes);
+	give_back(w, page, good ? good : 1, r->count);
+	if (!good) {
+		not_answered(w, r);
+		return;
+	}
+	placed = place(g, page, good, r->bytes, &error);
+	if (error == -ENOENT && !r->demand)
+		placed += put_into_file(g, page + placed, good - placed, r->bytes, placed);
+	for (uint32_t i = 0; i < placed; i++)
+		settle(g, page + i, w->claimed[i]);
+	wake(g, page, placed); /* whoever came meanwhile was left to us */
+	if (placed) {
+		count_brought(g, r, placed);
+	} else if (r->was_lost) {
+		not_answered(w, r);
+		return;
+	} else if (error == -ENOMEM) {
+		sys_pause_us(NO_MEMORY_PAUSE_US);
+	} else if (!transient(error)) {
+		count_add(&g->count.faults_failed, r->demand);
+		count_error(g, &g->count.kernel_errors, error);
+	}
+	give_back(w, page, placed, good);
+}
+
+void tierd_worker_answers(struct tierd_worker *w)
+{
+	struct tierd_guest *g = w->g;
+	struct request r;
+
+	while (atomic_load(&g->answers) && answer_take(g, &r)) {
+		atomic_store_explicit(&w->busy_since_ns, sys_now_ns(), memory_order_relaxed);
+		place_answer(w, &r);
+		request_end(g, &r);
+	}
+	atomic_store_explicit(&w->busy_since_ns, 0, memory_order_relaxed);
+}
+
 /* --- an operator's orders about LOST pages ------------------------------------------------------------------------------ */
 
 void tierd_guest_set_reads(struct tierd_guest *g, uint64_t read_deadline_ns, uint32_t on_lost)
@@ -666,6 +791,13 @@ static bool retry_lost(struct tierd_worker *w, uint64_t page, page_word word)
 	atomic_thread_fence(memory_order_seq_cst);
 	while (atomic_load(&g->poisoning))
 		sys_pause_us(1);
+	if (tier_is_asked(g, word_tier(word))) {
+		struct request r = {.first = {.page = page}, .count = 1, .was_lost = true};
+
+		if (!ask(g, &r) && !page_move(g, page, w->claimed[0], word))
+			abort();
+		return false;
+	}
 	good = read_claimed(w, page, 1) && place(g, page, 1, w->buffer, &error);
 	if (good)
 		settle(g, page, w->claimed[0]);
@@ -699,6 +831,16 @@ int tierd_guest_retry(struct tierd_guest *g, uint64_t *recovered, uint64_t *stil
 
 /* --- bringing everything back ------------------------------------------------------------------------------------------- */
 
+/* How many were asked for, from `page` on; -ENOBUFS: not now. */
+static int64_t restore_asked(struct tierd_worker *w, unsigned int tier, uint64_t page, uint64_t max_pages)
+{
+	uint32_t n = claim_stored(w, tier, page,
+				  max_pages < w->g->readahead_max ? (uint32_t)max_pages : w->g->readahead_max);
+	struct request r = {.first = {.page = page, .was_moving = w->was_moving}, .count = n};
+
+	return n && ask_for(w, &r) != -EINPROGRESS ? -ENOBUFS : (int64_t)n;
+}
+
 int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max_pages, uint64_t *restored)
 {
 	int error = guest_enter(g);
@@ -707,10 +849,18 @@ int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max
 	while (!error && *next_page < g->pages && *restored < max_pages) {
 		uint64_t left = max_pages - *restored;
 		page_word word = page_load(g, *next_page);
+		bool stored = word_state(word) == STORED || word_state(word) == MOVING;
 		uint32_t claimed = 0;
 		int64_t n = 0;
 
-		if (word_state(word) == STORED || word_state(word) == MOVING) {
+		if (stored && tier_is_asked(g, word_tier(word))) {
+			n = restore_asked(g->restorer, word_tier(word), *next_page, left);
+			if (n == -ENOBUFS)
+				break;
+			*next_page += n ? (uint64_t)n : 1;
+			continue;
+		}
+		if (stored) {
 			worker_io_begin(g);
 			n = fetch_run(g->restorer, word_tier(word), *next_page,
 				      left < UINT32_MAX ? (uint32_t)left : UINT32_MAX, &claimed);

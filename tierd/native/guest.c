@@ -185,9 +185,21 @@ static int open_pool(struct tierd_guest *g, uint32_t tier)
 	return pool_reader_create(g->pool, &g->reader);
 }
 
+static int asked_open(struct tierd_guest *g, uint32_t tier, int asked_fd)
+{
+	int error = g->asking ? 0 : asking_create(g);
+
+	if (error)
+		return error;
+	if (asked_fd >= 0 && g->asked_fd < 0 && (g->asked_fd = sys_dup(asked_fd)) < 0)
+		return g->asked_fd;
+	g->garbage[tier] = sys_alloc(bitmap_bytes(g->pages));
+	return g->garbage[tier] ? 0 : -ENOMEM;
+}
+
 /* Only the last tier may be one where a killed process's writes and discards may still land: what sinks from it would be given back
  * there, and nothing says so of a page that has sunk. */
-static int tiers_open(struct tierd_guest *g)
+static int tiers_open(struct tierd_guest *g, int asked_fd)
 {
 	uint32_t late = 0;
 
@@ -196,12 +208,14 @@ static int tiers_open(struct tierd_guest *g)
 		int error;
 
 		atomic_store(&g->capacity_bytes[i], t->capacity_bytes);
-		if (t->fd < 0)
+		if (!tier_exists(g, i))
 			continue;
 		if (late)
 			return -EINVAL;
 		late = t->flags & TIERD_SPACE_LATE;
-		error = t->kind == TIERD_KIND_MEMORY ? open_pool(g, i) : 0;
+		error = t->kind == TIERD_KIND_MEMORY  ? open_pool(g, i)
+			: t->kind == TIERD_KIND_ASKED ? asked_open(g, i, asked_fd)
+						      : 0;
 		if (error)
 			return error;
 	}
@@ -251,7 +265,7 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 		return error;
 	g->header->serving.engine = args->engine;
 	g->header->serving.readahead_pages = g->readahead_max;
-	error = tiers_open(g);
+	error = tiers_open(g, args->asked_fd);
 	if (error)
 		return error;
 	copies_count(g);
@@ -283,7 +297,7 @@ int tierd_guest_create(const struct tierd_guest_args *args, struct tierd_guest *
 		return -ENOMEM;
 	g->bytes = sizeof(*g);
 	pthread_mutex_init(&g->threads_lock, NULL);
-	g->uffd = g->pidfd = g->pagemap = g->mem = g->stop_fd = -1;
+	g->uffd = g->pidfd = g->pagemap = g->mem = g->stop_fd = g->asked_fd = g->answer_fd = -1;
 	for (int i = 0; i < TIERD_TIERS; i++)
 		g->tiers[i].fd = -1;
 	error = guest_fill(g, args);
@@ -337,6 +351,9 @@ void tierd_guest_destroy(struct tierd_guest *g)
 	if (g->quarantine)
 		sys_free(g->quarantine, bitmap_bytes(g->pages));
 	parking_destroy(g);
+	asking_destroy(g);
+	if (g->asked_fd >= 0)
+		sys_close(g->asked_fd);
 	table_unmap(g);
 	pthread_mutex_destroy(&g->threads_lock);
 	sys_free(g, g->bytes);
@@ -803,6 +820,18 @@ static int adopt_pool(struct tierd_guest *g)
 	return error;
 }
 
+/* A tier that Python asks may have been given, or may not have been told to discard, what no word says that it has. */
+static void adopt_asked(struct tierd_guest *g)
+{
+	for (uint32_t tier = 1; tier <= TIERD_LADDER_MAX; tier++)
+		for (uint64_t page = 0; g->garbage[tier] && page < g->pages; page++) {
+			page_word w = page_load(g, page);
+
+			if (!word_copy(w) || word_tier(w) != tier)
+				bit_set(g->garbage[tier], page);
+		}
+}
+
 /* Killed in a batch of calls, the predecessor left the VMM to make them. */
 static int settle_inside(struct tierd_guest *g)
 {
@@ -912,6 +941,8 @@ int tierd_guest_adopt(struct tierd_guest *g, const struct tierd_range *mapped, u
 	if (!g->engine->holds_mapped && !g->anon)
 		for (uint32_t i = 0; !error && i < count; i++)
 			error = unprotect_by_chunk(g, &mapped[i]);
+	if (!error)
+		adopt_asked(g);
 	/* messages that the predecessor had read are not delivered again until a wake */
 	for (uint32_t i = 0; !error && i < count; i++)
 		error = sys_uffd_wake(g->uffd, mapped[i].address, mapped[i].bytes);
@@ -954,7 +985,7 @@ int tierd_guest_tier_counters(struct tierd_guest *g, uint32_t tier, struct tierd
 	struct tier_count *c = &g->tier_counts[tier % TIERD_TIERS];
 
 	memset(ret, 0, sizeof(*ret));
-	if (tier >= TIERD_TIERS || g->tiers[tier].fd < 0)
+	if (tier >= TIERD_TIERS || !tier_exists(g, tier))
 		return -ENODEV;
 	if (tier_is_pool(g, tier) && g->pool) {
 		struct pool_counters in_pool;
@@ -1042,6 +1073,6 @@ void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret)
 #undef COPY
 	ret->quarantined_pages = atomic_load(&g->quarantined_pages);
 	ret->missing_chunks = atomic_load(&g->missing_chunks);
-	ret->parked_pages = atomic_load(&g->parked_pages);
+	ret->parked_pages = atomic_load(&g->parked_pages) + atomic_load(&g->asked_pages);
 	ret->fault_threads = atomic_load(&g->thread_count);
 }

@@ -199,6 +199,7 @@ struct engine {
 
 struct tierd_thread; /* a fault thread: thread.c */
 struct parking;      /* faults that wait for the store: park.c */
+struct asking;       /* pages that Python brings: ask.c */
 
 struct parked {
 	uint64_t page;
@@ -208,6 +209,19 @@ struct parked {
 	uint64_t fault_ns;  /* when the guest faulted */
 	uint64_t failed_ns; /* when a read failed first; 0: none has */
 	uint64_t due_ns;    /* when to try next */
+};
+
+/* A run of pages that Python is asked for, all ARRIVING: ask.c. */
+struct request {
+	struct parked first; /* its `owned` is not used */
+	uint32_t number, count;
+	bool demand; /* a thread of the guest waits for the first page; else nobody does: an order to bring them back */
+	bool was_lost; /* before that */
+	uint64_t asked_ns;
+	/* the answer: bytes of the first `good` pages, or an error */
+	uint32_t good;
+	int error;
+	const uint8_t *bytes;
 };
 
 struct tierd_guest {
@@ -261,6 +275,11 @@ struct tierd_guest {
 
 	struct parking *parking;
 	_Atomic uint32_t parked_pages, readers;
+	struct asking *asking; /* NULL: no tier is asked */
+	uint64_t *garbage
+		[TIERD_TIERS];   /* bitmaps of the guest, the worker's own: what a tier that is asked need not keep */
+	int asked_fd, answer_fd; /* eventfds: rung for Python, and for fault threads */
+	_Atomic uint32_t asked_pages, answers;
 	_Atomic uint64_t read_deadline_ns;
 	_Atomic uint32_t on_lost;   /* TIERD_LOST_* */
 	_Atomic uint32_t poisoning; /* fault threads that are about to poison a LOST page */
@@ -434,6 +453,8 @@ int tierd_worker_serve(struct tierd_worker *w, uint32_t *tid);
 uint64_t tierd_worker_busy_since(struct tierd_worker *w);
 /* Tries parked faults that are due. *next_due_ns: when the next one is, 0 when none is parked. */
 void tierd_worker_retry(struct tierd_worker *w, uint64_t *next_due_ns);
+/* Deals with what Python has answered. */
+void tierd_worker_answers(struct tierd_worker *w);
 /* Brings back the pages in [page, page + count) that are STORED in `tier`, up to the first that is not: how many are RESIDENT, or -errno. On
  * UNREADABLE the first page is still ARRIVING, and the caller's. */
 enum { UNREADABLE = -ENODATA };
@@ -457,6 +478,16 @@ static inline bool tier_is_pool(const struct tierd_guest *g, unsigned int tier)
 	return tier && tier == g->pool_tier;
 }
 
+static inline bool tier_is_asked(const struct tierd_guest *g, unsigned int tier)
+{
+	return g->tiers[tier].kind == TIERD_KIND_ASKED;
+}
+
+static inline bool tier_exists(const struct tierd_guest *g, unsigned int tier)
+{
+	return g->tiers[tier].fd >= 0 || tier_is_asked(g, tier);
+}
+
 /* A read of it is no I/O: it does not keep a fault thread from the others. */
 static inline bool tier_in_memory(const struct tierd_guest *g, unsigned int tier)
 {
@@ -476,7 +507,18 @@ bool reader_enter(struct tierd_guest *g);
 void reader_leave(struct tierd_guest *g);
 uint64_t reader_due_ns(uint64_t now_ns); /* when to ask again */
 
+/* ask.c: any thread; a lock that is held for a look at the table of requests */
+int asking_create(struct tierd_guest *g);
+void asking_destroy(struct tierd_guest *g);
+bool ask(struct tierd_guest *g, const struct request *r); /* false: no room */
+/* An answer that nobody has in hand, oldest first; request_end gives its place back when it was dealt with. */
+bool answer_take(struct tierd_guest *g, struct request *ret);
+void request_end(struct tierd_guest *g, const struct request *r);
+/* For how long the oldest request waits for Python, and the oldest answer for a fault thread; 0: none does. */
+void asking_ages(struct tierd_guest *g, uint64_t now_ns, uint64_t *asked_ns, uint64_t *answered_ns);
+
 /* thread.c */
 int threads_stop(struct tierd_guest *g);
+void ring(int eventfd); /* -1: nobody listens */
 
 #endif

@@ -140,7 +140,8 @@ int tier_read(struct tierd_guest *g, struct pool_reader *reader, unsigned int ti
 {
 	struct tier_count *c = &g->tier_counts[tier];
 	uint64_t began_ns = sys_now_ns(), ns;
-	int error = tier == TIER_STAGING    ? staged_read(g, page, count, to)
+	int error = tier_is_asked(g, tier)  ? -EAGAIN /* not by us */
+		    : tier == TIER_STAGING  ? staged_read(g, page, count, to)
 		    : tier_is_pool(g, tier) ? pool_read_run(g, reader, page, count, to)
 					    : store_read(g, tier, page, count, to);
 
@@ -157,6 +158,11 @@ int tier_read(struct tierd_guest *g, struct pool_reader *reader, unsigned int ti
 
 int tier_discard(struct tierd_guest *g, unsigned int tier, uint64_t page, uint64_t count)
 {
+	if (tier_is_asked(g, tier)) {
+		for (uint64_t i = page; i < page + count; i++)
+			bit_set(g->garbage[tier], i); /* Python says so to the store: ask.c */
+		return 0;
+	}
 	if (g->tiers[tier].fd < 0)
 		return -ENODEV;
 	if (!tier_is_pool(g, tier))

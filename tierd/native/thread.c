@@ -100,19 +100,33 @@ static bool retire(struct tierd_thread *t)
 	return other;
 }
 
-/* Until a message comes, the guest is left, or a parked fault is due; true when nothing of it happened for IDLE_MS_MAX. */
+/* Until a message comes, the guest is left, Python has answered, or a parked fault is due; true when nothing of it happened for IDLE_MS_MAX. */
 static bool wait_idle(struct tierd_thread *t, uint64_t due_ns, bool failed)
 {
 	struct tierd_guest *g = t->g;
-	struct pollfd fds[2] = {{.fd = g->uffd, .events = POLLIN}, {.fd = g->stop_fd, .events = POLLIN}};
-	uint64_t now_ns = due_ns ? sys_now_ns() : 0;
+	struct pollfd fds[] = {{.fd = g->uffd, .events = POLLIN},
+			       {.fd = g->stop_fd, .events = POLLIN},
+			       {.fd = g->answer_fd, .events = POLLIN}};
+	uint64_t now_ns = due_ns ? sys_now_ns() : 0, rung;
+	int ready;
 	int ms = atomic_load(&g->thread_count) > 1 ? IDLE_MS_MAX : -1;
 
 	if (failed)
 		ms = FAILED_MS;
 	else if (due_ns)
 		ms = due_ns > now_ns ? (int)((due_ns - now_ns) / 1000000) + 1 : 0;
-	return !poll(fds, 2, ms) && ms == IDLE_MS_MAX;
+	ready = poll(fds, sizeof(fds) / sizeof(fds[0]), ms);
+	if (ready > 0 && fds[2].revents && read(g->answer_fd, &rung, sizeof(rung)) < 0 && errno != EAGAIN)
+		abort(); /* another thread may have taken it, and deals with all answers */
+	return !ready && ms == IDLE_MS_MAX;
+}
+
+void ring(int eventfd)
+{
+	uint64_t one = 1;
+
+	if (eventfd >= 0 && write(eventfd, &one, sizeof(one)) != sizeof(one) && errno != EAGAIN)
+		abort(); /* EAGAIN: it has been rung 2^64 times */
 }
 
 /*
@@ -137,7 +151,7 @@ int tierd_guest_keep_nonblocking(struct tierd_guest *g)
 
 	if (flags < 0 || (!(flags & O_NONBLOCK) && fcntl(g->uffd, F_SETFL, flags | O_NONBLOCK)))
 		return -errno;
-	if ((flags & O_NONBLOCK) && !atomic_load(&g->parked_pages))
+	if ((flags & O_NONBLOCK) && !atomic_load(&g->parked_pages) && !atomic_load(&g->answers))
 		return 0;
 	pthread_mutex_lock(&g->threads_lock);
 	for (struct tierd_thread *t = g->threads; t; t = t->next)
@@ -163,6 +177,8 @@ static void *thread_main(void *argument)
 		uint32_t tid = 0;
 		int n = tierd_worker_serve(t->worker, &tid);
 
+		if (atomic_load_explicit(&g->answers, memory_order_relaxed))
+			tierd_worker_answers(t->worker);
 		if (atomic_load_explicit(&g->parked_pages, memory_order_relaxed))
 			tierd_worker_retry(t->worker, &due_ns);
 		if (n > 0) {
@@ -272,6 +288,10 @@ int tierd_guest_start(struct tierd_guest *g)
 		g->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 		error = g->stop_fd < 0 ? -errno : 0;
 	}
+	if (!error && g->asking && g->answer_fd < 0) {
+		g->answer_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+		error = g->answer_fd < 0 ? -errno : 0;
+	}
 	if (!error && sched_getaffinity(0, sizeof(t->allowed), &t->allowed))
 		error = -errno;
 	if (!error)
@@ -305,6 +325,9 @@ int threads_stop(struct tierd_guest *g)
 	atomic_store(&g->thread_count, 0);
 	close(g->stop_fd);
 	g->stop_fd = -1;
+	if (g->answer_fd >= 0)
+		close(g->answer_fd);
+	g->answer_fd = -1;
 	return 0;
 }
 
@@ -315,13 +338,17 @@ void tierd_guest_stop(struct tierd_guest *g)
 
 void tierd_guest_health(struct tierd_guest *g, uint64_t hung_ns, struct tierd_health *ret)
 {
-	uint64_t io_since_ns = atomic_load(&g->worker_io_since_ns), now_ns = sys_now_ns();
+	uint64_t io_since_ns = atomic_load(&g->worker_io_since_ns), now_ns = sys_now_ns(), answered_ns;
 
 	*ret = (struct tierd_health){.parked_pages = atomic_load(&g->parked_pages),
+				     .asked_pages = atomic_load(&g->asked_pages),
 				     .overdue_ns = parking_overdue_ns(g, now_ns),
 				     .worker_io_ns = io_since_ns ? now_ns - io_since_ns : 0,
 				     .pages_lost = atomic_load(&g->count.pages_lost),
 				     .spent_pages = atomic_load(&g->spent_pages)};
+	asking_ages(g, now_ns, &ret->asked_ns, &answered_ns);
+	if (answered_ns > ret->overdue_ns)
+		ret->overdue_ns = answered_ns;
 	pthread_mutex_lock(&g->threads_lock);
 	for (struct tierd_thread *t = g->threads; t; t = t->next) {
 		uint64_t since_ns = tierd_worker_busy_since(t->worker);

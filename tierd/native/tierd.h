@@ -8,7 +8,7 @@
  */
 
 enum {
-	TIERD_TABLE_VERSION = 4,
+	TIERD_TABLE_VERSION = 5,
 	TIERD_REGIONS_MAX = 32,
 	TIERD_RANGES_MAX = 1024,
 	/* tier 0 is "all zeros", and needs no store; 1 to TIERD_LADDER_MAX are where pages are stored, in the order in which they sink; 14 is
@@ -33,8 +33,9 @@ enum { TIERD_ZAP_PAGEOUT = 1, TIERD_ZAP_INJECT = 2 };
 /* what becomes of a page that cannot be read within the deadline */
 enum { TIERD_LOST_POISON = 0, TIERD_LOST_HOLD = 1 };
 
-/* what a tier is: a sparse file addressed by page number; a pool of compressed pages in a file on tmpfs (pool.c) */
-enum { TIERD_KIND_NONE = 0, TIERD_KIND_FILE = 1, TIERD_KIND_MEMORY = 2 };
+/* what a tier is: a sparse file addressed by page number; a pool of compressed pages in a file on tmpfs (pool.c); a store that Python
+ * asks, of which the data plane has no descriptor (ask.c) */
+enum { TIERD_KIND_NONE = 0, TIERD_KIND_FILE = 1, TIERD_KIND_MEMORY = 2, TIERD_KIND_ASKED = 3 };
 
 /* how pages are compressed in a pool */
 enum { TIERD_CODEC_LZ4 = 1, TIERD_CODEC_ZSTD = 2 };
@@ -99,7 +100,7 @@ struct tierd_range {
 };
 
 struct tierd_tier {
-	int32_t fd;     /* -1: no such tier */
+	int32_t fd;     /* -1: no such tier, or one that Python asks */
 	uint32_t kind;  /* TIERD_KIND_*; one pool at most */
 	uint32_t flags; /* TIERD_SPACE_*; LATE: only of the last one */
 	uint32_t codec; /* TIERD_CODEC_*, of a new pool */
@@ -111,8 +112,9 @@ struct tierd_guest_args {
 	int32_t uffd;
 	int32_t pidfd;
 	int32_t pagemap_fd;
-	int32_t mem_fd;      /* /proc/PID/mem; needed for private anonymous memory only */
-	int32_t zap;         /* TIERD_ZAP_* */
+	int32_t mem_fd;   /* /proc/PID/mem; needed for private anonymous memory only */
+	int32_t asked_fd; /* an eventfd that is rung when Python is asked for pages; -1: no tier is of TIERD_KIND_ASKED */
+	int32_t zap;      /* TIERD_ZAP_* */
 	int32_t inject_tid;  /* thread of the VMM that runs TIERD_ZAP_INJECT, and batches of calls */
 	uint32_t engine;     /* TIERD_ENGINE_*; an adoption takes what the state file says */
 	uint32_t page_bytes; /* 0: the system's; more: the memory is of hugetlbfs with pages of this size */
@@ -190,11 +192,12 @@ struct tierd_tier_counters {
 /* What a watchdog looks at: cheap, unlike the counters, which read the whole table. */
 struct tierd_health {
 	uint32_t fault_threads;
-	uint32_t hung_threads; /* busy with one fault for longer than what was asked about */
-	uint32_t parked_pages; /* faults that wait for a read of the store */
-	uint32_t reserved;
+	uint32_t hung_threads;   /* busy with one fault for longer than what was asked about */
+	uint32_t parked_pages;   /* faults that wait for a read of the store */
+	uint32_t asked_pages;    /* that Python was asked for */
 	uint64_t oldest_busy_ns; /* for how long the oldest fault is in service; 0: none is */
-	uint64_t overdue_ns;     /* for how long a parked fault has been due; 0: none is */
+	uint64_t overdue_ns;     /* for how long a parked fault has been due, or an answer of Python's; 0: none is */
+	uint64_t asked_ns;       /* for how long the oldest request waits for Python's answer; 0: none does */
 	uint64_t worker_io_ns;   /* for how long the worker has been in one call of the store; 0: it is in none */
 	uint64_t pages_lost;     /* so far */
 	uint64_t spent_pages;    /* about: with the guest and, still, in the staging area */
@@ -232,6 +235,7 @@ struct tierd_batch_result {
 	uint64_t left_pages;    /* window: still to leave, in another one */
 	uint64_t refused_pages; /* write: no tier took them */
 	uint64_t failed_tier;   /* write: after an error, which tier did not take the pages; 0: it is not known */
+	uint64_t offered_pages; /* write: to tiers that Python asks */
 	uint64_t select_ns, hold_ns, copy_ns, write_ns, drop_ns, release_ns;
 };
 
@@ -243,6 +247,22 @@ struct tierd_staged {
 	uint64_t next_page;  /* where to look next; == pages of the guest at the end */
 	uint64_t stopped_ns; /* a thread of the VMM, 0: none was */
 	uint64_t ns;
+};
+
+/* A run of pages that is stored in a tier that Python asks, and is wanted. */
+struct tierd_request {
+	uint64_t page;   /* the first one: for that one a thread of the guest waits, if `demand` */
+	uint32_t number; /* for tierd_guest_answer */
+	uint32_t count;
+	uint32_t tier;
+	uint32_t demand;
+};
+
+/* A run of neighbours in a batch. */
+struct tierd_run {
+	uint64_t page;
+	uint32_t slot, count; /* count 0: there is none */
+	uint8_t *bytes;       /* of all of them, one after the other */
 };
 
 struct tierd_adoption {
@@ -323,6 +343,15 @@ void tierd_guest_set_store_faults(struct tierd_guest *g, const struct tierd_stor
  * last one is open). edges_s ascends. Reads the table only. */
 int tierd_guest_idle(struct tierd_guest *g, uint32_t tier, const double *edges_s, uint32_t count, uint64_t *ret);
 
+/* What Python is asked for, those first that a guest thread waits for; asked_fd is rung for it. Each is Python's until it answers it.
+ * From any thread; cheap. -ENODEV: no tier is asked. */
+int tierd_guest_asked(struct tierd_guest *g, struct tierd_request *requests, uint32_t max, uint32_t *count);
+/* `bytes` of the first `good` pages of a request (0: none, and `error` says why, -errno). They are verified and placed by a fault thread,
+ * and must stay where they are until tierd_guest_asked gives this number out again or the guest is destroyed. The other pages go back
+ * to their tier; a page that is waited for is asked for again, until the deadline of reads. From any thread; cheap. -EINVAL: no
+ * such request. */
+int tierd_guest_answer(struct tierd_guest *g, uint32_t number, const void *bytes, uint32_t good, int32_t error);
+
 /* The calls below belong to the guest's one worker: a second one at the same time gets -EBUSY. All block. */
 
 /* How pages are deactivated from the next pass on: TIERD_ZAP_*, and the thread of the VMM that runs TIERD_ZAP_INJECT. */
@@ -330,13 +359,19 @@ int tierd_guest_set_zap(struct tierd_guest *g, int32_t zap, int32_t inject_tid);
 /* Scans a stretch from first_page on (at most chunk_bytes of it), stamps what was touched, deactivates exactly that. */
 int tierd_guest_pass(struct tierd_guest *g, uint64_t first_page, struct tierd_pass *ret);
 /* Brings up to max_pages STORED pages back, from *next_page on. *next_page == pages of the guest when there are no more. A
- * page that cannot be read stays STORED; one that is not mapped any more goes back into its file. */
+ * page that cannot be read stays STORED; one that is not mapped any more goes back into its file. Those of tiers that Python asks are
+ * asked for, and come later (asked_pages of tierd_health): with no room for a request, it ends early. */
 int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max_pages, uint64_t *restored);
 /* After a repair of the store: reads every LOST page again (those that are still waited for are tried at once, too), counts
- * what is RESIDENT again and what stays LOST. */
+ * what is RESIDENT again and what stays LOST. Pages of tiers that Python asks are asked for and not counted. */
 int tierd_guest_retry(struct tierd_guest *g, uint64_t *recovered, uint64_t *still_lost);
 /* Gives back store space of pages that were fetched since. */
 int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint64_t *discarded);
+/* Pages that `tier`, one that Python asks, need not keep: the first run of them from first_page on, at most max_pages long. Python
+ * has the store discard them and then says that they are gone: no batch may write there meanwhile. -ENODEV: no such tier. */
+int tierd_guest_garbage(struct tierd_guest *g, uint32_t tier, uint64_t first_page, uint64_t max_pages, uint64_t *page,
+			uint64_t *count);
+int tierd_guest_garbage_gone(struct tierd_guest *g, uint32_t tier, uint64_t page, uint64_t count);
 /* In the guest's pool: moves at most max_pages stored pages closer together, so that memory becomes free. 0 moved: there is nothing to do. */
 int tierd_guest_compact(struct tierd_guest *g, uint32_t max_pages, uint32_t *moved);
 
@@ -365,11 +400,20 @@ int tierd_batch_select(struct tierd_batch *b, uint32_t from, uint32_t pool_only,
 		       uint64_t max_pages, struct tierd_batch_result *ret);
 /* Write-protects the batch, scans again, gives back what was touched meanwhile. */
 int tierd_batch_hold(struct tierd_batch *b, struct tierd_batch_result *ret);
-/* Reads the bytes through the file; finds pages that are all zeros; takes checksums. */
+/* The first run at or after `slot`: after select out of a tier that Python asks, all that are selected (`tier` 0); after write, those
+ * that are offered to `tier`. Valid until the next step. */
+int tierd_batch_run(struct tierd_batch *b, uint32_t tier, uint32_t slot, struct tierd_run *ret);
+/* Of a batch out of a tier that Python asks: the bytes of a run, before copy. */
+int tierd_batch_supply(struct tierd_batch *b, uint32_t slot, uint32_t count, const void *bytes);
+/* Reads the bytes through the file (of a tier that Python asks: takes those that were supplied, the others stay there); finds pages
+ * that are all zeros; takes checksums. */
 int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret);
 /* Writes each page, durably, to the first of `tiers` that takes it. A page that none takes stays where it is. Any error: nothing of the batch counts as written; cancel it. -ENOSPC: all are at
- * capacity. */
+ * capacity. To a tier that Python asks it only offers its pages (offered_pages): Python has the store write each run of them durably,
+ * and then says so: tierd_batch_stored. */
 int tierd_batch_write(struct tierd_batch *b, const uint32_t *tiers, uint32_t count, struct tierd_batch_result *ret);
+/* All that was offered is stored, durably. */
+int tierd_batch_stored(struct tierd_batch *b, struct tierd_batch_result *ret);
 /* LEAVING -> DROPPING, punch exactly those runs, see the hole, STORED. From the staging area: MOVING -> DROPPING, dropped there, STORED.
  * From another tier: MOVING -> STORED in the new one, and its space in the old one is given back. */
 int tierd_batch_drop(struct tierd_batch *b, struct tierd_batch_result *ret);
