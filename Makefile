@@ -25,7 +25,7 @@ demo: setup
 	@$(VENV)/bin/tierd --config config/tierd.yaml demo --directory build/vm $(if $(JSON),--json) $(if $(filter anon,$(MEMORY)),--backing anonymous)
 
 test: setup lint kernels
-	@tests/setup.sh libvirt metrics disks boot
+	@tests/setup.sh libvirt metrics stores disks boot
 	$(PY) -m pytest -q --ignore=tests/kernels $(ARGS)
 	$(BOOTED) $(ARGS)
 

@@ -22,6 +22,7 @@ ORDER = [
     "client",
     "show",
     "store",
+    "testing",
     "policy",
     "cycle",
     "serve",
