@@ -9,14 +9,14 @@ from collections.abc import Iterator
 import pytest
 
 from tests.need import need
-from tests.store.servers import Server
+from tests.store.servers import BINARY, Server
 
 pytest.register_assert_rewrite("tierd.testing")
 
 
 @pytest.fixture(scope="session")
 def redis_there() -> None:
-    need("redis", shutil.which("redis-server") is not None, "no redis-server here: tests/setup.sh stores")
+    need("redis", shutil.which(BINARY) is not None, "no Redis here: tests/setup.sh stores")
 
 
 @pytest.fixture(scope="module")

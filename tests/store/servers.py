@@ -17,6 +17,8 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import ConnectionError, ResponseError
 
+# Debian has one binary that is server, sentinel and checker, by the name it is called; package redis-tools starts no service
+BINARY = shutil.which("redis-check-rdb") or "redis-server"
 STARTS_IN_S = 30.0
 
 
@@ -39,6 +41,8 @@ def free_ports(count: int) -> list[int]:
 
 class Server:
     """One redis-server, with an append-only file unless `settings` say otherwise. Leaving the block ends it."""
+
+    program = "redis-server"
 
     def __init__(self, *settings: str, port: int | None = None, password: str | None = None) -> None:
         self.port = port or free_ports(1)[0]
