@@ -17,6 +17,7 @@ called after it, and before anything else is written there, also by a successor,
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import time
@@ -34,6 +35,7 @@ from tierd.store.redis_nodes import (
     REPLICA_WAIT_SHARE,
     Address,
     Command,
+    Confirm,
     Link,
     Nodes,
     RedisOptions,
@@ -63,7 +65,7 @@ class RedisSpace:
         self._run_pages = max(RUN_BYTES // page_bytes, 1)
         self._name = store.writer_name(boot, key)
         self._link = Link(store.options, self._name, 1)
-        self._write = Run(store.nodes, self._link, store.confirm)
+        self._run = Run(store.nodes, self._link)
         self._writing = trio.Lock()  # one connection, one call at a time
         self._stored: int | None = None  # pages; None: not known, count them
 
@@ -73,12 +75,12 @@ class RedisSpace:
             at = run * self._run_pages + first - first_page
             pairs = zip(range(first, first + count), records[at : at + count], strict=True)
             commands.append(Command("HSET", self._run_key(run), tuple(word for pair in pairs for word in pair)))
-        await self._mutate(commands, added=1)
+        await self._mutate(commands, 1, self._store.confirm)
 
     async def discard(self, first_page: int, count: int) -> None:
         runs = self._runs(first_page, count)
         fields = [Command("HDEL", self._run_key(run), tuple(range(first, first + n))) for run, first, n in runs]
-        await self._mutate(fields, added=-1)
+        await self._mutate(fields, -1)
 
     async def read(self, first_page: int, count: int) -> list[bytes | None]:
         runs = self._runs(first_page, count)
@@ -114,18 +116,24 @@ class RedisSpace:
         self._link.close()
 
     async def begin(self) -> None:
-        """Enter it into the list of spaces; nothing that a predecessor had under way lands any more. OSError, StoreError:
-        a space of another size is there."""
+        """Enter it into the list of spaces, from which a full server can still read. OSError, StoreError: a space of another
+        size is there."""
         entry, size = f"{self._boot}/{self._key}", json.dumps([self._pages, self._page_bytes])
+        look = Command("HGET", self._store.spaces_key, (entry,))
         async with self._writing:
-            for address in await self._store.blocking(self._store.nodes.all):
-                await self._store.blocking(partial(self._store.close_writers, address, self._name))
-            listed = Command("HSETNX", self._store.spaces_key, (entry, size))
-            _, found = await self._settled([listed, Command("HGET", self._store.spaces_key, (entry,))])
+            (found,) = await self._settled([look])
+            if found is None:
+                enter = Command("HSETNX", self._store.spaces_key, (entry, size))
+                _, found = await self._settled([enter, look])
         if found.decode() != size:
             raise StoreError(
                 f"the store has a space {entry} of {found.decode()} (pages, bytes), {size} was expected; nothing was touched"
             )
+
+    async def close_writers(self) -> None:
+        """Nothing that was under way to this space lands any more, whoever sent it. OSError, StoreError."""
+        for address in await self._store.blocking(self._store.nodes.all):
+            await self._store.blocking(partial(self._store.close_writers, address, self._name))
 
     @property
     def _batch_runs(self) -> int:
@@ -148,26 +156,26 @@ class RedisSpace:
             first_page, count = first_page + n, count - n
         return found
 
-    async def _mutate(self, commands: Sequence[Command], *, added: int) -> None:
+    async def _mutate(self, commands: Sequence[Command], added: int, confirm: Confirm = ()) -> None:
         """`added`: what each answer counts, 1 or -1."""
         async with self._writing:
             stored, self._stored = self._stored, None
             for batch in batches(commands, self._batch_runs):
-                answers = await self._settled(batch)
+                answers = await self._settled(batch, confirm)
                 stored = None if stored is None else stored + added * sum(answers)
             self._stored = stored
 
-    async def _settled(self, commands: Sequence[Command]) -> list[Any]:
+    async def _settled(self, commands: Sequence[Command], confirm: Confirm = ()) -> list[Any]:
         """Carried out or an error; a cancellation waits. Before, what failed by its connection is made not to land."""
-        return await self._store.blocking(partial(self._settle, commands))
+        return await self._store.blocking(partial(self._settle, commands, confirm))
 
-    def _settle(self, commands: Sequence[Command]) -> list[Any]:
-        for address in self._write.doubtful & {self._store.nodes.of(command.key) for command in commands}:
-            self._store.close_writers(address, self._name)
-            self._write.doubtful.discard(address)
+    def _settle(self, commands: Sequence[Command], confirm: Confirm) -> list[Any]:
         self._store.renew_lease()
         try:
-            return self._write(commands)
+            for address in self._run.doubtful & {self._store.nodes.of(command.key) for command in commands}:
+                self._store.close_writers(address, self._name)
+                self._run.doubtful.discard(address)
+            return self._run(commands, confirm)
         except OSError:
             self._store.look_again()
             raise
@@ -193,6 +201,7 @@ class RedisStore:
     async def open(self, key: str, pages: int, page_bytes: int) -> RedisSpace:
         space = RedisSpace(self, self._boot, key, pages, page_bytes)
         try:
+            await space.close_writers()
             await space.begin()
         except BaseException:
             await space.aclose()
@@ -211,7 +220,12 @@ class RedisStore:
             boot, _, key = entry.decode().partition("/")
             if may_be_needed(key) if boot == self._boot else not ours:
                 continue
-            await RedisSpace(self, boot, key, *json.loads(size)).delete()
+            space = RedisSpace(self, boot, key, *json.loads(size))
+            try:
+                await space.close_writers()
+                await space.delete()
+            finally:
+                await space.aclose()
             swept.append(key)
         return swept
 
@@ -264,18 +278,23 @@ class RedisStore:
                 self._take_lease()
 
     def _take_lease(self) -> bool:
-        """Whether it is ours, this boot's, for LEASE_MS. Blocks; OSError."""
+        """Whether it is ours, this boot's, for LEASE_MS: not if a full server cannot take it. Blocks; OSError."""
         self._renewed_at = time.monotonic()
-        take = Command("SET", self._lease_key, (self._boot, "NX", "PX", LEASE_MS))
-        look = Command("GET", self._lease_key)
-        ours = self._boot.encode()
-        if self._run([take, look])[1] != ours:
-            return False
-        extend = Command("PEXPIRE", self._lease_key, (LEASE_MS,))
-        return bool(self._run([extend, look])[1] == ours)  # it may just have ended, and be another's
+        ours, look = self._boot.encode(), Command("GET", self._lease_key)
+        (holder,) = self._run([look])
+        if holder is None:
+            try:
+                self._run([Command("SET", self._lease_key, (ours, "NX", "PX", LEASE_MS))])
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+        elif holder == ours:
+            self._run([Command("PEXPIRE", self._lease_key, (LEASE_MS,))])
+        (holder,) = self._run([look])  # what we found may just have ended
+        return bool(holder == ours)
 
 
-def confirmation(options: RedisOptions) -> Sequence[Sequence[str | int]]:
+def confirmation(options: RedisOptions) -> Confirm:
     """What has to be confirmed after a write before it counts."""
     wait_ms = int(options.timeout_s * REPLICA_WAIT_SHARE * 1000)
     if options.fsync:

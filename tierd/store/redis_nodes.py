@@ -124,10 +124,19 @@ def _connection_options(options: RedisOptions, username: str | None, password_fi
     }
     if password_file is not None:
         given["credential_provider"] = _Password(username, password_file)
-    if options.tls is not None:
-        files = {"ca_certs": options.tls.ca_file, "certfile": options.tls.cert_file, "keyfile": options.tls.key_file}
-        given |= {f"ssl_{name}": str(path) for name, path in files.items() if path is not None}
-        given |= {"ssl": True, "ssl_check_hostname": True, "ssl_min_version": ssl.TLSVersion.TLSv1_2}
+    return given | _tls_options(options.tls) if options.tls else given
+
+
+def _tls_options(tls: Tls) -> dict[str, Any]:
+    given: dict[str, Any] = {"ssl": True, "ssl_check_hostname": True, "ssl_min_version": ssl.TLSVersion.TLSv1_2}
+    files = {"ca_certs": tls.ca_file, "certfile": tls.cert_file, "keyfile": tls.key_file}
+    for name, path in files.items():
+        if path is not None:
+            try:
+                path.open("rb").close()  # redis-py would say that it could not connect
+            except OSError as error:
+                raise StoreError(f"{path} cannot be read: {error.strerror}; see tls") from error
+            given[f"ssl_{name}"] = str(path)
     return given
 
 
@@ -142,7 +151,7 @@ def told(error: BaseException, where: str) -> OSError | StoreError:
         case exceptions.AuthenticationError() | exceptions.AuthorizationError():
             return StoreError(f"{where} refuses the credentials ({error}); see username and password_file")
         case exceptions.NoPermissionError():
-            return StoreError(f"{where}: {error}; the ACL user of tierd needs {ACL}")
+            return StoreError(f"{where}: {error}; tierd's ACL user needs ~NAMESPACE:* {ACL}")
         case exceptions.OutOfMemoryError():
             return OSError(errno.ENOSPC, f"{where} is full ({error}); raise its maxmemory")
         case exceptions.TimeoutError():
@@ -151,12 +160,8 @@ def told(error: BaseException, where: str) -> OSError | StoreError:
             return OSError(errno.EROFS, f"{where} is a replica: {error}")
         case exceptions.ConnectionError():
             return OSError(errno.ENOTCONN, f"{where} cannot be reached: {error}")
-        case ssl.SSLError() | FileNotFoundError() | PermissionError():
-            return StoreError(f"{where}: {error}; see tls")
         case OSError():
             return OSError(error.errno or errno.EIO, f"{where}: {error.strerror or error}")
-    if str(error).startswith("NOAUTH"):
-        return StoreError(f"{where} wants a password; set password_file")
     return OSError(errno.EIO, f"{where}: {error}")
 
 
@@ -338,16 +343,18 @@ class Run:
 
     `doubtful` are the nodes where a connection failed with commands on it: these may be carried out later."""
 
-    def __init__(self, nodes: Nodes, link: Link, confirm: Confirm = ()) -> None:
-        self._nodes, self._link, self._confirm = nodes, link, confirm
+    def __init__(self, nodes: Nodes, link: Link) -> None:
+        self._nodes, self._link = nodes, link
         self.doubtful: set[Address] = set()
 
-    def __call__(self, commands: Sequence[Command]) -> list[Any]:
+    def __call__(self, commands: Sequence[Command], confirm: Confirm = ()) -> list[Any]:
         """The answers, in order. OSError, StoreError: others of the commands may have been carried out."""
         answers: list[Any] = [None] * len(commands)
         for address, indexes in self._by_node(commands).items():
-            for index, answer in zip(indexes, self._send(address, [commands[i] for i in indexes]), strict=True):
-                answers[index] = self._follow(commands[index], address, answer)
+            for index, answer in zip(
+                indexes, self._send(address, [commands[i] for i in indexes], confirm), strict=True
+            ):
+                answers[index] = self._follow(commands[index], confirm, address, answer)
         return answers
 
     def _by_node(self, commands: Sequence[Command]) -> dict[Address, list[int]]:
@@ -356,29 +363,21 @@ class Run:
             found.setdefault(self._nodes.of(command.key), []).append(index)
         return found
 
-    def _send(self, address: Address, commands: Sequence[Command], *, asking: bool = False) -> list[Any]:
-        """Answers of the commands; those that are errors are in there. All that were done are confirmed."""
+    def _send(
+        self, address: Address, commands: Sequence[Command], confirm: Confirm, *, asking: bool = False
+    ) -> list[Any]:
+        """Answers of the commands; those that are errors are in there. What was done is confirmed."""
         before = [("ASKING",)] if asking else []
-        words = [*before, *(command.words for command in commands), *self._confirm]
         try:
-            answers = self._link.pipeline(address, words)
+            answers = self._link.pipeline(address, [*before, *(command.words for command in commands), *confirm])
         except (OSError, StoreError):
             self.doubtful.add(address)
             raise
         done = len(before) + len(commands)
-        if not all(isinstance(answer, exceptions.RedisError) for answer in answers[len(before) : done]):
-            self._check(address, answers[done:])
+        _check(address, confirm, answers[done:])
         return answers[len(before) : done]
 
-    def _check(self, address: Address, confirmed: Sequence[Any]) -> None:
-        for (verb, *wanted, _), answer in zip(self._confirm, confirmed, strict=True):
-            if isinstance(answer, Exception):
-                raise told(answer, str(address)) from answer
-            got = answer if isinstance(answer, list) else [answer]
-            if any(have < want for have, want in zip(got, wanted, strict=True)):
-                raise OSError(errno.EIO, f"{address}: {verb} was confirmed by {got}, wanted {wanted}: see its replicas")
-
-    def _follow(self, command: Command, address: Address, answer: Any) -> Any:
+    def _follow(self, command: Command, confirm: Confirm, address: Address, answer: Any) -> Any:
         for _ in range(REDIRECTS_MAX):
             if not isinstance(answer, exceptions.AskError):
                 break
@@ -386,10 +385,20 @@ class Run:
             if moved:
                 self._nodes.refresh()
             address = Address(answer.host or address.host, answer.port)
-            (answer,) = self._send(address, [command], asking=not moved)
+            (answer,) = self._send(address, [command], confirm, asking=not moved)
         if isinstance(answer, exceptions.RedisError):
             raise told(answer, str(address)) from answer
         return answer
+
+
+def _check(address: Address, confirm: Confirm, answers: Sequence[Any]) -> None:
+    """OSError, StoreError: fewer than wanted have it. A node that has become a replica has none: the commands say that."""
+    for (verb, *wanted, _), answer in zip(confirm, answers, strict=True):
+        if isinstance(answer, exceptions.ResponseError) and "replica" not in str(answer):
+            raise told(answer, str(address)) from answer
+        got = answer if isinstance(answer, list) else [answer]
+        if not isinstance(answer, Exception) and any(have < want for have, want in zip(got, wanted, strict=True)):
+            raise OSError(errno.EIO, f"{address}: {verb} {wanted} was confirmed by {got} only; see its replicas")
 
 
 def batches(commands: Sequence[Command], count: int) -> Iterator[Sequence[Command]]:
