@@ -85,7 +85,7 @@ class Server:
     def arguments(self) -> list[str]:
         own = ["--logfile", "server.log", "--dir", str(self.directory), "--bind", "127.0.0.1", "--save", ""]
         port = ["--port", "0", "--tls-port", str(self.port)] if self._tls else ["--port", str(self.port)]
-        return [*port, *own, "--appendonly", "yes", *self.settings]
+        return [*port, *own, "--appendonly", "yes", "--appendfsync", "always", *self.settings]
 
     def log(self) -> str:
         path = self.directory / "server.log"

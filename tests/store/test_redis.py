@@ -20,7 +20,7 @@ from tests.store.servers import Server, Wire
 from tests.store.writers import Writer
 from tierd.store import PageStore, StoreError
 from tierd.store.redis import RedisStore, host_id, make
-from tierd.store.redis_nodes import ACL, RedisOptions
+from tierd.store.redis_link import ACL, RedisOptions
 from tierd.testing import PAGE, PAGES, PageStoreContract, new_key, records, space_of
 
 pytestmark = pytest.mark.usefixtures("redis_there")
@@ -88,8 +88,14 @@ def test_a_server_that_evicts_is_refused(server: Server, policy: str) -> None:
 
 def test_a_server_that_forgets_is_refused() -> None:
     with Server("--appendonly", "no") as server:
-        refused(options(server), "keeps nothing across its restart.*set appendonly yes.*allow_volatile")
+        refused(options(server), "keeps nothing when it is restarted.*set appendonly yes.*allow_volatile")
         probe(options(server, allow_volatile=True))
+        server.ask("CONFIG SET", "appendonly", "yes")
+        server.ask("CONFIG SET", "appendfsync", "everysec")
+        refused(options(server), "loses up to two seconds .*appendfsync everysec.*set appendfsync always")
+        probe(options(server, allow_volatile=True))
+        server.ask("CONFIG SET", "appendfsync", "always")
+        probe(options(server))
 
 
 def test_replicas_that_are_not_there_are_missed(server: Server) -> None:
@@ -194,7 +200,9 @@ def test_the_acl_in_our_error_suffices(locked: Server, password_file: Path) -> N
     trio.run(with_store(options(locked, username="tierd", password_file=str(password_file)), use_everything))
 
 
-@pytest.mark.parametrize("missing", ["+hset", "+hmget", "+hdel", "+unlink", "+info", "+client|list", "+client|kill"])
+@pytest.mark.parametrize(
+    "missing", ["+hset", "+hmget", "+hdel", "+unlink", "+info", "+role", "+config|get", "+client|list", "+client|kill"]
+)
 def test_a_right_that_is_missing_is_found_at_start(locked: Server, password_file: Path, missing: str) -> None:
     locked.ask("ACL SETUSER", "tierd", "resetkeys", "-@all", "~tierd:*", *_granted(missing))
     given = options(locked, username="tierd", password_file=str(password_file))

@@ -5,10 +5,13 @@ A run of neighbouring pages (256 KiB) is one hash, NAMESPACE:{HOST/BOOT/GUEST/RU
 command and one slot, a cluster moves it as a whole, and a guest's runs are spread over all nodes. Nothing of it expires.
 NAMESPACE:{HOST}:spaces lists what there is, for the sweep; NAMESPACE:{HOST}:lease says which boot of HOST may sweep.
 
-What the loss of a node means. A write returns when the primary has it. A server that is killed keeps it if it has an
-append-only file; one whose machine loses power may lose what it had not synced (`appendfsync everysec`: a second), unless
-`fsync` waits for the disk. When a replica takes over it lacks what had not reached it, unless `replicas` waits for that.
-Pages that are lost read as None, or as an older record: the checksum of each page, or the seal, tells. Never without an error.
+What the loss of a node means. A write returns when the primary has it: on its disk with `appendfsync always` there, or with
+`fsync` here; in the memory of that many replicas with `replicas`. So a server that is killed, or its machine, loses nothing of
+that with `always` or `fsync`, and a replica that takes over has it with `replicas` (of several, the most advanced one is
+chosen, if those that watch see it). With `appendfsync everysec` a server that is merely killed loses up to two seconds of
+writes: it may put off writing its file, not only syncing it. That is refused, unless `allow_volatile` says that you mean it.
+Pages that are lost read as None or as an older record, which the checksum of each page, or the seal, tells: a memory error
+for the guest, never wrong bytes. Other pages are not affected.
 
 A write that failed by its connection may still be on its way. So all that a guest writes is on connections that are
 called after it, and before anything else is written there, also by a successor, the server is told to close those.
@@ -31,24 +34,15 @@ from pydantic import ValidationError
 
 from tierd.attach.procfs import boot_id
 from tierd.store import StoreError
-from tierd.store.redis_nodes import (
-    REPLICA_WAIT_SHARE,
-    Address,
-    Command,
-    Confirm,
-    Link,
-    Nodes,
-    RedisOptions,
-    Run,
-    batches,
-    nodes_of,
-)
+from tierd.store.redis_link import Address, Link, RedisOptions
+from tierd.store.redis_nodes import Command, Nodes, Run, Words, batches, nodes_of
 from tierd.store.redis_probe import probe
 
 RUN_BYTES = 256 << 10
 BATCH_BYTES = 4 << 20  # sent in one go
 BATCH_KEYS = 1024  # looked at or removed in one go
 WRITERS_MAX = 4  # guests at once
+REPLICA_WAIT_SHARE = 0.8  # of timeout_s: WAIT answers before we give up on the connection
 LEASE_MS = 600_000  # how long a host that was booted again waits until it sweeps
 LEASE_RENEW_S = 60.0
 BACKOFF_S, BACKOFF_S_MAX = 0.05, 1.0
@@ -156,7 +150,7 @@ class RedisSpace:
             first_page, count = first_page + n, count - n
         return found
 
-    async def _mutate(self, commands: Sequence[Command], added: int, confirm: Confirm = ()) -> None:
+    async def _mutate(self, commands: Sequence[Command], added: int, confirm: Words = ()) -> None:
         """`added`: what each answer counts, 1 or -1."""
         async with self._writing:
             stored, self._stored = self._stored, None
@@ -165,11 +159,11 @@ class RedisSpace:
                 stored = None if stored is None else stored + added * sum(answers)
             self._stored = stored
 
-    async def _settled(self, commands: Sequence[Command], confirm: Confirm = ()) -> list[Any]:
+    async def _settled(self, commands: Sequence[Command], confirm: Words = ()) -> list[Any]:
         """Carried out or an error; a cancellation waits. Before, what failed by its connection is made not to land."""
         return await self._store.blocking(partial(self._settle, commands, confirm))
 
-    def _settle(self, commands: Sequence[Command], confirm: Confirm) -> list[Any]:
+    def _settle(self, commands: Sequence[Command], confirm: Words) -> list[Any]:
         self._store.renew_lease()
         try:
             for address in self._run.doubtful & {self._store.nodes.of(command.key) for command in commands}:
@@ -190,7 +184,7 @@ class RedisStore:
         self._host = options.host_id or host_id()
         prefix = f"{options.namespace}:{{{self._host}}}"
         self.spaces_key, self._lease_key = f"{prefix}:spaces", f"{prefix}:lease"
-        self._link = Link(options, f"{options.namespace}:{self._host}", options.connections)
+        self._link = Link(options, f"{options.namespace}:{self._host}", options.connections + WRITERS_MAX)
         self.nodes: Nodes = nodes_of(options, self._link)
         self.confirm = confirmation(options)
         self._run = Run(self.nodes, self._link)
@@ -231,6 +225,7 @@ class RedisStore:
 
     async def aclose(self) -> None:
         self._link.close()
+        self.nodes.close()
 
     def run_key(self, boot: str, key: str, run: int) -> str:
         return f"{self.options.namespace}:{{{self._host}/{boot}/{key}/{run}}}"
@@ -294,7 +289,7 @@ class RedisStore:
         return bool(holder == ours)
 
 
-def confirmation(options: RedisOptions) -> Confirm:
+def confirmation(options: RedisOptions) -> Words:
     """What has to be confirmed after a write before it counts."""
     wait_ms = int(options.timeout_s * REPLICA_WAIT_SHARE * 1000)
     if options.fsync:

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from tierd.store import StoreError
-from tierd.store.redis_nodes import Address, Command, Link, Nodes, RedisOptions, Run
+from tierd.store.redis_link import Address, Link, RedisOptions
+from tierd.store.redis_nodes import Command, Nodes, Run
 
 VERSION_MIN = (6, 2)
+OTHERWISE = "let replicas confirm each write (replicas: 1), or accept the loss with allow_volatile: true"
 TRIAL = b"tierd tries whether this comes back"
 NOBODY = (1 << 63) - 1  # an id that no client will have
 TRIAL_KEYS_MAX = 10_000  # by then every node had a key, unless it has hardly any slot
@@ -37,6 +39,8 @@ def _ask(options: RedisOptions, address: Address, link: Link) -> None:
         _cluster(link.call(address, "CLUSTER INFO"), address)
     if options.fsync:
         _fsync(address, link)
+    elif not (options.replicas or options.allow_volatile):
+        _always(address, link)
 
 
 def _server(options: RedisOptions, info: Mapping[str, Any]) -> str | None:
@@ -64,10 +68,7 @@ def _persistence(options: RedisOptions, info: Mapping[str, Any]) -> str | None:
         status = info["aof_last_write_status"]
         return None if status == "ok" else f"cannot write its append-only file ({status}); see to its disk and its log"
     if options.fsync or not (options.allow_volatile or options.replicas):
-        return (
-            "keeps nothing across its restart, which would lose guests' memory; set appendonly yes there, "
-            "or wait for replicas (replicas: 1), or set allow_volatile: true"
-        )
+        return f"keeps nothing when it is restarted, which would lose guests' memory; set appendonly yes there, or {OTHERWISE}"
     return None
 
 
@@ -93,6 +94,18 @@ def _fsync(address: Address, link: Link) -> None:
         raise StoreError(
             f"{address} has no WAITAOF ({error.strerror}); set fsync: false, or upgrade to Redis 7.2"
         ) from error
+
+
+def _always(address: Address, link: Link) -> None:
+    try:
+        value = link.call(address, "CONFIG GET", "appendfsync")["appendfsync"]
+    except OSError as error:
+        raise StoreError(f"{address} does not say when it syncs ({error.strerror}); {OTHERWISE}") from error
+    if value != "always":
+        raise StoreError(
+            f"{address} loses up to two seconds of guests' memory when it is killed (appendfsync {value}); "
+            f"set appendfsync always there, or {OTHERWISE}"
+        )
 
 
 def _try(nodes: Nodes, address: Address, link: Link, scratch_key: str) -> None:
