@@ -171,6 +171,12 @@ class Watched:
         return synced and all(map(knows_all, self.sentinels))
 
 
+def cluster_node() -> Server:
+    """One that knows no other yet."""
+    bus = str(free_ports(1)[0])
+    return Server("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port", bus)
+
+
 class Cluster:
     """Three primaries, each with `replicas`."""
 
@@ -180,7 +186,7 @@ class Cluster:
     def __enter__(self) -> Cluster:
         self._stack = ExitStack()
         with self._stack as stack:
-            self.servers = [stack.enter_context(self._server()) for _ in range(self._size * (1 + self._replicas))]
+            self.servers = [stack.enter_context(cluster_node()) for _ in range(self._size * (1 + self._replicas))]
             self.cli("--cluster", "create", *self.addresses, "--cluster-replicas", str(self._replicas))
             wait_for(self._ready, lambda: "\n".join(server.log() for server in self.servers))
             self._stack = stack.pop_all()
@@ -202,10 +208,6 @@ class Cluster:
     def primaries(self) -> list[Server]:
         """As they see themselves, of those that answer."""
         return [server for server in self.servers if self._info(server).get("role") == "master"]
-
-    def _server(self) -> Server:
-        bus = str(free_ports(1)[0])
-        return Server("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port", bus)
 
     def _ready(self) -> bool:
         def ready(server: Server) -> bool:

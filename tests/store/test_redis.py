@@ -401,6 +401,24 @@ def test_connections_that_the_server_closed_when_idle(server: Server) -> None:
     trio.run(with_store(options(server), run))
 
 
+def test_a_server_that_another_has_replaced_gives_no_old_pages() -> None:
+    """It comes back as a replica, at the same address: what it has may be old, or nothing."""
+
+    async def run(store: RedisStore) -> None:
+        async with space_of(store) as space:
+            await space.write(0, records(0, 1))
+            old.ask("REPLICAOF", "127.0.0.1", new.port)
+            with pytest.raises(OSError, match="is a replica now") as caught:
+                await space.read(0, 1)
+            assert caught.value.errno == errno.EROFS
+            with pytest.raises(OSError, match="is a replica now"):
+                await space.write(0, records(0, 1, 1))
+            old.ask("REPLICAOF", "NO", "ONE")
+
+    with Server() as old, Server() as new:
+        trio.run(with_store(options(old, deadline_s=0.5), run))
+
+
 # --- what is late
 
 LATE = b"late" * (PAGE // 4)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.store.servers import Cluster, Server, Watched
+from tests.store.servers import Cluster, Server, Watched, cluster_node
 from tests.store.test_redis import made, options, refused, use_everything, with_store
 from tests.store.writers import Writer
 from tierd.store import PageStore
@@ -73,7 +73,7 @@ def test_half_a_cluster_is_refused() -> None:
 
 
 def test_a_cluster_without_all_slots_is_refused() -> None:
-    with Server("--cluster-enabled", "yes") as lonely:
+    with cluster_node() as lonely:
         lonely.ask("CLUSTER ADDSLOTSRANGE", 0, 9999)
         refused(options(lonely, mode="cluster"), "has 10000 of 16384 slots; see `redis-cli --cluster check")
 
