@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import trio
+from redis.crc import key_slot
 
 from tests.store.servers import Cluster, Server, Watched, cluster_node
 from tests.store.test_redis import made, options, refused, use_everything, with_store
 from tests.store.writers import Writer
+from tierd.attach.procfs import boot_id
 from tierd.store import PageStore
 from tierd.store.redis import RedisStore, make
 from tierd.testing import PAGE, PAGES, PageStoreContract, new_key, records, space_of
@@ -101,6 +103,31 @@ def test_a_slow_node_does_not_disturb_the_others(cluster: Cluster) -> None:
             assert await space.read(min(failed), 64) == records(min(failed), 64, 3)
 
     trio.run(with_store(of(cluster, timeout_s=1, deadline_s=30), run))
+
+
+def test_a_slot_that_is_on_its_way(cluster: Cluster) -> None:
+    """A run that is not there yet is made at the new node, which takes it only from who was sent there."""
+
+    async def run(store: RedisStore) -> None:
+        key = new_key()
+        async with space_of(store, key) as space:
+            run_key = store.run_key(boot_id().replace("-", "")[:16], key, 0)
+            slot = key_slot(run_key.encode())
+            source = next(server for server in cluster.servers if server.address == str(store.nodes.of(run_key)))
+            target = next(server for server in cluster.servers if server is not source)
+            ids = {server: server.ask("CLUSTER MYID").decode() for server in (source, target)}
+            target.ask("CLUSTER SETSLOT", slot, "IMPORTING", ids[source])
+            source.ask("CLUSTER SETSLOT", slot, "MIGRATING", ids[target])
+            await space.write(0, records(0, 5))
+            assert await space.read(0, 5) == records(0, 5)
+            assert run_key in target.ask("CLUSTER GETKEYSINSLOT", slot, 10)
+            assert str(store.nodes.of(run_key)) == source.address
+            for server in (target, source, *cluster.servers):
+                server.ask("CLUSTER SETSLOT", slot, "NODE", ids[target])
+            assert await space.read(0, 5) == records(0, 5)
+            assert str(store.nodes.of(run_key)) == target.address, "looked up anew"
+
+    trio.run(with_store(of(cluster), run))
 
 
 def test_slots_that_move_in_mid_run() -> None:
