@@ -25,7 +25,7 @@ demo: setup
 	@$(VENV)/bin/tierd --config config/tierd.yaml demo --directory build/vm $(if $(JSON),--json) $(if $(filter anon,$(MEMORY)),--backing anonymous) $(if $(TIERS),--tiers $(TIERS))
 
 test: setup lint
-	@tests/setup.sh libvirt metrics disks boot
+	@tests/setup.sh libvirt metrics stores disks boot
 	@$(MAKE) --no-print-directory test-machine
 	@$(MAKE) --no-print-directory test-beside
 
