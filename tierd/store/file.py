@@ -58,35 +58,8 @@ class FileStore:
         self._capacity_bytes = capacity_bytes
         self._used_at, self._used = -1e9, 0
         self.trouble = ""  # why it cannot be written now, where guests' pages are in it all the same
-        self._prepare()
+        private_directory(path, "store.path")
         self.direct = self._choose_direct(direct)
-
-    def _prepare(self) -> None:
-        try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            info = self.path.lstat()
-        except OSError as error:
-            raise StoreError(
-                f"the store's directory {self.path} cannot be made: {error.strerror}; create it, or set store.path"
-            ) from error
-        if not stat.S_ISDIR(info.st_mode):
-            raise StoreError(f"the store's path {self.path} is not a directory; remove it, or set store.path")
-        if info.st_uid != os.geteuid():
-            raise StoreError(
-                f"{self.path} belongs to user {info.st_uid}, tierd runs as {os.geteuid()}: guests' memory would "
-                f"be theirs to read; chown it or set store.path"
-            )
-        if info.st_mode & 0o077:
-            raise StoreError(
-                f"{self.path} has mode {stat.S_IMODE(info.st_mode):04o}: others could read guests' memory; "
-                f"chmod 0700 {self.path}"
-            )
-        kind = file_system_of(self.path)
-        if kind in MEMORY_FILE_SYSTEMS:
-            raise StoreError(
-                f"{self.path} is on {kind}: evicted pages would stay in memory and nothing would be given back; "
-                "set store.path to a directory on a disk"
-            )
 
     def _choose_direct(self, wanted: Literal["auto", "on", "off"]) -> bool:
         if wanted == "off":
@@ -183,6 +156,34 @@ class FileStore:
         if self._capacity_bytes is not None:
             free = min(free, max(self._capacity_bytes - self.used_bytes(), 0))
         return free
+
+
+def private_directory(path: Path, key: str) -> None:
+    """Make or check a directory on a disk that only we can read; `key` is what the operator sets it with. StoreError."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.lstat()
+    except OSError as error:
+        raise StoreError(
+            f"the store's directory {path} cannot be made: {error.strerror}; create it, or set {key}"
+        ) from error
+    if not stat.S_ISDIR(info.st_mode):
+        raise StoreError(f"the store's path {path} is not a directory; remove it, or set {key}")
+    if info.st_uid != os.geteuid():
+        raise StoreError(
+            f"{path} belongs to user {info.st_uid}, tierd runs as {os.geteuid()}: guests' memory would "
+            f"be theirs to read; chown it or set {key}"
+        )
+    if info.st_mode & 0o077:
+        raise StoreError(
+            f"{path} has mode {stat.S_IMODE(info.st_mode):04o}: others could read guests' memory; chmod 0700 {path}"
+        )
+    kind = file_system_of(path)
+    if kind in MEMORY_FILE_SYSTEMS:
+        raise StoreError(
+            f"{path} is on {kind}: evicted pages would stay in memory and nothing would be given back; "
+            f"set {key} to a directory on a disk"
+        )
 
 
 def reopen(path: Path, pages: int, page_bytes: int, *, direct: bool) -> FileSpace:
