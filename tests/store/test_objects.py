@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import replace
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from tierd.store import StoreError
 from tierd.store.objects import ObjectOptions, ObjectSpace, ObjectStore
 
 PAGE = 4096

@@ -63,7 +63,6 @@ class ObjectOptions:
     options: Mapping[str, str] = field(default_factory=dict)  # OpenDAL's, of that service; no secrets
     credentials: Path | None = None  # `option = value` lines, mode 0600
     segment_bytes: int = 8 << 20
-    live_fraction_min: float = 0.5  # a segment of which less is live is cleaned
     level: int = 1  # zstd's
     concurrency: int = 8  # reads at a time, and half as many writes
     deadline_s: float = 10.0  # of each try
@@ -73,8 +72,6 @@ class ObjectOptions:
         """ValueError."""
         if not 64 << 10 <= self.segment_bytes <= segments.SEGMENT_BYTES_MAX // 2:
             raise ValueError("segment_bytes: from 64KiB to 32MiB")
-        if not 0.1 <= self.live_fraction_min <= 0.5:
-            raise ValueError("live_fraction_min: from 0.1 to 0.5; more would copy more than it frees")
         for word in (self.host, self.boot):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", word):
                 raise ValueError(f"{word!r} is not a word of letters and digits")
@@ -291,7 +288,7 @@ class ObjectSpace:
             if word:
                 number, _, length = segments.place_of(word)
                 if usage := self._usages.get(number):  # an object that somebody deleted has none
-                    usage.live_bytes += sign * length
+                    usage.live_bytes += sign * (length + segments.ROW_BYTES)
 
     async def read(self, first_page: int, count: int) -> list[bytes | None]:
         """One read a run of records."""
@@ -346,9 +343,9 @@ class ObjectSpace:
         if self._cleaning or trio.current_time() < self._clean_again_at:
             return
         self._cleaning = True
-        options = self._store.options
+        segment_bytes = self._store.options.segment_bytes
         try:
-            while any(chosen := segments.choose(self._usages, options.segment_bytes, options.live_fraction_min)):
+            while any(chosen := segments.choose(self._usages, segment_bytes)):
                 await self._delete(chosen.dead)
                 await self._move(chosen.moved)
             self.trouble = self._damage

@@ -27,12 +27,13 @@ RECORD_BYTES_MAX = (1 << 16) * UNIT_BYTES - UNIT_BYTES
 NUMBER_MAX = (1 << 28) - 1  # of segments that one guest may ever write: some 500 TiB in batches of 2 MiB
 SEAL_BYTES_MAX = 256  # that a record may be longer than its page
 GAP_BYTES_MAX = 64 << 10  # between two records that one read fetches: less than a round trip costs
+LIVE_FRACTION_MIN = 0.5  # a segment of which less is live is sparse
 SMALL_FRACTION = 1 / 16  # a segment smaller than this part of a full one is merged with others
 
 _HEADER = struct.Struct("<IIII")  # crc of the rest, page, generation, bytes of the frame
 _ROW = struct.Struct("<IIII")  # page, generation, offset, length
 _TRAILER = struct.Struct("<8sIIQ")  # magic, crc of the table, rows, bytes of the whole segment
-TRAILER_BYTES = _TRAILER.size
+ROW_BYTES, TRAILER_BYTES = _ROW.size, _TRAILER.size
 _MAGIC = b"tierdSG1"
 
 
@@ -136,7 +137,7 @@ def decode(name: str, frame: Frame, record_bytes_max: int) -> bytes:
 def table_bytes(name: str, segment_bytes: int, trailer: bytes) -> int:
     """Length of table and trailer, as the trailer says it. DamagedError: it is none, or of another segment."""
     magic, _, rows, total = _TRAILER.unpack(trailer) if len(trailer) == _TRAILER.size else (b"", 0, 0, 0)
-    length = int(rows) * _ROW.size + _TRAILER.size
+    length = int(rows) * ROW_BYTES + TRAILER_BYTES
     if magic != _MAGIC or total != segment_bytes or length > segment_bytes:
         raise DamagedError(name, "it does not end as a segment does; was it cut short?")
     return length
@@ -188,7 +189,7 @@ class Usage:
     """Of one segment."""
 
     total_bytes: int
-    live_bytes: int = 0  # of records that the index points to
+    live_bytes: int = 0  # of records that the index points to, with their rows of the table
     busy: bool = False  # being written
     damaged: bool = False  # cannot be cleaned: stays as long as a page is in it
 
@@ -204,24 +205,26 @@ class Round(NamedTuple):
     moved: list[int]
 
 
-def choose(usages: Mapping[int, Usage], segment_bytes: int, live_fraction_min: float) -> Round:
+def choose(usages: Mapping[int, Usage], segment_bytes: int) -> Round:
     """The next round of cleaning; nothing in it: nothing is worth it.
 
-    A sparse segment (less than `live_fraction_min` = f of it is live) is moved when a round of them frees a full segment or
-    fills half of one: what is copied is at most f / (1 - f) of what dies, and a byte that was written dies once. Small segments
-    are moved when together they fill half of a full one, so a byte is copied once for that: what they become is not small.
-    Bytes written are so at most 1 / (1 - f) times what was asked for, and once more where that came in small batches; bytes
-    stored at most 1 / f times what is live and the size of a few segments.
+    A segment is moved if it is sparse (less than half of it is live) or small, the emptiest first, and only in rounds that fill
+    half of a full segment or free a full one. What that costs:
+    - What is copied out of sparse segments is less than what dies in them, and a byte that was asked to be written dies once.
+    - What is copied out of small ones fills at least half a segment, which is not small, so that happens to a byte once; or it is
+      copied along in a round that frees twice as much.
+    So bytes written are at most twice what was asked for, three times what was asked for in small batches; and bytes stored at
+    most twice what is live and the size of a few segments.
     """
     idle = {number: usage for number, usage in usages.items() if not usage.busy}
     dead = [number for number, usage in idle.items() if not usage.live_bytes]
-    candidates = [
+    candidates = sorted(
         (usage.live_bytes / usage.total_bytes, number)
         for number, usage in idle.items()
-        if usage.live_bytes and not usage.damaged and _worth_moving(usage, segment_bytes, live_fraction_min)
-    ]
+        if usage.live_bytes and not usage.damaged and _worth_moving(usage, segment_bytes)
+    )
     moved, live, freed = [], 0, 0
-    for _, number in sorted(candidates):
+    for _, number in candidates:
         if live + idle[number].live_bytes > segment_bytes:
             break
         moved.append(number)
@@ -230,7 +233,6 @@ def choose(usages: Mapping[int, Usage], segment_bytes: int, live_fraction_min: f
     return Round(dead, moved if live >= segment_bytes / 2 or freed >= segment_bytes else [])
 
 
-def _worth_moving(usage: Usage, segment_bytes: int, live_fraction_min: float) -> bool:
-    return (
-        usage.live_bytes < live_fraction_min * usage.total_bytes or usage.total_bytes < segment_bytes * SMALL_FRACTION
-    )
+def _worth_moving(usage: Usage, segment_bytes: int) -> bool:
+    sparse = usage.live_bytes < LIVE_FRACTION_MIN * usage.total_bytes
+    return sparse or usage.total_bytes < SMALL_FRACTION * segment_bytes
