@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 import trio
 
-from tierd.store.objects import INDEX_SUFFIX, ObjectOptions, ObjectStore
+from tierd.store.objects import INDEX_SUFFIX, ObjectOptions, ObjectSpace, ObjectStore
 
 PAGE = 4096
 PAGES = 192
@@ -79,23 +79,31 @@ async def live(options: ObjectOptions, truth: Truth, seed: int) -> None:
         if truth.under_way[page]:  # the caller's own table says that it does not count
             truth.written[page] = truth.under_way[page] = 0
     truth.count("lives")
+    async with (
+        trio.open_nursery() as nursery
+    ):  # the halves of the guest, so that one is cleaned while the other is written
+        for first in (0, PAGES // 2):
+            nursery.start_soon(change, space, truth, random.Random(rng.random()), range(first, first + PAGES // 2))
+
+
+async def change(space: ObjectSpace, truth: Truth, rng: random.Random, whole: range) -> None:
+    """Write and discard some of these pages, for ever."""
     while True:
-        first = rng.randrange(PAGES)
-        count = min(rng.choice((1, 4, 16, 40)), PAGES - first)
-        pages = range(first, first + count)
+        first = rng.choice(whole)
+        pages = range(first, min(first + rng.choice((1, 4, 16, 40)), whole.stop))
         version = truth.next_version() if rng.random() < 0.75 else DISCARDED
         for page in pages:
             truth.under_way[page] = version
         if version == DISCARDED:
-            await space.discard(first, count)
-            truth.count("discarded", count)
+            await space.discard(first, len(pages))
+            truth.count("discarded", len(pages))
         else:
             await space.write(first, [content(page, version) for page in pages])
-            truth.count("written", count)
+            truth.count("written", len(pages))
         for page in pages:
             truth.written[page] = 0 if version == DISCARDED else version
             truth.under_way[page] = 0
-        look = rng.randrange(PAGES)
+        look = rng.choice(whole)
         check(truth, look, (await space.read(look, 1))[0])
 
 
