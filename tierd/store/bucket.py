@@ -4,15 +4,18 @@ as long as its deadline and retries say; any thread may call it."""
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import opendal
+import opendal.config
 from opendal import exceptions as dal
 from opendal.layers import RetryLayer, TimeoutLayer
 
@@ -22,6 +25,8 @@ from tierd.store.file import open_ours, private_directory
 RETRY_DELAY_S_MIN, RETRY_DELAY_S_MAX = 0.05, 2.0
 CREDENTIALS_BYTES_MAX = 64 << 10
 PARTIAL = ".tierd-partial/"  # in a directory: objects that are being written
+# services that live in this process or drop what they like: a page is there only once
+VOLATILE = frozenset({"memory", "moka", "mini-moka", "dashmap", "memcached", "ghac"})
 # OpenDAL's options that are secrets, of all of its services
 _SECRET = re.compile(
     r"secret|password|passphrase|token|account_key|sas|encryption_key|customer_key$|^credential$|^key$"
@@ -41,6 +46,11 @@ _ERRNOS: dict[type[Exception], int] = {
     dal.Conflict: errno.EIO,
     dal.IsSameFile: errno.EIO,
     dal.Unexpected: errno.EIO,
+}
+_TOLD_BY_WORDS = {  # where OpenDAL has no kind of its own
+    "timeout reached": errno.ETIMEDOUT,
+    "load signing credential": errno.EACCES,
+    "NoSuchBucket": errno.ENOENT,
 }
 _TOLD_CHARACTERS = 300
 
@@ -63,6 +73,9 @@ class Bucket:
         service looks by itself: environment, ~/.aws). `deadline_s` bounds each of 1 + `retries` tries. StoreError."""
         self.scheme = scheme
         given = {**_without_secrets(options), **(read_credentials(credentials) if credentials else {})}
+        _check_names(scheme, given)
+        if scheme in VOLATILE:
+            raise StoreError(f"the store `{scheme}` may lose what it holds, and it would be guests' memory; choose another")
         if scheme == "fs":
             given = _directory(given)
         elif scheme == "s3":
@@ -77,6 +90,9 @@ class Bucket:
             raise StoreError(
                 f"the store `{scheme}` cannot be made: {told(error)}; see its options in OpenDAL's documentation"
             ) from None
+        can = plain.capability()
+        if not (can.write and can.read and can.list and can.delete):
+            raise StoreError(f"the store `{scheme}` cannot write, read, list and delete; choose another")
 
     def put(self, path: str, data: bytes) -> None:
         """Durable when it returns; as a whole or not at all. OSError."""
@@ -122,14 +138,19 @@ def _call(what: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) ->
 
 
 def _errno_of(error: Exception) -> int:
-    match = re.search(r"\(os error ([0-9]+)\)", str(error))
-    number = int(match[1]) if match else _ERRNOS[type(error)]
-    return errno.EIO if number == errno.ENOENT and not isinstance(error, dal.NotFound) else number
+    text = str(error)
+    if match := re.search(r"\(os error ([0-9]+)\)", text):
+        number = int(match[1])
+        return number if number != errno.ENOENT or isinstance(error, dal.NotFound) else errno.EIO
+    for words, number in _TOLD_BY_WORDS.items():
+        if words in text:
+            return number
+    return _ERRNOS[type(error)]
 
 
 def told(error: Exception) -> str:
-    """What OpenDAL says, on one line: what happened, and the last of its causes."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """What OpenDAL says, on one line: what happened, and why."""
+    lines = [line.strip() for line in str(error).partition("Backtrace:")[0].splitlines() if line.strip()]
     cause = lines[lines.index("Source:") + 1 :] if "Source:" in lines else []
     return " ".join([lines[0] if lines else type(error).__name__, *(f"({line})" for line in cause)])[:_TOLD_CHARACTERS]
 
@@ -142,6 +163,29 @@ def _without_secrets(options: Mapping[str, str]) -> dict[str, str]:
                 "into a file of mode 0600, and its path to `credentials`"
             )
     return dict(options)
+
+
+def _check_names(scheme: str, given: Mapping[str, str]) -> None:
+    """OpenDAL passes over what it does not know."""
+    known = _known_options()
+    if scheme not in known:
+        raise StoreError(f"there is no store `{scheme}`{_suggestion(scheme, known)}")
+    for name in given:
+        if name not in known[scheme]:
+            raise StoreError(f"the store `{scheme}` has no option {name}{_suggestion(name, known[scheme])}")
+
+
+def _known_options() -> dict[str, list[str]]:
+    """Of each service, as OpenDAL's typed configurations list them."""
+    names = {**vars(typing), "os": os}  # which that module imports for type checkers only
+    kinds = [kind for kind in vars(opendal.config).values() if typing.is_typeddict(kind)]
+    hints = [typing.get_type_hints(kind, localns=names) for kind in kinds]
+    return {typing.get_args(hint.pop("scheme"))[0]: list(hint) for hint in hints}
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else "; see OpenDAL's documentation of its services"
 
 
 def read_credentials(path: Path) -> dict[str, str]:

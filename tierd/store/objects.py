@@ -45,6 +45,9 @@ TAIL_BYTES = 16 << 10  # of a segment, read first for its table
 _WHAT_TO_DO = {
     errno.ENOENT: "the bucket or directory is not there; create it, or correct the store's options",
     errno.EACCES: "access is refused; are the credentials right, and may they write, read, list and delete?",
+    errno.EINVAL: "the store's options are wrong, or the bucket is not there; correct them",
+    errno.ECONNREFUSED: "nobody answers there; is the endpoint right, and the service up?",
+    errno.ETIMEDOUT: "it does not answer in time; see to the network and the service, or raise deadline_s",
     errno.ENOSPC: "it is full; free space",
 }
 
