@@ -134,7 +134,8 @@ def _call(what: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) ->
     try:
         return call(*args, **kwargs)
     except tuple(_ERRNOS) as error:
-        raise OSError(_errno_of(error), f"{what}: {told(error)}") from None
+        failed = OSError(_errno_of(error), f"{what}: {told(error)}")
+    raise failed  # without the cause: its traceback holds a lister, which only this thread may drop
 
 
 def _errno_of(error: Exception) -> int:
