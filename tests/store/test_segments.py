@@ -170,3 +170,12 @@ def test_what_is_busy_or_damaged_is_left_alone() -> None:
     for usage in usages.values():
         usage.live_bytes = 0
     assert choose(usages, FULL) == (list(range(50, 100)), [])
+
+
+@pytest.mark.parametrize("count", [1, 5, 512])
+def test_what_does_not_compress_grows_by_14_bytes_and_what_does_shrinks(count: int) -> None:
+    rng = random.Random(count)
+    sealed = encode(0, 1, [rng.randbytes(PAGE + 32) for _ in range(count)], 1)
+    assert {len(frame.data) for frame in sealed} == {PAGE + 32 + 14}
+    plain = encode(0, 1, [rng.randbytes(PAGE // 2) + bytes(PAGE // 2) for _ in range(count)], 1)
+    assert max(len(frame.data) for frame in plain) < 0.6 * PAGE

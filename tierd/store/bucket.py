@@ -75,7 +75,9 @@ class Bucket:
         given = {**_without_secrets(options), **(read_credentials(credentials) if credentials else {})}
         _check_names(scheme, given)
         if scheme in VOLATILE:
-            raise StoreError(f"the store `{scheme}` may lose what it holds, and it would be guests' memory; choose another")
+            raise StoreError(
+                f"the store `{scheme}` may lose what it holds, and it would be guests' memory; choose another"
+            )
         if scheme == "fs":
             given = _directory(given)
         elif scheme == "s3":

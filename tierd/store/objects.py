@@ -261,8 +261,7 @@ class ObjectSpace:
         self._index.reserve(first_page, len(records))
         number = self._index.take_number()
         rows = await self._put(number, partial(segments.encode, first_page, number, records, level))
-        words = array("Q", [Place(number, row.offset, row.length).word for row in rows])
-        self._point(first_page, words)
+        self._point(first_page, segments.words_of(number, rows))
 
     async def _put(self, number: int, frames: Callable[[], list[Frame]]) -> list[Row]:
         """Make segment `number` of `frames()` durable. One that failed is dead, and deleted with the dead ones."""
@@ -286,10 +285,9 @@ class ObjectSpace:
         self._add(words)
         self._add(old, -1)
 
-    def _add(self, words: Iterable[int], sign: int = 1) -> None:
-        for word in words:
-            if word:
-                number, _, length = segments.place_of(word)
+    def _add(self, words: array[int], sign: int = 1) -> None:
+        if any(words):
+            for number, length in map(segments.size_of, filter(None, words)):
                 if usage := self._usages.get(number):  # an object that somebody deleted has none
                     usage.live_bytes += sign * (length + segments.ROW_BYTES)
 
@@ -369,9 +367,9 @@ class ObjectSpace:
         if found:
             number = self._index.take_number()
             rows = await self._put(number, lambda: [frame for _, frame in found])
-            for (old, _), row in zip(found, rows, strict=True):
-                if self._index.words(row.page, 1)[0] == old:
-                    self._point(row.page, array("Q", [Place(number, row.offset, row.length).word]))
+            for (old, frame), new in zip(found, segments.words_of(number, rows), strict=True):
+                if self._index.words(frame.page, 1)[0] == old:
+                    self._point(frame.page, array("Q", [new]))
         for number in numbers:
             self._usages[number].damaged = self._usages[number].live_bytes > 0
 

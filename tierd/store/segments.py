@@ -15,6 +15,7 @@ import errno
 import struct
 import threading
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,6 +28,8 @@ RECORD_BYTES_MAX = (1 << 16) * UNIT_BYTES - UNIT_BYTES
 NUMBER_MAX = (1 << 28) - 1  # of segments that one guest may ever write: some 500 TiB in batches of 2 MiB
 SEAL_BYTES_MAX = 256  # that a record may be longer than its page
 GAP_BYTES_MAX = 64 << 10  # between two records that one read fetches: less than a round trip costs
+SAMPLE_RECORDS, SAMPLE_RATIO_MAX = 8, 0.95
+STORED_LEVEL = -1000  # of zstd: hardly more than a copy
 LIVE_FRACTION_MIN = 0.5  # a segment of which less is live is sparse
 SMALL_FRACTION = 1 / 16  # a segment smaller than this part of a full one is merged with others
 
@@ -78,9 +81,23 @@ class Row(NamedTuple):
     length: int
 
 
+def size_of(word: int) -> tuple[int, int]:
+    """Segment and bytes of the record that a word points to."""
+    return word >> 36, (word & 0xFFFF) * UNIT_BYTES
+
+
+def words_of(number: int, rows: Iterable[Row]) -> array[int]:
+    """Index words of a segment's rows."""
+    top = number << 36
+    return array("Q", [top | row.offset // UNIT_BYTES << 16 | row.length // UNIT_BYTES for row in rows])
+
+
 def encode(first_page: int, generation: int, records: Sequence[bytes], level: int) -> list[Frame]:
-    """A run of pages, compressed."""
+    """A run of pages, compressed. Where a sample of them does not (sealed ones do not), none is tried: that is half the work."""
+    sample = records[:: max(len(records) // SAMPLE_RECORDS, 1)]
     compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
+    if sum(map(len, map(compressor.compress, sample))) > SAMPLE_RATIO_MAX * sum(map(len, sample)):
+        compressor = zstandard.ZstdCompressor(level=STORED_LEVEL, write_checksum=True)
     return [Frame(first_page + n, generation, compressor.compress(record)) for n, record in enumerate(records)]
 
 
