@@ -197,11 +197,14 @@ def test_a_predecessors_leftovers_are_removed(options: ObjectOptions) -> None:
         wanted = stored(options)
         root = Path(options.options["root"])
         (root / "host-a" / "boot-1" / KEY / f"{KEY}.0000fff").write_bytes(b"anything")
-        (root / ".tierd-partial" / f"{KEY}.0001000.0815").write_bytes(b"half of it")
-        (root / ".tierd-partial" / "1-1.0001000.0815").write_bytes(b"of another guest")
+        partial = root / ".tierd-partial" / "host-a"
+        (partial / f"{KEY}.0001000.0815").write_bytes(b"half of it")
+        (partial / "1-1.0001000.0815").write_bytes(b"of another guest")
         again = await opened(options)
         await again.discard(100, 1)
-        assert stored(options) == wanted | {".tierd-partial/1-1.0001000.0815": 16}
+        assert stored(options) == wanted | {".tierd-partial/host-a/1-1.0001000.0815": 16}
+        assert await ObjectStore(options).sweep(lambda key: key == KEY) == []
+        assert stored(options) == wanted
         assert await again.read(0, 16) == pages(0, 16)
         await again.aclose()
 
@@ -448,6 +451,29 @@ def test_a_read_does_not_wait_for_writes_and_can_be_given_up(
             assert scope.cancelled_caught
             hang.set()
         assert await space.read(100, 2 * options.concurrency) == pages(100, 2 * options.concurrency)
+        await space.aclose()
+
+    run(test)
+
+
+def test_a_write_that_is_given_up_is_made_all_the_same(options: ObjectOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread cannot be stopped, so it is waited for."""
+    put, begun, go_on = Bucket.put, threading.Event(), threading.Event()
+
+    def waits(self: Bucket, path: str, data: bytes) -> None:
+        begun.set()
+        go_on.wait()
+        put(self, path, data)
+
+    async def test() -> None:
+        space = await opened(options)
+        monkeypatch.setattr(Bucket, "put", waits)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(space.write, 0, pages(0, 4))
+            await trio.to_thread.run_sync(begun.wait)
+            nursery.cancel_scope.cancel()
+            go_on.set()
+        assert await space.read(0, 4) == pages(0, 4)
         await space.aclose()
 
     run(test)

@@ -24,7 +24,7 @@ from tierd.store.file import open_ours, private_directory
 
 RETRY_DELAY_S_MIN, RETRY_DELAY_S_MAX = 0.05, 2.0
 CREDENTIALS_BYTES_MAX = 64 << 10
-PARTIAL = ".tierd-partial/"  # in a directory: objects that are being written
+PARTIAL = ".tierd-partial"  # in a directory: objects that are being written, by host
 # services that live in this process or drop what they like: a page is there only once
 VOLATILE = frozenset({"memory", "moka", "mini-moka", "dashmap", "memcached", "ghac"})
 # OpenDAL's options that are secrets, of all of its services
@@ -67,11 +67,19 @@ class Bucket:
     """A place for objects, of any service that OpenDAL has."""
 
     def __init__(
-        self, scheme: str, options: Mapping[str, str], credentials: Path | None, deadline_s: float, retries: int
+        self,
+        scheme: str,
+        options: Mapping[str, str],
+        credentials: Path | None = None,
+        *,
+        host: str,
+        deadline_s: float,
+        retries: int,
     ) -> None:
         """`options` are OpenDAL's own of that service; those that are secrets stand in the file `credentials` (or where the
         service looks by itself: environment, ~/.aws). `deadline_s` bounds each of 1 + `retries` tries. StoreError."""
         self.scheme = scheme
+        self._partial = f"{PARTIAL}/{host}/"
         given = {**_without_secrets(options), **(read_credentials(credentials) if credentials else {})}
         _check_names(scheme, given)
         if scheme in VOLATILE:
@@ -79,9 +87,11 @@ class Bucket:
                 f"the store `{scheme}` may lose what it holds, and it would be guests' memory; choose another"
             )
         if scheme == "fs":
-            given = _directory(given)
+            given = _directory(given, self._partial)
         elif scheme == "s3":
-            given.setdefault("disable_ec2_metadata", "true")  # asked for nothing, it would be waited for
+            given.setdefault(
+                "disable_ec2_metadata", "true"
+            )  # elsewhere it would be waited for: "false" for instance roles
         try:
             plain = opendal.Operator(scheme, **given)
             limited = plain.layer(TimeoutLayer(timeout=deadline_s, io_timeout=deadline_s))
@@ -124,12 +134,9 @@ class Bucket:
         """A directory and all in it, which may be nothing. OSError: some of it is left."""
         _call(f"delete {path}", self._operator.remove_all, path)
 
-    def partial(self, prefix: str) -> list[str]:
-        """Of a directory: what a process that was killed was writing under paths that start with `prefix`."""
-        if self.scheme != "fs":
-            return []
-        name = PARTIAL + prefix.rpartition("/")[2]
-        return [entry.path for entry in self.entries(PARTIAL) if entry.path.startswith(name)]
+    def partial(self) -> list[Listed]:
+        """Of a directory: what this host is writing, or was when it was killed, under names that start with the object's."""
+        return self.entries(self._partial) if self.scheme == "fs" else []
 
 
 def _call(what: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -217,10 +224,10 @@ def read_credentials(path: Path) -> dict[str, str]:
     return given
 
 
-def _directory(options: dict[str, str]) -> dict[str, str]:
+def _directory(options: dict[str, str], partial: str) -> dict[str, str]:
     """OpenDAL writes a file in place unless it is told where it may put it meanwhile."""
     if not options.get("root"):
         raise StoreError("the store `fs` needs a directory: set its option root")
     root = Path(options["root"])
     private_directory(root, "root")
-    return {**options, "atomic_write_dir": str(root / PARTIAL)}
+    return {**options, "atomic_write_dir": str(root / partial)}

@@ -9,7 +9,8 @@ next, so a guest's own traffic pays for it and bounds it (segments.choose).
 
     HOST/BOOT/KEY/KEY.NUMBER    one segment; a guest's key comes back after a reboot, its space must not
 
-Without its index a space is rebuilt from its segments' tables: then a discarded page may be there again, for whoever opened the
+Durable is what outlives tierd: a directory is not synced when its host loses power, and its guests are gone then, too. Without
+its index a space is rebuilt from its segments' tables: then a discarded page may be there again, for whoever opened the
 space to discard once more. OpenDAL's calls block, so they run in threads, some for reads and some for all else: a fault does
 not queue behind an eviction.
 """
@@ -86,7 +87,14 @@ class ObjectStore:
     def __init__(self, options: ObjectOptions) -> None:
         """StoreError: the options are wrong. Nothing is asked of the service yet. Blocks for a moment."""
         self.options = options
-        self.bucket = Bucket(options.scheme, options.options, options.credentials, options.deadline_s, options.retries)
+        self.bucket = Bucket(
+            options.scheme,
+            options.options,
+            options.credentials,
+            host=options.host,
+            deadline_s=options.deadline_s,
+            retries=options.retries,
+        )
         self.reads = trio.CapacityLimiter(options.concurrency)
         self.writes = trio.CapacityLimiter(max(options.concurrency // 2, 1))
         self.directory = f"{options.host}/{options.boot}/"
@@ -130,6 +138,7 @@ class ObjectStore:
             if KEY.fullmatch(key) and (f"{directory}/" != self.directory or not may_be_needed(key)):
                 gone.append(path)
         await self.each(self.bucket.remove, gone)
+        await self.drop_partial(may_be_needed)
         swept = {path.split("/")[-2] for path in gone}
         for index in self.options.index_dir.glob(f"*{INDEX_SUFFIX}"):
             key = index.name.removesuffix(INDEX_SUFFIX)
@@ -137,6 +146,13 @@ class ObjectStore:
                 index.unlink(missing_ok=True)
                 swept.add(key)
         return sorted(swept)
+
+    async def drop_partial(self, may_be_needed: Callable[[str], bool]) -> None:
+        """What predecessors were writing when they were killed."""
+        for path, _ in await self.in_thread(self.bucket.partial):
+            key = path.rpartition("/")[2].partition(".")[0]
+            if KEY.fullmatch(key) and not may_be_needed(key):
+                await self.in_thread(self.bucket.delete, path)
 
     async def aclose(self) -> None:
         """Nothing is held between calls."""
@@ -195,8 +211,7 @@ class ObjectSpace:
     async def restore(self) -> None:
         """Find what a predecessor left. StoreError, OSError."""
         store = self._store
-        for path in await store.in_thread(store.bucket.partial, f"{self._directory}{self._key}."):
-            await store.in_thread(store.bucket.delete, path)
+        await store.drop_partial(lambda key: key != self._key)
         name = re.compile(re.escape(f"{self._directory}{self._key}.") + r"([0-9a-f]{7})")
         for entry in await store.in_thread(store.bucket.entries, self._directory):
             if match := name.fullmatch(entry.path):
@@ -205,7 +220,11 @@ class ObjectSpace:
         if index is None:
             index = await self._rebuild() if self._usages else self._create(1, None)
         self._index = index
-        await store.in_thread(self._count)
+        try:
+            await store.in_thread(self._count)
+        except BaseException:
+            index.close()
+            raise
 
     def _create(self, next_number: int, words: array[int] | None) -> Index:
         return segment_index.create(
