@@ -187,6 +187,35 @@ def test_pages_are_read_while_they_are_moved(options: ObjectOptions) -> None:
     run(test)
 
 
+def test_a_read_that_comes_too_late_for_a_segment_finds_the_next_one(
+    options: ObjectOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get, begun, go_on = Bucket.get, threading.Event(), threading.Event()
+
+    def waits(self: Bucket, path: str, offset: int, size_bytes: int) -> bytes:
+        begun.set()
+        go_on.wait()
+        return get(self, path, offset, size_bytes)
+
+    async def test() -> None:
+        space = await opened(options)
+        await space.write(0, pages(0, 16))
+        monkeypatch.setattr(Bucket, "get", waits)
+
+        async def read() -> None:
+            assert await space.read(3, 1) == pages(3, 1, 1)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await trio.to_thread.run_sync(begun.wait)
+            await space.write(0, pages(0, 16, 1))
+            assert len(stored(options)) == 1
+            go_on.set()
+        await space.aclose()
+
+    run(test)
+
+
 def test_a_predecessors_leftovers_are_removed(options: ObjectOptions) -> None:
     """A segment whose write was not told as done, and one that was cut off by a kill."""
 
