@@ -473,12 +473,14 @@ def test_a_read_does_not_wait_for_writes_and_can_be_given_up(
             for n in range(2 * options.concurrency):
                 nursery.start_soon(space.write, 100 + n, pages(100 + n, 1))
             await trio.testing.wait_all_tasks_blocked()
-            assert await space.read(0, 64) == pages(0, 64)
-            monkeypatch.setattr(Bucket, "get", hangs_too)
-            with trio.move_on_after(0.01) as scope:
-                await space.read(0, 1)
-            assert scope.cancelled_caught
-            hang.set()
+            try:
+                assert await space.read(0, 64) == pages(0, 64)
+                monkeypatch.setattr(Bucket, "get", hangs_too)
+                with trio.move_on_after(0.01) as scope:
+                    await space.read(0, 1)
+                assert scope.cancelled_caught
+            finally:
+                hang.set()
         assert await space.read(100, 2 * options.concurrency) == pages(100, 2 * options.concurrency)
         await space.aclose()
 
