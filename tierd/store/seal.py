@@ -27,7 +27,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tierd.store import IntegrityError, PageSpace, StoreError
-from tierd.store.file import file_system_of, open_ours
+from tierd.store.directory import file_system_of, open_ours
 
 KEY_BYTES, NONCE_BYTES, TAG_BYTES = 32, 12, 16
 SEAL_BYTES = NONCE_BYTES + TAG_BYTES  # what sealing adds to a page
