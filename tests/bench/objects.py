@@ -146,7 +146,7 @@ def drop(path: Path) -> None:
 async def measure(disk: Path, shm: Path, quick: bool) -> list[Row]:
     rows = []
     root = disk / "objects"
-    store = ObjectStore(ObjectOptions("fs", shm, "bench", "boot", {"root": str(root)}))
+    store = ObjectStore(ObjectOptions(scheme="fs", options={"root": str(root)}), shm, "bench", "boot")
     with contextlib.closing(Plain(disk / "plain")) as plain:
         for kind in KINDS:
             for at_once in (1, 2):

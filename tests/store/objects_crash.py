@@ -16,6 +16,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -68,10 +69,10 @@ def check(truth: Truth, page: int, record: bytes | None) -> None:
         raise AssertionError(f"page {page}: version {written} was written, {version} is there")
 
 
-async def live(options: ObjectOptions, truth: Truth, seed: int) -> None:
+async def live(make: Callable[[], ObjectStore], truth: Truth, seed: int) -> None:
     """Read everything, then write and discard until killed."""
     rng = random.Random(seed)
-    store = ObjectStore(options)
+    store = make()
     space = await store.open(KEY, PAGES, PAGE)
     for page, record in enumerate(await space.read(0, PAGES)):
         check(truth, page, record)
@@ -107,7 +108,7 @@ async def change(space: ObjectSpace, truth: Truth, rng: random.Random, whole: ra
         check(truth, look, (await space.read(look, 1))[0])
 
 
-def child(options: ObjectOptions, truth: Truth, seed: int) -> None:
+def child(make: Callable[[], ObjectStore], truth: Truth, seed: int) -> None:
     moved = ObjectStore.in_thread
 
     async def counted(self: ObjectStore, call: object, *args: object) -> object:
@@ -117,7 +118,7 @@ def child(options: ObjectOptions, truth: Truth, seed: int) -> None:
 
     ObjectStore.in_thread = counted  # type: ignore[method-assign, assignment]
     try:
-        trio.run(partial(live, options, truth, seed))
+        trio.run(partial(live, make, truth, seed))
     except BaseException as error:
         print(f"seed {seed}: {error!r}", flush=True)
     os._exit(1)  # a life ends by a kill
@@ -130,7 +131,8 @@ def child(options: ObjectOptions, truth: Truth, seed: int) -> None:
 @click.argument("directory", type=click.Path(path_type=Path))
 def main(kills: int, seed: int, disk: Path, directory: Path) -> None:
     rng = random.Random(seed)
-    options = ObjectOptions("fs", directory, "host", "boot", {"root": str(disk / "objects")}, segment_bytes=64 << 10)
+    options = ObjectOptions(scheme="fs", options={"root": str(disk / "objects")}, segment_bytes=64 << 10)
+    make = partial(ObjectStore, options, directory, "host", "boot")
     truth, rebuilt = Truth(), 0
     for kill in range(kills):
         if rng.random() < 1 / 3:
@@ -138,7 +140,7 @@ def main(kills: int, seed: int, disk: Path, directory: Path) -> None:
             rebuilt += 1
         pid = os.fork()
         if pid == 0:
-            child(options, truth, seed << 32 | kill)
+            child(make, truth, seed << 32 | kill)
         time.sleep(rng.expovariate(1 / LIFE_S_MEAN))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)

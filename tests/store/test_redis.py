@@ -18,12 +18,14 @@ import trio
 from tests.store.certificates import Authority
 from tests.store.servers import Server, Wire
 from tests.store.writers import Writer
-from tierd.store import PageStore, StoreError
-from tierd.store.redis import RedisStore, host_id, make
+from tierd.store import PageStore, StoreContext, StoreError
+from tierd.store.options import host_id
+from tierd.store.redis import RedisStore, make
 from tierd.store.redis_link import ACL, RedisOptions
 from tierd.testing import PAGE, PAGES, PageStoreContract, new_key, records, space_of
 
 pytestmark = pytest.mark.usefixtures("redis_there")
+NO_CONTEXT = StoreContext(Path("/nowhere"))  # Redis keeps nothing on this host
 
 
 def options(server: Server, **more: Any) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def options(server: Server, **more: Any) -> dict[str, Any]:
 
 @asynccontextmanager
 async def made(given: dict[str, Any]) -> AsyncIterator[RedisStore]:
-    store = make(given)
+    store = make(given, NO_CONTEXT)
     try:
         yield store
     finally:
@@ -68,7 +70,7 @@ class TestOneServer(PageStoreContract):
         self.server = server
 
     def make_store(self) -> PageStore:
-        return make({"addresses": [self.server.address]})
+        return make({"addresses": [self.server.address]}, NO_CONTEXT)
 
 
 # --- what is refused
@@ -144,7 +146,7 @@ def test_a_single_server_is_no_cluster(server: Server) -> None:
         ({"addresses": ["redis1"]}, "addresses.0: .*'redis1' is not an address; write HOST:PORT"),
         ({"addresses": ["redis1:0"]}, "HOST:PORT"),
         ({"addresses": [6379]}, "HOST:PORT"),
-        ({"addresses": ["a:1"], "password": "secret"}, "password: Extra inputs"),
+        ({"addresses": ["a:1"], "password": "secret"}, "password: there is no such key; did you mean password_file"),
         ({"addresses": ["a:1"], "mode": "sentinel"}, "`service` is the server's name"),
         ({"addresses": ["a:1"], "service": "main"}, "`service` is the server's name"),
         ({"addresses": ["a:1"], "username": "tierd"}, "needs a `password_file`"),
@@ -156,7 +158,7 @@ def test_a_single_server_is_no_cluster(server: Server) -> None:
 )
 def test_keys_that_are_wrong(given: dict[str, object], why: str) -> None:
     with pytest.raises(StoreError, match=f"^redis: .*{why}") as caught:
-        make(given)
+        make(given, NO_CONTEXT)
     assert "secret" not in str(caught.value)
 
 
@@ -275,7 +277,7 @@ def test_tls(tls_server: Server, authority: Authority) -> None:
     refused(options(tls_server), f"{tls_server.address} cannot be reached")
     refused(options(tls_server, tls=tls | {"ca_file": None}), "certificate verify failed")
     with pytest.raises(StoreError, match=r"/nowhere/ca\.pem cannot be read: No such file or directory; see tls"):
-        make(options(tls_server, tls=tls | {"ca_file": "/nowhere/ca.pem"}))
+        make(options(tls_server, tls=tls | {"ca_file": "/nowhere/ca.pem"}), NO_CONTEXT)
 
 
 def test_tls_of_another_authority_or_host(authority: Authority, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import trio
 from redis.crc import key_slot
 
-from tests.store.servers import Cluster, Server, Watched, cluster_node
-from tests.store.test_redis import made, options, refused, use_everything, with_store
+from tests.store.servers import Cluster, Server, Watched, cluster_node, wait_for
+from tests.store.test_redis import NO_CONTEXT, made, options, refused, use_everything, with_store
 from tests.store.writers import Writer
 from tierd.attach.procfs import boot_id
 from tierd.store import PageStore
@@ -38,7 +38,7 @@ class TestCluster(PageStoreContract):
         self.given = of(cluster)
 
     def make_store(self) -> PageStore:
-        return make(self.given)
+        return make(self.given, NO_CONTEXT)
 
 
 def test_one_address_is_enough_and_runs_are_spread(cluster: Cluster) -> None:
@@ -196,18 +196,19 @@ def test_a_write_that_a_replica_has_not_confirmed_is_an_error() -> None:
     async def run(store: RedisStore) -> None:
         async with space_of(store) as space:
             await space.write(0, records(0, 3))
-            watched.replica.signal(signal.SIGSTOP)
+            replica.signal(signal.SIGSTOP)
             try:
                 with pytest.raises(OSError, match=r"WAIT \[1\] was confirmed by \[0\] only; see its replicas"):
                     await space.write(1, records(1, 1, 1))
                 await space.discard(2, 1)  # needs none
                 assert await space.read(0, 3) == [*records(0, 1), *records(1, 1, 1), None]
             finally:
-                watched.replica.signal(signal.SIGCONT)
+                replica.signal(signal.SIGCONT)
             await space.write(1, records(1, 1, 2))
 
-    with Watched() as watched:
-        trio.run(with_store(options(watched.primary, replicas=1, timeout_s=2), run))
+    with Server() as primary, Server("--replicaof", f"127.0.0.1 {primary.port}") as replica:
+        wait_for(lambda: replica.ask("INFO")["master_link_status"] == "up", replica.log)
+        trio.run(with_store(options(primary, replicas=1, timeout_s=2), run))
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +227,7 @@ class TestSentinel(PageStoreContract):
         self.given = by_sentinels(watched)
 
     def make_store(self) -> PageStore:
-        return make(self.given)
+        return make(self.given, NO_CONTEXT)
 
 
 def test_a_service_that_no_sentinel_knows(watched: Watched) -> None:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where cold pages live. A space belongs to one guest and is addressed by page number: no slots, no map to lose.
 
-Policies name stores as tiers, in the order in which pages sink: compressed memory (`memory`), a disk (`file`).
-Two kinds. Of a Store the data plane has a descriptor: it reads and writes there by itself, and no Python runs on a fault. A
-PageStore is asked by trio (parking): anything that can be reached from Python, plug-ins among them.
+Policies name stores as tiers, in the order in which pages sink: compressed memory (`memory`), a disk (`file`), and others by
+name. So there are two kinds. Of a Store the data plane has a descriptor: it reads and writes there by itself, and no Python runs
+on a fault. A PageStore is asked by trio (parking): anything that can be reached from Python, plug-ins among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -153,6 +154,15 @@ class PageStore(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StoreContext:
+    """What a store is told beside its keys in the configuration."""
+
+    runtime_dir: (
+        Path  # ours, on tmpfs: for what has to outlive tierd and not a boot, in a directory of the store's name
+    )
+
+
 # What the entry point of a store is (group `tierd.stores`): it makes the store of its keys in the configuration, without
-# asking anybody yet. StoreError: a key is wrong; the text names it.
-PageStoreFactory = Callable[[Mapping[str, object]], PageStore]
+# asking anybody or touching a file yet. StoreError: a key is wrong; the text names it.
+PageStoreFactory = Callable[[Mapping[str, object], StoreContext], PageStore]

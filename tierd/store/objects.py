@@ -22,18 +22,21 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import trio
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from tierd.store import StoreError, segment_index, segments
+from tierd.attach.procfs import boot_id
+from tierd.quantities import parse_size
+from tierd.store import StoreContext, StoreError, segment_index, segments
 from tierd.store.bucket import Bucket
 from tierd.store.directory import KEY
+from tierd.store.options import HostId, host_id, parse
 from tierd.store.segment_index import Index
-from tierd.store.segments import DamagedError, Frame, Place, Row, Run, Usage
+from tierd.store.segments import DamagedError, Place, Record, Row, Run, Usage
 
 INDEX_SUFFIX = ".segments"
 READ_TRIES_MAX = 8  # a record that is read may be moved meanwhile
@@ -56,48 +59,46 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class ObjectOptions:
-    """What an operator sets."""
+def _text(value: object) -> object:
+    """OpenDAL takes all of its options as text."""
+    return str(value).lower() if isinstance(value, bool | int) else value
 
+
+class ObjectOptions(BaseModel):
+    """The keys of the store `objects`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
     scheme: str  # OpenDAL's name of the service: s3, gcs, azblob, webdav, fs ...
-    index_dir: Path  # in the runtime directory
-    host: str  # one word that names this host among those that share the place; the same after a reboot
-    boot: str  # boot id
-    options: Mapping[str, str] = field(default_factory=dict)  # OpenDAL's, of that service; no secrets
+    options: dict[str, Annotated[str, BeforeValidator(_text)]] = Field(
+        default_factory=dict
+    )  # its, of OpenDAL; no secrets
     credentials: Path | None = None  # `option = value` lines, mode 0600
-    segment_bytes: int = 8 << 20
-    level: int = 1  # zstd's
-    concurrency: int = 8  # reads at a time, and half as many writes
-    deadline_s: float = 10.0  # of each try
-    retries: int = 3
-
-    def __post_init__(self) -> None:
-        """ValueError."""
-        if not 64 << 10 <= self.segment_bytes <= segments.SEGMENT_BYTES_MAX // 2:
-            raise ValueError("segment_bytes: from 64KiB to 32MiB")
-        for word in (self.host, self.boot):
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", word):
-                raise ValueError(f"{word!r} is not a word of letters and digits")
+    host_id: HostId | None = None  # None: by machine-id and hardware
+    segment_bytes: Annotated[
+        int, BeforeValidator(parse_size), Field(ge=64 << 10, le=segments.SEGMENT_BYTES_MAX // 2)
+    ] = 8 << 20
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 8  # reads at a time, and half as many writes
+    deadline_s: Annotated[float, Field(gt=0, le=600)] = 10.0  # of each try
+    retries: Annotated[int, Field(ge=0, le=10)] = 3
 
 
 class ObjectStore:
-    """Implements store.PageStore."""
+    """Implements store.PageStore. `index_dir`: on tmpfs, made when it is needed. `boot`: of the host that guests live in."""
 
-    def __init__(self, options: ObjectOptions) -> None:
+    def __init__(self, options: ObjectOptions, index_dir: Path, host: str, boot: str) -> None:
         """StoreError: the options are wrong. Nothing is asked of the service yet. Blocks for a moment."""
-        self.options = options
+        self.options, self.index_dir, self.host, self.boot = options, index_dir, host, boot
         self.bucket = Bucket(
             options.scheme,
             options.options,
             options.credentials,
-            host=options.host,
+            host=host,
             deadline_s=options.deadline_s,
             retries=options.retries,
         )
         self.reads = trio.CapacityLimiter(options.concurrency)
         self.writes = trio.CapacityLimiter(max(options.concurrency // 2, 1))
-        self.directory = f"{options.host}/{options.boot}/"
+        self.directory = f"{host}/{boot}/"
 
     async def probe(self) -> None:
         try:
@@ -109,12 +110,12 @@ class ObjectStore:
             ) from error
 
     def _try(self) -> None:
-        path = f"{self.options.host}/probe-{self.options.boot}-{os.getpid()}"
+        path = f"{self.host}/probe-{self.boot}-{os.getpid()}"
         self.bucket.put(path, b"tierd")
         try:
             if self.bucket.get(path, 1, 3) != b"ier":
                 raise OSError(errno.EIO, f"{path}: a range came back different from what was written")
-            if path not in [entry.path for entry in self.bucket.entries(f"{self.options.host}/")]:
+            if path not in [entry.path for entry in self.bucket.entries(f"{self.host}/")]:
                 raise OSError(errno.EIO, f"{path} was written, and is not listed")
         finally:
             self.bucket.delete(path)
@@ -122,14 +123,11 @@ class ObjectStore:
     async def open(self, key: str, pages: int, page_bytes: int) -> ObjectSpace:
         """As PageStore says. Lists the guest's objects once; without an index, reads the end of each."""
         space = ObjectSpace(self, key, pages, page_bytes)
-        try:
-            await space.restore()
-        except OSError as error:
-            raise StoreError(f"the pages of {key} cannot be opened: {error.strerror}; nothing was touched") from error
+        await space.restore()
         return space
 
     async def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
-        host = f"{self.options.host}/"
+        host = f"{self.host}/"
         boots = [entry.path for entry in await self.in_thread(self.bucket.entries, host) if entry.path.endswith("/")]
         found = [entry.path for paths in await self.each(self.bucket.entries, boots) for entry in paths]
         gone = []
@@ -140,7 +138,7 @@ class ObjectStore:
         await self.each(self.bucket.remove, gone)
         await self.drop_partial(may_be_needed)
         swept = {path.split("/")[-2] for path in gone}
-        for index in self.options.index_dir.glob(f"*{INDEX_SUFFIX}"):
+        for index in self.index_dir.glob(f"*{INDEX_SUFFIX}"):
             key = index.name.removesuffix(INDEX_SUFFIX)
             if KEY.fullmatch(key) and not may_be_needed(key):
                 index.unlink(missing_ok=True)
@@ -196,7 +194,7 @@ class ObjectSpace:
         self._store, self._key, self._pages, self._page_bytes = store, key, pages, page_bytes
         self._record_bytes_max = page_bytes + segments.SEAL_BYTES_MAX
         self._directory = f"{store.directory}{key}/"
-        self._index_path = store.options.index_dir / f"{key}{INDEX_SUFFIX}"
+        self._index_path = store.index_dir / f"{key}{INDEX_SUFFIX}"
         self._usages: dict[int, Usage] = {}
         self._cleaning = False
         self._clean_again_at = -1.0
@@ -276,17 +274,16 @@ class ObjectSpace:
         await self._clean()
 
     async def _write_segment(self, first_page: int, records: Sequence[bytes]) -> None:
-        level = self._store.options.level
         self._index.reserve(first_page, len(records))
         number = self._index.take_number()
-        rows = await self._put(number, partial(segments.encode, first_page, number, records, level))
+        rows = await self._put(number, [Record(first_page + n, number, record) for n, record in enumerate(records)])
         self._point(first_page, segments.words_of(number, rows))
 
-    async def _put(self, number: int, frames: Callable[[], list[Frame]]) -> list[Row]:
-        """Make segment `number` of `frames()` durable. One that failed is dead, and deleted with the dead ones."""
+    async def _put(self, number: int, records: Sequence[Record]) -> list[Row]:
+        """Make segment `number` durable. One that failed is dead, and deleted with the dead ones."""
 
         def put() -> list[Row]:
-            data, rows = segments.build(self._name(number), frames())
+            data, rows = segments.build(self._name(number), records)
             usage.total_bytes = len(data)
             self._store.bucket.put(self._name(number), data)
             return rows
@@ -329,8 +326,8 @@ class ObjectSpace:
     def _read_run(self, run: Run) -> list[tuple[int, bytes]]:
         name = self._name(run.number)
         data = memoryview(self._store.bucket.get(name, run.offset, run.length))
-        frames = [segments.frame_at(name, page, data[offset : offset + length]) for page, offset, length in run.rows]
-        return [(frame.page, segments.decode(name, frame, self._record_bytes_max)) for frame in frames]
+        rows = [(page, data[offset : offset + length]) for page, offset, length in run.rows]
+        return [(page, segments.record_at(name, page, stored).data) for page, stored in rows]
 
     async def discard(self, first_page: int, count: int) -> None:
         """Survives a crash of tierd; a rebuild may bring pages back. Deletes what is dead then, cleans what is sparse."""
@@ -351,6 +348,7 @@ class ObjectSpace:
         await self._store.in_thread(self._store.bucket.remove, self._directory)
         self._index_path.unlink(missing_ok=True)
         self._usages.clear()
+        self._index.close()
 
     async def aclose(self) -> None:
         self._index.close()
@@ -385,14 +383,14 @@ class ObjectSpace:
         found = await self._store.in_thread(self._live_in, numbers)
         if found:
             number = self._index.take_number()
-            rows = await self._put(number, lambda: [frame for _, frame in found])
-            for (old, frame), new in zip(found, segments.words_of(number, rows), strict=True):
-                if self._index.words(frame.page, 1)[0] == old:
-                    self._point(frame.page, array("Q", [new]))
+            rows = await self._put(number, [record for _, record in found])
+            for (old, record), new in zip(found, segments.words_of(number, rows), strict=True):
+                if self._index.words(record.page, 1)[0] == old:
+                    self._point(record.page, array("Q", [new]))
         for number in numbers:
             self._usages[number].damaged = self._usages[number].live_bytes > 0
 
-    def _live_in(self, numbers: list[int]) -> list[tuple[int, Frame]]:
+    def _live_in(self, numbers: list[int]) -> list[tuple[int, Record]]:
         """What can be read of these segments and is live, with its words."""
         found = []
         for number in numbers:
@@ -402,15 +400,19 @@ class ObjectSpace:
                 self._damage = str(error.strerror)
         return found
 
-    def _live(self, number: int) -> list[tuple[int, Frame]]:
+    def _live(self, number: int) -> list[tuple[int, Record]]:
         """Records of a segment that the index points to, with its words. DamagedError."""
         name = self._name(number)
         segment = self._store.bucket.get(name, 0, self._usages[number].total_bytes)
         found = []
-        for row, record in segments.frames_of(name, segment):
+        for row, stored in segments.records_of(name, segment):
             word = Place(number, row.offset, row.length).word
             if row.page < self._pages and self._index.words(row.page, 1)[0] == word:
-                frame = segments.frame_at(name, row.page, record)
-                segments.decode(name, frame, self._record_bytes_max)  # no damage is copied
-                found.append((word, frame))
+                found.append((word, segments.record_at(name, row.page, stored)))  # no damage is copied
         return found
+
+
+def make(given: Mapping[str, object], context: StoreContext) -> ObjectStore:
+    """Implements store.PageStoreFactory."""
+    options = parse("objects", ObjectOptions, given)
+    return ObjectStore(options, context.runtime_dir / "objects", options.host_id or host_id(), boot_id())

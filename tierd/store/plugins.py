@@ -7,18 +7,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 
-from tierd.store import PageStore, PageStoreFactory, StoreError
+from tierd.store import PageStore, PageStoreFactory, StoreContext, StoreError
 
 GROUP = "tierd.stores"
 
 
-def make_store(name: str, options: Mapping[str, object]) -> PageStore:
+def make_store(name: str, options: Mapping[str, object], context: StoreContext) -> PageStore:
     """The store `name` with its keys of the configuration; nobody is asked anything yet. StoreError: there is none of that
     name, it cannot be imported, or a key is wrong. Imports, so it may block for a moment."""
     found = _find(name)
     factory = _load(found)
     try:
-        return factory(options)
+        return factory(options, context)
     except StoreError:
         raise
     except Exception as error:  # somebody else's code: whatever it is must not end the daemon

@@ -21,19 +21,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
-from pydantic import ValidationError
 
 from tierd.attach.procfs import boot_id
-from tierd.store import StoreError
+from tierd.store import StoreContext, StoreError
+from tierd.store.options import host_id, parse
 from tierd.store.redis_link import Address, Link, RedisOptions
 from tierd.store.redis_nodes import Command, Nodes, Run, Words, batches, nodes_of
 from tierd.store.redis_probe import probe
@@ -86,7 +84,7 @@ class RedisSpace:
         return records
 
     async def used_bytes(self) -> int:
-        """Records, counted as a page each: exact but for what sealing adds, and the server's own of some per cent."""
+        """Records, counted as a page each: what compression saves is not seen here."""
         async with self._writing:
             if self._stored is None:
                 self._stored = 0
@@ -184,11 +182,11 @@ class RedisStore:
         self._host = options.host_id or host_id()
         prefix = f"{options.namespace}:{{{self._host}}}"
         self.spaces_key, self._lease_key = f"{prefix}:spaces", f"{prefix}:lease"
-        self._link = Link(options, f"{options.namespace}:{self._host}", options.connections + WRITERS_MAX)
+        self._link = Link(options, f"{options.namespace}:{self._host}", options.concurrency + WRITERS_MAX)
         self.nodes: Nodes = nodes_of(options, self._link)
         self.confirm = confirmation(options)
         self._run = Run(self.nodes, self._link)
-        self._readers = trio.CapacityLimiter(options.connections)
+        self._readers = trio.CapacityLimiter(options.concurrency)
         self._writers = trio.CapacityLimiter(WRITERS_MAX)
         self._renewed_at = float("-inf")  # the lease; monotonic
 
@@ -297,26 +295,6 @@ def confirmation(options: RedisOptions) -> Words:
     return [("WAIT", options.replicas, wait_ms)] if options.replicas else []
 
 
-def host_id() -> str:
-    """This machine's, the same after a boot, another one in a copy of it that runs elsewhere. StoreError."""
-    try:
-        machine = Path("/etc/machine-id").read_text().strip()
-    except OSError as error:
-        raise StoreError(
-            f"this host has no /etc/machine-id ({error.strerror}); set host_id to a name of its own"
-        ) from error
-    try:
-        hardware = Path("/sys/class/dmi/id/product_uuid").read_text().strip()
-    except OSError:  # not every machine has one, and only root may read it
-        hardware = ""
-    return hashlib.sha256(f"tierd {machine} {hardware}".encode()).hexdigest()[:16]
-
-
-def make(given: Mapping[str, object]) -> RedisStore:
-    """Implements store.PageStoreFactory: the keys of redis_nodes.RedisOptions."""
-    try:
-        options = RedisOptions.model_validate(given)
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'options'}: {e['msg']}" for e in error.errors())
-        raise StoreError(f"redis: {wrong}") from error
-    return RedisStore(options, boot_id())
+def make(given: Mapping[str, object], context: StoreContext) -> RedisStore:
+    """Implements store.PageStoreFactory: the keys are redis_link.RedisOptions."""
+    return RedisStore(parse("redis", RedisOptions, given), boot_id())

@@ -22,6 +22,7 @@ from redis.credentials import CredentialProvider
 from redis.retry import Retry
 
 from tierd.store import StoreError
+from tierd.store.options import HostId
 
 # what an ACL user of tierd needs
 ACL = (
@@ -56,7 +57,7 @@ class Tls(BaseModel):
 
 
 class RedisOptions(BaseModel):
-    """The keys of a tier `redis`. Passwords are in files, which are read at every connection: they can be changed there."""
+    """The keys of the store `redis`. Passwords are in files, which are read at every connection: they can be changed there."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     mode: Literal["single", "sentinel", "cluster"] = "single"
@@ -70,13 +71,15 @@ class RedisOptions(BaseModel):
     sentinel_password_file: Path | None = None
     tls: Tls | None = None
     namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = "tierd"
-    host_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None  # None: by machine-id and hardware
+    host_id: HostId | None = None  # None: by machine-id and hardware
     replicas: Annotated[int, Field(ge=0, le=16)] = 0  # that must have a page before it counts as stored (WAIT)
     fsync: bool = False  # and on whose disk it must be (WAITAOF, from Redis 7.2 on)
     allow_volatile: bool = False  # a server that may forget what a write had returned for when it is killed
     timeout_s: Annotated[float, Field(gt=0, le=60)] = 5.0  # of one answer
     deadline_s: Annotated[float, Field(gt=0, le=600)] = 10.0  # of a read, with its repetitions
-    connections: Annotated[int, Field(ge=1, le=64)] = 8  # for reads, to each node; a guest has one more for writes
+    concurrency: Annotated[int, Field(ge=1, le=64)] = (
+        8  # connections for reads, to each node; a guest has one more for writes
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> RedisOptions:

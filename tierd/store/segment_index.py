@@ -71,7 +71,10 @@ class Index:
             offset = data + count * 8
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Once or more often."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
 
 def _next_data(fd: int, offset: int) -> int | None:
@@ -87,6 +90,7 @@ def create(
     path: Path, name: str, pages: int, page_bytes: int, next_number: int, words: array[int] | None = None
 ) -> Index:
     """A new index of space `name`, perhaps with the words of a rebuild. It is there as a whole or not at all. OSError."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
     scratch = path.with_name(path.name + ".new")
     scratch.unlink(missing_ok=True)
     fd = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -3,9 +3,9 @@
 
     record, record, ..., table, trailer
 
-A record is a header and a zstd frame with its checksum, so one page is one range read; what does not compress zstd keeps as it
-is, 14 bytes longer. Every checksum starts from the object's name: what belongs elsewhere does not verify. The table says what
-the records are, for a rebuild of the index. A record's generation is the number of the segment that it was first written to:
+A record is a header and the bytes of a page as they were given (records.py has compressed and sealed them), so one page is one
+range read. Every checksum starts from the object's name: what belongs elsewhere does not verify. The table says what the records
+are, for a rebuild of the index. A record's generation is the number of the segment that it was first written to:
 cleaning copies records and keeps it, so of two records of a page the one with the higher generation is the newer one.
 """
 
@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import errno
 import struct
-import threading
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
-
-import zstandard
 
 UNIT_BYTES = 64  # records start and end at multiples of it
 SEGMENT_BYTES_MAX = 64 << 20
@@ -28,12 +25,10 @@ RECORD_BYTES_MAX = (1 << 16) * UNIT_BYTES - UNIT_BYTES
 NUMBER_MAX = (1 << 28) - 1  # of segments that one guest may ever write: some 500 TiB in batches of 2 MiB
 SEAL_BYTES_MAX = 256  # that a record may be longer than its page
 GAP_BYTES_MAX = 64 << 10  # between two records that one read fetches: less than a round trip costs
-SAMPLE_RECORDS, SAMPLE_RATIO_MAX = 8, 0.95
-STORED_LEVEL = -1000  # of zstd: hardly more than a copy
 LIVE_FRACTION_MIN = 0.5  # a segment of which less is live is sparse
 SMALL_FRACTION = 1 / 16  # a segment smaller than this part of a full one is merged with others
 
-_HEADER = struct.Struct("<IIII")  # crc of the rest, page, generation, bytes of the frame
+_HEADER = struct.Struct("<IIII")  # crc of the rest and the data, page, generation, bytes of data
 _ROW = struct.Struct("<IIII")  # page, generation, offset, length
 _TRAILER = struct.Struct("<8sIIQ")  # magic, crc of the table, rows, bytes of the whole segment
 ROW_BYTES, TRAILER_BYTES = _ROW.size, _TRAILER.size
@@ -64,8 +59,8 @@ def place_of(word: int) -> Place:
     return Place(word >> 36, (word >> 16 & 0xFFFFF) * UNIT_BYTES, (word & 0xFFFF) * UNIT_BYTES)
 
 
-class Frame(NamedTuple):
-    """A record as it is kept."""
+class Record(NamedTuple):
+    """What is kept of a page."""
 
     page: int
     generation: int
@@ -92,26 +87,17 @@ def words_of(number: int, rows: Iterable[Row]) -> array[int]:
     return array("Q", [top | row.offset // UNIT_BYTES << 16 | row.length // UNIT_BYTES for row in rows])
 
 
-def encode(first_page: int, generation: int, records: Sequence[bytes], level: int) -> list[Frame]:
-    """A run of pages, compressed. Where a sample of them does not (sealed ones do not), none is tried: that is half the work."""
-    sample = records[:: max(len(records) // SAMPLE_RECORDS, 1)]
-    compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
-    if sum(map(len, map(compressor.compress, sample))) > SAMPLE_RATIO_MAX * sum(map(len, sample)):
-        compressor = zstandard.ZstdCompressor(level=STORED_LEVEL, write_checksum=True)
-    return [Frame(first_page + n, generation, compressor.compress(record)) for n, record in enumerate(records)]
-
-
-def build(name: str, frames: Iterable[Frame]) -> tuple[bytes, list[Row]]:
+def build(name: str, records: Iterable[Record]) -> tuple[bytes, list[Row]]:
     """The segment that object `name` will be, and its table."""
     seed = zlib.crc32(name.encode())
     parts: list[bytes] = []
     rows: list[Row] = []
     offset = 0
-    for page, generation, data in frames:
+    for page, generation, data in records:
         rest = _HEADER.pack(0, page, generation, len(data))[4:]
         padding = -(_HEADER.size + len(data)) % UNIT_BYTES
         length = _HEADER.size + len(data) + padding
-        parts += (zlib.crc32(rest, seed).to_bytes(4, "little"), rest, data, bytes(padding))
+        parts += (zlib.crc32(data, zlib.crc32(rest, seed)).to_bytes(4, "little"), rest, data, bytes(padding))
         rows.append(Row(page, generation, offset, length))
         offset += length
     table = b"".join(_ROW.pack(*row) for row in rows)
@@ -120,35 +106,17 @@ def build(name: str, frames: Iterable[Frame]) -> tuple[bytes, list[Row]]:
     return b"".join(parts), rows
 
 
-def frame_at(name: str, page: int, record: bytes | memoryview) -> Frame:
-    """The frame in the bytes of one record, which must be of `page`. DamagedError: they are not what was written. The frame's
-    own checksum is looked at when it is decoded."""
-    crc, at, generation, data_bytes = _HEADER.unpack_from(record)
-    if crc != zlib.crc32(record[4 : _HEADER.size], zlib.crc32(name.encode())):
-        raise DamagedError(name, f"the checksum of page {page}'s header is wrong")
-    if at != page or data_bytes > len(record) - _HEADER.size:
+def record_at(name: str, page: int, stored: bytes | memoryview) -> Record:
+    """The record that is stored in these bytes, which must be of `page`. DamagedError: they are not what was written."""
+    crc, at, generation, data_bytes = _HEADER.unpack_from(stored)
+    if data_bytes > len(stored) - _HEADER.size:
+        raise DamagedError(name, f"page {page} has {data_bytes} bytes, so its record is longer than it can be")
+    content = memoryview(stored)[4 : _HEADER.size + data_bytes]
+    if crc != zlib.crc32(content, zlib.crc32(name.encode())):
+        raise DamagedError(name, f"the checksum of page {page} is wrong")
+    if at != page:
         raise DamagedError(name, f"page {page} was expected, page {at} is there")
-    return Frame(page, generation, bytes(record[_HEADER.size : _HEADER.size + data_bytes]))
-
-
-class _Local(threading.local):
-    """A decompressor takes longer to make than to use, and serves one thread."""
-
-    def __init__(self) -> None:
-        self.decompressor = zstandard.ZstdDecompressor()
-
-
-_local = _Local()
-
-
-def decode(name: str, frame: Frame, record_bytes_max: int) -> bytes:
-    """The record in a frame. DamagedError."""
-    try:
-        if zstandard.frame_content_size(frame.data) > record_bytes_max:
-            raise DamagedError(name, f"page {frame.page} claims more bytes than a page has")
-        return _local.decompressor.decompress(frame.data, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise DamagedError(name, f"page {frame.page}: {error}") from None
+    return Record(page, generation, bytes(content[_HEADER.size - 4 :]))
 
 
 def table_bytes(name: str, segment_bytes: int, trailer: bytes) -> int:
@@ -169,7 +137,7 @@ def read_table(name: str, segment_bytes: int, tail: bytes | memoryview) -> list[
     return [Row(*row) for row in _ROW.iter_unpack(table)]
 
 
-def frames_of(name: str, segment: bytes) -> Iterator[tuple[Row, memoryview]]:
+def records_of(name: str, segment: bytes) -> Iterator[tuple[Row, memoryview]]:
     """The records of a whole segment, unread. DamagedError."""
     view = memoryview(segment)
     for row in read_table(name, len(segment), view):
