@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import trio
 
-from tierd.store import StoreError
+from tests.store.writers import sealed
+from tierd.store import PageSpace, StoreError
+from tierd.store.records import CompressedSpace
 from tierd.testing import PAGE, check
 
 
@@ -197,6 +200,28 @@ def test_a_store_that_keeps_to_it_passes() -> None:
     place = Place()
     check(lambda: Store(place))
     assert not place.spaces, "the suite removes what it made"
+
+
+class WrappedStore(Store):
+    """Pages are compressed, and sealed if there is a directory for keys."""
+
+    def __init__(self, place: Place, keys: Path | None) -> None:
+        super().__init__(place)
+        self.keys = keys
+
+    async def open(self, key: str, pages: int, page_bytes: int) -> PageSpace:  # type: ignore[override]
+        space: PageSpace = await super().open(key, pages, page_bytes)
+        return CompressedSpace(sealed(space, self.keys, key, pages) if self.keys else space, page_bytes)
+
+
+def test_a_store_of_compressed_pages_keeps_to_it() -> None:
+    place = Place()
+    check(lambda: WrappedStore(place, None))
+
+
+def test_a_store_of_compressed_and_sealed_pages_keeps_to_it(tmpfs_dir: Path) -> None:
+    place = Place()
+    check(lambda: WrappedStore(place, tmpfs_dir))
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest that evicts all the time, tries again when its store fails, and knows what the store must have."""
+"""Those who write to a store: one that seals; a guest that evicts all the time, tries again when its store fails, and knows what
+the store must have."""
 
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import trio
 
 from tierd.store import PageSpace
+from tierd.store.seal import SealedSpace, SealKey
 from tierd.testing import PAGES, records
+
+
+def sealed(space: PageSpace, directory: Path, guest: str, pages: int) -> SealedSpace:
+    """With the key in `directory`, or a new one."""
+    there = (directory / f"{guest}.store.key").exists()
+    make = SealKey.reopen if there else SealKey.create
+    return SealedSpace(space, make(directory, "store", guest, pages))
 
 
 class Writer:

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encryption at rest: what leaves for a store is AES-256-GCM, and what comes back is what was sealed last, or an error.
 
-Each guest has a random key, in a file on tmpfs beside its state: a crash of tierd keeps it, a detach or a boot destroys
-it, and with it everything that any store has of the guest. (Where the host swaps, tmpfs does too: encrypt the swap.)
+Each guest has a random key for each store, in a file on tmpfs: a crash of tierd keeps it, a detach or a boot destroys it, and
+with it everything that the store has of the guest. (Where the host swaps, tmpfs does too: encrypt the swap.)
 
-A record is nonce (12 bytes), ciphertext, tag (16). The page's number and version are authenticated with it. The version is
-not in the record: it comes from what the store cannot change, so an old record, another page's or another guest's is
-refused like a forged one. A nonce is a number that was never used with this key: blocks of numbers are taken in the key's
-file before they are used, so no crash and no second process brings one back. Random ones would be used up after 16 TiB.
+    magic, key, the first nonce that is not taken; from ARRAY_AT on, 8 bytes a page of the guest:
+    the nonce of its newest record (0: none). What was never written is a hole.
+
+A record is ciphertext and tag (16 bytes); its page's number is authenticated with it. The nonce is not in the record but
+where the store cannot write, so an old record, another page's or another guest's is refused like a forged one: it was sealed
+with another nonce. A page's nonce is noted before its record is sent. A write that fails, or a kill in between, leaves the
+nonce of a record that is not there: such a page is still in the guest's memory, and nobody reads it.
+
+A nonce is a number that was never used with this key: blocks of numbers are taken in the file before they are used, so no
+crash and no second process brings one back. Random ones would be used up after 16 TiB. The file is read and written, not
+mapped: a full tmpfs is an error then, and not a signal.
 """
 
 from __future__ import annotations
@@ -15,38 +22,36 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
 import struct
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
-import trio
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tierd.store import IntegrityError, PageSpace, StoreError
-from tierd.store.directory import file_system_of, open_ours
+from tierd.store.directory import KEY, file_system_of, open_ours
+from tierd.store.records import PassedOn, computed
 
-KEY_BYTES, NONCE_BYTES, TAG_BYTES = 32, 12, 16
-SEAL_BYTES = NONCE_BYTES + TAG_BYTES  # what sealing adds to a page
+KEY_BYTES, TAG_BYTES = 32, 16
 SUFFIX = ".key"
-GUEST = re.compile(r"[0-9]{1,10}-[0-9]{1,20}")
 FILE = struct.Struct("<8s32sQ")  # magic, key, the first nonce that is not taken
-NONCE_AT = 40  # of it
-MAGIC = b"tierdk1\0"
+NONCE_AT, ARRAY_AT = 40, 4096
+MAGIC = b"tierdk2\0"
 NONCES = 1 << 20  # taken at once
+NONCE = struct.Struct("<Q4x")
+PAGE = struct.Struct("<Q")  # what is authenticated with a page
 TMPFS = frozenset({"tmpfs", "ramfs"})
-INLINE_BYTES = 64 << 10  # more is sealed in a thread: 20 us of AES are less than the way there
-
-T = TypeVar("T")
 
 
 class SealKey:
-    """A guest's key. Not for two threads at once. Blocks, but for nonce()."""
+    """A guest's key for one store, and the nonces of its pages there. Not for two threads at once. Blocks for some
+    microseconds."""
 
     def __init__(self, fd: int, path: Path) -> None:
+        """StoreError, OSError: the file is no key."""
         self._fd, self.path = fd, path
         magic, key, _ = FILE.unpack(os.pread(fd, FILE.size, 0))
         if magic != MAGIC or not any(key):
@@ -55,22 +60,23 @@ class SealKey:
         self._next = self._end = 0
 
     @classmethod
-    def create(cls, directory: Path, guest: str) -> SealKey:
-        """A new key for `guest` (PID-STARTTICKS) in `directory`, in place of a leftover. StoreError: the directory is not
-        on a tmpfs, or cannot be written."""
+    def create(cls, directory: Path, store: str, guest: str, pages: int) -> SealKey:
+        """A new key for what `store` will have of `guest` (PID-STARTTICKS), in `directory` and in place of a leftover.
+        StoreError: the directory is not on a tmpfs, or cannot be written."""
         kind = file_system_of(directory)
         if kind not in TMPFS:
             raise StoreError(
                 f"{directory} is on {kind}: keys would outlive a boot; set runtime_dir to a directory on a tmpfs"
             )
-        path = directory / f"{guest}{SUFFIX}"
+        path = _path(directory, store, guest)
         path.unlink(missing_ok=True)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise StoreError(f"{path} cannot be made: {error.strerror}; see the directory's owner and mode") from error
         try:
-            _write(fd, FILE.pack(MAGIC, os.urandom(KEY_BYTES), 0))
+            os.ftruncate(fd, _size(pages))
+            _write(fd, FILE.pack(MAGIC, os.urandom(KEY_BYTES), 1))
             return cls(fd, path)
         except BaseException as error:
             os.close(fd)
@@ -80,9 +86,9 @@ class SealKey:
             raise
 
     @classmethod
-    def reopen(cls, directory: Path, guest: str) -> SealKey:
+    def reopen(cls, directory: Path, store: str, guest: str, pages: int) -> SealKey:
         """The key that a predecessor made. StoreError: it is not there any more, or not one that only we can have made."""
-        path = directory / f"{guest}{SUFFIX}"
+        path = _path(directory, store, guest)
         try:
             fd = open_ours(path, os.O_RDWR)
         except OSError as error:
@@ -91,7 +97,7 @@ class SealKey:
             ) from error
         try:
             info = os.fstat(fd)
-            if info.st_size != FILE.size or info.st_mode & 0o077:
+            if info.st_size != _size(pages) or info.st_mode & 0o077:
                 raise StoreError(
                     f"{path} has {info.st_size} bytes and mode {info.st_mode & 0o777:04o}: it is no key of ours"
                 )
@@ -100,28 +106,36 @@ class SealKey:
             os.close(fd)
             raise
 
-    def nonce(self) -> bytes:
-        """One that this key never had. OSError: the file cannot be written."""
-        if self._next == self._end:
-            self._take()
-        self._next += 1
-        return (self._next - 1).to_bytes(NONCE_BYTES, "little")
+    def take(self, first_page: int, count: int) -> array[int]:
+        """Nonces that this key never had, for new records of these pages; from now on no older record of them can be read.
+        OSError: there is no room to note them. StoreError: the key was destroyed."""
+        if count > self._end - self._next:
+            self._take_block(count)
+        taken = array("Q", range(self._next, self._next + count))
+        self._next += count
+        _write(self._fd, taken.tobytes(), ARRAY_AT + 8 * first_page)
+        return taken
 
-    def _take(self) -> None:
-        """The next block of nonces; a process that ends early leaves the rest of it unused."""
+    def nonces(self, first_page: int, count: int) -> array[int]:
+        """Of the newest records of these pages; 0: there is none."""
+        return array("Q", os.pread(self._fd, 8 * count, ARRAY_AT + 8 * first_page))
+
+    def _take_block(self, count: int) -> None:
+        """A process that ends early leaves the rest of it unused."""
         fcntl.flock(self._fd, fcntl.LOCK_EX)
         try:
             magic, _, first = FILE.unpack(os.pread(self._fd, FILE.size, 0))
             if magic != MAGIC:
                 raise StoreError(f"{self.path} was destroyed; nothing more can be sealed with it")
-            _write(self._fd, (first + NONCES).to_bytes(8, "little"), NONCE_AT)
+            end = first + max(NONCES, count)
+            _write(self._fd, end.to_bytes(8, "little"), NONCE_AT)
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
-        self._next, self._end = first, first + NONCES
+        self._next, self._end = first, end
 
     def destroy(self) -> None:
-        """Nobody can read what was sealed with it any more: not even who has the file's memory. Then close."""
-        _write(self._fd, bytes(FILE.size))
+        """Nobody can read what was sealed with it any more: not even who has the file open. Then close."""
+        _destroy(self._fd)
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -130,15 +144,30 @@ class SealKey:
 
 def sweep(directory: Path, may_be_needed: Callable[[str], bool]) -> list[str]:
     """Destroy the keys of guests that are gone, which `may_be_needed` says by key; the guests. Blocks."""
-    swept = []
+    swept = set()
     for path in sorted(directory.glob(f"*{SUFFIX}")):
-        guest = path.name.removesuffix(SUFFIX)
-        if GUEST.fullmatch(guest) and path.is_file() and not path.is_symlink() and not may_be_needed(guest):
+        guest = path.name.partition(".")[0]
+        if KEY.fullmatch(guest) and path.is_file() and not path.is_symlink() and not may_be_needed(guest):
             with path.open("r+b") as file:
-                file.write(bytes(FILE.size))
+                _destroy(file.fileno())
             path.unlink()
-            swept.append(guest)
-    return swept
+            swept.add(guest)
+    return sorted(swept)
+
+
+def _path(directory: Path, store: str, guest: str) -> Path:
+    return directory / f"{guest}.{store}{SUFFIX}"
+
+
+def _size(pages: int) -> int:
+    return ARRAY_AT + 8 * pages
+
+
+def _destroy(fd: int) -> None:
+    size = os.fstat(fd).st_size
+    _write(fd, bytes(FILE.size))  # in place: a page that is given back keeps its bytes until somebody gets it
+    os.ftruncate(fd, 0)
+    os.ftruncate(fd, size)
 
 
 def _write(fd: int, content: bytes, at: int = 0) -> None:
@@ -146,67 +175,44 @@ def _write(fd: int, content: bytes, at: int = 0) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-class SealedSpace:
-    """Implements store.PageSpace: what passes through it to `space` is sealed with `key`.
+class SealedSpace(PassedOn):
+    """Implements store.PageSpace: what passes through it to `space` is sealed with `key`, which the caller closes or destroys.
 
-    `version_of(page)`: a number that is another one whenever the page's content is, from where the store cannot write; of
-    what is being written it must be the new one already. The caller keeps the key, and closes or destroys it.
-    read raises IntegrityError if one record is not what was sealed as that version of that page. None stays None: whether a
-    page has to be there is known to who stored it.
+    read raises IntegrityError if one record is not what was sealed last for that page. None stays None: whether a page has to be
+    there is known to who stored it.
     """
 
-    def __init__(self, space: PageSpace, key: SealKey, version_of: Callable[[int], int]) -> None:
-        self._space, self._key, self._version_of = space, key, version_of
+    def __init__(self, space: PageSpace, key: SealKey) -> None:
+        super().__init__(space)
+        self._key = key
 
     async def write(self, first_page: int, records: Sequence[bytes]) -> None:
-        jobs = [(self._key.nonce(), record, self._bound(first_page + i)) for i, record in enumerate(records)]
-        sealed = await _computed(partial(_seal, self._key.cipher, jobs), sum(map(len, records)))
+        nonces = self._key.take(first_page, len(records))
+        jobs = zip(range(first_page, first_page + len(records)), nonces, records, strict=True)
+        sealed = await computed(partial(_seal, self._key.cipher, jobs), sum(map(len, records)))
         await self._space.write(first_page, sealed)
 
     async def read(self, first_page: int, count: int) -> list[bytes | None]:
-        sealed = await self._space.read(first_page, count)
-        if len(sealed) != count:
-            raise IntegrityError(f"the store has {len(sealed)} records for {count} pages from page {first_page} on")
-        jobs = [(first_page + i, record, self._bound(first_page + i)) for i, record in enumerate(sealed)]
-        size = sum(len(record) for record in sealed if record is not None)
-        return await _computed(partial(_unseal, self._key.cipher, jobs), size)
-
-    async def discard(self, first_page: int, count: int) -> None:
-        await self._space.discard(first_page, count)
-
-    async def used_bytes(self) -> int:
-        return await self._space.used_bytes()
-
-    async def delete(self) -> None:
-        await self._space.delete()
-
-    async def aclose(self) -> None:
-        await self._space.aclose()
-
-    def _bound(self, page: int) -> bytes:
-        """What is authenticated with a page beside its bytes."""
-        return struct.pack("<QQ", page, self._version_of(page))
+        sealed = await self.stored(first_page, count)
+        jobs = zip(range(first_page, first_page + count), self._key.nonces(first_page, count), sealed, strict=True)
+        return await computed(partial(_unseal, self._key.cipher, jobs), sum(len(record or b"") for record in sealed))
 
 
-def _seal(cipher: AESGCM, jobs: Iterable[tuple[bytes, bytes, bytes]]) -> list[bytes]:
-    return [nonce + cipher.encrypt(nonce, record, bound) for nonce, record, bound in jobs]
+def _seal(cipher: AESGCM, jobs: Iterable[tuple[int, int, bytes]]) -> list[bytes]:
+    return [cipher.encrypt(NONCE.pack(nonce), record, PAGE.pack(page)) for page, nonce, record in jobs]
 
 
-def _unseal(cipher: AESGCM, jobs: Iterable[tuple[int, bytes | None, bytes]]) -> list[bytes | None]:
-    return [None if record is None else _unsealed(cipher, page, record, bound) for page, record, bound in jobs]
+def _unseal(cipher: AESGCM, jobs: Iterable[tuple[int, int, bytes | None]]) -> list[bytes | None]:
+    return [None if record is None else _unsealed(cipher, page, nonce, record) for page, nonce, record in jobs]
 
 
-def _unsealed(cipher: AESGCM, page: int, record: bytes, bound: bytes) -> bytes:
+def _unsealed(cipher: AESGCM, page: int, nonce: int, record: bytes) -> bytes:
     try:
-        if len(record) < SEAL_BYTES:
-            raise InvalidTag
-        return cipher.decrypt(record[:NONCE_BYTES], record[NONCE_BYTES:], bound)
-    except InvalidTag as error:
-        raise IntegrityError(
-            f"the store's record of page {page} ({len(record)} bytes) is not what was sealed there last: changed, old, another "
-            "page's, or cut off; see who else can write to the store"
-        ) from error
-
-
-async def _computed(function: Callable[[], list[T]], size: int) -> list[T]:
-    return function() if size <= INLINE_BYTES else await trio.to_thread.run_sync(function)
+        if nonce and len(record) >= TAG_BYTES:
+            return cipher.decrypt(NONCE.pack(nonce), record, PAGE.pack(page))
+    except InvalidTag:
+        pass
+    raise IntegrityError(
+        f"the store's record of page {page} ({len(record)} bytes) is not what was sealed there last: changed, old, another "
+        "page's, or cut off; see who else can write to the store"
+    )
