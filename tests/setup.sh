@@ -70,7 +70,10 @@ for part in "$@"; do
 		want "/usr/lib/$machine-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so" libvirt-daemon-driver-qemu
 		;;
 	metrics) want promtool prometheus ;;
-	stores) want redis-check-rdb redis-tools ;; # the server's binary; the package redis-server would start one on this host
+	stores)
+		want redis-check-rdb redis-tools # the server's binary; the package redis-server would start one on this host
+		want setpriv util-linux
+		;;
 	disks)
 		want fuse2fs fuse2fs
 		want mkfs.ext4 e2fsprogs

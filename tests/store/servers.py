@@ -73,9 +73,10 @@ class Server:
         shutil.rmtree(self.directory)
 
     def start(self) -> None:
+        """It ends with the thread that calls this, however that ends: call it from the test's own."""
+        named = ["bash", "-c", 'exec -a "$0" "$@"', self.program, BINARY, *self.arguments()]
         self._process = subprocess.Popen(
-            [self.program, *self.arguments()],
-            executable=BINARY,
+            ["setpriv", "--pdeathsig", "KILL", *named],
             cwd=self.directory,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -85,6 +86,7 @@ class Server:
     def arguments(self) -> list[str]:
         own = ["--logfile", "server.log", "--dir", str(self.directory), "--bind", "127.0.0.1", "--save", ""]
         port = ["--port", "0", "--tls-port", str(self.port)] if self._tls else ["--port", str(self.port)]
+        own += ["--repl-diskless-sync-delay", "0"]  # it waits five seconds for more replicas
         return [*port, *own, "--appendonly", "yes", "--appendfsync", "always", *self.settings]
 
     def log(self) -> str:

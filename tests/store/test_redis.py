@@ -343,7 +343,7 @@ def test_what_was_written_outlives_a_kill_of_the_server() -> None:
                 for writer in writers:
                     await writer.has_failed()
                 nursery.cancel_scope.cancel()
-            await trio.to_thread.run_sync(server.start)
+            server.start()
             for writer in writers:
                 await writer.verify()
         for writer in writers:

@@ -178,7 +178,7 @@ def test_a_node_that_is_killed_in_mid_run_loses_nothing() -> None:
             nursery.cancel_scope.cancel()
         for writer in writers:
             await writer.verify()
-        await trio.to_thread.run_sync(victim.start)
+        victim.start()
         async with trio.open_nursery() as nursery:
             for writer in writers:
                 nursery.start_soon(writer.run)
