@@ -7,6 +7,7 @@
 #   vm       QEMU and a guest kernel (only unpacked into build/vm: the host's own boot is not touched)
 #   libvirt  libvirtd and virsh, started by the tests in a directory of their own
 #   metrics  promtool
+#   stores   Redis, started by the tests in directories of their own
 #   disks    file systems that a test can freeze or stop
 #   boot     systemd-nspawn, and in build/boot a small Debian 12 with systemd and what tierd imports (after `make build`)
 set -eu
@@ -69,6 +70,10 @@ for part in "$@"; do
 		want "/usr/lib/$machine-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so" libvirt-daemon-driver-qemu
 		;;
 	metrics) want promtool prometheus ;;
+	stores)
+		want redis-check-rdb redis-tools # the server's binary; the package redis-server would start one on this host
+		want setpriv util-linux
+		;;
 	disks)
 		want fuse2fs fuse2fs
 		want mkfs.ext4 e2fsprogs
@@ -84,7 +89,7 @@ for part in "$@"; do
 		boot=$(boot_recipe | sha256sum | cut -d ' ' -f 1)
 		[ "$(cat build/boot/made-from 2>/dev/null)" != "$boot" ] || boot=
 		;;
-	*) echo "usage: $0 [build] [vm] [libvirt] [metrics] [disks] [boot]" >&2 && exit 2 ;;
+	*) echo "usage: $0 [build] [vm] [libvirt] [metrics] [stores] [disks] [boot]" >&2 && exit 2 ;;
 	esac
 done
 for file in build/vm/vmlinuz-* /boot/vmlinuz-*cloud*; do

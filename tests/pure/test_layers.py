@@ -24,6 +24,7 @@ ORDER = [
     "client",
     "show",
     "store",
+    "testing",
     "policy",
     "cycle",
     "serve",

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where cold pages live. A space belongs to one guest and is addressed by page number: no slots, no map to lose.
 
-Policies name stores as tiers, in the order in which pages sink: compressed memory (`memory`), a disk (`file`).
+Policies name stores as tiers, in the order in which pages sink: compressed memory (`memory`), a disk (`file`), and others by
+name. So there are two kinds. Of a Store the data plane has a descriptor: it reads and writes there by itself, and no Python runs
+on a fault. A PageStore is asked by trio (parking): anything that can be reached from Python, plug-ins among them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +18,10 @@ from tierd.native import Codec, TierKind
 
 class StoreError(Exception):
     """A store cannot be used; the text says why and what to do."""
+
+
+class IntegrityError(StoreError):
+    """What a store gave back is not what was written there last: changed, swapped, cut off or old."""
 
 
 class Space(Protocol):
@@ -88,3 +95,74 @@ class Store(Protocol):
     def free_bytes(self) -> int:
         """What may still be written, by capacity and by the file system."""
         ...
+
+
+class PageSpace(Protocol):
+    """One guest's pages in a PageStore. A record is what is stored of one page: opaque bytes, a page or a little more.
+
+    Calls on one space may overlap, but never two that name the same page, unless both read. Run in trio. OSError: it did
+    not work this time (ENOSPC: it is full). StoreError: it will not work until somebody sees to it; the text says what to
+    do. A call that is cancelled may have been carried out, in part or whole, but is over when the cancellation comes
+    back: nothing of it lands later. The same after an error, or the next write, discard or open makes sure of it.
+    """
+
+    async def write(self, first_page: int, records: Sequence[bytes]) -> None:
+        """Store records[i] as page first_page + i, durably: when this returns they survive what the store promises to
+        survive. After an error each page has its old record, its new one, or none."""
+        ...
+
+    async def read(self, first_page: int, count: int) -> list[bytes | None]:
+        """The records of `count` pages; None: none is there."""
+        ...
+
+    async def discard(self, first_page: int, count: int) -> None:
+        """Forget these pages, whether they are there or not. After an error each may still be there."""
+        ...
+
+    async def used_bytes(self) -> int:
+        """Space that the guest's pages take, as far as the store can tell."""
+        ...
+
+    async def delete(self) -> None:
+        """Remove the space and its pages for good; it is closed then. After an error: again, or sweep does it."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of it; pages stay. May be called after delete."""
+        ...
+
+
+class PageStore(Protocol):
+    """A place for the spaces of many guests that trio asks for pages. Nothing is done before the first call."""
+
+    async def open(self, key: str, pages: int, page_bytes: int) -> PageSpace:
+        """The space of guest `key` (PID-STARTTICKS, unique on this host until it is booted again): a new one, or the one
+        that a predecessor left, of which nothing that was under way lands any more. StoreError: it has another size; OSError."""
+        ...
+
+    async def probe(self) -> None:
+        """StoreError: cannot be used as it is configured; the text says why and what to do. Changes nothing that stays."""
+        ...
+
+    async def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
+        """Remove the spaces of this host's guests that are gone: all from before the host was booted, and those whose key
+        `may_be_needed` does not know; the keys removed. It is called in trio's thread. OSError, StoreError."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of everything; pages stay."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoreContext:
+    """What a store is told beside its keys in the configuration."""
+
+    runtime_dir: (
+        Path  # ours, on tmpfs: for what has to outlive tierd and not a boot, in a directory of the store's name
+    )
+
+
+# What the entry point of a store is (group `tierd.stores`): it makes the store of its keys in the configuration, without
+# asking anybody or touching a file yet. StoreError: a key is wrong; the text names it.
+PageStoreFactory = Callable[[Mapping[str, object], StoreContext], PageStore]

@@ -18,6 +18,7 @@ from tierd.store import StoreError
 PREFIX = "guest-"
 KEY = re.compile(r"[0-9]{1,10}-[0-9]{1,20}")
 USED_CACHE_S = 1.0
+MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
 
 
 class GuestFile:
@@ -46,28 +47,10 @@ class DirectoryStore:
     def __init__(self, path: Path, capacity_bytes: int | None) -> None:
         """Makes it where there is none. `capacity_bytes`: of all guests together; None: what the file system has. StoreError: it
         cannot hold guests' memory; the text says why and what to do."""
-        setting = f"{self.setting}.path"
         self.path, self.trouble = path, ""
         self._capacity_bytes = capacity_bytes
         self._used_at, self._used = -1e9, 0
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            info = path.lstat()
-        except OSError as error:
-            raise StoreError(
-                f"the store's directory {path} cannot be made: {error.strerror}; create it, or set {setting}"
-            ) from error
-        if not stat.S_ISDIR(info.st_mode):
-            raise StoreError(f"the store's path {path} is not a directory; remove it, or set {setting}")
-        if info.st_uid != os.geteuid():
-            raise StoreError(
-                f"{path} belongs to user {info.st_uid}, tierd runs as {os.geteuid()}: guests' memory would "
-                f"be theirs to read; chown it or set {setting}"
-            )
-        if info.st_mode & 0o077:
-            raise StoreError(
-                f"{path} has mode {stat.S_IMODE(info.st_mode):04o}: others could read guests' memory; chmod 0700 {path}"
-            )
+        private_directory(path, f"{self.setting}.path")
 
     def any(self) -> bool:
         """Whether some guest has a file in it."""
@@ -116,6 +99,38 @@ class DirectoryStore:
                     used += path.lstat().st_blocks * 512
             self._used, self._used_at = used, time.monotonic()
         return self._used
+
+
+def private_directory(path: Path, setting: str) -> None:
+    """Make or check a directory that only we can read; `setting` is what the operator names it with. StoreError."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.lstat()
+    except OSError as error:
+        raise StoreError(
+            f"the store's directory {path} cannot be made: {error.strerror}; create it, or set {setting}"
+        ) from error
+    if not stat.S_ISDIR(info.st_mode):
+        raise StoreError(f"the store's path {path} is not a directory; remove it, or set {setting}")
+    if info.st_uid != os.geteuid():
+        raise StoreError(
+            f"{path} belongs to user {info.st_uid}, tierd runs as {os.geteuid()}: guests' memory would "
+            f"be theirs to read; chown it or set {setting}"
+        )
+    if info.st_mode & 0o077:
+        raise StoreError(
+            f"{path} has mode {stat.S_IMODE(info.st_mode):04o}: others could read guests' memory; chmod 0700 {path}"
+        )
+
+
+def refuse_memory(path: Path, setting: str) -> None:
+    """StoreError: what is written there stays in memory."""
+    kind = file_system_of(path)
+    if kind in MEMORY_FILE_SYSTEMS:
+        raise StoreError(
+            f"{path} is on {kind}: evicted pages would stay in memory and nothing would be given back; "
+            f"set {setting} to a directory on a disk"
+        )
 
 
 def open_ours(path: Path, flags: int) -> int:

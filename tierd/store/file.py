@@ -16,10 +16,9 @@ from typing import Literal
 
 from tierd.native import TierKind
 from tierd.store import StoreError
-from tierd.store.directory import DirectoryStore, GuestFile, file_system_of, open_ours
+from tierd.store.directory import DirectoryStore, GuestFile, file_system_of, open_ours, refuse_memory
 
 RESERVE_BYTES = 256 << 20  # of the file system, for others; and so that a full disk is our decision, not an error
-MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
 # where a thread that is killed in a read or write is gone only when the I/O is: on others (FUSE, NFS) a request that the
 # kernel has given up may still land
 LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "jfs", "nilfs2"})
@@ -44,12 +43,7 @@ class FileStore(DirectoryStore):
     def __init__(self, path: Path, capacity_bytes: int | None, direct: Literal["auto", "on", "off"]) -> None:
         """StoreError: the directory cannot hold guests' pages; the text says why and what to do."""
         super().__init__(path, capacity_bytes)
-        kind = file_system_of(path)
-        if kind in MEMORY_FILE_SYSTEMS:
-            raise StoreError(
-                f"{path} is on {kind}: evicted pages would stay in memory and nothing would be given back; "
-                "set store.path to a directory on a disk"
-            )
+        refuse_memory(path, "store.path")
         self.direct = self._choose_direct(direct)
 
     def _choose_direct(self, wanted: Literal["auto", "on", "off"]) -> bool:

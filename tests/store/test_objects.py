@@ -1,0 +1,657 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The object store in a directory: what comes back, what a successor finds, what is cleaned up, what is told."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from tierd.store import PageStore, StoreContext, StoreError, segments
+from tierd.store.bucket import Bucket
+from tierd.store.objects import ObjectOptions, ObjectSpace, ObjectStore, make
+from tierd.store.options import parse
+from tierd.testing import PageStoreContract
+
+PAGE = 4096
+PAGES = 2048
+KEY = "4711-123456"
+SEGMENT = 64 << 10
+CONCURRENCY = ObjectOptions(scheme="fs").concurrency
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a store is made of."""
+
+    scheme: str
+    index_dir: Path
+    options: dict[str, str]
+    credentials: Path | None = None
+    host: str = "host-a"
+    boot: str = "boot-1"
+    segment_bytes: int = SEGMENT
+    deadline_s: float = 10.0
+    retries: int = 3
+
+    def store(self) -> ObjectStore:
+        options = ObjectOptions(
+            scheme=self.scheme,
+            options=self.options,
+            credentials=self.credentials,
+            segment_bytes=self.segment_bytes,
+            deadline_s=self.deadline_s,
+            retries=self.retries,
+        )
+        return ObjectStore(options, self.index_dir, self.host, self.boot)
+
+
+@pytest.fixture
+def given(disk_dir: Path, tmpfs_dir: Path) -> Given:
+    return Given("fs", tmpfs_dir, {"root": str(disk_dir / "objects")})
+
+
+class TestDirectory(PageStoreContract):
+    @pytest.fixture(autouse=True)
+    def _where(self, disk_dir: Path, tmpfs_dir: Path) -> None:
+        self.keys, self.context = {"scheme": "fs", "options": {"root": str(disk_dir / "x")}}, StoreContext(tmpfs_dir)
+
+    def make_store(self) -> PageStore:
+        return make(self.keys, self.context)
+
+
+def page(number: int, version: int = 0) -> bytes:
+    """As it is compressed."""
+    return random.Random(f"{number} {version}").randbytes(PAGE // 2)
+
+
+def pages(first: int, count: int, version: int = 0) -> list[bytes]:
+    return [page(number, version) for number in range(first, first + count)]
+
+
+def run(test: Callable[..., Awaitable[Any]], *args: object) -> Any:
+    async def bounded() -> Any:
+        with trio.fail_after(60):
+            return await test(*args)
+
+    return trio.run(bounded)
+
+
+async def opened(given: Given, key: str = KEY) -> ObjectSpace:
+    return await given.store().open(key, PAGES, PAGE)
+
+
+def stored(given: Given) -> dict[str, int]:
+    root = Path(given.options["root"])
+    return {str(path.relative_to(root)): path.stat().st_size for path in root.rglob("*") if path.is_file()}
+
+
+def test_what_was_written_is_read_by_whoever_comes_next(given: Given) -> None:
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(10, pages(10, 40))
+        await space.write(12, pages(12, 2, 1))
+        await space.discard(20, 5)
+        wanted = pages(10, 2) + pages(12, 2, 1) + pages(14, 6) + [None] * 5 + pages(25, 25) + [None]
+        assert await space.read(10, 41) == wanted
+        assert await space.read(0, 3) == [None] * 3
+        assert await space.read(13, 1) == pages(13, 1, 1)
+        await space.aclose()
+        again = await opened(given)
+        assert await again.read(10, 41) == wanted
+        assert await again.used_bytes() == sum(stored(given).values())
+        await again.aclose()
+
+    run(test)
+
+
+def test_an_index_that_is_gone_is_rebuilt_and_the_newest_copy_wins(given: Given) -> None:
+    async def test() -> None:
+        space = await opened(given)
+        for version in range(5):
+            await space.write(0, pages(0, 16, version))
+            await space.write(100 + version, pages(100 + version, 1))
+        await space.aclose()
+        os.unlink(given.index_dir / f"{KEY}.segments")
+        again = await opened(given)
+        assert await again.read(0, 16) == pages(0, 16, 4)
+        assert await again.read(100, 6) == [*pages(100, 5), None]
+        await again.write(0, pages(0, 16, 9))
+        assert await again.read(0, 16) == pages(0, 16, 9)
+        await again.aclose()
+
+    run(test)
+
+
+# --- cleaning ---
+
+
+def test_what_is_discarded_is_freed_for_good(given: Given) -> None:
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 200))
+        await space.discard(0, 190)
+        live = stored(given)
+        assert 0 < sum(live.values()) < 3 * SEGMENT
+        await space.aclose()
+        again = await opened(given)
+        assert await again.read(0, 200) == [None] * 190 + pages(190, 10)
+        await again.discard(0, PAGES)
+        assert not stored(given)
+        assert await again.used_bytes() == 0
+        await again.aclose()
+
+    run(test)
+
+
+def test_what_a_rebuild_brings_back_is_freed_when_it_is_discarded_again(given: Given) -> None:
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 16))
+        await space.discard(0, 4)
+        await space.aclose()
+        os.unlink(given.index_dir / f"{KEY}.segments")
+        again = await opened(given)
+        assert await again.read(0, 16) == pages(0, 16), "in a segment that is not sparse"
+        await again.discard(0, 4)
+        await again.discard(4, 12)
+        assert not stored(given)
+        await again.aclose()
+
+    run(test)
+
+
+def test_write_amplification_and_space_are_bounded(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random runs are written again and again, of half a segment and in small batches."""
+    put, sizes = Bucket.put, []
+
+    def counted(self: Bucket, path: str, data: bytes) -> None:
+        sizes.append(len(data))
+        put(self, path, data)
+
+    monkeypatch.setattr(Bucket, "put", counted)
+
+    async def test(batch: int, writes: int, bound: float) -> None:
+        space, rng = await opened(given), random.Random(batch)
+        sizes.clear()
+        asked = 0
+        for version in range(writes):
+            first = rng.randrange(257 - batch)
+            await space.write(first, pages(first, batch, version))
+            asked += sizes[0] if version == 0 else 0
+            assert await space.used_bytes() <= 2 * 256 * (PAGE // 2 + 128) + 3 * SEGMENT
+        assert sum(stored(given).values()) == await space.used_bytes()
+        assert len(sizes) > writes, "something was cleaned"
+        assert sum(sizes) <= bound * asked * writes
+        await space.delete()
+        await space.aclose()
+
+    run(test, 16, 150, 2.0)
+    run(test, 1, 400, 3.1)  # the first page's segment is the measure, and they differ by some bytes
+
+
+def test_pages_are_read_while_they_are_moved(given: Given) -> None:
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 256))
+        done = trio.Event()
+
+        async def read(number: int) -> None:
+            while not done.is_set():
+                assert await space.read(number, 1) == pages(number, 1)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(0, 256, 32):
+                nursery.start_soon(read, number)
+            for version in range(8):
+                for first in range(0, 256, 32):
+                    await space.write(first + 1, pages(first + 1, 31, version))
+            done.set()
+        await space.aclose()
+
+    run(test)
+
+
+def test_a_read_that_comes_too_late_for_a_segment_finds_the_next_one(
+    given: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get, begun, go_on = Bucket.get, threading.Event(), threading.Event()
+
+    def waits(self: Bucket, path: str, offset: int, size_bytes: int) -> bytes:
+        begun.set()
+        go_on.wait()
+        return get(self, path, offset, size_bytes)
+
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 16))
+        monkeypatch.setattr(Bucket, "get", waits)
+
+        async def read() -> None:
+            assert await space.read(3, 1) == pages(3, 1, 1)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await trio.to_thread.run_sync(begun.wait)
+            await space.write(0, pages(0, 16, 1))
+            assert len(stored(given)) == 1
+            go_on.set()
+        await space.aclose()
+
+    run(test)
+
+
+def test_a_predecessors_leftovers_are_removed(given: Given) -> None:
+    """A segment whose write was not told as done, and one that was cut off by a kill."""
+
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 16))
+        await space.aclose()
+        wanted = stored(given)
+        root = Path(given.options["root"])
+        (root / "host-a" / "boot-1" / KEY / f"{KEY}.0000fff").write_bytes(b"anything")
+        partial = root / ".tierd-partial" / "host-a"
+        (partial / f"{KEY}.0001000.0815").write_bytes(b"half of it")
+        (partial / "1-1.0001000.0815").write_bytes(b"of another guest")
+        again = await opened(given)
+        await again.discard(100, 1)
+        assert stored(given) == wanted | {".tierd-partial/host-a/1-1.0001000.0815": 16}
+        assert await given.store().sweep(lambda key: key == KEY) == []
+        assert stored(given) == wanted
+        assert await again.read(0, 16) == pages(0, 16)
+        await again.aclose()
+
+    run(test)
+
+
+def test_sweep_asks_for_this_boot_and_leaves_other_hosts_alone(given: Given) -> None:
+    async def test() -> None:
+        for host, boot in (("host-a", "boot-1"), ("host-a", "boot-0"), ("host-b", "boot-1")):
+            for key in ("1-1", "2-2"):
+                space = await opened(replace(given, host=host, boot=boot), key)
+                await space.write(0, pages(0, 4))
+                await space.aclose()
+        (given.index_dir / "3-3.segments").touch()
+        asked: list[str] = []
+
+        def may_be_needed(key: str) -> bool:
+            asked.append(key)
+            return key == "2-2"
+
+        store = given.store()
+        assert await store.sweep(may_be_needed) == ["1-1", "2-2", "3-3"]
+        assert set(asked) == {"1-1", "2-2", "3-3"}
+        assert {path.rpartition("/")[0] for path in stored(given)} == {
+            "host-a/boot-1/2-2",
+            "host-b/boot-1/1-1",
+            "host-b/boot-1/2-2",
+        }
+        assert [path.name for path in given.index_dir.iterdir()] == ["2-2.segments"]
+        assert await store.sweep(may_be_needed) == []
+        await store.aclose()
+
+    run(test)
+
+
+def test_delete_leaves_nothing(given: Given) -> None:
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 40))
+        await space.delete()
+        await space.delete()
+        await space.aclose()
+        assert not stored(given)
+        assert not list(given.index_dir.iterdir())
+
+    run(test)
+
+
+# --- damage ---
+
+
+def damage(given: Given, how: Callable[[bytes], bytes]) -> None:
+    """Of the first segment."""
+    path = Path(given.options["root"]) / sorted(stored(given))[0]
+    path.write_bytes(how(path.read_bytes()))
+
+
+@pytest.mark.parametrize("where", [5, 700])
+def test_a_damaged_page_is_an_error_and_its_neighbours_are_read(given: Given, where: int) -> None:
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 16))
+        damage(given, lambda data: data[:where] + bytes([data[where] ^ 16]) + data[where + 1 :])
+        with pytest.raises(OSError, match=r"is damaged: .*page 0") as caught:
+            await space.read(0, 1)
+        assert caught.value.errno == errno.EIO
+        assert await space.read(1, 15) == pages(1, 15)
+        await space.aclose()
+
+    run(test)
+
+
+def test_a_segment_that_is_short_or_gone_is_an_error(given: Given) -> None:
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 16))
+        damage(given, lambda data: data[: len(data) // 2])
+        assert await space.read(0, 2) == pages(0, 2)
+        with pytest.raises(OSError) as caught:
+            await space.read(15, 1)
+        assert caught.value.errno == errno.EIO
+        (Path(given.options["root"]) / sorted(stored(given))[0]).unlink()
+        with pytest.raises(OSError, match="a segment is gone") as caught:
+            await space.read(0, 1)
+        assert caught.value.errno == errno.EIO
+        await space.aclose()
+
+    run(test)
+
+
+def test_damage_is_not_cleaned_away(given: Given) -> None:
+    """The damaged segment stays for a repair, the other sparse ones go."""
+
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 160))
+        original = (Path(given.options["root"]) / sorted(stored(given))[0]).read_bytes()
+        damage(given, lambda data: data[:700] + b"x" + data[701:])
+        for first in range(0, 160, 16):
+            await space.discard(first + 4, 12)
+        assert "is damaged" in space.trouble
+        assert len(stored(given)) < 10
+        with pytest.raises(OSError, match="is damaged"):
+            await space.read(0, 4)
+        damage(given, lambda _: original)
+        assert await space.read(0, 4) == pages(0, 4)
+        assert [await space.read(first, 4) for first in range(16, 160, 16)] == [
+            pages(first, 4) for first in range(16, 160, 16)
+        ]
+        await space.aclose()
+
+    run(test)
+
+
+def test_without_an_index_a_damaged_segment_is_not_passed_over(given: Given) -> None:
+    """An older copy of a page would be taken for its newest."""
+
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 16))
+        await space.write(0, pages(0, 8, 1))
+        await space.aclose()
+        (given.index_dir / f"{KEY}.segments").write_bytes(b"no index")
+        newest = Path(given.options["root"]) / sorted(stored(given))[1]
+        newest.write_bytes(newest.read_bytes()[:-1])
+        before = stored(given)
+        with pytest.raises(StoreError, match=r"segments is gone and .*0000002 is damaged.*nothing was touched"):
+            await opened(given)
+        assert stored(given) == before
+
+    run(test)
+
+
+def test_an_index_of_other_pages_is_refused(given: Given) -> None:
+    async def test() -> None:
+        await (await opened(given)).aclose()
+        with pytest.raises(
+            StoreError, match=r"2048 pages of 4096 bytes, 4096 of 4096 were expected; nothing was touched"
+        ):
+            await given.store().open(KEY, 2 * PAGES, PAGE)
+
+    run(test)
+
+
+# --- failing calls ---
+
+
+def test_no_room_for_the_index_is_an_error_before_anything_is_sent(
+    given: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def test() -> None:
+        space = await opened(given)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", full)
+            with pytest.raises(OSError) as caught:
+                await space.write(0, pages(0, 4))
+        assert caught.value.errno == errno.ENOSPC
+        assert not stored(given)
+        await space.write(0, pages(0, 4))
+        assert await space.read(0, 4) == pages(0, 4)
+        await space.aclose()
+
+    run(test)
+
+
+def test_a_write_that_failed_changes_nothing_and_is_cleaned_up(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = Bucket.put
+
+    def lands_and_fails(self: Bucket, path: str, data: bytes) -> None:
+        put(self, path, data)
+        raise OSError(errno.EIO, "the answer was lost")
+
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 16))
+        with monkeypatch.context() as patch:
+            patch.setattr(Bucket, "put", lands_and_fails)
+            with pytest.raises(OSError, match="the answer was lost"):
+                await space.write(0, pages(0, 16, 1))
+        assert await space.read(0, 16) == pages(0, 16)
+        assert len(stored(given)) == 2
+        await space.write(100, pages(100, 16))
+        assert len(stored(given)) == 2
+        await space.aclose()
+
+    run(test)
+
+
+def test_what_cannot_be_cleaned_up_is_told_and_tried_again(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(self: Bucket, path: str) -> None:
+        raise OSError(errno.EACCES, f"delete {path}: no")
+
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 16))
+        with monkeypatch.context() as patch:
+            patch.setattr(Bucket, "delete", refuses)
+            await space.write(0, pages(0, 16, 1))
+            assert "cannot be cleaned up: delete host-a/boot-1" in space.trouble
+        assert await space.read(0, 16) == pages(0, 16, 1)
+        await space.discard(50, 1)
+        assert len(stored(given)) == 2, "not at once"
+        monkeypatch.setattr(space, "_clean_again_at", 0.0)
+        await space.discard(50, 1)
+        assert len(stored(given)) == 1
+        assert not space.trouble
+        await space.aclose()
+
+    run(test)
+
+
+def test_a_read_does_not_wait_for_writes_and_can_be_given_up(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, get, hang = Bucket.put, Bucket.get, threading.Event()
+
+    def hangs(self: Bucket, path: str, data: bytes) -> None:
+        hang.wait()
+        put(self, path, data)
+
+    def hangs_too(self: Bucket, path: str, offset: int, size_bytes: int) -> bytes:
+        hang.wait()
+        return get(self, path, offset, size_bytes)
+
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 64))
+        monkeypatch.setattr(Bucket, "put", hangs)
+        async with trio.open_nursery() as nursery:
+            for n in range(2 * CONCURRENCY):
+                nursery.start_soon(space.write, 100 + n, pages(100 + n, 1))
+            await trio.testing.wait_all_tasks_blocked()
+            try:
+                assert await space.read(0, 64) == pages(0, 64)
+                monkeypatch.setattr(Bucket, "get", hangs_too)
+                with trio.move_on_after(0.01) as scope:
+                    await space.read(0, 1)
+                assert scope.cancelled_caught
+            finally:
+                hang.set()
+        assert await space.read(100, 2 * CONCURRENCY) == pages(100, 2 * CONCURRENCY)
+        await space.aclose()
+
+    run(test)
+
+
+def test_a_write_that_is_given_up_is_made_all_the_same(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread cannot be stopped, so it is waited for."""
+    put, begun, go_on = Bucket.put, threading.Event(), threading.Event()
+
+    def waits(self: Bucket, path: str, data: bytes) -> None:
+        begun.set()
+        go_on.wait()
+        put(self, path, data)
+
+    async def test() -> None:
+        space = await opened(given)
+        monkeypatch.setattr(Bucket, "put", waits)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(space.write, 0, pages(0, 4))
+            await trio.to_thread.run_sync(begun.wait)
+            nursery.cancel_scope.cancel()
+            go_on.set()
+        assert await space.read(0, 4) == pages(0, 4)
+        await space.aclose()
+
+    run(test)
+
+
+def test_more_than_a_page_or_the_guest_is_a_bug(given: Given) -> None:
+    async def test() -> None:
+        space = await opened(given)
+        with pytest.raises(ValueError, match="a record of 4353 bytes"):
+            await space.write(0, [bytes(PAGE + segments.SEAL_BYTES_MAX + 1)])
+        for call in (space.write(PAGES - 1, pages(0, 2)), space.read(PAGES, 1), space.discard(-1, 2)):
+            with pytest.raises(ValueError, match="of 2048"):
+                await call
+        await space.aclose()
+
+    run(test)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "message"),
+    [
+        ("s4", {}, r"there is no store `s4`"),
+        ("gsc", {}, r"there is no store `gsc`; did you mean gcs\?"),
+        ("s3", {"buket": "x"}, r"`s3` has no option buket; did you mean bucket\?"),
+        ("s3", {}, r"bucket"),
+        ("s3", {"bucket": "x", "secret_access_key": "y"}, r"secret_access_key is a secret.*mode 0600.*`credentials`"),
+        ("webdav", {"endpoint": "http://x", "password": "y"}, r"password is a secret"),
+        ("azblob", {"container": "x", "account_key": "y"}, r"account_key is a secret"),
+        ("memory", {}, r"`memory` may lose what it holds"),
+        ("http", {"endpoint": "http://x"}, r"cannot write, read, list and delete"),
+        ("fs", {}, r"set its option root"),
+        ("fs", {"root": "/dev/shm/tierd-objects-test"}, r"on tmpfs: .*nothing would be given back; set root"),
+    ],
+)
+def test_wrong_options_are_told(given: Given, scheme: str, options: dict[str, str], message: str) -> None:
+    try:
+        with pytest.raises(StoreError, match=message):
+            replace(given, scheme=scheme, options=options).store()
+    finally:
+        if options.get("root"):
+            os.rmdir(options["root"])
+
+
+def test_a_directory_that_others_can_read_is_refused(given: Given) -> None:
+    Path(given.options["root"]).mkdir(mode=0o755)
+    with pytest.raises(StoreError, match="mode 0755: others could read guests' memory"):
+        given.store()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"segment_bytes": 1 << 10}, "segment_bytes: Input should be greater"),
+        ({"segment_bytes": "64MiB"}, "segment_bytes: Input should be less"),
+        ({"host_id": "a/b"}, "host_id: String should match"),
+        ({"host_id": ".."}, "host_id: String should match"),
+        ({"optoins": {}}, "optoins: there is no such key; did you mean options?"),
+        ({"options": {"root": ["x"]}}, r"options.root: Input should be a valid string"),
+        ({"scheme": None}, "scheme: Input should be a valid string"),
+    ],
+)
+def test_keys_have_bounds(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(StoreError, match=f"^objects: {message}"):
+        parse("objects", ObjectOptions, {"scheme": "fs", **wrong})
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "message"),
+    [
+        ("secret_access_key = hidden", 0o640, "mode 0640: others could read them"),
+        ("# comment\n\nhidden", 0o600, "line 3: not `option = value`"),
+        ("= hidden", 0o600, "line 1: not"),
+        (None, 0o600, "cannot be read: No such file"),
+        ("secret_acces_key = hidden", 0o600, "no option secret_acces_key; did you mean secret_access_key"),
+    ],
+)
+def test_wrong_credentials_files_are_told_but_not_what_is_in_them(
+    given: Given, tmp_path: Path, text: str | None, mode: int, message: str
+) -> None:
+    path = tmp_path / "credentials"
+    if text is not None:
+        path.write_text(text)
+        path.chmod(mode)
+    with pytest.raises(StoreError, match=message) as caught:
+        replace(given, scheme="s3", options={"bucket": "cold"}, credentials=path).store()
+    assert "hidden" not in str(caught.value)
+
+
+def test_probe_leaves_nothing_behind(given: Given) -> None:
+    run(given.store().probe)
+    assert not stored(given)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.ENOSPC, "is full; free space"), (errno.EIO, "see to the service")]
+)
+def test_probe_says_what_to_do(given: Given, monkeypatch: pytest.MonkeyPatch, number: int, message: str) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(Bucket, "put", fail)
+    with pytest.raises(StoreError, match=message):
+        run(given.store().probe)
+
+
+# --- kills ---
+
+
+def test_a_successor_finds_everything_after_kills_at_random_moments(disk_dir: Path, tmpfs_dir: Path) -> None:
+    kills = int(os.environ.get("TIERD_KILLS", "80"))
+    command = [sys.executable, "-m", "tests.store.objects_crash", "--kills", str(kills), "--seed", "1"]
+    done = subprocess.run([*command, disk_dir, tmpfs_dir], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = json.loads(done.stdout)
+    assert counts["kills"] == kills
+    assert min(counts["lives"], counts["without_index"], counts["moved"]) > kills / 10

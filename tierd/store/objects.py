@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The object store: cold pages in S3, GCS, Azure, WebDAV, a directory ... through Apache OpenDAL.
+
+A batch that is written becomes a segment (segments.py) of its own, at once: an upload is durable only when it is complete, so
+an open segment would have to be written again for every batch. Small ones are merged later. What says where a page is is the
+index (segment_index.py): a record counts when its word is written, after its segment is durable. Whatever no word points to is
+dead: overwritten, discarded, a write that failed, a predecessor's last one. It is cleaned up by whoever writes or discards
+next, so a guest's own traffic pays for it and bounds it (segments.choose).
+
+    HOST/BOOT/KEY/KEY.NUMBER    one segment; a guest's key comes back after a reboot, its space must not
+
+Durable is what outlives tierd: a directory is not synced when its host loses power, and its guests are gone then, too. Without
+its index a space is rebuilt from its segments' tables: then a discarded page may be there again, for whoever opened the
+space to discard once more. OpenDAL's calls block, so they run in threads, some for reads and some for all else: a fault does
+not queue behind an eviction.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import trio
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from tierd.attach.procfs import boot_id
+from tierd.quantities import parse_size
+from tierd.store import StoreContext, StoreError, segment_index, segments
+from tierd.store.bucket import Bucket
+from tierd.store.directory import KEY
+from tierd.store.options import HostId, host_id, parse
+from tierd.store.segment_index import Index
+from tierd.store.segments import DamagedError, Place, Record, Row, Run, Usage
+
+INDEX_SUFFIX = ".segments"
+READ_TRIES_MAX = 8  # a record that is read may be moved meanwhile
+CLEAN_PAUSE_S = 30.0  # after cleaning failed
+DISCARD_WORDS = 4096  # at a time, so that trio's loop goes on
+# numbers that a rebuild leaves out: of writes that a predecessor had under way and that may still land
+REBUILT_NUMBERS_SKIPPED = 1 << 20
+TAIL_BYTES = 16 << 10  # of a segment, read first for its table
+
+_WHAT_TO_DO = {
+    errno.ENOENT: "the bucket or directory is not there; create it, or correct the store's options",
+    errno.EACCES: "access is refused; are the credentials right, and may they write, read, list and delete?",
+    errno.EINVAL: "the store's options are wrong, or the bucket is not there; correct them",
+    errno.ECONNREFUSED: "nobody answers there; is the endpoint right, and the service up?",
+    errno.ETIMEDOUT: "it does not answer in time; see to the network and the service, or raise deadline_s",
+    errno.ENOSPC: "it is full; free space",
+}
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def _text(value: object) -> object:
+    """OpenDAL takes all of its options as text."""
+    return str(value).lower() if isinstance(value, bool | int) else value
+
+
+class ObjectOptions(BaseModel):
+    """The keys of the store `objects`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    scheme: str  # OpenDAL's name of the service: s3, gcs, azblob, webdav, fs ...
+    options: dict[str, Annotated[str, BeforeValidator(_text)]] = Field(
+        default_factory=dict
+    )  # its, of OpenDAL; no secrets
+    credentials: Path | None = None  # `option = value` lines, mode 0600
+    host_id: HostId | None = None  # None: by machine-id and hardware
+    segment_bytes: Annotated[
+        int, BeforeValidator(parse_size), Field(ge=64 << 10, le=segments.SEGMENT_BYTES_MAX // 2)
+    ] = 8 << 20
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 8  # reads at a time, and half as many writes
+    deadline_s: Annotated[float, Field(gt=0, le=600)] = 10.0  # of each try
+    retries: Annotated[int, Field(ge=0, le=10)] = 3
+
+
+class ObjectStore:
+    """Implements store.PageStore. `index_dir`: on tmpfs, made when it is needed. `boot`: of the host that guests live in."""
+
+    def __init__(self, options: ObjectOptions, index_dir: Path, host: str, boot: str) -> None:
+        """StoreError: the options are wrong. Nothing is asked of the service yet. Blocks for a moment."""
+        self.options, self.index_dir, self.host, self.boot = options, index_dir, host, boot
+        self.bucket = Bucket(
+            options.scheme,
+            options.options,
+            options.credentials,
+            host=host,
+            deadline_s=options.deadline_s,
+            retries=options.retries,
+        )
+        self.reads = trio.CapacityLimiter(options.concurrency)
+        self.writes = trio.CapacityLimiter(max(options.concurrency // 2, 1))
+        self.directory = f"{host}/{boot}/"
+
+    async def probe(self) -> None:
+        try:
+            await self.in_thread(self._try)
+        except OSError as error:
+            what = _WHAT_TO_DO.get(error.errno or 0, "see to the service, the network and the store's options")
+            raise StoreError(
+                f"the store `{self.options.scheme}` cannot be used: {what}. It says: {error.strerror}"
+            ) from error
+
+    def _try(self) -> None:
+        path = f"{self.host}/probe-{self.boot}-{os.getpid()}"
+        self.bucket.put(path, b"tierd")
+        try:
+            if self.bucket.get(path, 1, 3) != b"ier":
+                raise OSError(errno.EIO, f"{path}: a range came back different from what was written")
+            if path not in [entry.path for entry in self.bucket.entries(f"{self.host}/")]:
+                raise OSError(errno.EIO, f"{path} was written, and is not listed")
+        finally:
+            self.bucket.delete(path)
+
+    async def open(self, key: str, pages: int, page_bytes: int) -> ObjectSpace:
+        """As PageStore says. Lists the guest's objects once; without an index, reads the end of each."""
+        space = ObjectSpace(self, key, pages, page_bytes)
+        await space.restore()
+        return space
+
+    async def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
+        host = f"{self.host}/"
+        boots = [entry.path for entry in await self.in_thread(self.bucket.entries, host) if entry.path.endswith("/")]
+        found = [entry.path for paths in await self.each(self.bucket.entries, boots) for entry in paths]
+        gone = []
+        for path in found:
+            directory, _, key = path.removesuffix("/").rpartition("/")
+            if KEY.fullmatch(key) and (f"{directory}/" != self.directory or not may_be_needed(key)):
+                gone.append(path)
+        await self.each(self.bucket.remove, gone)
+        await self.drop_partial(may_be_needed)
+        swept = {path.split("/")[-2] for path in gone}
+        for index in self.index_dir.glob(f"*{INDEX_SUFFIX}"):
+            key = index.name.removesuffix(INDEX_SUFFIX)
+            if KEY.fullmatch(key) and not may_be_needed(key):
+                index.unlink(missing_ok=True)
+                swept.add(key)
+        return sorted(swept)
+
+    async def drop_partial(self, may_be_needed: Callable[[str], bool]) -> None:
+        """What predecessors were writing when they were killed."""
+        for path, _ in await self.in_thread(self.bucket.partial):
+            key = path.rpartition("/")[2].partition(".")[0]
+            if KEY.fullmatch(key) and not may_be_needed(key):
+                await self.in_thread(self.bucket.delete, path)
+
+    async def aclose(self) -> None:
+        """Nothing is held between calls."""
+
+    async def in_thread(self, call: Callable[..., R], *args: object) -> R:
+        """Anything but a read of a page. Not cancelled while it runs: its deadlines and retries bound it."""
+        return await trio.to_thread.run_sync(partial(call, *args), limiter=self.writes)
+
+    async def each(self, call: Callable[[T], R], items: Iterable[T], *, reading: bool = False) -> list[R]:
+        """One call an item, some at a time, each in a thread; reads are left alone when cancelled. OSError: the first one,
+        when all have ended."""
+        wanted = list(items)
+        results: dict[int, R] = {}
+        errors: list[OSError] = []
+
+        async def one(n: int) -> None:
+            try:
+                results[n] = await trio.to_thread.run_sync(
+                    call, wanted[n], limiter=self.reads if reading else self.writes, abandon_on_cancel=reading
+                )
+            except OSError as error:
+                errors.append(error)
+
+        if len(wanted) == 1:
+            await one(0)
+        else:
+            async with trio.open_nursery() as nursery:
+                for n in range(len(wanted)):
+                    nursery.start_soon(one, n)
+        if errors:
+            raise errors[0]
+        return [results[n] for n in range(len(wanted))]
+
+
+class ObjectSpace:
+    """One guest's segments. Implements store.PageSpace."""
+
+    _index: Index
+
+    def __init__(self, store: ObjectStore, key: str, pages: int, page_bytes: int) -> None:
+        self._store, self._key, self._pages, self._page_bytes = store, key, pages, page_bytes
+        self._record_bytes_max = page_bytes + segments.SEAL_BYTES_MAX
+        self._directory = f"{store.directory}{key}/"
+        self._index_path = store.index_dir / f"{key}{INDEX_SUFFIX}"
+        self._usages: dict[int, Usage] = {}
+        self._cleaning = False
+        self._clean_again_at = -1.0
+        self._damage = ""
+        self.trouble = ""  # why dead segments are not being cleaned up; they only take space
+
+    def _name(self, number: int) -> str:
+        return f"{self._directory}{self._key}.{number:07x}"
+
+    # --- opening ---
+
+    async def restore(self) -> None:
+        """Find what a predecessor left. StoreError, OSError."""
+        store = self._store
+        await store.drop_partial(lambda key: key != self._key)
+        name = re.compile(re.escape(f"{self._directory}{self._key}.") + r"([0-9a-f]{7})")
+        for entry in await store.in_thread(store.bucket.entries, self._directory):
+            if match := name.fullmatch(entry.path):
+                self._usages[int(match[1], 16)] = Usage(entry.size_bytes)
+        index = segment_index.reopen(self._index_path, self._directory, self._pages, self._page_bytes)
+        if index is None:
+            index = await self._rebuild() if self._usages else self._create(1, None)
+        self._index = index
+        try:
+            await store.in_thread(self._count)
+        except BaseException:
+            index.close()
+            raise
+
+    def _create(self, next_number: int, words: array[int] | None) -> Index:
+        return segment_index.create(
+            self._index_path, self._directory, self._pages, self._page_bytes, next_number, words
+        )
+
+    async def _rebuild(self) -> Index:
+        """From the tables of all segments. One that cannot be read may have held the newest copy of any page."""
+        try:
+            tables = await self._store.each(self._read_table, self._usages)
+        except DamagedError as error:
+            raise StoreError(
+                f"the index {self._index_path} is gone and {error.strerror}; older copies of its pages cannot be told from "
+                "new ones; nothing was touched: put one of the two back"
+            ) from error
+        words, generations = array("Q", bytes(8 * self._pages)), array("I", bytes(4 * self._pages))
+        for number, rows in sorted(zip(self._usages, tables, strict=True)):
+            for page, generation, offset, length in rows:
+                if page < self._pages and generation >= generations[page]:
+                    words[page], generations[page] = Place(number, offset, length).word, generation
+        return self._create(max(self._usages) + REBUILT_NUMBERS_SKIPPED, words)
+
+    def _read_table(self, number: int) -> list[Row]:
+        name, size_bytes = self._name(number), self._usages[number].total_bytes
+        read = partial(self._store.bucket.get, name)
+        tail = read(max(size_bytes - TAIL_BYTES, 0), min(size_bytes, TAIL_BYTES))
+        table_bytes = segments.table_bytes(name, size_bytes, tail[-segments.TRAILER_BYTES :])
+        if table_bytes > len(tail):
+            tail = read(size_bytes - table_bytes, table_bytes)
+        return segments.read_table(name, size_bytes, tail)
+
+    def _count(self) -> None:
+        """What is live in each segment."""
+        for words in self._index.scan():
+            self._add(words)
+
+    # --- pages ---
+
+    async def write(self, first_page: int, records: Sequence[bytes]) -> None:
+        """One segment for each `segment_bytes`; then a round of cleaning, if one is worth it."""
+        longest = max(map(len, records), default=0)
+        if first_page < 0 or first_page + len(records) > self._pages:
+            raise ValueError(f"pages {first_page} to {first_page + len(records)} of {self._pages}")
+        if longest > self._record_bytes_max:
+            raise ValueError(f"a record of {longest} bytes, pages have {self._page_bytes}")
+        step = max(self._store.options.segment_bytes // self._page_bytes, 1)
+        for n in range(0, len(records), step):
+            await self._write_segment(first_page + n, records[n : n + step])
+        await self._clean()
+
+    async def _write_segment(self, first_page: int, records: Sequence[bytes]) -> None:
+        self._index.reserve(first_page, len(records))
+        number = self._index.take_number()
+        rows = await self._put(number, [Record(first_page + n, number, record) for n, record in enumerate(records)])
+        self._point(first_page, segments.words_of(number, rows))
+
+    async def _put(self, number: int, records: Sequence[Record]) -> list[Row]:
+        """Make segment `number` durable. One that failed is dead, and deleted with the dead ones."""
+
+        def put() -> list[Row]:
+            data, rows = segments.build(self._name(number), records)
+            usage.total_bytes = len(data)
+            self._store.bucket.put(self._name(number), data)
+            return rows
+
+        usage = self._usages[number] = Usage(0, busy=True)
+        try:
+            return await self._store.in_thread(put)
+        finally:
+            usage.busy = False
+
+    def _point(self, first_page: int, words: array[int]) -> None:
+        """Where a run of pages is from now on; 0: nowhere."""
+        old = self._index.words(first_page, len(words))
+        self._index.put(first_page, words)
+        self._add(words)
+        self._add(old, -1)
+
+    def _add(self, words: array[int], sign: int = 1) -> None:
+        if any(words):
+            for number, length in map(segments.size_of, filter(None, words)):
+                if usage := self._usages.get(number):  # an object that somebody deleted has none
+                    usage.live_bytes += sign * (length + segments.ROW_BYTES)
+
+    async def read(self, first_page: int, count: int) -> list[bytes | None]:
+        """One read a run of records."""
+        if first_page < 0 or first_page + count > self._pages:
+            raise ValueError(f"pages {first_page} to {first_page + count} of {self._pages}")
+        for _ in range(READ_TRIES_MAX):
+            words = self._index.words(first_page, count)
+            try:
+                runs = await self._store.each(self._read_run, segments.runs_of(first_page, words), reading=True)
+            except FileNotFoundError as error:
+                if self._index.words(first_page, count) == words:
+                    raise OSError(errno.EIO, f"a segment is gone: {error.strerror}") from error
+            else:
+                found = {page: record for run in runs for page, record in run}
+                return [found.get(page) for page in range(first_page, first_page + count)]
+        raise OSError(errno.EAGAIN, f"pages {first_page} to {first_page + count} are moved again and again")
+
+    def _read_run(self, run: Run) -> list[tuple[int, bytes]]:
+        name = self._name(run.number)
+        data = memoryview(self._store.bucket.get(name, run.offset, run.length))
+        rows = [(page, data[offset : offset + length]) for page, offset, length in run.rows]
+        return [(page, segments.record_at(name, page, stored).data) for page, stored in rows]
+
+    async def discard(self, first_page: int, count: int) -> None:
+        """Survives a crash of tierd; a rebuild may bring pages back. Deletes what is dead then, cleans what is sparse."""
+        if first_page < 0 or first_page + count > self._pages:
+            raise ValueError(f"pages {first_page} to {first_page + count} of {self._pages}")
+        for first in range(first_page, first_page + count, DISCARD_WORDS):
+            words = self._index.words(first, min(DISCARD_WORDS, first_page + count - first))
+            if any(words):
+                self._point(first, array("Q", bytes(8 * len(words))))
+            await trio.lowlevel.checkpoint()
+        await self._clean()
+
+    async def used_bytes(self) -> int:
+        return sum(usage.total_bytes for usage in self._usages.values())
+
+    async def delete(self) -> None:
+        """The index last: as long as there are segments, what they are is known."""
+        await self._store.in_thread(self._store.bucket.remove, self._directory)
+        self._index_path.unlink(missing_ok=True)
+        self._usages.clear()
+        self._index.close()
+
+    async def aclose(self) -> None:
+        self._index.close()
+
+    # --- cleaning ---
+
+    async def _clean(self) -> None:
+        """Until nothing is worth it. What fails is told in `trouble` and tried again after a pause: what was written or
+        discarded is so all the same."""
+        if self._cleaning or trio.current_time() < self._clean_again_at:
+            return
+        self._cleaning = True
+        segment_bytes = self._store.options.segment_bytes
+        try:
+            while any(chosen := segments.choose(self._usages, segment_bytes)):
+                await self._delete(chosen.dead)
+                await self._move(chosen.moved)
+            self.trouble = self._damage
+        except OSError as error:
+            self.trouble = f"dead pages of {self._key} cannot be cleaned up: {error.strerror}"
+            self._clean_again_at = trio.current_time() + CLEAN_PAUSE_S
+        finally:
+            self._cleaning = False
+
+    async def _delete(self, numbers: list[int]) -> None:
+        await self._store.each(self._store.bucket.delete, map(self._name, numbers))
+        for number in numbers:
+            del self._usages[number]
+
+    async def _move(self, numbers: list[int]) -> None:
+        """Copy what is live in these segments into a new one. A page that is written or discarded meanwhile stays so."""
+        found = await self._store.in_thread(self._live_in, numbers)
+        if found:
+            number = self._index.take_number()
+            rows = await self._put(number, [record for _, record in found])
+            for (old, record), new in zip(found, segments.words_of(number, rows), strict=True):
+                if self._index.words(record.page, 1)[0] == old:
+                    self._point(record.page, array("Q", [new]))
+        for number in numbers:
+            self._usages[number].damaged = self._usages[number].live_bytes > 0
+
+    def _live_in(self, numbers: list[int]) -> list[tuple[int, Record]]:
+        """What can be read of these segments and is live, with its words."""
+        found = []
+        for number in numbers:
+            try:
+                found += self._live(number)
+            except DamagedError as error:
+                self._damage = str(error.strerror)
+        return found
+
+    def _live(self, number: int) -> list[tuple[int, Record]]:
+        """Records of a segment that the index points to, with its words. DamagedError."""
+        name = self._name(number)
+        segment = self._store.bucket.get(name, 0, self._usages[number].total_bytes)
+        found = []
+        for row, stored in segments.records_of(name, segment):
+            word = Place(number, row.offset, row.length).word
+            if row.page < self._pages and self._index.words(row.page, 1)[0] == word:
+                found.append((word, segments.record_at(name, row.page, stored)))  # no damage is copied
+        return found
+
+
+def make(given: Mapping[str, object], context: StoreContext) -> ObjectStore:
+    """Implements store.PageStoreFactory."""
+    options = parse("objects", ObjectOptions, given)
+    return ObjectStore(options, context.runtime_dir / "objects", options.host_id or host_id(), boot_id())

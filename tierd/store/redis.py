@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store `redis`: pages in Redis or Valkey, on one server, a set watched by sentinels, or a cluster.
+
+A run of neighbouring pages (256 KiB) is one hash, NAMESPACE:{HOST/BOOT/GUEST/RUN}, a field a page. So a run is one
+command and one slot, a cluster moves it as a whole, and a guest's runs are spread over all nodes. Nothing of it expires.
+NAMESPACE:{HOST}:spaces lists what there is, for the sweep; NAMESPACE:{HOST}:lease says which boot of HOST may sweep.
+
+What the loss of a node means. A write returns when the primary has it: on its disk with `appendfsync always` there, or with
+`fsync` here; in the memory of that many replicas with `replicas`. So a server that is killed, or its machine, loses nothing of
+that with `always` or `fsync`, and a replica that takes over has it with `replicas` (of several, the most advanced one is
+chosen, if those that watch see it). With `appendfsync everysec` a server that is merely killed loses up to two seconds of
+writes: it may put off writing its file, not only syncing it. That is refused, unless `allow_volatile` says that you mean it.
+Pages that are lost read as None or as an older record, which the checksum of each page, or the seal, tells: a memory error
+for the guest, never wrong bytes. Other pages are not affected.
+
+A write that failed by its connection may still be on its way. So all that a guest writes is on connections that are
+called after it, and before anything else is written there, also by a successor, the server is told to close those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import trio
+
+from tierd.attach.procfs import boot_id
+from tierd.store import StoreContext, StoreError
+from tierd.store.options import host_id, parse
+from tierd.store.redis_link import Address, Link, RedisOptions
+from tierd.store.redis_nodes import Command, Nodes, Run, Words, batches, nodes_of
+from tierd.store.redis_probe import probe
+
+RUN_BYTES = 256 << 10
+BATCH_BYTES = 4 << 20  # sent in one go
+BATCH_KEYS = 1024  # looked at or removed in one go
+WRITERS_MAX = 4  # guests at once
+REPLICA_WAIT_SHARE = 0.8  # of timeout_s: WAIT answers before we give up on the connection
+LEASE_MS = 600_000  # how long a host that was booted again waits until it sweeps
+LEASE_RENEW_S = 60.0
+BACKOFF_S, BACKOFF_S_MAX = 0.05, 1.0
+
+T = TypeVar("T")
+
+
+class RedisSpace:
+    """Implements store.PageSpace."""
+
+    def __init__(self, store: RedisStore, boot: str, key: str, pages: int, page_bytes: int) -> None:
+        self._store, self._boot, self._key = store, boot, key
+        self._pages, self._page_bytes = pages, page_bytes
+        self._run_pages = max(RUN_BYTES // page_bytes, 1)
+        self._name = store.writer_name(boot, key)
+        self._link = Link(store.options, self._name, 1)
+        self._run = Run(store.nodes, self._link)
+        self._writing = trio.Lock()  # one connection, one call at a time
+        self._stored: int | None = None  # pages; None: not known, count them
+
+    async def write(self, first_page: int, records: Sequence[bytes]) -> None:
+        commands = []
+        for run, first, count in self._runs(first_page, len(records)):
+            at = run * self._run_pages + first - first_page
+            pairs = zip(range(first, first + count), records[at : at + count], strict=True)
+            commands.append(Command("HSET", self._run_key(run), tuple(word for pair in pairs for word in pair)))
+        await self._mutate(commands, 1, self._store.confirm)
+
+    async def discard(self, first_page: int, count: int) -> None:
+        runs = self._runs(first_page, count)
+        fields = [Command("HDEL", self._run_key(run), tuple(range(first, first + n))) for run, first, n in runs]
+        await self._mutate(fields, -1)
+
+    async def read(self, first_page: int, count: int) -> list[bytes | None]:
+        runs = self._runs(first_page, count)
+        commands = [Command("HMGET", self._run_key(run), tuple(range(first, first + n))) for run, first, n in runs]
+        records: list[bytes | None] = []
+        for batch in batches(commands, self._batch_runs):
+            for answer in await self._store.read(batch):
+                records += answer
+        return records
+
+    async def used_bytes(self) -> int:
+        """Records, counted as a page each: what compression saves is not seen here."""
+        async with self._writing:
+            if self._stored is None:
+                self._stored = 0
+                try:
+                    for batch in batches([Command("HLEN", key) for key in self._run_keys()], BATCH_KEYS):
+                        self._stored += sum(await self._store.read(batch))
+                except BaseException:
+                    self._stored = None
+                    raise
+            return self._stored * self._page_bytes
+
+    async def delete(self) -> None:
+        async with self._writing:
+            self._stored = None
+            for batch in batches([Command("UNLINK", key) for key in self._run_keys()], BATCH_KEYS):
+                await self._settled(batch)
+            await self._settled([Command("HDEL", self._store.spaces_key, (f"{self._boot}/{self._key}",))])
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        self._link.close()
+
+    async def begin(self) -> None:
+        """Enter it into the list of spaces, from which a full server can still read. OSError, StoreError: a space of another
+        size is there."""
+        entry, size = f"{self._boot}/{self._key}", json.dumps([self._pages, self._page_bytes])
+        look = Command("HGET", self._store.spaces_key, (entry,))
+        async with self._writing:
+            (found,) = await self._settled([look])
+            if found is None:
+                enter = Command("HSETNX", self._store.spaces_key, (entry, size))
+                _, found = await self._settled([enter, look])
+        if found.decode() != size:
+            raise StoreError(
+                f"the store has a space {entry} of {found.decode()} (pages, bytes), {size} was expected; nothing was touched"
+            )
+
+    async def close_writers(self) -> None:
+        """Nothing that was under way to this space lands any more, whoever sent it. OSError, StoreError."""
+        for address in await self._store.blocking(self._store.nodes.all):
+            await self._store.blocking(partial(self._store.close_writers, address, self._name))
+
+    @property
+    def _batch_runs(self) -> int:
+        return max(BATCH_BYTES // (self._run_pages * self._page_bytes), 1)
+
+    def _run_key(self, run: int) -> str:
+        return self._store.run_key(self._boot, self._key, run)
+
+    def _run_keys(self) -> list[str]:
+        return [self._run_key(run) for run in range(-(-self._pages // self._run_pages))]
+
+    def _runs(self, first_page: int, count: int) -> list[tuple[int, int, int]]:
+        """(run, its first page of these counted from its begin, how many)."""
+        assert 0 <= first_page <= first_page + count <= self._pages, "pages outside of the guest"
+        found = []
+        while count:
+            run, first = divmod(first_page, self._run_pages)
+            n = min(count, self._run_pages - first)
+            found.append((run, first, n))
+            first_page, count = first_page + n, count - n
+        return found
+
+    async def _mutate(self, commands: Sequence[Command], added: int, confirm: Words = ()) -> None:
+        """`added`: what each answer counts, 1 or -1."""
+        async with self._writing:
+            stored, self._stored = self._stored, None
+            for batch in batches(commands, self._batch_runs):
+                answers = await self._settled(batch, confirm)
+                stored = None if stored is None else stored + added * sum(answers)
+            self._stored = stored
+
+    async def _settled(self, commands: Sequence[Command], confirm: Words = ()) -> list[Any]:
+        """Carried out or an error; a cancellation waits. Before, what failed by its connection is made not to land."""
+        return await self._store.blocking(partial(self._settle, commands, confirm))
+
+    def _settle(self, commands: Sequence[Command], confirm: Words) -> list[Any]:
+        self._store.renew_lease()
+        try:
+            for address in self._run.doubtful & {self._store.nodes.of(command.key) for command in commands}:
+                self._store.close_writers(address, self._name)
+                self._run.doubtful.discard(address)
+            return self._run(commands, confirm)
+        except OSError:
+            self._store.look_again()
+            raise
+
+
+class RedisStore:
+    """Implements store.PageStore. `boot`: which boot of the host the guests live in."""
+
+    def __init__(self, options: RedisOptions, boot: str) -> None:
+        self.options = options
+        self._boot = boot.replace("-", "")[:16]
+        self._host = options.host_id or host_id()
+        prefix = f"{options.namespace}:{{{self._host}}}"
+        self.spaces_key, self._lease_key = f"{prefix}:spaces", f"{prefix}:lease"
+        self._link = Link(options, f"{options.namespace}:{self._host}", options.concurrency + WRITERS_MAX)
+        self.nodes: Nodes = nodes_of(options, self._link)
+        self.confirm = confirmation(options)
+        self._run = Run(self.nodes, self._link)
+        self._readers = trio.CapacityLimiter(options.concurrency)
+        self._writers = trio.CapacityLimiter(WRITERS_MAX)
+        self._renewed_at = float("-inf")  # the lease; monotonic
+
+    async def open(self, key: str, pages: int, page_bytes: int) -> RedisSpace:
+        space = RedisSpace(self, self._boot, key, pages, page_bytes)
+        try:
+            await space.close_writers()
+            await space.begin()
+        except BaseException:
+            await space.aclose()
+            raise
+        return space
+
+    async def probe(self) -> None:
+        await self.blocking(partial(probe, self.options, self.nodes, self._link, self.run_key(self._boot, "probe", 0)))
+
+    async def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
+        """Those of an earlier boot only once the lease of that boot is over: another machine may have the same host_id."""
+        ours = await self.blocking(self._take_lease)
+        (found,) = await self.read([Command("HGETALL", self.spaces_key)])
+        swept = []
+        for entry, size in sorted(found.items()):
+            boot, _, key = entry.decode().partition("/")
+            if may_be_needed(key) if boot == self._boot else not ours:
+                continue
+            space = RedisSpace(self, boot, key, *json.loads(size))
+            try:
+                await space.close_writers()
+                await space.delete()
+            finally:
+                await space.aclose()
+            swept.append(key)
+        return swept
+
+    async def aclose(self) -> None:
+        self._link.close()
+        self.nodes.close()
+
+    def run_key(self, boot: str, key: str, run: int) -> str:
+        return f"{self.options.namespace}:{{{self._host}/{boot}/{key}/{run}}}"
+
+    def writer_name(self, boot: str, key: str) -> str:
+        return f"{self.options.namespace}:{self._host}/{boot}/{key}"
+
+    async def blocking(self, function: Callable[[], T]) -> T:
+        """In a thread; a cancellation waits for it, so that nothing happens after it."""
+        return await trio.to_thread.run_sync(function, limiter=self._writers)
+
+    async def read(self, commands: Sequence[Command]) -> list[Any]:
+        """Tried again until `deadline_s`. A cancellation leaves it behind, at most so long. OSError, StoreError."""
+        return await trio.to_thread.run_sync(self._read, commands, limiter=self._readers, abandon_on_cancel=True)
+
+    def _read(self, commands: Sequence[Command]) -> list[Any]:
+        deadline, pause_s = time.monotonic() + self.options.deadline_s, BACKOFF_S
+        while True:
+            try:
+                return self._run(commands)
+            except OSError:
+                if time.monotonic() + pause_s > deadline:
+                    raise
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, BACKOFF_S_MAX)
+            self.look_again()
+
+    def look_again(self) -> None:
+        """After an error: a replica may have taken over. If nobody says so, what is known stays."""
+        try:
+            self.nodes.refresh()
+        except (OSError, StoreError):
+            return  # the next try says what is wrong
+
+    def close_writers(self, address: Address, name: str) -> None:
+        """What the connections called `name` sent to `address` is done when this returns, or never will be. Blocks; OSError."""
+        for client in self._link.call(address, "CLIENT LIST"):
+            if client["name"] == name:
+                self._link.call(address, "CLIENT KILL", "ID", client["id"])
+
+    def renew_lease(self) -> None:
+        """Now and then: a host that writes is alive. Blocks. What goes wrong must not stop a write to another node."""
+        if time.monotonic() - self._renewed_at > LEASE_RENEW_S:
+            with contextlib.suppress(OSError):  # the next one is soon enough
+                self._take_lease()
+
+    def _take_lease(self) -> bool:
+        """Whether it is ours, this boot's, for LEASE_MS: not if a full server cannot take it. Blocks; OSError."""
+        self._renewed_at = time.monotonic()
+        ours, look = self._boot.encode(), Command("GET", self._lease_key)
+        (holder,) = self._run([look])
+        if holder is None:
+            try:
+                self._run([Command("SET", self._lease_key, (ours, "NX", "PX", LEASE_MS))])
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+        elif holder == ours:
+            self._run([Command("PEXPIRE", self._lease_key, (LEASE_MS,))])
+        (holder,) = self._run([look])  # what we found may just have ended
+        return bool(holder == ours)
+
+
+def confirmation(options: RedisOptions) -> Words:
+    """What has to be confirmed after a write before it counts."""
+    wait_ms = int(options.timeout_s * REPLICA_WAIT_SHARE * 1000)
+    if options.fsync:
+        return [("WAITAOF", 1, options.replicas, wait_ms)]
+    return [("WAIT", options.replicas, wait_ms)] if options.replicas else []
+
+
+def make(given: Mapping[str, object], context: StoreContext) -> RedisStore:
+    """Implements store.PageStoreFactory: the keys are redis_link.RedisOptions."""
+    return RedisStore(parse("redis", RedisOptions, given), boot_id())
