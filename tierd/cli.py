@@ -209,17 +209,17 @@ def config() -> None:
 
 @config.command("check")
 @config_option
+@click.option("--probe", is_flag=True, help="Try the stores, too: as the user that tierd runs as.")
 @json_option
 @click.pass_obj
-def config_check(options: Options, config: Path | None, as_json: bool) -> None:
+def config_check(options: Options, config: Path | None, probe: bool, as_json: bool) -> None:
     """Say everything that is wrong with the configuration, or that nothing is."""
-    from tierd.config import load
     from tierd.document import ConfigErrors
 
     path = _own_config(options, config)
     if as_json:
         try:
-            load(path)
+            _load_whole(path, probe)
             wrong = []
         except ConfigErrors as errors:
             wrong = [{**vars(error), "file": str(error.file)} for error in errors.errors]
@@ -228,8 +228,22 @@ def config_check(options: Options, config: Path | None, as_json: bool) -> None:
             sys.exit(CONFIG_WRONG)
         return
     with _config_errors():
-        rules = len(load(path).guests)
+        rules = _load_whole(path, probe)
     click.echo(f"{path}: all right, {rules} guest rule{'' if rules == 1 else 's'}")
+
+
+def _load_whole(path: Path, probe: bool) -> int:
+    """With what stores say of their keys; how many guest rules there are. ConfigErrors."""
+    from tierd.config import load, named_stores
+    from tierd.document import ConfigErrors
+
+    config = load(path)
+    if probe or named_stores(config) & config.asked.keys():
+        from tierd.stores import errors_of_stores  # it imports what they need
+
+        if errors := errors_of_stores(config, path, probe=probe):
+            raise ConfigErrors(errors)
+    return len(config.guests)
 
 
 @cli.command()

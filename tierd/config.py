@@ -27,6 +27,8 @@ from tierd.quantities import parse_rate, parse_size, parse_time, shown
 SAFE_MIN_IDLE_S = 120.0
 AGE_S_MAX = 5 * 86400.0  # a page's age is counted in 61,440 steps of 8 s: somewhat more than this
 SOCKET_PATH_BYTES_MAX = 107  # sun_path, unix(7)
+OWN_STORES = ("memory", "file")  # without a section in stores
+NAME = r"^[a-z][a-z0-9_-]{0,40}$"  # of a store
 RULES_MAX = 4096  # and files of guests_dir
 ERRORS_MAX = 200  # nobody reads more at once
 
@@ -95,9 +97,9 @@ class Frozen(BaseModel):
 
 
 class Tier(Frozen):
-    """A step of a policy's ladder: a store by its name."""
+    """A step of a policy's ladder: a store by its name, `memory`, `file` or one of `stores`."""
 
-    name: Literal["memory", "file"]
+    name: Annotated[str, Field(pattern=NAME)]
     capacity: Size | None = None  # of this guest's pages there; None: what the store has
     min_age_s: Seconds | None = (
         None  # pages idle for so long sink there, younger ones never; None: what the tier above has no room for
@@ -229,6 +231,23 @@ class MemoryStoreConfig(Frozen):
     codec: Literal["lz4", "zstd"] = "lz4"
 
 
+class AskedStoreConfig(Frozen):
+    """A store that is asked: what tierd wants to know of each. All other keys are the store's own."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str  # the key under `stores`
+    capacity: Size | None = None  # of guest memory, of all guests together; None: what the store takes
+    encrypt: bool = True
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 8  # reads and writes at a time
+    deadline_s: Annotated[float, BeforeValidator(parse_time), Field(gt=0, le=600)] = 10.0  # of one read
+
+    @property
+    def options(self) -> Mapping[str, object]:
+        """The store's own keys."""
+        return self.model_extra or {}
+
+
 class Log(Frozen):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "console", "json"] = "auto"
@@ -276,6 +295,7 @@ class Config(Frozen):
     metrics: Metrics = Metrics()
     store: FileStoreConfig = FileStoreConfig()
     memory: MemoryStoreConfig = MemoryStoreConfig()
+    stores: tuple[AskedStoreConfig, ...] = ()  # those that are asked
     log: Log = Log()
     engine: Literal["auto", "rwp", "rfc", "stock"] = "auto"
     discover_interval_s: Interval = 1.0
@@ -285,6 +305,11 @@ class Config(Frozen):
     guests_dir: SomePath = Path("guests.d")  # relative to the main file
     defaults: Policy = Policy()
     guests: tuple[Rule, ...] = ()  # those of guests_dir first: they override
+
+    @property
+    def asked(self) -> Mapping[str, AskedStoreConfig]:
+        """`stores` by name."""
+        return {store.name: store for store in self.stores}
 
     def match(self, name: str, pid: int, cmdline: str) -> Policy | None:
         """The policy of the first rule that matches; None: the guest is left alone."""
@@ -306,6 +331,12 @@ _SECTIONS: dict[str, type[Frozen]] = {
 NEED_RESTART = ("runtime_dir", "api", "handshake", "metrics", "store", "memory", "engine", "log")
 
 
+def named_stores(config: Config) -> set[str]:
+    """Tiers that some policy has."""
+    policies = (config.defaults, *(rule.policy for rule in config.guests))
+    return {tier.name for policy in policies for tier in policy.tiers}
+
+
 def changes(old: Config, new: Config) -> list[str]:
     """What a reload changes, one line each, `store.path: /a -> /b`; and what of it waits for a restart."""
     told: list[str] = []
@@ -314,6 +345,11 @@ def changes(old: Config, new: Config) -> list[str]:
         later = " (takes effect after a restart)" if key in NEED_RESTART else ""
         if key == "guests":
             told += _rule_changes(before, after)
+        elif key == "stores":  # their keys may be secrets
+            a, b = old.asked, new.asked
+            told += [f"stores.{name}: added" for name in b if name not in a]
+            told += [f"stores.{name}: removed (takes effect after a restart)" for name in a if name not in b]
+            told += [f"stores.{n}: changed (takes effect after a restart)" for n in b if n in a and a[n] != b[n]]
         elif isinstance(before, Frozen):
             told += [line + later for line in _differences(f"{key}.", before, after)]
         elif before != after:
@@ -459,11 +495,13 @@ def load(path: Path) -> Config:
         raise ConfigErrors(errors)
     raw = dict(main.value)
     raw_guests = raw.pop("guests", None)
+    stores = _asked_stores(main, raw.pop("stores", None))
     sections = {key: _section(model, main, (key,), raw.pop(key, None)) for key, model in _SECTIONS.items()}
     config = _section(Config, main, (), raw)
     defaults = sections["defaults"].model_dump(exclude_unset=True)
     rules = _rules_of_directory(path.parent / config.guests_dir, "guests_dir" in raw, main, defaults)
     rules += _rules(main, raw_guests, defaults)
+    _must_be_stores(main, sections["defaults"], rules, stores)
     if len(rules) > RULES_MAX:
         main.wrong((), f"there are more than {RULES_MAX} guest rules", "let one rule be for many guests")
     else:
@@ -473,7 +511,49 @@ def load(path: Path) -> Config:
         if len(errors) > ERRORS_MAX:
             errors[ERRORS_MAX:] = [ConfigError(path, 0, "", f"{len(errors) - ERRORS_MAX} more things are wrong")]
         raise ConfigErrors(errors)
-    return config.model_copy(update={**sections, "guests": tuple(found.rule for found in rules)})
+    return config.model_copy(update={**sections, "stores": stores, "guests": tuple(found.rule for found in rules)})
+
+
+def _asked_stores(document: Document, raw: object) -> tuple[AskedStoreConfig, ...]:
+    """The mapping under `stores:`. What a store makes of its own keys, it says when it is made."""
+    if raw is not None and not isinstance(raw, dict):
+        document.wrong(("stores",), "must be a mapping of stores", "for example `redis: {addresses: [127.0.0.1:6379]}`")
+        return ()
+    stores = []
+    for name, keys in (raw or {}).items():
+        if not re.match(NAME, str(name)) or name in OWN_STORES:
+            document.wrong(("stores", name), "is no name for a store that is asked", "small letters, digits, - and _")
+            continue
+        if isinstance(keys, dict) and "name" in keys:
+            document.wrong(("stores", name, "name"), "is not a known key", "the name of a store is the key above")
+        keys = {} if keys is None else keys
+        given = {**keys, "name": name} if isinstance(keys, dict) else keys
+        if isinstance(given, dict):
+            stores.append(_section(AskedStoreConfig, document, ("stores", name), given))
+        else:
+            document.wrong(("stores", name), "must be a mapping of keys to values", "see README.md for its keys")
+    return tuple(stores)
+
+
+def _must_be_stores(
+    main: Document, defaults: Frozen, rules: Sequence[_Found], stores: Sequence[AskedStoreConfig]
+) -> None:
+    assert isinstance(defaults, Policy)
+    known = {*OWN_STORES, *(store.name for store in stores)}
+    told = set()
+    for document, path, policy in [
+        (main, ("defaults",), defaults),
+        *((r.document, r.path, r.rule.policy) for r in rules),
+    ]:
+        at: KeyPath = (*path, "tiers")
+        for name in {tier.name for tier in policy.tiers} - known:
+            if at in document.lines or name not in told:  # once where it is inherited
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"add {name} under stores:"
+                document.wrong(
+                    at, f"names a store {name!r}, and there is none; there are {', '.join(sorted(known))}", hint
+                )
+            told.add(name)
 
 
 def _rules(document: Document, raw: object, defaults: Mapping[str, Any]) -> list[_Found]:

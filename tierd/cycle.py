@@ -23,6 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from tierd.native import GUEST_TIER, STAGING_TIER, BatchResult, NativeBatch, NativeGuest, Staged
 
@@ -30,12 +31,24 @@ BATCH_BYTES = 2 << 20
 ANONYMOUS_BATCH_BYTES = 4 << 20  # each is a stop of a thread of the VMM
 BATCH_PAGES_MIN = 8  # huge ones
 PHASES = ("scan", "deactivate", "stage", "select", "hold", "copy", "write", "drop", "release", "demote", "discard")
+GARBAGE_PAGES = 1 << 16  # told to a store at a time
 COMPACT_PAGES, COMPACT_CALLS = 4096, 16  # of a pool, at a time; and so often in a cycle
 STAGE_AFTER_INTERVALS = 2  # not written for so many, and for min_idle_s: the page may be cold
 SAMPLE = 64  # one page in so many goes into the staging area in the first cycle
 SAMPLE_PAGES_MIN = 256
 STOPS_SHARE = 0.2  # of the time of the thread that is stopped
 STOPS_IN_VAIN_MAX = 20
+
+
+class Asked(Protocol):
+    """The stores that Python asks, for the worker: these calls block. KernelError, with the number of the tier that failed."""
+
+    def write(self, tier: int, first_page: int, pages: Sequence[bytes]) -> None:
+        """Durable when it returns."""
+        ...
+
+    def read(self, tier: int, first_page: int, count: int) -> list[bytes | None]: ...
+    def discard(self, tier: int, first_page: int, count: int) -> None: ...
 
 
 @dataclass
@@ -157,6 +170,7 @@ def evict_batch(
     tiers: Sequence[int],
     hold_ms_max: float | None,
     phases: Phases,
+    asked: Asked | None = None,
 ) -> Evicted:
     """The way of a batch out of the guest, each page to the first of `tiers` that takes it. On KernelError the batch is
     cancelled: nothing that was not yet dropped leaves.
@@ -165,16 +179,16 @@ def evict_batch(
     """
     try:
         if batch.guest.anonymous:
-            return _evict_anonymous(batch, first_page, min_idle_s, max_pages, tiers, phases)
+            return _evict_anonymous(batch, first_page, min_idle_s, max_pages, tiers, phases, asked)
         selected = batch.select(GUEST_TIER, first_page, min_idle_s, max_pages, tiers)
         phases.add_batch(selected)
         if not selected.selected_pages:
             return Evicted(0, selected.next_page)
         if hold_ms_max is not None:
-            return Evicted(_drop_in_windows(batch, tiers, hold_ms_max, phases), selected.next_page)
+            return Evicted(_drop_in_windows(batch, tiers, hold_ms_max, phases, asked), selected.next_page)
         phases.add_batch(batch.hold())  # LEAVING came first: a fault in between takes the page back
         phases.add_batch(batch.copy())
-        phases.add_batch(batch.write(tiers))  # durable from here on
+        _write(batch, tiers, phases, asked)
         dropped = batch.drop()
         phases.add_batch(dropped)
         phases.add_batch(batch.release())  # a punch wakes nobody, this does
@@ -184,8 +198,30 @@ def evict_batch(
     return Evicted(dropped.evicted_pages, selected.next_page)
 
 
+def _write(batch: NativeBatch, tiers: Sequence[int], phases: Phases, asked: Asked | None) -> None:
+    """Each page to the first of `tiers` that takes it: durable from here on. Some it only offers: stores that are asked."""
+    done = batch.write(tiers)
+    phases.add_batch(done)
+    if not done.offered_pages:
+        return
+    assert asked is not None
+    began = time.monotonic()
+    for tier in tiers:
+        if tier in batch.guest.asked_tiers:
+            for run in batch.runs(tier):
+                asked.write(tier, run.page, batch.pages_of(run, tier))
+    batch.stored()
+    phases.seconds["write"] += time.monotonic() - began
+
+
 def _evict_anonymous(
-    batch: NativeBatch, first_page: int, min_idle_s: float, max_pages: int, tiers: Sequence[int], phases: Phases
+    batch: NativeBatch,
+    first_page: int,
+    min_idle_s: float,
+    max_pages: int,
+    tiers: Sequence[int],
+    phases: Phases,
+    asked: Asked | None,
 ) -> Evicted:
     """Out of the staging area. Where reads are seen, an idle page only passes through it."""
     end = None
@@ -199,16 +235,18 @@ def _evict_anonymous(
     if not selected.selected_pages:
         return Evicted(0, selected.next_page if end is None else end)
     phases.add_batch(batch.copy())  # nobody writes there; who reads takes the page back
-    phases.add_batch(batch.write(tiers))  # durable from here on
+    _write(batch, tiers, phases, asked)
     dropped = batch.drop()
     phases.add_batch(dropped)
     phases.add_batch(batch.release())
     return Evicted(dropped.evicted_pages, selected.next_page if end is None else end)
 
 
-def _drop_in_windows(batch: NativeBatch, tiers: Sequence[int], hold_ms_max: float, phases: Phases) -> int:
+def _drop_in_windows(
+    batch: NativeBatch, tiers: Sequence[int], hold_ms_max: float, phases: Phases, asked: Asked | None
+) -> int:
     phases.add_batch(batch.copy())  # the guest may touch these pages meanwhile: the window sees who was
-    phases.add_batch(batch.write(tiers))  # durable from here on
+    _write(batch, tiers, phases, asked)
     evicted_pages = 0
     while True:
         done = batch.window(hold_ms_max)
@@ -228,6 +266,7 @@ def evict(
     phases: Phases,
     check: Callable[[], None],
     bytes_per_s: float | None = None,
+    asked: Asked | None = None,
 ) -> int:
     """Evict pages idle at least `min_idle_s`, at most `max_bytes` of them, at `bytes_per_s`, to the first of `tiers` that takes
     each. Returns bytes evicted."""
@@ -239,7 +278,7 @@ def evict(
     with guest.batch(max(batch_bytes // page_bytes, BATCH_PAGES_MIN)) as batch:
         while page < guest.pages and evicted_pages < max_pages:
             check()
-            done = evict_batch(batch, page, min_idle_s, max_pages - evicted_pages, tiers, window_ms_max, phases)
+            done = evict_batch(batch, page, min_idle_s, max_pages - evicted_pages, tiers, window_ms_max, phases, asked)
             evicted_pages += done.pages
             page = done.next_page
             _pace(evicted_pages * page_bytes, bytes_per_s, began)
@@ -252,8 +291,23 @@ def _pace(done_bytes: int, bytes_per_s: float | None, began: float) -> None:
         time.sleep(min(max(ahead_s, 0.0), 1.0))
 
 
+def _supply(batch: NativeBatch, from_tier: int, asked: Asked | None) -> None:
+    """Out of a tier that is asked, its bytes. What it does not have stays there: a fault, or the next try, says so."""
+    assert asked is not None
+    for run in batch.runs():
+        for i, page in enumerate(asked.read(from_tier, run.page, run.count)):
+            if page is not None and len(page) == batch.guest.page_bytes:
+                batch.supply(run.slot + i, [page])
+
+
 def demote_batch(
-    batch: NativeBatch, from_tier: int, first_page: int, min_idle_s: float, max_pages: int, tiers: Sequence[int]
+    batch: NativeBatch,
+    from_tier: int,
+    first_page: int,
+    min_idle_s: float,
+    max_pages: int,
+    tiers: Sequence[int],
+    asked: Asked | None = None,
 ) -> Evicted:
     """The way of a batch from one tier to the first of `tiers` that takes each page. A fault takes its page from wherever it
     is, at any step. On KernelError the batch is cancelled: its pages stay in `from_tier`."""
@@ -261,8 +315,10 @@ def demote_batch(
         selected = batch.select(from_tier, first_page, min_idle_s, max_pages, tiers)
         if not selected.selected_pages:
             return Evicted(0, selected.next_page)
+        if from_tier in batch.guest.asked_tiers:
+            _supply(batch, from_tier, asked)
         batch.copy()  # verified: what the tier gives wrong is not passed on
-        batch.write(tiers)  # durable from here on
+        _write(batch, tiers, Phases(), asked)
         dropped = batch.drop()  # the word says the new tier, then space in the old one is given back
         batch.release()
     except OSError:
@@ -281,6 +337,7 @@ def demote(
     phases: Phases,
     check: Callable[[], None],
     bytes_per_s: float | None = None,
+    asked: Asked | None = None,
 ) -> int:
     """Move pages idle at least `min_idle_s` from one tier to those below, at most `max_bytes` of guest memory, at
     `bytes_per_s`. Returns bytes of guest memory that were."""
@@ -290,7 +347,7 @@ def demote(
     with guest.batch(max(BATCH_BYTES // page_bytes, BATCH_PAGES_MIN)) as batch:
         while page < guest.pages and done_pages < max_pages:
             check()
-            done = demote_batch(batch, from_tier, page, min_idle_s, max_pages - done_pages, tiers)
+            done = demote_batch(batch, from_tier, page, min_idle_s, max_pages - done_pages, tiers, asked)
             done_pages += done.pages
             page = done.next_page
             _pace(done_pages * page_bytes, bytes_per_s, began)
@@ -304,6 +361,16 @@ def compact(guest: NativeGuest, check: Callable[[], None]) -> None:
         check()
         if not guest.compact(COMPACT_PAGES):
             return
+
+
+def discard_asked(guest: NativeGuest, tier: int, asked: Asked, check: Callable[[], None]) -> None:
+    """Tell a tier that is asked what it need not keep any more."""
+    page, count = guest.garbage(tier, 0, GARBAGE_PAGES)
+    while count:
+        check()
+        asked.discard(tier, page, count)
+        guest.garbage_gone(tier, page, count)
+        page, count = guest.garbage(tier, page + count, GARBAGE_PAGES)
 
 
 def discard_fetched(guest: NativeGuest, phases: Phases, check: Callable[[], None], max_pages: int = 1 << 18) -> int:

@@ -27,11 +27,10 @@ from tierd.attach import GuestSpec, Handed, Refused
 from tierd.attach.holders import HolderScan
 from tierd.attach.procfs import Discovery, boot_id, read_spec, start_ticks
 from tierd.check import engine_findings
-from tierd.config import Config, Policy, changes, load
+from tierd.config import Config, Policy, changes, load, named_stores
 from tierd.document import ConfigError, ConfigErrors
 from tierd.engine import EngineUnavailable, choose
 from tierd.guest import Ending, Guest, Host
-from tierd.native import Codec
 from tierd.resume import Resumed
 from tierd.serve import (
     SUFFIX,
@@ -45,8 +44,8 @@ from tierd.serve import (
     read_state,
 )
 from tierd.store import Store, StoreError
-from tierd.store.file import FileStore
-from tierd.store.memory import MemoryStore
+from tierd.store.asked import AskedStore
+from tierd.stores import ANSWERS_S, asked_or_errors, memory_or_errors, open_stores
 from tierd.systemd import Notifier, watchdog_interval_s
 from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused, StoreStatus
 
@@ -61,7 +60,8 @@ READOPT_S, READOPT_S_MAX = 0.5, 10.0
 STOP_GRACE_S = 5.0
 SOCKET_RETRY_S = 2.0
 WATCH_S = 0.25  # between looks at the fault threads
-STORE_ASK_S, STORE_ANSWERS_S = 1.0, 5.0
+STORE_ASK_S = 1.0
+SWEEP_AGAIN_S = 60.0
 ADOPT_S_MAX = 5.0  # for the start to wait for a guest
 HAND_OVER_S_MAX = 60.0  # for an adoption with what a VMM brought
 END_S_MAX = 5.0  # for calls that are under way when everything else has ended
@@ -122,9 +122,7 @@ class Daemon:
                 await self._start_socket("handshake", self._start_handshake)  # soon: VMMs may wait to come again
                 for name, store in self.host.stores.items():
                     self._figures[name] = await trio.to_thread.run_sync(_ask, store)
-                    swept = await trio.to_thread.run_sync(store.sweep, self._may_be_needed)
-                    if swept:
-                        log.info("store_swept", store=name, guests=swept)
+                    await self._sweep(store)
                 await self._start_socket("api", self._start_api)
                 self._nursery.start_soon(self._watch_guests)
                 for store in self.host.stores.values():
@@ -142,6 +140,28 @@ class Daemon:
                 await self._obey(signals)
                 self._end_at_last()
                 self._nursery.cancel_scope.cancel()
+
+    async def _sweep(self, store: Store) -> None:
+        """Pages of guests that are gone. A store that is asked takes its time, and may not answer."""
+        if isinstance(store, AskedStore):
+            self._nursery.start_soon(self._sweep_asked, store)
+        elif swept := await trio.to_thread.run_sync(store.sweep, self._may_be_needed):
+            log.info("store_swept", store=store.name, guests=swept)
+
+    async def _sweep_asked(self, store: AskedStore) -> None:
+        from tierd.store.seal import sweep as sweep_keys  # only where there is such a store
+
+        while True:
+            try:
+                swept = await store.pages.sweep(self._may_be_needed)
+                swept += await trio.to_thread.run_sync(sweep_keys, store.keys_dir, self._may_be_needed)
+            except (OSError, StoreError) as error:
+                log.warning("store_not_swept", store=store.name, error=str(error), action="trying again in a while")
+            else:
+                if swept:
+                    log.info("store_swept", store=store.name, guests=sorted(set(swept)))
+                return
+            await trio.sleep(SWEEP_AGAIN_S)
 
     async def _start_socket(self, name: str, start: Callable[[], Awaitable[None]]) -> None:
         """SocketUnusable ends a tierd that serves nobody. One that has adopted guests goes on without it: their faults are
@@ -303,7 +323,7 @@ class Daemon:
     def _store_status(self, store: Store) -> StoreStatus:
         reasons = sorted({why for (name, _), why in self.host.store_trouble.items() if name == store.name})
         silent_s = trio.current_time() - self._asked_at[store.name]
-        if silent_s > STORE_ANSWERS_S:
+        if silent_s > ANSWERS_S:
             reasons.append(f"{store.path} has not answered for {silent_s:.0f} s")
         used_bytes, free_bytes = self._figures[store.name]
         return StoreStatus(
@@ -576,7 +596,7 @@ class Daemon:
         with contextlib.suppress(OSError):  # the next start tries again
             path.unlink(missing_ok=True)
             for store in self.host.stores.values():
-                await trio.to_thread.run_sync(store.sweep, self._may_be_needed)
+                await self._sweep(store)
         self._guests.pop(guest.key, None)
         self._forget_kept(guest.key)
         log.info("guest_ended", guest=guest.name, pid=guest.pid, how="the VMM ended while it was not served")
@@ -714,8 +734,10 @@ class Daemon:
         new = await trio.to_thread.run_sync(load, self.config_path)
         policies = {key: _policy_of(guest, new) for key, guest in self._guests.items()}
         self._must_keep_its_tiers(policies)
-        if _names_memory(new) and "memory" not in self.host.stores:
-            self._add_store(_memory_or_errors(self.config, self.config_path))
+        if "memory" in named_stores(new) and "memory" not in self.host.stores:
+            self._add_store(memory_or_errors(self.config, self.config_path))
+        for name in sorted(named_stores(new) & new.asked.keys() - self.host.stores.keys()):
+            self._add_store(await asked_or_errors(name, new.asked[name], new.runtime_dir, self.config_path))
         told = changes(self.config, new)
         self.config = new
         for key, policy in policies.items():
@@ -826,7 +848,7 @@ async def _run(config: Config, config_path: Path, resumed: Resumed) -> None:
     guests_dir = prepare_runtime_dir(config.runtime_dir)
     lock = resumed.lock if resumed.lock is not None else lock_runtime_dir(config.runtime_dir)
     try:
-        stores = await _open_stores(config, notifier)
+        stores: dict[str, Store] = await open_stores(config, notifier, resumed)
         for store in stores.values():
             if store.trouble:
                 log.error(
@@ -842,55 +864,6 @@ async def _run(config: Config, config_path: Path, resumed: Resumed) -> None:
 
 def _ask(store: Store) -> tuple[int, int]:
     return store.used_bytes(), store.free_bytes()
-
-
-async def _open_stores(config: Config, notifier: Notifier) -> dict[str, Store]:
-    """By name. One that hangs is waited for, and the manager is told so: guests that were resumed are served meanwhile."""
-
-    async def tell() -> None:
-        await trio.sleep(STORE_ANSWERS_S)
-        log.error("store_hangs", path=str(config.store.path), action="see to the store; waiting for it to start")
-        while True:
-            with contextlib.suppress(OSError):  # told again in a moment
-                notifier.extend_timeout(10 * STORE_ANSWERS_S)
-                notifier.status(f"waiting for the store {config.store.path}, which does not answer")
-            await trio.sleep(STORE_ANSWERS_S)
-
-    file = config.store
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(tell)
-        store = await trio.to_thread.run_sync(FileStore, file.path, file.capacity, file.direct, abandon_on_cancel=True)
-        nursery.cancel_scope.cancel()
-    stores: dict[str, Store] = {store.name: store}
-    if _names_memory(config) or _pools_of(config).exists():  # what is in there may have to be swept
-        try:
-            stores["memory"] = _open_memory(config)
-        except StoreError as error:
-            if _names_memory(config):
-                raise
-            log.warning("memory_unusable", error=str(error), action="none: no policy names it")
-    return stores
-
-
-def _memory_or_errors(config: Config, path: Path) -> MemoryStore:
-    try:
-        return _open_memory(config)
-    except StoreError as error:
-        raise ConfigErrors([ConfigError(path, 0, "memory", str(error))]) from error
-
-
-def _names_memory(config: Config) -> bool:
-    policies = (config.defaults, *(rule.policy for rule in config.guests))
-    return any(tier.name == "memory" for policy in policies for tier in policy.tiers)
-
-
-def _pools_of(config: Config) -> Path:
-    return config.memory.path if config.memory.path is not None else config.runtime_dir / "pools"
-
-
-def _open_memory(config: Config) -> MemoryStore:
-    memory = config.memory
-    return MemoryStore(_pools_of(config), memory.capacity, Codec[memory.codec.upper()])
 
 
 def main(config_path: Path, resumed: Resumed) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import trio
@@ -43,15 +43,20 @@ from tierd.serve import (
     memory_available_bytes,
 )
 from tierd.store import Store, StoreError
+from tierd.store.asked import AskedStore
 from tierd.systemd import Notifier
 from tierd.tiers import Tiers
 from tierd.view import GuestStatus, Progress, RequestRefused, State
+
+if TYPE_CHECKING:  # it imports what encrypts and compresses, which few need
+    from tierd.parking import Parking, Turns
 
 HUNG_S = 0.25  # a fault in service for longer: another thread takes over
 HUNG_TOLD_S = 2.0  # and for longer than this: an operator is told
 LOST_TOLD_MAX = 32  # addresses in one line of the log
 THREADS_MAX = 3  # of Python, a guest at once: a store that hangs holds the threads of its guests, not those of others
 RESTORE_STEP_BYTES = 16 << 20
+ASKED_PAUSE_S = 0.005  # between looks at what is asked of stores
 SPENT_BYTES_MAX = 64 << 20  # of anonymous memory, fetched and still in the staging area
 BACK_OFF_S_MAX = 300.0
 STORED, LOST = STATES.index("stored"), STATES.index("lost")
@@ -70,9 +75,16 @@ class Host:
     kept_uffds: dict[str, int] = field(default_factory=dict)  # by key: a copy that outlives whatever befalls a Guest
     kept_handed: dict[str, Handed] = field(default_factory=dict)  # by key: what the manager kept of VMMs that connected
     served_guests: int = 0  # that share the stores
+    turns: dict[str, Turns] = field(default_factory=dict)  # of stores that trio asks, by name
     store_trouble: dict[tuple[str, str], str] = field(
         default_factory=dict
     )  # (store, guest's key) -> why it did not take its pages
+
+    def turns_of(self, store: AskedStore) -> Turns:
+        """All guests' calls of a store share them."""
+        from tierd.parking import Turns
+
+        return self.turns.setdefault(store.name, Turns(store.concurrency))
 
     def forget_trouble(self, key: str) -> None:
         """Of a guest, with all stores."""
@@ -132,6 +144,7 @@ class Guest:
         self._scope = trio.CancelScope()
         self._wake = trio.Event()
         self._served: Served | None = None
+        self._parking: Parking | None = None  # it has tiers that are asked
         self._tiers: Tiers
         self.begun = trio.Event()  # attached, or not and over
         self.phases = cycle.Phases()
@@ -177,7 +190,13 @@ class Guest:
         finally:
             self.begun.set()
         self.spec = served.spec  # with what is ours in the VMM
-        self._tiers = Tiers(served, self._host.stores, lambda: self._host.served_guests)
+        asked = None
+        if served.native.asked_tiers:
+            from tierd.parking import Asked, Parking
+
+            self._parking = Parking(served, self.key, self._host.stores, self._host.turns_of)
+            asked = Asked(self._parking)
+        self._tiers = Tiers(served, self._host.stores, lambda: self._host.served_guests, asked)
         self._state = "paused" if self._paused else "active"
         self._host.served_guests += 1
         self._apply_reads(served)
@@ -197,6 +216,8 @@ class Guest:
                     self._served = None
                     try:
                         await self._in_worker(self._end, served)
+                        if self._parking is not None:
+                            await self._parking.close(delete=self._ending is not Ending.KEPT)
                     except Exception as error:
                         self._end_failure = error
                         raise
@@ -265,6 +286,8 @@ class Guest:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_exit, served)
+                if self._parking is not None:
+                    nursery.start_soon(self._parking.run)
                 with self._scope:
                     await self._cycle_for_ever(served)
                 nursery.cancel_scope.cancel()
@@ -284,6 +307,7 @@ class Guest:
             served.forget()
         self._host.forget_trouble(self.key)
         self._host.forget_trouble(f"{self.key} hangs")
+        self._host.forget_trouble(f"{self.key} not open")
 
     async def _watch_exit(self, served: Served) -> None:
         await trio.lowlevel.wait_readable(served.pidfd)
@@ -428,15 +452,9 @@ class Guest:
                 self._failed(error)
 
     async def _tidy(self, served: Served) -> None:
-        """Whatever the state and the policy: what came back takes no room in its tier any more. Of compressed memory that is the
-        host's."""
-
-        def work() -> None:
-            cycle.discard_fetched(served.native, self.phases, trio.from_thread.check_cancelled)
-            cycle.compact(served.native, trio.from_thread.check_cancelled)
-
+        """Whatever the state and the policy: what came back takes no room in its tier any more."""
         try:
-            await self._in_worker(work)
+            await self._in_worker(self._tiers.tidy, self.phases, trio.from_thread.check_cancelled)
         except OSError as error:
             if not await self._is_over(served, error):
                 self._failed(error)
@@ -564,7 +582,9 @@ class Guest:
             self._wake.set()  # the next cycle gives them back
         if health.pages_lost > self._lost_told:
             self._tell_lost(native, health.pages_lost)
-        hangs = max(health.oldest_busy_ns, health.overdue_ns, health.worker_io_ns) > HUNG_TOLD_S * 1e9
+        self._tell_parking()
+        waits = (health.oldest_busy_ns, health.overdue_ns, health.asked_ns, health.worker_io_ns)
+        hangs = max(waits) > HUNG_TOLD_S * 1e9
         if hangs and not self._store_hangs:
             call = "read" if health.worker_io_ns <= HUNG_TOLD_S * 1e9 else "call"
             trouble = f"guest {self.name} has waited for a {call} of the store for more than {HUNG_TOLD_S:g} s"
@@ -574,7 +594,7 @@ class Guest:
                 "store_hangs",
                 fault_threads=health.fault_threads,
                 hung_threads=health.hung_threads,
-                waiting_pages=health.parked_pages,
+                waiting_pages=health.parked_pages + health.asked_pages,
                 eviction_hangs=health.worker_io_ns > HUNG_TOLD_S * 1e9,
                 action="see to the store; faults that do not need it are served",
             )
@@ -582,6 +602,15 @@ class Guest:
             self._host.forget_trouble(f"{self.key} hangs")
             self._log.info("store_answers_again", fault_threads=health.fault_threads)
         self._store_hangs = hangs
+
+    def _tell_parking(self) -> None:
+        """Stores that are asked and cannot be had."""
+        troubles = self._parking.troubles if self._parking is not None else {}
+        for name in self._served.tiers if self._served is not None else ():
+            if name in troubles:
+                self._host.store_trouble[name, f"{self.key} not open"] = troubles[name]
+            else:
+                self._host.store_trouble.pop((name, f"{self.key} not open"), None)
 
     def _tell_lost(self, native: NativeGuest, pages_lost: int) -> None:
         addresses = native.lost_addresses(LOST_TOLD_MAX)
@@ -684,7 +713,12 @@ class Guest:
         served = self._must_serve()
         async with self._worker:
             self._must_still_serve(served)
+            before = served.native.counters()["state_pages"][LOST]
             recovered, still_lost = await self._in_worker(served.native.retry)
+            if served.native.asked_tiers:
+                await self._answered(served)
+                still_lost = served.native.counters()["state_pages"][LOST]
+                recovered = max(before - still_lost, 0)
         self._log.info("lost_pages_retried", recovered_pages=recovered, lost_pages=still_lost)
         return recovered * served.page_bytes, still_lost * served.page_bytes
 
@@ -739,18 +773,28 @@ class Guest:
         while stored_pages:
             page = 0
             while page < served.native.pages:
+                asked_from = page
                 page, restored = await self._in_worker(served.native.restore, page, step_pages)
+                if page == asked_from:
+                    await trio.sleep(ASKED_PAUSE_S)  # as much is asked for as can be
                 done += restored * served.page_bytes
                 progress(min(done, total), total)
                 if served.native.anonymous:
                     await self._in_worker(cycle.unstage, served.native, trio.from_thread.check_cancelled)
+            await self._answered(served)
             before, stored_pages = stored_pages, served.native.counters()["state_pages"][STORED]
+            done = max(done, total - stored_pages * served.page_bytes)
             if stored_pages >= before:
                 raise OSError(
                     errno.EIO,
                     f"{stored_pages} pages of guest {self.name} cannot be read from the store; see tierd's log",
                 )
         return done
+
+    async def _answered(self, served: Served) -> None:
+        """Until all that is asked for has come, or cannot be had now."""
+        while served.native.health(HUNG_S).asked_pages:
+            await trio.sleep(ASKED_PAUSE_S)
 
     def _must_fit(self, needed_bytes: int, page_bytes: int) -> None:
         available = memory_available_bytes(page_bytes)

@@ -75,6 +75,7 @@ from tierd.native import (
     table_read,
 )
 from tierd.store import Space, Store, StoreError, memory
+from tierd.store.asked import AskedSpace
 from tierd.store.directory import file_system_of, open_ours
 from tierd.store.file import reopen
 
@@ -136,6 +137,7 @@ class Served:
         self.native: NativeGuest
         self.tiers: dict[str, ServedTier] = {}  # by name, in their order
         self.pidfd = self.uffd = self.uffd_in_vmm = self.pagemap = self.mem = self.table_fd = -1
+        self.asked_fd = -1  # an eventfd: somebody wants pages of a tier that is asked
         self.memfds: list[int] = []
         self.page_bytes = PAGE_BYTES
 
@@ -338,6 +340,8 @@ def _open_guest(
 ) -> None:
     """The native guest over what `served` holds so far. `capacities`: bytes, of each tier."""
     spec, spaces = served.spec, [tier.space for tier in served.tiers.values()]
+    if any(space.kind is TierKind.ASKED for space in spaces):
+        served.asked_fd = served._own(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
     served.zap = served._zap(swap_can_receive)
     served._inject_tid = served._pick_thread(served.zap)
     served.native = NativeGuest(
@@ -353,6 +357,7 @@ def _open_guest(
         zap=served.zap,
         inject_tid=served._inject_tid,
         mem_fd=served.mem,
+        asked_fd=served.asked_fd,
         use_pagemap=engine.use_pagemap,
         readahead_pages=tuning.readahead_pages_max,
         spin_us_max=tuning.fault_spin_us_max,
@@ -823,6 +828,8 @@ def adopt(
 def _reopened(served: Served, place: Place) -> Space:
     if place.kind is TierKind.MEMORY:
         return memory.reopen(Path(place.path))
+    if place.kind is TierKind.ASKED:
+        return AskedSpace(place.name)
     return reopen(Path(place.path), served.pages, served.page_bytes, direct=place.direct)
 
 

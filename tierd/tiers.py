@@ -23,8 +23,10 @@ from tierd.view import TierStatus
 class Tiers:
     """Of a guest that is served. `stores`: by name. `sharing`: how many guests share them."""
 
-    def __init__(self, served: Served, stores: Mapping[str, Store], sharing: Callable[[], int]) -> None:
-        self._served, self._stores, self._sharing = served, stores, sharing
+    def __init__(
+        self, served: Served, stores: Mapping[str, Store], sharing: Callable[[], int], asked: cycle.Asked | None
+    ) -> None:
+        self._served, self._stores, self._sharing, self._asked = served, stores, sharing, asked
         self._failures: dict[str, tuple[int, float]] = {}  # by name: how often in a row, and when it is tried again
 
     def usable(self, policy: Policy) -> Sequence[ServedTier]:
@@ -34,7 +36,7 @@ class Tiers:
         return [
             tier
             for tier in self._served.tiers.values()
-            if tier.name in named and self._failures.get(tier.name, (0, now))[1] <= now
+            if tier.name in named and self._failures.get(tier.name, (0, now))[1] <= now and tier.space.ready
         ]
 
     def capacity(self, tier: ServedTier, policy: Policy) -> int:
@@ -83,6 +85,7 @@ class Tiers:
                 phases=phases,
                 check=check,
                 bytes_per_s=policy.evict_rate_max,
+                asked=self._asked,
             )
             asked.update(tier.name for tier in tiers)
         return evicted, asked
@@ -98,6 +101,15 @@ class Tiers:
                 demotion = policies.sink(policy, named[below[0].name], self._sample(above, policy))
                 moved.append((above.name, self._demote(above, demotion, policy, phases, check)))
         return [(name, size) for name, size in moved if size]
+
+    def tidy(self, phases: cycle.Phases, check: Callable[[], None]) -> None:
+        """What came back takes no room in its tier any more. Of compressed memory that is the host's. KernelError."""
+        native = self._served.native
+        cycle.discard_fetched(native, phases, check)
+        cycle.compact(native, check)
+        for tier in self._served.tiers.values():
+            if tier.number in native.asked_tiers and tier.space.ready and self._asked is not None:
+                cycle.discard_asked(native, tier.number, self._asked, check)
 
     def _demote(
         self,
@@ -121,6 +133,7 @@ class Tiers:
                 phases=phases,
                 check=check,
                 bytes_per_s=policy.demote_rate_max,
+                asked=self._asked,
             )
         except KernelError as error:
             if error.errno != errno.ENOSPC or error.tier:

@@ -56,6 +56,7 @@ def test_seeds_with_a_store_that_python_asks(real: Path, disk_dir: Path) -> None
     assert figures["kills in service"] > 0
 
 
+@pytest.mark.timeout(900)
 def test_seeds_on_anonymous_memory(real: Path, disk_dir: Path) -> None:
     """The VMM's calls are really made inside of it, by a thread that is interrupted, and go on when the daemon is killed."""
     need_anonymous()

@@ -161,6 +161,7 @@ def test_everything(loaded: Load) -> None:
         metrics: {listen: "[::1]:9464"}
         store: {path: /srv/pages, capacity: 10GiB, direct: off}
         memory: {path: /dev/shm/pools, capacity: 1GiB, codec: zstd}
+        stores: {redis: {addresses: ["here:6379"], capacity: 1GiB, encrypt: false, deadline_s: 2s}, other: }
         log: {level: debug, format: json}
         engine: stock
         discover_interval_s: 500ms
@@ -177,6 +178,17 @@ def test_everything(loaded: Load) -> None:
         """
     )
     assert config.model_dump(exclude={"defaults", "guests"}) == {
+        "stores": (
+            {
+                "name": "redis",
+                "capacity": 1 << 30,
+                "encrypt": False,
+                "concurrency": 8,
+                "deadline_s": 2.0,
+                "addresses": ["here:6379"],
+            },
+            {"name": "other", "capacity": None, "encrypt": True, "concurrency": 8, "deadline_s": 10.0},
+        ),
         "runtime_dir": Path("/dev/shm/tierd"),
         "api": {"socket": Path("/dev/shm/tierd/api.sock"), "mode": 0o600, "group": "kvm"},
         "handshake": {"socket": Path("/dev/shm/tierd/handshake.sock"), "mode": 0o660, "group": "kvm"},
@@ -233,7 +245,8 @@ def test_tiers(loaded: Load, tiers: str, names: list[str]) -> None:
     [
         ("[]", "not a list of tiers"),
         ("{memory: 1}", "not a list of tiers"),
-        ("[memroy]", "tier 1, name: 'memroy': .*'memory' or 'file'"),
+        ("[memroy]", "names a store 'memroy', and there is none; there are file, memory .did you mean memory"),
+        ("[Memory]", "tier 1, name: 'Memory': "),
         ("[memory, {name: file, capacity: lots}]", "tier 2, capacity: 'lots': .*not a size"),
         ("[{name: memory, size: 1GiB}]", "tier 1, size: .*known keys are name, capacity, min_age_s"),
         ("[memory, 7]", "tier 2: 7: "),

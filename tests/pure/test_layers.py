@@ -31,6 +31,8 @@ ORDER = [
     "tiers",
     "resume",
     "salvage",
+    "parking",
+    "stores",
     "guest",
     "metrics",
     "routes",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,7 @@ class TierKind(enum.IntEnum):
 
     FILE = lib.TIERD_KIND_FILE  # sparse, addressed by page number
     MEMORY = lib.TIERD_KIND_MEMORY  # a pool of compressed pages, in a file on tmpfs
+    ASKED = lib.TIERD_KIND_ASKED  # a store that Python asks
 
 
 class Codec(enum.IntEnum):
@@ -187,6 +188,7 @@ class BatchResult:
     left_pages: int
     refused_pages: int
     failed_tier: int
+    offered_pages: int
     select_ns: int
     hold_ns: int
     copy_ns: int
@@ -208,6 +210,26 @@ class Staged:
 
 
 @dataclass(frozen=True)
+class Request:
+    """A run of stored pages that Python is asked for; see struct tierd_request."""
+
+    number: int  # for NativeGuest.answer
+    tier: int
+    page: int
+    count: int
+    demand: bool  # a thread of the guest waits for the first page
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbours in a batch."""
+
+    slot: int
+    page: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Adoption:
     resident_pages: int
     stored_pages: int
@@ -224,8 +246,10 @@ class Health:
     fault_threads: int
     hung_threads: int
     parked_pages: int
+    asked_pages: int
     oldest_busy_ns: int
     overdue_ns: int
+    asked_ns: int
     worker_io_ns: int
     pages_lost: int
     spent_pages: int
@@ -450,6 +474,32 @@ class NativeBatch:
             raise failure
         return self._done(error, STORE_WRITE)
 
+    def runs(self, tier: int = 0) -> Iterator[Run]:
+        """After select out of a tier that is asked: all of the batch. After write: what is offered to `tier`, which is asked."""
+        run, slot = ffi.new("struct tierd_run *"), 0
+        while True:
+            check(lib.tierd_batch_run(self._b, tier, slot, run), "run of a batch")
+            if not run.count:
+                return
+            yield Run(run.slot, run.page, run.count)
+            slot = run.slot + run.count
+
+    def pages_of(self, run: Run, tier: int) -> list[bytes]:
+        """The bytes of a run that is offered."""
+        out = ffi.new("struct tierd_run *")
+        check(lib.tierd_batch_run(self._b, tier, run.slot, out), "run of a batch")
+        size = self.guest.page_bytes
+        view = memoryview(ffi.buffer(out.bytes, run.count * size))
+        return [bytes(view[i : i + size]) for i in range(0, run.count * size, size)]
+
+    def supply(self, slot: int, pages: Sequence[bytes]) -> None:
+        """Bytes of what sinks out of a tier that is asked, before copy. What is not supplied stays there."""
+        check(lib.tierd_batch_supply(self._b, slot, len(pages), b"".join(pages)), "supply of a batch")
+
+    def stored(self) -> BatchResult:
+        """All that write has offered is stored durably."""
+        return self._done(lib.tierd_batch_stored(self._b, self._result), STORE_WRITE)
+
     def drop(self) -> BatchResult:
         """LEAVING -> DROPPING, punch exactly those runs, see the hole, STORED. Of anonymous memory: in its staging area. From
         another tier: STORED in the new one, and space in the old one back."""
@@ -489,6 +539,7 @@ class NativeGuest:
         zap: Zap = Zap.PAGEOUT,
         inject_tid: int = 0,
         mem_fd: int = -1,
+        asked_fd: int = -1,
         use_pagemap: bool = False,
         chunk_bytes: int = 0,
         readahead_pages: int = 16,
@@ -498,7 +549,7 @@ class NativeGuest:
         args = ffi.new("struct tierd_guest_args *")
         args.table_fd, args.uffd, args.pidfd, args.pagemap_fd = table_fd, uffd, pidfd, pagemap_fd
         args.engine, args.zap, args.inject_tid, args.use_pagemap = int(engine), int(zap), inject_tid, use_pagemap
-        args.mem_fd = mem_fd
+        args.mem_fd, args.asked_fd = mem_fd, asked_fd
         args.chunk_bytes, args.readahead_pages, args.page_bytes = chunk_bytes, readahead_pages, page_bytes
         args.spin_us_max, args.follow, args.region_count = spin_us_max, follow, len(regions)
         c_regions = _c_regions(regions, memfds)
@@ -522,6 +573,8 @@ class NativeGuest:
             )
         check(error, "guest tables (is RLIMIT_MEMLOCK high enough?)")
         self._g = out[0]
+        self._answers: dict[int, bytes] = {}  # by request: read by fault threads until its number is given out again
+        self.asked_tiers = frozenset(n for n, tier in enumerate(tiers, 1) if tier.kind is TierKind.ASKED)
         self.anonymous = any(region.staging for region in regions)
         self.has_sync_mode = engine is not EngineNumber.STOCK and not self.anonymous
         self.waits_for_readers = (
@@ -611,6 +664,30 @@ class NativeGuest:
     def set_store_faults(self, **faults: int) -> None:
         """For tests: the store misbehaves as struct tierd_store_faults says."""
         lib.tierd_guest_set_store_faults(self._g, ffi.new("struct tierd_store_faults *", faults))
+
+    def asked(self, requests_max: int) -> list[Request]:
+        """What is wanted of tiers that Python asks, those first that somebody waits for. Each is to be answered. Any thread."""
+        out, count = ffi.new("struct tierd_request[]", requests_max), ffi.new("uint32_t *")
+        check(lib.tierd_guest_asked(self._g, out, requests_max, count), "requests")
+        requests = [Request(r.number, r.tier, r.page, r.count, bool(r.demand)) for r in out[0 : count[0]]]
+        for request in requests:
+            self._answers.pop(request.number, None)
+        return requests
+
+    def answer(self, number: int, content: bytes, pages: int, error: int) -> None:
+        """The first `pages` pages of a request, or an errno (positive) that says why there are none. Any thread; cheap."""
+        self._answers[number] = content
+        check(lib.tierd_guest_answer(self._g, number, ffi.from_buffer(content), pages, -error), "answer")
+
+    def garbage(self, tier: int, first_page: int, pages_max: int) -> tuple[int, int]:
+        """(page, count) of the first run from `first_page` on that a tier that is asked need not keep; count 0: none. Worker."""
+        page, count = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        check(lib.tierd_guest_garbage(self._g, tier, first_page, pages_max, page, count), "garbage")
+        return page[0], count[0]
+
+    def garbage_gone(self, tier: int, page: int, count: int) -> None:
+        """The store has discarded them. Worker."""
+        check(lib.tierd_guest_garbage_gone(self._g, tier, page, count), "garbage")
 
     def retry(self) -> tuple[int, int]:
         """After a repair of the store, read the lost pages again: (recovered, still lost) pages. Worker."""

@@ -674,7 +674,8 @@ static void not_answered(struct tierd_worker *w, struct request *r)
 		if (!page_move(w->g, page, w->claimed[0], word_with_state(w->claimed[0], LOST)))
 			abort();
 		wake(w->g, page, 1);
-	} else if (r->demand && r->count > 1) { /* its neighbours must not fail the page that is waited for: alone, then */
+	} else if (r->demand &&
+		   r->count > 1) { /* its neighbours must not fail the page that is waited for: alone, then */
 		ask_for(w, &(struct request){.first = r->first, .count = 1, .demand = true});
 	} else if (r->demand) {
 		fetch_failed(w, &r->first);

@@ -227,11 +227,15 @@ static int tiers_open(struct tierd_guest *g, int asked_fd)
 
 static void copies_count(struct tierd_guest *g)
 {
+	uint64_t copies[TIERD_TIERS] = {0};
+
 	for (uint64_t page = 0; page < g->pages; page++) {
 		page_word w = atomic_load_explicit(&g->words[page], memory_order_relaxed);
 
-		g->copies[word_tier(w)] += word_takes_space(w);
+		copies[word_tier(w)] += word_takes_space(w);
 	}
+	for (int tier = 0; tier < TIERD_TIERS; tier++)
+		atomic_store(&g->copies[tier], copies[tier]);
 }
 
 static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args)
@@ -987,6 +991,7 @@ int tierd_guest_tier_counters(struct tierd_guest *g, uint32_t tier, struct tierd
 	memset(ret, 0, sizeof(*ret));
 	if (tier >= TIERD_TIERS || !tier_exists(g, tier))
 		return -ENODEV;
+	ret->used_bytes = atomic_load(&g->copies[tier]) * g->page_bytes;
 	if (tier_is_pool(g, tier) && g->pool) {
 		struct pool_counters in_pool;
 

@@ -246,8 +246,8 @@ struct tierd_guest {
 	unsigned int pool_tier; /* the one that is a pool; 0: none is */
 	struct pool *pool;      /* NULL also where its file is damaged: what is in there cannot be had */
 	_Atomic uint64_t capacity_bytes[TIERD_TIERS];
-	uint64_t copies[TIERD_TIERS]; /* words with the copy bit; the worker's own */
-	struct pool_reader *reader;   /* the worker's own; NULL: there is no pool */
+	_Atomic uint64_t copies[TIERD_TIERS]; /* words with the copy bit; written by the worker only */
+	struct pool_reader *reader;           /* the worker's own; NULL: there is no pool */
 	struct tier_count tier_counts[TIERD_TIERS];
 
 	struct table_header *header; /* the mapped state file */

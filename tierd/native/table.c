@@ -151,7 +151,7 @@ static bool ends(const char *text, size_t bytes)
 static bool places_sane(const struct tierd_place *places)
 {
 	for (int i = 0; i < TIERD_LADDER_MAX; i++)
-		if (places[i].kind > TIERD_KIND_MEMORY || !ends(places[i].name, sizeof(places[i].name)) ||
+		if (places[i].kind > TIERD_KIND_ASKED || !ends(places[i].name, sizeof(places[i].name)) ||
 		    !ends(places[i].path, sizeof(places[i].path)))
 			return false;
 	return true;

@@ -180,7 +180,7 @@ struct tierd_counters {
 
 /* One tier of a guest. */
 struct tierd_tier_counters {
-	uint64_t used_bytes;       /* of a pool: memory that its file takes */
+	uint64_t used_bytes;       /* of a pool: memory that its file takes; else: of pages that have space there */
 	uint64_t metadata_bytes;   /* of a pool: what of that, and of ours, is neither pages nor waste */
 	uint64_t filled_pages;     /* of a pool: one 8-byte word, again and again */
 	uint64_t compressed_bytes; /* of a pool: what its pages have become */

@@ -54,6 +54,11 @@ class Space(Protocol):
         """Written pages stay in the page cache, which would give nothing back: to be dropped after a sync."""
         ...
 
+    @property
+    def ready(self) -> bool:
+        """Pages may be written to it."""
+        ...
+
     def used_bytes(self) -> int:
         """Space that the guest's pages take."""
         ...
@@ -156,11 +161,12 @@ class PageStore(Protocol):
 
 @dataclass(frozen=True)
 class StoreContext:
-    """What a store is told beside its keys in the configuration."""
+    """What a store is told beside its own keys in the configuration."""
 
-    runtime_dir: (
-        Path  # ours, on tmpfs: for what has to outlive tierd and not a boot, in a directory of the store's name
-    )
+    # ours, on tmpfs: for what has to outlive tierd and not a boot, in a directory of the store's name
+    runtime_dir: Path
+    concurrency: int = 8  # how many calls are made at a time
+    deadline_s: float = 10.0  # how long a read is waited for
 
 
 # What the entry point of a store is (group `tierd.stores`): it makes the store of its keys in the configuration, without

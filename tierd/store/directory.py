@@ -24,6 +24,8 @@ MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
 class GuestFile:
     """One guest's file: what all of store.Space's have in common."""
 
+    ready = True
+
     def __init__(self, fd: int, path: Path) -> None:
         self.fd, self.path = fd, path
 

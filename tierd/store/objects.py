@@ -414,5 +414,6 @@ class ObjectSpace:
 
 def make(given: Mapping[str, object], context: StoreContext) -> ObjectStore:
     """Implements store.PageStoreFactory."""
-    options = parse("objects", ObjectOptions, given)
+    ours = {"concurrency": context.concurrency, "deadline_s": context.deadline_s}
+    options = parse("objects", ObjectOptions, {**ours, **given})
     return ObjectStore(options, context.runtime_dir / "objects", options.host_id or host_id(), boot_id())

@@ -297,4 +297,5 @@ def confirmation(options: RedisOptions) -> Words:
 
 def make(given: Mapping[str, object], context: StoreContext) -> RedisStore:
     """Implements store.PageStoreFactory: the keys are redis_link.RedisOptions."""
-    return RedisStore(parse("redis", RedisOptions, given), boot_id())
+    ours = {"concurrency": context.concurrency, "deadline_s": context.deadline_s}
+    return RedisStore(parse("redis", RedisOptions, {**ours, **given}), boot_id())

@@ -85,6 +85,11 @@ class SealKey:
                 raise StoreError(f"{path} cannot be written: {error.strerror}; make room in {directory}") from error
             raise
 
+    @staticmethod
+    def exists(directory: Path, store: str, guest: str) -> bool:
+        """Whether a predecessor has sealed what it stored there."""
+        return os.path.lexists(_path(directory, store, guest))
+
     @classmethod
     def reopen(cls, directory: Path, store: str, guest: str, pages: int) -> SealKey:
         """The key that a predecessor made. StoreError: it is not there any more, or not one that only we can have made."""

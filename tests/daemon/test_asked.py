@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stores that Python asks, under the real daemon: a real Redis, objects in a directory, a plug-in."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.daemon.process import OURS, POLICY, Boot, Daemon, evicted
+from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
+from tests.kernel.vmm import MIB, Vmm, wait_for
+from tests.store.servers import Server
+
+pytestmark = pytest.mark.usefixtures("kernel")
+PLUGIN = Path(__file__).parents[1] / "store" / "plugin"
+
+
+def with_tiers(daemon: Daemon, *tiers: object, **settings: Any) -> None:
+    daemon.write(guests=[{"name": f"*{OURS}", **POLICY, "tiers": list(tiers)}], **settings)
+
+
+def tiers(daemon: Daemon) -> dict[str, dict[str, Any]]:
+    return {tier["name"]: tier for tier in daemon.guests()["web"]["tiers"]}
+
+
+@pytest.fixture
+def redis() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture
+def web(boot: Boot) -> Vmm:
+    return boot("web", 16 * MIB, "compressible")
+
+
+def test_pages_leave_for_redis_and_come_back(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    assert tiers(daemon)["redis"]["stored_bytes"] > 12 * MIB
+    (key,) = (daemon.runtime_dir / "keys").iterdir()
+    assert key.stat().st_mode & 0o777 == 0o600
+    daemon.kill()
+    daemon.start()
+    web.verify()
+    evicted(daemon, "web", web)
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    web.verify()
+    assert not list((daemon.runtime_dir / "keys").iterdir()), "the key is destroyed"
+    assert not [name for name in redis.ask("KEYS", "*") if b"spaces" not in name and b"lease" not in name]
+
+
+def test_a_ladder_of_four(daemon: Daemon, web: Vmm, redis: Server, disk_dir: Path) -> None:
+    """Pages sink through all of them, while tierd is killed, and Redis, too."""
+    (disk_dir / "bucket").mkdir(mode=0o700)
+    objects = {"scheme": "fs", "options": {"root": str(disk_dir / "bucket")}}
+    steps = [
+        {"name": "memory", "capacity": "3MiB"},
+        {"name": "redis", "capacity": "3MiB"},
+        {"name": "objects", "capacity": "3MiB"},
+        "file",
+    ]
+    with_tiers(daemon, *steps, stores={"redis": {"addresses": [redis.address]}, "objects": objects})
+    daemon.start()
+    evicted(daemon, "web", web)
+    wait_for(lambda: all(tier["stored_bytes"] for tier in tiers(daemon).values()), "pages are everywhere")
+    for _ in range(3):
+        redis.kill()
+        daemon.kill()
+        redis.start()
+        daemon.start()
+        web.verify()
+        evicted(daemon, "web", web)
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    web.verify()
+    assert not list((disk_dir / "bucket").rglob("*.000*")), "nothing of the guest is left"
+
+
+def test_a_plug_in(daemon: Daemon, web: Vmm, disk_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = disk_dir / "plugin"
+    info = place / "tierd_sqlite-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tierd-sqlite\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[tierd.stores]\nsqlite = tierd_sqlite:SqliteStore\n")
+    monkeypatch.setenv("PYTHONPATH", f"{place}:{PLUGIN}")
+    (disk_dir / "pages").mkdir()
+    with_tiers(daemon, "sqlite", stores={"sqlite": {"path": str(disk_dir / "pages"), "encrypt": False}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    assert list((disk_dir / "pages").iterdir())
+    web.verify()
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    assert not list((disk_dir / "pages").iterdir())
+
+
+def test_a_store_that_hangs_delays_nobody_else(daemon: Daemon, boot: Boot, web: Vmm, redis: Server) -> None:
+    """Pages that are in it wait, and it is told; others come. When it answers again, so do they."""
+    other = boot("other", 8 * MIB, "compressible")
+    rules = [
+        {"name": f"web{OURS}", **POLICY, "tiers": ["redis"]},
+        {"name": f"other{OURS}", **POLICY, "tiers": ["file"]},
+    ]
+    daemon.write(guests=rules, stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    evicted(daemon, "other", other)
+    redis.signal(signal.SIGSTOP)
+    try:
+        web.send("verify")
+        wait_for(lambda: daemon.logged("store_hangs"), "it is told")
+        other.verify()
+        assert not {store["name"]: store["healthy"] for store in daemon.status()["stores"]}["redis"]
+    finally:
+        redis.signal(signal.SIGCONT)
+    wait_for(web.answered, "its pages have come")
+    wait_for(lambda: daemon.logged("store_answers_again"), "it is well again")
+    web.verify()
+
+
+def test_a_full_store_is_no_loss(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    with_tiers(daemon, "redis", "file", stores={"redis": {"addresses": [redis.address]}})
+    used = int(redis.ask("INFO", "memory")["used_memory"])
+    redis.ask("CONFIG", "SET", "maxmemory", used + 2 * MIB)
+    daemon.start()
+    evicted(daemon, "web", web)
+    assert tiers(daemon)["file"]["stored_bytes"], "the others take what it does not"
+    web.verify()
+
+
+def test_what_cannot_be_used_is_told_at_the_start(daemon: Daemon, redis: Server) -> None:
+    redis.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.spawn()
+    assert daemon.wait() == 1
+    assert "evicts keys when it is full" in daemon.log_path.read_text()
+    redis.kill()
+    probed = daemon.tierd("config", "check", "--probe")
+    assert probed.returncode == 78
+    assert "store redis cannot be used" in probed.stdout + probed.stderr
+
+
+@pytest.mark.parametrize(
+    ("stores", "told"),
+    [
+        ({}, "names a store 'redis', and there is none; there are file, memory"),
+        ({"redis": {"adresses": ["127.0.0.1:1"]}}, "adresses: there is no such key; did you mean addresses?"),
+        ({"redis": {"concurrency": 0}}, "concurrency"),
+        ({"nothing": {}, "redis": {"addresses": ["x"]}}, "addresses"),
+    ],
+)
+def test_what_is_wrong_in_the_configuration(daemon: Daemon, stores: dict[str, Any], told: str) -> None:
+    with_tiers(daemon, "redis", stores=stores)
+    checked = daemon.tierd("config", "check")
+    assert checked.returncode == 78
+    assert told in checked.stdout + checked.stderr

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parking: faults on pages of stores that trio asks, and everything else that is read and written there.
+
+    fault thread: files a request, rings ---> here: read, unseal ---> fault thread: verify, place, wake
+
+A guest's requests are taken in its own task. Each store has so many turns (`concurrency`): who waits for a page comes before
+read-ahead, and that before eviction, demotion and discards, so a store that is busy is busy with what guests wait for. Each store
+has its own, so a slow one delays nobody but its own pages. A request that fails, or is late (`deadline_s`), is asked again by the
+data plane until the policy's read_deadline_s; where the store is not open yet, or nobody has configured it, the page waits.
+
+Everything here runs in trio's thread, but `Asked`, which is the guest's worker's: it blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import structlog
+import trio
+
+from tierd.native import STORE_WRITE, KernelError, Request
+from tierd.serve import Served, ServedTier
+from tierd.store import IntegrityError, PageSpace, Store, StoreError
+from tierd.store.asked import AskedSpace, AskedStore
+from tierd.store.records import CompressedSpace
+from tierd.store.seal import SealedSpace, SealKey
+
+TAKEN_MAX = 64  # requests at a time
+REOPEN_S, REOPEN_S_MAX = 0.5, 30.0
+DELETE_S_MAX = 10.0  # for the pages of a guest that is over; then the sweep has them
+
+
+class Rank(enum.IntEnum):
+    """Whose turn comes first."""
+
+    DEMAND = 0
+    READ_AHEAD = 1
+    BACKGROUND = 2  # eviction, demotion, discards
+
+
+class Turns:
+    """So many calls of a store at a time; those in the background leave a quarter of them to the others."""
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._kept_free = max(count // 4, min(count - 1, 1))
+        self._waiting: tuple[deque[trio.Event], ...] = tuple(deque() for _ in Rank)
+
+    @property
+    def demand_waits(self) -> bool:
+        return bool(self._waiting[Rank.DEMAND])
+
+    @asynccontextmanager
+    async def of(self, rank: Rank) -> AsyncIterator[None]:
+        if not self._may(rank) or any(self._waiting[: rank + 1]):
+            await self._wait(rank)
+        else:
+            self._free -= 1
+        try:
+            yield
+        finally:
+            self._free += 1
+            self._pass_on()
+
+    def _may(self, rank: Rank) -> bool:
+        return self._free > (self._kept_free if rank is Rank.BACKGROUND else 0)
+
+    async def _wait(self, rank: Rank) -> None:
+        turn = trio.Event()
+        self._waiting[rank].append(turn)
+        try:
+            await turn.wait()
+        except trio.Cancelled:
+            if turn.is_set():  # it was given to us just now
+                self._free += 1
+                self._pass_on()
+            else:
+                self._waiting[rank].remove(turn)
+            raise
+
+    def _pass_on(self) -> None:
+        for rank in Rank:
+            while self._waiting[rank] and self._may(rank):
+                self._free -= 1
+                self._waiting[rank].popleft().set()
+
+
+class Parking:
+    """Of one guest that is served and has tiers that are asked. `stores`: of this daemon, by name; it may come to know more.
+    `turns`: by store."""
+
+    def __init__(
+        self, served: Served, key: str, stores: Mapping[str, Store], turns: Callable[[AskedStore], Turns]
+    ) -> None:
+        self._served, self._key, self._stores, self._turns_of = served, key, stores, turns
+        self._log = structlog.get_logger().bind(guest=served.spec.name, pid=served.spec.pid)
+        self._tiers = {tier.number: tier for tier in served.tiers.values() if isinstance(tier.space, AskedSpace)}
+        self._spaces: dict[int, PageSpace] = {}
+        self._keys: dict[int, SealKey] = {}
+        self._opened = {number: trio.Event() for number in self._tiers}
+        self._troubles: dict[int, str] = {}
+        for number, tier in self._tiers.items():
+            _space(tier).counted = partial(_stored_bytes, served, number)
+
+    @property
+    def troubles(self) -> Mapping[str, str]:
+        """By name of the store: why its pages cannot be had at all now."""
+        return {self._tiers[number].name: why for number, why in self._troubles.items()}
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled. Then requests stay open: their pages are a successor's."""
+        try:
+            async with trio.open_nursery() as nursery:
+                for tier in self._tiers.values():
+                    nursery.start_soon(self._open, tier)
+                while True:
+                    await trio.lowlevel.wait_readable(self._served.asked_fd)
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(self._served.asked_fd)
+                    while requests := self._served.native.asked(TAKEN_MAX):
+                        for request in requests:
+                            nursery.start_soon(self._serve, request)
+        finally:
+            for number, tier in self._tiers.items():
+                _space(tier).ready = False
+                if number in self._spaces:
+                    self._store(number).forget(_space(tier))
+                _space(tier).counted = int  # the data plane may be gone soon
+
+    async def _open(self, tier: ServedTier) -> None:
+        """Its space, as soon as the store can be had."""
+        pause_s = REOPEN_S
+        while True:
+            store = self._stores.get(tier.name)
+            if isinstance(store, AskedStore):
+                try:
+                    self._spaces[tier.number] = await self._space_of(store, tier)
+                except (OSError, StoreError) as error:
+                    trouble = str(error)
+                else:
+                    break
+            else:
+                trouble = f"the configuration has no store {tier.name}: add it under stores, and restart tierd"
+            if self._troubles.get(tier.number) != trouble:
+                self._troubles[tier.number] = trouble
+                self._log.error(
+                    "store_not_opened", store=tier.name, error=trouble, action="its pages wait; trying again"
+                )
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, REOPEN_S_MAX)
+        if self._troubles.pop(tier.number, None) is not None:
+            self._log.info("store_opened", store=tier.name)
+        store.note(_space(tier))
+        _space(tier).ready = tier.number in self._keys or not store.encrypt
+        self._opened[tier.number].set()
+        if not _space(tier).ready:
+            self._log.warning(
+                "store_only_read",
+                store=tier.name,
+                why="pages of this guest are there that were not encrypted, and no key is there",
+                action="none is written; restore it, then detach and attach it",
+            )
+
+    async def _space_of(self, store: AskedStore, tier: ServedTier) -> PageSpace:
+        served = self._served
+        space = await store.pages.open(self._key, served.native.pages, served.page_bytes)
+        try:
+            key = await trio.to_thread.run_sync(self._seal_key, store, tier)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await space.aclose()
+            raise
+        if key is not None:
+            self._keys[tier.number] = key
+            space = SealedSpace(space, key)
+        return CompressedSpace(space, served.page_bytes)
+
+    def _seal_key(self, store: AskedStore, tier: ServedTier) -> SealKey | None:
+        """What is there was sealed if there is a key, whatever the configuration says now. Worker thread."""
+        served, args = self._served, (store.keys_dir, store.name, self._key, self._served.native.pages)
+        if served.adoption is not None and SealKey.exists(*args[:3]):
+            return SealKey.reopen(*args)
+        anything = served.adoption is not None and _stored_bytes(served, tier.number)
+        return SealKey.create(*args) if store.encrypt and not anything else None
+
+    async def close(self, *, delete: bool) -> None:
+        """When nobody asks any more. `delete`: the guest is over, or every page is with it."""
+        with trio.move_on_after(DELETE_S_MAX, shield=True):
+            for number, space in self._spaces.items():
+                if delete and number in self._keys:
+                    self._keys[number].destroy()
+                try:
+                    await (space.delete() if delete else space.aclose())
+                except (OSError, StoreError) as error:
+                    name = self._tiers[number].name
+                    self._log.warning("pages_not_deleted", store=name, error=str(error), action="the sweep does it")
+        for key in self._keys.values():
+            key.close()
+        self._spaces.clear()
+        self._keys.clear()
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    async def _serve(self, request: Request) -> None:
+        """One request, whatever the store does: it is answered, or it waits for a store that is not there."""
+        await self._opened[request.tier].wait()
+        try:
+            pages = await self._fetch(request)
+        except (OSError, StoreError, trio.TooSlowError) as error:
+            self._served.native.answer(request.number, b"", 0, _errno_of(error))
+        else:
+            self._served.native.answer(request.number, b"".join(pages), len(pages), 0)
+
+    async def _fetch(self, request: Request) -> list[bytes]:
+        """Its first page, and as many of the others as there are and nobody has to wait for."""
+        store = self._store(request.tier)
+        turns = self._turns_of(store)
+        async with turns.of(Rank.DEMAND if request.demand else Rank.READ_AHEAD):
+            count = 1 if turns.demand_waits else request.count
+            with trio.fail_after(store.deadline_s):
+                return self._whole(await self._spaces[request.tier].read(request.page, count), request)
+
+    def _whole(self, records: Sequence[bytes | None], request: Request) -> list[bytes]:
+        page_bytes, pages = self._served.page_bytes, []
+        for record in records:
+            if record is None or len(record) != page_bytes:
+                break
+            pages.append(record)
+        if not pages:
+            raise IntegrityError(f"the store {self._tiers[request.tier].name} does not have page {request.page}")
+        return pages
+
+    def _store(self, tier: int) -> AskedStore:
+        store = self._stores[self._tiers[tier].name]
+        assert isinstance(store, AskedStore)
+        return store
+
+    # --- for the worker ---------------------------------------------------------------------------------------------------
+
+    async def call(self, tier: int, work: Callable[[PageSpace], Any]) -> Any:
+        """`work` on the space, when it is its turn: an eviction's, a demotion's or a discard's call."""
+        if tier not in self._spaces:
+            raise OSError(errno.EAGAIN, f"the store {self._tiers[tier].name} is not open")
+        async with self._turns_of(self._store(tier)).of(Rank.BACKGROUND):
+            return await work(self._spaces[tier])
+
+
+class Asked:
+    """Implements cycle.Asked for a guest's worker, which waits for trio. KernelError: with the number of the tier that failed."""
+
+    def __init__(self, parking: Parking) -> None:
+        self._parking = parking
+
+    def write(self, tier: int, first_page: int, pages: Sequence[bytes]) -> None:
+        self._call(tier, STORE_WRITE, lambda space: space.write(first_page, pages))
+
+    def read(self, tier: int, first_page: int, count: int) -> list[bytes | None]:
+        found: list[bytes | None] = self._call(tier, "store read", lambda space: space.read(first_page, count))
+        return found
+
+    def discard(self, tier: int, first_page: int, count: int) -> None:
+        self._call(tier, "store discard", lambda space: space.discard(first_page, count))
+
+    def _call(self, tier: int, noun: str, work: Callable[[PageSpace], Any]) -> Any:
+        try:
+            return trio.from_thread.run(self._parking.call, tier, work)
+        except (OSError, StoreError) as error:
+            failure = KernelError(_errno_of(error), f"{noun} ({error})")
+            failure.tier = tier
+            raise failure from error
+
+
+def _space(tier: ServedTier) -> AskedSpace:
+    assert isinstance(tier.space, AskedSpace)
+    return tier.space
+
+
+def _stored_bytes(served: Served, number: int) -> int:
+    return int(served.native.tier_counters(number)["used_bytes"])
+
+
+def _errno_of(error: Exception) -> int:
+    if isinstance(error, IntegrityError):
+        return errno.EBADMSG
+    if isinstance(error, trio.TooSlowError):
+        return errno.ETIMEDOUT
+    return (error.errno if isinstance(error, OSError) else None) or errno.EIO

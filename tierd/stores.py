@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening the stores that a configuration names; and trying them, which `tierd config check --probe` does, too."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import structlog
+import trio
+
+from tierd.config import AskedStoreConfig, Config, named_stores
+from tierd.document import ConfigError, ConfigErrors
+from tierd.native import Codec
+from tierd.resume import Resumed
+from tierd.store import PageStore, Store, StoreContext, StoreError
+from tierd.store.asked import AskedStore
+from tierd.store.file import FileStore
+from tierd.store.memory import MemoryStore
+from tierd.systemd import Notifier
+
+ANSWERS_S = 5.0  # a store that is silent for longer hangs
+PROBE_S_MAX = 20.0
+
+log = structlog.get_logger()
+
+
+async def open_stores(config: Config, notifier: Notifier, resumed: Resumed) -> dict[str, Store]:
+    """By name. One that hangs is waited for, and the manager is told so: guests that were resumed are served meanwhile."""
+
+    async def tell() -> None:
+        await trio.sleep(ANSWERS_S)
+        log.error("store_hangs", path=str(config.store.path), action="see to the store; waiting for it to start")
+        while True:
+            with contextlib.suppress(OSError):  # told again in a moment
+                notifier.extend_timeout(10 * ANSWERS_S)
+                notifier.status(f"waiting for the store {config.store.path}, which does not answer")
+            await trio.sleep(ANSWERS_S)
+
+    file = config.store
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tell)
+        store = await trio.to_thread.run_sync(FileStore, file.path, file.capacity, file.direct, abandon_on_cancel=True)
+        nursery.cancel_scope.cancel()
+    stores: dict[str, Store] = {store.name: store}
+    named = named_stores(config)
+    if "memory" in named or _pools_of(config).exists():  # what is in there may have to be swept
+        try:
+            stores["memory"] = _open_memory(config)
+        except StoreError as error:
+            if "memory" in named:
+                raise
+            log.warning("memory_unusable", error=str(error), action="none: no policy names it")
+    needed = _needed_stores(resumed)
+    for name in sorted((named | needed) & config.asked.keys()):
+        stores[name] = await open_asked(name, config.asked[name], config.runtime_dir, needed=name in needed)
+    return stores
+
+
+def _needed_stores(resumed: Resumed) -> set[str]:
+    """Those that guests which were resumed have pages in."""
+    done = [future for future in resumed.served.values() if future.done() and not future.exception()]
+    return {name for future in done for name in future.result().tiers}
+
+
+async def open_asked(name: str, config: AskedStoreConfig, runtime_dir: Path, *, needed: bool = False) -> AskedStore:
+    """A store that is asked, tried once. StoreError: it cannot be used; with `needed`, because guests have pages in it, that is
+    its trouble, and they wait for it."""
+    pages = await _made(name, config, runtime_dir)
+    keys_dir = runtime_dir / "keys"
+    keys_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    store = AskedStore(name, pages, keys_dir, config.capacity, config.encrypt, config.concurrency, config.deadline_s)
+    try:
+        with trio.fail_after(PROBE_S_MAX):
+            await pages.probe()
+    except (OSError, StoreError, trio.TooSlowError) as error:
+        why = f"it did not answer within {PROBE_S_MAX:g} s" if isinstance(error, trio.TooSlowError) else str(error)
+        store.trouble = f"the store {name} cannot be used: {why}"
+        if not needed:
+            await pages.aclose()
+            raise StoreError(store.trouble) from error
+    return store
+
+
+async def _made(name: str, config: AskedStoreConfig, runtime_dir: Path) -> PageStore:
+    from tierd.store.plugins import make_store  # only where one is named: it imports what the store needs
+
+    context = StoreContext(runtime_dir, config.concurrency, config.deadline_s)
+    return await trio.to_thread.run_sync(make_store, name, config.options, context)
+
+
+async def asked_or_errors(name: str, store: AskedStoreConfig, runtime_dir: Path, path: Path) -> AskedStore:
+    try:
+        return await open_asked(name, store, runtime_dir)
+    except StoreError as error:
+        raise ConfigErrors([ConfigError(path, 0, f"stores.{name}", str(error))]) from error
+
+
+def memory_or_errors(config: Config, path: Path) -> MemoryStore:
+    try:
+        return _open_memory(config)
+    except StoreError as error:
+        raise ConfigErrors([ConfigError(path, 0, "memory", str(error))]) from error
+
+
+def _pools_of(config: Config) -> Path:
+    return config.memory.path if config.memory.path is not None else config.runtime_dir / "pools"
+
+
+def _open_memory(config: Config) -> MemoryStore:
+    memory = config.memory
+    return MemoryStore(_pools_of(config), memory.capacity, Codec[memory.codec.upper()])
+
+
+def errors_of_stores(config: Config, path: Path, *, probe: bool) -> list[ConfigError]:
+    """What stores say of their own keys; with `probe`, they are tried. Blocks; not in trio."""
+    errors = []
+
+    def tell(key: str, error: Exception) -> None:
+        errors.append(ConfigError(path, 0, key, str(error)))
+
+    named = named_stores(config)
+    for name in sorted(named & config.asked.keys()):
+        try:
+            trio.run(_try_asked, name, config.asked[name], config.runtime_dir, probe)
+        except (OSError, StoreError) as error:
+            tell(f"stores.{name}", error)
+    if probe:
+        try:
+            FileStore(config.store.path, config.store.capacity, config.store.direct)
+        except StoreError as error:
+            tell("store", error)
+    if probe and "memory" in named:
+        try:
+            _open_memory(config)
+        except StoreError as error:
+            tell("memory", error)
+    return errors
+
+
+async def _try_asked(name: str, config: AskedStoreConfig, runtime_dir: Path, probe: bool) -> None:
+    store = await (open_asked(name, config, runtime_dir) if probe else _made(name, config, runtime_dir))
+    await (store.pages if isinstance(store, AskedStore) else store).aclose()
