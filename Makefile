@@ -20,8 +20,9 @@ $(STAMP): pyproject.toml setup.py $(C_SOURCES)
 setup: build
 	@tests/setup.sh vm
 
-# The main job on a real guest; JSON=1 ends with one JSON object on the last line. MEMORY=anon: with QEMU's default memory; TIERS=file: only that tier.
+# The main job on a real guest; JSON=1 ends with one JSON object on the last line. MEMORY=anon: with QEMU's default memory; TIERS=redis, TIERS=memory,redis,file: other tiers.
 demo: setup
+	@$(if $(findstring redis,$(TIERS)),tests/setup.sh stores)
 	@$(VENV)/bin/tierd --config config/tierd.yaml demo --directory build/vm $(if $(JSON),--json) $(if $(filter anon,$(MEMORY)),--backing anonymous) $(if $(TIERS),--tiers $(TIERS))
 
 test: setup lint

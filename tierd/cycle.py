@@ -40,6 +40,10 @@ STOPS_SHARE = 0.2  # of the time of the thread that is stopped
 STOPS_IN_VAIN_MAX = 20
 
 
+class CutShort(Exception):
+    """Raised by `check`: an order wants the worker. Nothing is left half done."""
+
+
 class Asked(Protocol):
     """The stores that Python asks, for the worker: these calls block. KernelError, with the number of the tier that failed."""
 

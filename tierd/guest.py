@@ -9,11 +9,12 @@ restore, detach) come from API tasks; everything that touches pages runs in work
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import os
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +139,7 @@ class Guest:
         self._not_before = -1e9
         self._cycles = 0
         self._worker = trio.Lock()
+        self._orders = 0  # that wait for it
         self._ending: Ending | None = None
         self._ended = trio.Event()
         self._end_failure: Exception | None = None
@@ -314,6 +316,26 @@ class Guest:
         self._ending = Ending.EXITED
         self._scope.cancel()
 
+    @contextlib.asynccontextmanager
+    async def _order(self, served: Served) -> AsyncIterator[None]:
+        """An order's turn at the worker: a cycle that is under way ends after the batch that it is at. RequestRefused."""
+        self._orders += 1
+        try:
+            await self._worker.acquire()
+        finally:
+            self._orders -= 1
+        try:
+            self._must_still_serve(served)
+            yield
+        finally:
+            self._worker.release()
+
+    def _check(self) -> None:
+        """Between the batches of a cycle. CutShort. Worker."""
+        trio.from_thread.check_cancelled()
+        if self._orders:
+            raise cycle.CutShort
+
     async def _cycle_for_ever(self, served: Served) -> None:
         while True:
             began = trio.current_time()
@@ -347,11 +369,13 @@ class Guest:
             decision = policies.decide(self.policy, await self._in_worker(self._sample, served))
             self._reason = decision.reason
             if decision.evict_bytes_max and not self._paused and trio.current_time() >= self._not_before:
-                evicted = await self._evict(served, decision.min_idle_s, decision.evict_bytes_max)
+                evicted = await self._evict(decision.min_idle_s, decision.evict_bytes_max, self._check)
             if not self._paused and not self.policy.dry_run:
                 await self._sink()
         except Refused as refused:
             await self._give_up(served, refused)
+        except cycle.CutShort:
+            pass  # the next cycle goes on
         except (OSError, StoreError) as error:
             if not await self._is_over(served, error):
                 self._failed(error)
@@ -454,7 +478,9 @@ class Guest:
     async def _tidy(self, served: Served) -> None:
         """Whatever the state and the policy: what came back takes no room in its tier any more."""
         try:
-            await self._in_worker(self._tiers.tidy, self.phases, trio.from_thread.check_cancelled)
+            await self._in_worker(self._tiers.tidy, self.phases, self._check)
+        except cycle.CutShort:
+            pass  # the next cycle goes on
         except OSError as error:
             if not await self._is_over(served, error):
                 self._failed(error)
@@ -482,8 +508,7 @@ class Guest:
             elapsed_s=policy.interval_s,
         )
 
-    async def _evict(self, served: Served, min_idle_s: float, max_bytes: int) -> int:
-        check = trio.from_thread.check_cancelled
+    async def _evict(self, min_idle_s: float, max_bytes: int, check: Callable[[], None]) -> int:
         evicted, asked = await self._in_worker(
             self._tiers.evict, self.policy, min_idle_s, max_bytes, self.phases, check
         )
@@ -495,8 +520,7 @@ class Guest:
         return int(evicted)
 
     async def _sink(self) -> None:
-        check = trio.from_thread.check_cancelled
-        for name, moved in await self._in_worker(self._tiers.sink, self.policy, self.phases, check):
+        for name, moved in await self._in_worker(self._tiers.sink, self.policy, self.phases, self._check):
             self._log.debug("demoted", tier=name, bytes=moved)
 
     def _back_off_s(self, failures: int) -> float:
@@ -682,15 +706,14 @@ class Guest:
                 "change its policy and `tierd reload`, or see `tierd status` for why it is refused",
             )
         floor = policies.clamp_min_idle(self.policy, min_idle_s)
-        async with self._worker:
-            self._must_still_serve(served)
+        async with self._order(served):
             await self._in_worker(self._recheck)
             await self._in_worker(
                 cycle.scan_and_deactivate, served.native, self.phases, trio.from_thread.check_cancelled
             )
             wanted = sum(n for edge, n in self._idle(served) if edge >= floor)
             total = min(wanted, max_bytes) if max_bytes is not None else wanted
-            evicted = await self._evict(served, floor, total)
+            evicted = await self._evict(floor, total, trio.from_thread.check_cancelled)
             progress(evicted, max(total, evicted))
             return evicted
 
@@ -704,15 +727,13 @@ class Guest:
         """Bring every page back and stay paused. Returns bytes."""
         served = self._must_serve()
         await self.pause()
-        async with self._worker:
-            self._must_still_serve(served)
+        async with self._order(served):
             return await self._restore_all(served, progress)
 
     async def retry(self) -> tuple[int, int]:
         """After a repair of the store: read lost pages again. (recovered, still lost) bytes."""
         served = self._must_serve()
-        async with self._worker:
-            self._must_still_serve(served)
+        async with self._order(served):
             before = served.native.counters()["state_pages"][LOST]
             recovered, still_lost = await self._in_worker(served.native.retry)
             if served.native.asked_tiers:
@@ -727,16 +748,15 @@ class Guest:
         the VMM cannot be left now; it is served on."""
         served, before = self._must_serve(), self._state
         self._state = "detaching"
-        async with self._worker:
-            try:
-                self._must_still_serve(served)
+        try:
+            async with self._order(served):
                 await self._restore_all(served, progress)
                 self._must_not_be_lost(served)
-            except BaseException:
-                self._state = before
-                raise
-            self._ending = self._ending or Ending.DETACHED
-            self._scope.cancel()
+                self._ending = self._ending or Ending.DETACHED
+                self._scope.cancel()
+        except BaseException:
+            self._state = before
+            raise
         await self._ended.wait()
         if self._end_failure is not None:
             raise RequestRefused(

@@ -123,3 +123,14 @@ def test_memory_is_named_later(daemon: Daemon, boot: Boot) -> None:
     evicted(daemon, "web", late)
     assert tiers(daemon)["memory"]["stored_bytes"]
     late.verify()
+
+
+def test_an_order_does_not_wait_for_an_eviction(daemon: Daemon, web: Vmm) -> None:
+    """Of 16 MiB in four seconds: the restore begins after the batch that is under way."""
+    slow = {"evict_rate_max": "4MiB/s", "interval_s": 4, "idle_intervals": 1}
+    daemon.write(guests=[{"name": f"*{OURS}", **POLICY, **slow}])
+    daemon.start()
+    wait_for(lambda: daemon.stored_bytes("web"), "the first batch has left", 60)
+    assert daemon.tierd("restore", f"web{OURS}").returncode == 0
+    assert daemon.guests()["web"]["counters"]["pages_evicted"] < 0.8 * web.pages
+    web.verify()

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
@@ -25,6 +25,7 @@ import yaml
 from tierd.client import Client, Unreachable
 from tierd.demo.display import MIB, Display, Sample, choose, tiers_text
 from tierd.demo.guest import MEMORY_BYTES, SLOWNESS, Backing, DemoGuest, numbers
+from tierd.demo.redis import RedisMissing, RedisServer
 from tierd.show import latency_text, quantile_us
 
 NAME = "demo"
@@ -90,7 +91,13 @@ class Tierd:
     Leaving the block stops it as systemd would (SIGTERM: everything is brought back first)."""
 
     def __init__(
-        self, shipped: Path | None, directory: Path, runtime_dir: Path, pid: int, tiers: Sequence[str]
+        self,
+        shipped: Path | None,
+        directory: Path,
+        runtime_dir: Path,
+        pid: int,
+        tiers: Sequence[str],
+        stores: Mapping[str, Any],
     ) -> None:
         self._log = directory / "tierd.log"
         self._config = directory / "tierd.yaml"
@@ -100,6 +107,7 @@ class Tierd:
         settings |= {"runtime_dir": str(runtime_dir), "guests_dir": "guests.d", "guests": [], "metrics": {}}
         settings["api"] = {**(settings.get("api") or {}), "socket": str(socket)}
         settings["store"] = {**(settings.get("store") or {}), "path": str(directory / "store")}
+        settings["stores"] = dict(stores)
         self._config.write_text(yaml.safe_dump(settings))
         guests = directory / "guests.d"
         guests.mkdir()
@@ -223,7 +231,8 @@ def _show(
     )
     with (
         _places(directory) as (scratch, runtime_dir),
-        Tierd(config, scratch, runtime_dir, guest.pid, tiers) as demo.tierd,
+        _stores(scratch, tiers) as stores,
+        Tierd(config, scratch, runtime_dir, guest.pid, tiers, stores) as demo.tierd,
     ):
         display.say("starting tierd")
         demo.wait_served()
@@ -263,6 +272,19 @@ def _places(directory: Path) -> Iterator[tuple[Path, Path]]:
         tempfile.TemporaryDirectory(prefix="tierd-demo-", dir=tmpfs) as runtime_dir,
     ):
         yield Path(scratch), Path(runtime_dir)
+
+
+@contextlib.contextmanager
+def _stores(scratch: Path, tiers: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """What the tiers need beside memory and a disk: the section `stores`."""
+    if "redis" not in tiers:
+        yield {}
+        return
+    try:
+        with RedisServer(scratch) as server:
+            yield server.settings
+    except RedisMissing as error:
+        raise DemoError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose call of a store comes next: tierd.parking.Turns."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+import trio.testing
+
+from tierd.parking import Rank, Turns
+
+
+def in_trio(check: Callable[[], Awaitable[None]]) -> None:
+    trio.run(check)
+
+
+async def _call(turns: Turns, rank: Rank, log: list[str], name: str, gate: trio.Event) -> None:
+    async with turns.of(rank):
+        log.append(name)
+        await gate.wait()
+
+
+def test_who_waits_for_a_page_comes_first() -> None:
+    async def check() -> None:
+        turns, log, gate = Turns(1), list[str](), trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_call, turns, Rank.READ_AHEAD, log, "first", gate)
+            await trio.testing.wait_all_tasks_blocked()
+            for rank in (Rank.BACKGROUND, Rank.READ_AHEAD, Rank.DEMAND):
+                nursery.start_soon(_call, turns, rank, log, rank.name, gate)
+                await trio.testing.wait_all_tasks_blocked()
+            assert log == ["first"]
+            assert turns.demand_waits
+            gate.set()
+        assert log == ["first", "DEMAND", "READ_AHEAD", "BACKGROUND"]
+        assert not turns.demand_waits
+
+    in_trio(check)
+
+
+def test_the_background_leaves_turns_to_the_others() -> None:
+    async def check() -> None:
+        turns, log, gate = Turns(8), list[str](), trio.Event()
+        async with trio.open_nursery() as nursery:
+            for i in range(20):
+                nursery.start_soon(_call, turns, Rank.BACKGROUND, log, f"background {i}", gate)
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(log) == 6
+            for i in range(3):
+                nursery.start_soon(_call, turns, Rank.DEMAND, log, f"demand {i}", gate)
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(log) == 8, "two of the three at once"
+            gate.set()
+        assert len(log) == 23
+
+    in_trio(check)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_turn_is_lost_or_made(seed: int) -> None:
+    """Calls of all ranks that end, fail and are cancelled at any time; never more than there are turns, and all are back."""
+
+    async def check() -> None:
+        rng, turns, inside = random.Random(seed), Turns(3), [0]
+
+        async def call() -> None:
+            with trio.move_on_after(rng.choice([0, 0.01, 0.02, 1])):
+                async with turns.of(rng.choice(list(Rank))):
+                    inside[0] += 1
+                    assert inside[0] <= 3
+                    try:
+                        await trio.sleep(rng.choice([0, 0.005, 0.02]))
+                    finally:
+                        inside[0] -= 1
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(200):
+                nursery.start_soon(call)
+                await trio.sleep(rng.choice([0, 0, 0.002]))
+        log, gate = list[str](), trio.Event()
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(_call, turns, Rank.DEMAND, log, "", gate)
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(log) == 3
+            gate.set()
+
+    in_trio(check)
