@@ -736,7 +736,8 @@ class Daemon:
         self._must_keep_its_tiers(policies)
         if "memory" in named_stores(new) and "memory" not in self.host.stores:
             self._add_store(memory_or_errors(self.config, self.config_path))
-        for name in sorted(named_stores(new) & new.asked.keys() - self.host.stores.keys()):
+        had = {name for guest in self._guests.values() for name in guest.tier_names}
+        for name in sorted((named_stores(new) | had) & new.asked.keys() - self.host.stores.keys()):
             self._add_store(await asked_or_errors(name, new.asked[name], new.runtime_dir, self.config_path))
         told = changes(self.config, new)
         self.config = new

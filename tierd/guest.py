@@ -14,7 +14,7 @@ import enum
 import errno
 import os
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +86,10 @@ class Host:
         from tierd.parking import Turns
 
         return self.turns.setdefault(store.name, Turns(store.concurrency))
+
+    def troubled(self, store: str, key: str) -> bool:
+        """This store, for this guest."""
+        return any(name == store and whose.partition(" ")[0] == key for name, whose in self.store_trouble)
 
     def forget_trouble(self, key: str) -> None:
         """Of a guest, with all stores."""
@@ -862,7 +866,7 @@ class Guest:
             },
             staged_bytes=pages[STAGING_TIER] * served.page_bytes,
             tiers=[
-                self._tiers.status(tier, pages[tier.number], (tier.name, self.key) not in self._host.store_trouble)
+                self._tiers.status(tier, pages[tier.number], not self._host.troubled(tier.name, self.key))
                 for tier in served.tiers.values()
             ],
             hole_bytes=counters["untouched_pages"] * served.page_bytes,
@@ -872,6 +876,11 @@ class Guest:
             phase_s=dict(self.phases.seconds),
             cycles=self._cycles,
         )
+
+    @property
+    def tier_names(self) -> Collection[str]:
+        """Of the stores that it was attached with; none while it is not served."""
+        return self._served.tiers if self._served is not None else ()
 
     def pages_in(self, name: str) -> int:
         """Pages of the guest that are stored in this tier."""

@@ -150,7 +150,7 @@ class Parking:
                 else:
                     break
             else:
-                trouble = f"the configuration has no store {tier.name}: add it under stores, and restart tierd"
+                trouble = f"the configuration has no store {tier.name}: add it under stores, and reload"
             if self._troubles.get(tier.number) != trouble:
                 self._troubles[tier.number] = trouble
                 self._log.error(

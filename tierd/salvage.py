@@ -46,7 +46,20 @@ def put_right(runtime_dir: Path, pid: int, progress: Progress) -> int:
         os.close(lock)
 
 
+def _must_be_in_reach(served: Served) -> None:
+    pages = served.native.counters()["tier_pages"]
+    asked = [
+        tier.name for tier in served.tiers.values() if tier.number in served.native.asked_tiers and pages[tier.number]
+    ]
+    if asked:
+        raise StateError(
+            f"pages of process {served.spec.pid} are in {', '.join(asked)}, which needs a daemon: start tierd, and detach the "
+            "guest there"
+        )
+
+
 def _bring_back(served: Served, progress: Progress) -> int:
+    _must_be_in_reach(served)
     stored_pages = served.native.counters()["state_pages"][STORED]
     total, done = stored_pages * served.page_bytes, 0
     if total > (available := memory_available_bytes(served.page_bytes)):

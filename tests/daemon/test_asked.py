@@ -125,6 +125,59 @@ def test_a_store_that_hangs_delays_nobody_else(daemon: Daemon, boot: Boot, web: 
     web.verify()
 
 
+def test_a_store_that_the_configuration_has_no_more(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    """Its pages wait, and it is told; they come when it is there again."""
+    stores = {"redis": {"addresses": [redis.address]}}
+    with_tiers(daemon, "redis", stores=stores)
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    with_tiers(daemon, "file")
+    daemon.start()
+    web.send("verify")
+    (told, *_) = wait_for(lambda: daemon.logged("store_not_opened"), "it is told")
+    assert "the configuration has no store redis: add it under stores" in told["error"]
+    assert not {tier["name"]: tier["healthy"] for tier in daemon.guests()["web"]["tiers"]}["redis"]
+    assert not web.answered()
+    refused = daemon.tierd("detach", "--pid", str(web.pid))
+    assert refused.returncode == 1
+    with_tiers(daemon, "file", stores=stores)
+    daemon.signal(signal.SIGHUP)
+    wait_for(web.answered, "its pages come", 60)
+    web.verify()
+
+
+def test_encryption_turned_on_later(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    """What is there in clear is read as it is, and nothing is added to it; once it is gone, pages are sealed."""
+    clear = {"redis": {"addresses": [redis.address], "encrypt": False}}
+    with_tiers(daemon, "redis", stores=clear)
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    wait_for(lambda: daemon.logged("store_only_read"), "it is told")
+    web.verify()
+    assert not list((daemon.runtime_dir / "keys").iterdir())
+    daemon.kill()
+    with_tiers(daemon, "redis", stores=clear)
+    daemon.start()
+    evicted(daemon, "web", web)
+
+
+def test_encryption_turned_off_later(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    """What was sealed is read with its key, and what is added is sealed as well."""
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address], "encrypt": False}})
+    daemon.start()
+    web.verify()
+    evicted(daemon, "web", web)
+    web.verify()
+
+
 def test_a_full_store_is_no_loss(daemon: Daemon, web: Vmm, redis: Server) -> None:
     with_tiers(daemon, "redis", "file", stores={"redis": {"addresses": [redis.address]}})
     used = int(redis.ask("INFO", "memory")["used_memory"])
