@@ -239,6 +239,7 @@ class AskedStoreConfig(Frozen):
     name: str  # the key under `stores`
     capacity: Size | None = None  # of guest memory, of all guests together; None: what the store takes
     encrypt: bool = True
+    second: Annotated[str, Field(pattern=NAME)] | None = None  # a store that holds every page of this one, too
     concurrency: Annotated[int, Field(ge=1, le=64)] = 8  # reads and writes at a time
     deadline_s: Annotated[float, BeforeValidator(parse_time), Field(gt=0, le=600)] = 10.0  # of one read
 
@@ -332,9 +333,10 @@ NEED_RESTART = ("runtime_dir", "api", "handshake", "metrics", "store", "memory",
 
 
 def named_stores(config: Config) -> set[str]:
-    """Tiers that some policy has."""
+    """Tiers that some policy has, and those that hold second copies for them."""
     policies = (config.defaults, *(rule.policy for rule in config.guests))
-    return {tier.name for policy in policies for tier in policy.tiers}
+    tiers = {tier.name for policy in policies for tier in policy.tiers}
+    return tiers | {store.second for store in config.stores if store.second and store.name in tiers}
 
 
 def changes(old: Config, new: Config) -> list[str]:
@@ -502,6 +504,7 @@ def load(path: Path) -> Config:
     rules = _rules_of_directory(path.parent / config.guests_dir, "guests_dir" in raw, main, defaults)
     rules += _rules(main, raw_guests, defaults)
     _must_be_stores(main, sections["defaults"], rules, stores)
+    _second_stores(main, stores, {tier.name for found in rules for tier in found.rule.policy.tiers})
     if len(rules) > RULES_MAX:
         main.wrong((), f"there are more than {RULES_MAX} guest rules", "let one rule be for many guests")
     else:
@@ -533,6 +536,23 @@ def _asked_stores(document: Document, raw: object) -> tuple[AskedStoreConfig, ..
         else:
             document.wrong(("stores", name), "must be a mapping of keys to values", "see README.md for its keys")
     return tuple(stores)
+
+
+def _second_stores(document: Document, stores: Sequence[AskedStoreConfig], named: set[str]) -> None:
+    """A second store has the same pages under the same numbers: it can be no tier, nor have a second itself."""
+    by_name = {store.name: store for store in stores}
+    for store in stores:
+        at: KeyPath = ("stores", store.name, "second")
+        if store.second is None:
+            continue
+        if store.second not in by_name or store.second == store.name:
+            document.wrong(at, f"names a store {store.second!r}", "it must be another one under stores")
+        elif store.second in named:
+            document.wrong(at, f"{store.second} is a tier of a policy as well", "give the copies a store of their own")
+        elif by_name[store.second].second is not None or [s.second for s in stores].count(store.second) > 1:
+            document.wrong(
+                at, f"{store.second} has a second store itself, or is that of two", "let it be of one store only"
+            )
 
 
 def _must_be_stores(

@@ -30,11 +30,13 @@ from tierd.native import STORE_WRITE, KernelError, Request
 from tierd.serve import Served, ServedTier
 from tierd.store import IntegrityError, PageSpace, Store, StoreError
 from tierd.store.asked import AskedSpace, AskedStore
+from tierd.store.mirror import MirroredSpace
 from tierd.store.records import CompressedSpace
 from tierd.store.seal import SealedSpace, SealKey
 
 TAKEN_MAX = 64  # requests at a time
-REOPEN_S, REOPEN_S_MAX = 0.5, 30.0
+REOPEN_S, REOPEN_S_MAX = 0.5, 10.0
+PATIENCE_S = 1.0  # with the first of two copies
 DELETE_S_MAX = 10.0  # for the pages of a guest that is over; then the sweep has them
 
 
@@ -104,7 +106,7 @@ class Parking:
         self._log = structlog.get_logger().bind(guest=served.spec.name, pid=served.spec.pid)
         self._tiers = {tier.number: tier for tier in served.tiers.values() if isinstance(tier.space, AskedSpace)}
         self._spaces: dict[int, PageSpace] = {}
-        self._keys: dict[int, SealKey] = {}
+        self._keys: dict[str, SealKey | None] = {}  # by store; None: it is not sealed
         self._opened = {number: trio.Event() for number in self._tiers}
         self._troubles: dict[int, str] = {}
         for number, tier in self._tiers.items():
@@ -133,12 +135,29 @@ class Parking:
         finally:
             for number, tier in self._tiers.items():
                 _space(tier).ready = False
-                if number in self._spaces:
+                if self._opened[number].is_set():
                     self._store(number).forget(_space(tier))
                 _space(tier).counted = int  # the data plane may be gone soon
 
     async def _open(self, tier: ServedTier) -> None:
         """Its space, as soon as the store can be had."""
+        store = await self._open_once(tier)
+        store.note(_space(tier))
+        self._opened[tier.number].set()
+        if not self._all_sealed(store):
+            self._log.warning(
+                "store_only_read",
+                store=tier.name,
+                why="pages of this guest are there that were not encrypted",
+                action="none: they are read, and once none is left, new ones are encrypted",
+            )
+            while _stored_bytes(self._served, tier.number):
+                await trio.sleep(REOPEN_S_MAX)
+            await self._spaces.pop(tier.number).aclose()
+            await self._open_once(tier)
+        _space(tier).ready = self._all_sealed(store)
+
+    async def _open_once(self, tier: ServedTier) -> AskedStore:
         pause_s = REOPEN_S
         while True:
             store = self._stores.get(tier.name)
@@ -160,52 +179,68 @@ class Parking:
             pause_s = min(2 * pause_s, REOPEN_S_MAX)
         if self._troubles.pop(tier.number, None) is not None:
             self._log.info("store_opened", store=tier.name)
-        store.note(_space(tier))
-        _space(tier).ready = tier.number in self._keys or not store.encrypt
-        self._opened[tier.number].set()
-        if not _space(tier).ready:
-            self._log.warning(
-                "store_only_read",
-                store=tier.name,
-                why="pages of this guest are there that were not encrypted, and no key is there",
-                action="none is written; restore it, then detach and attach it",
-            )
+        return store
 
     async def _space_of(self, store: AskedStore, tier: ServedTier) -> PageSpace:
+        """StoreError, OSError: it, or the store of its second copies, cannot be had."""
+        first = await self._one_space_of(store, tier)
+        if store.second is None:
+            return first
+        try:
+            second = self._stores.get(store.second)
+            if not isinstance(second, AskedStore):
+                raise StoreError(
+                    f"the configuration has no store {store.second}, which holds second copies of {store.name}"
+                )
+            other = await self._one_space_of(second, tier, is_second=True)
+            return MirroredSpace(first, other, min(store.deadline_s / 2, PATIENCE_S))
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await first.aclose()
+            raise
+
+    async def _one_space_of(self, store: AskedStore, tier: ServedTier, *, is_second: bool = False) -> PageSpace:
         served = self._served
         space = await store.pages.open(self._key, served.native.pages, served.page_bytes)
         try:
-            key = await trio.to_thread.run_sync(self._seal_key, store, tier)
+            if self._keys.get(store.name) is None:  # else of a try before
+                new = served.adoption is None
+                anything = not new and (await space.used_bytes() if is_second else _stored_bytes(served, tier.number))
+                self._keys[store.name] = await trio.to_thread.run_sync(self._seal_key, store, bool(anything))
         except BaseException:
             with trio.CancelScope(shield=True):
                 await space.aclose()
             raise
-        if key is not None:
-            self._keys[tier.number] = key
-            space = SealedSpace(space, key)
-        return CompressedSpace(space, served.page_bytes)
+        key = self._keys[store.name]
+        return CompressedSpace(space if key is None else SealedSpace(space, key), served.page_bytes)
 
-    def _seal_key(self, store: AskedStore, tier: ServedTier) -> SealKey | None:
+    def _seal_key(self, store: AskedStore, anything: bool) -> SealKey | None:
         """What is there was sealed if there is a key, whatever the configuration says now. Worker thread."""
-        served, args = self._served, (store.keys_dir, store.name, self._key, self._served.native.pages)
-        if served.adoption is not None and SealKey.exists(*args[:3]):
+        args = (store.keys_dir, store.name, self._key, self._served.native.pages)
+        if self._served.adoption is not None and SealKey.exists(*args[:3]):
             return SealKey.reopen(*args)
-        anything = served.adoption is not None and _stored_bytes(served, tier.number)
         return SealKey.create(*args) if store.encrypt and not anything else None
+
+    def _all_sealed(self, store: AskedStore) -> bool:
+        """Those that should be."""
+        both = (store, self._stores[store.second]) if store.second else (store,)
+        return all(self._keys[each.name] is not None for each in both if isinstance(each, AskedStore) and each.encrypt)
 
     async def close(self, *, delete: bool) -> None:
         """When nobody asks any more. `delete`: the guest is over, or every page is with it."""
         with trio.move_on_after(DELETE_S_MAX, shield=True):
+            for key in self._keys.values():
+                if delete and key is not None:
+                    key.destroy()
             for number, space in self._spaces.items():
-                if delete and number in self._keys:
-                    self._keys[number].destroy()
                 try:
                     await (space.delete() if delete else space.aclose())
                 except (OSError, StoreError) as error:
                     name = self._tiers[number].name
                     self._log.warning("pages_not_deleted", store=name, error=str(error), action="the sweep does it")
         for key in self._keys.values():
-            key.close()
+            if key is not None:
+                key.close()
         self._spaces.clear()
         self._keys.clear()
 

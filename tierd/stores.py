@@ -69,7 +69,9 @@ async def open_asked(name: str, config: AskedStoreConfig, runtime_dir: Path, *, 
     pages = await _made(name, config, runtime_dir)
     keys_dir = runtime_dir / "keys"
     keys_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    store = AskedStore(name, pages, keys_dir, config.capacity, config.encrypt, config.concurrency, config.deadline_s)
+    store = AskedStore(
+        name, pages, keys_dir, config.capacity, config.encrypt, config.second, config.concurrency, config.deadline_s
+    )
     try:
         with trio.fail_after(PROBE_S_MAX):
             await pages.probe()

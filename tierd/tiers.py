@@ -31,13 +31,12 @@ class Tiers:
 
     def usable(self, policy: Policy) -> Sequence[ServedTier]:
         """Those that the policy still names and that are not to be left alone for a while."""
-        now = time.monotonic()
         named = {tier.name for tier in policy.tiers}
-        return [
-            tier
-            for tier in self._served.tiers.values()
-            if tier.name in named and self._failures.get(tier.name, (0, now))[1] <= now and tier.space.ready
-        ]
+        return [tier for tier in self._served.tiers.values() if tier.name in named and self._may_be_written(tier)]
+
+    def _may_be_written(self, tier: ServedTier) -> bool:
+        now = time.monotonic()
+        return tier.space.ready and self._failures.get(tier.name, (0, now))[1] <= now
 
     def capacity(self, tier: ServedTier, policy: Policy) -> int:
         """What the tier may hold of this guest, by the policy, by its store and by the host; the data plane is told. Bytes."""
@@ -108,7 +107,7 @@ class Tiers:
         cycle.discard_fetched(native, phases, check)
         cycle.compact(native, check)
         for tier in self._served.tiers.values():
-            if tier.number in native.asked_tiers and tier.space.ready and self._asked is not None:
+            if tier.number in native.asked_tiers and self._asked is not None and self._may_be_written(tier):
                 cycle.discard_asked(native, tier.number, self._asked, check)
 
     def _demote(

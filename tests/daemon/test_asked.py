@@ -165,6 +165,33 @@ def test_encryption_turned_on_later(daemon: Daemon, web: Vmm, redis: Server) -> 
     evicted(daemon, "web", web)
 
 
+def test_two_copies(daemon: Daemon, web: Vmm, redis: Server, disk_dir: Path) -> None:
+    """Redis loses all it has; every page comes from the second store, and leaves for both again."""
+    (disk_dir / "bucket").mkdir(mode=0o700)
+    objects = {"scheme": "fs", "options": {"root": str(disk_dir / "bucket")}}
+    with_tiers(
+        daemon, "redis", stores={"redis": {"addresses": [redis.address], "second": "objects"}, "objects": objects}
+    )
+    daemon.start()
+    evicted(daemon, "web", web)
+    redis.ask("FLUSHALL")
+    web.verify()
+    assert not daemon.guests()["web"]["counters"]["pages_lost"]
+    evicted(daemon, "web", web)
+    redis.kill()
+    web.verify()
+    redis.start()
+    wait_for(lambda: daemon.stored_bytes("web") > 15 * MIB, "it is tried again", 60)
+    daemon.kill()
+    daemon.start()
+    web.verify()
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    web.verify()
+    assert not list((disk_dir / "bucket").rglob("*.000*")), "nothing of the guest is left"
+    assert not list((daemon.runtime_dir / "keys").iterdir())
+
+
 def test_encryption_turned_off_later(daemon: Daemon, web: Vmm, redis: Server) -> None:
     """What was sealed is read with its key, and what is added is sealed as well."""
     with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
@@ -207,6 +234,8 @@ def test_what_cannot_be_used_is_told_at_the_start(daemon: Daemon, redis: Server)
         ({"redis": {"adresses": ["127.0.0.1:1"]}}, "adresses: there is no such key; did you mean addresses?"),
         ({"redis": {"concurrency": 0}}, "concurrency"),
         ({"nothing": {}, "redis": {"addresses": ["x"]}}, "addresses"),
+        ({"redis": {"addresses": ["a:1"], "second": "other"}}, "names a store 'other'"),
+        ({"redis": {"addresses": ["a:1"]}, "b": {"second": "redis"}}, "redis is a tier of a policy as well"),
     ],
 )
 def test_what_is_wrong_in_the_configuration(daemon: Daemon, stores: dict[str, Any], told: str) -> None:

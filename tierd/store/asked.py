@@ -49,6 +49,7 @@ class AskedStore:
     keys_dir: Path  # on tmpfs
     capacity_bytes: int | None
     encrypt: bool
+    second: str | None  # the store that holds every page, too
     concurrency: int  # reads and writes at a time
     deadline_s: float  # of one read
     trouble: str = ""

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two stores that hold every page until it is fetched (`copies: 2`): what one loses, the other gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+
+import trio
+
+from tierd.store import PageSpace, StoreError
+
+SILENT_S = 10.0
+
+
+class MirroredSpace:
+    """Implements store.PageSpace over two of them. A write or discard is done when both have done it. A page is read from the
+    first; if that fails, does not have it, has something else (a seal tells), or takes `patience_s`, from the second. One that
+    did not answer is asked last for a while."""
+
+    def __init__(self, first: PageSpace, second: PageSpace, patience_s: float) -> None:
+        self._first, self._second, self._patience_s = first, second, patience_s
+        self._silent_until = {first: -math.inf, second: -math.inf}
+
+    async def write(self, first_page: int, records: Sequence[bytes]) -> None:
+        await self._both(lambda space: space.write(first_page, records))
+
+    async def read(self, first_page: int, count: int) -> list[bytes | None]:
+        records: list[bytes | None] = [None] * count
+        errors: list[Exception] = []
+        for space in sorted((self._first, self._second), key=self._silent_until.__getitem__):
+            try:
+                with trio.fail_after(self._patience_s):
+                    found = await space.read(first_page, count)
+            except (OSError, StoreError, trio.TooSlowError) as error:
+                errors.append(error)
+                if not isinstance(error, StoreError):
+                    self._silent_until[space] = trio.current_time() + SILENT_S
+                continue
+            records = [other if record is None else record for record, other in zip(records, found, strict=True)]
+            if None not in records:
+                return records
+        if errors and records[:1] in ([], [None]):
+            raise errors[0]
+        return records
+
+    async def discard(self, first_page: int, count: int) -> None:
+        await self._both(lambda space: space.discard(first_page, count))
+
+    async def used_bytes(self) -> int:
+        return await self._first.used_bytes() + await self._second.used_bytes()
+
+    async def delete(self) -> None:
+        await self._both(lambda space: space.delete())
+
+    async def aclose(self) -> None:
+        await self._both(lambda space: space.aclose())
+
+    async def _both(self, call: Callable[[PageSpace], Awaitable[None]]) -> None:
+        """At the same time; when both have ended, the error of one."""
+        errors: list[OSError | StoreError] = []
+
+        async def one(space: PageSpace) -> None:
+            try:
+                await call(space)
+            except (OSError, StoreError) as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for space in (self._first, self._second):
+                nursery.start_soon(partial(one, space))
+        if errors:
+            raise errors[0]
