@@ -75,7 +75,7 @@ class Touched:
 
 
 def scan_and_deactivate(guest: NativeGuest, phases: Phases, check: Callable[[], None]) -> Touched:
-    """One pass over the guest in stretches of at most 64 MiB, so that the VMM's mmap_lock is never held for long."""
+    """One pass over the guest; its calls are of 64 MiB at most, so that the VMM's mmap_lock is never held for long."""
     page = touched = 0
     while page < guest.pages:
         check()

@@ -719,7 +719,7 @@ class NativeGuest:
         check(lib.tierd_guest_set_zap(self._g, int(zap), inject_tid), "choice of the deactivation")
 
     def run_pass(self, first_page: int) -> Pass:
-        """Scan one stretch (at most a chunk) from `first_page`, stamp what was touched, deactivate it. Worker."""
+        """From `first_page` on, chunk by chunk for some milliseconds: scan, stamp what was touched, deactivate it. Worker."""
         out = ffi.new("struct tierd_pass *")
         check(lib.tierd_guest_pass(self._g, first_page, out), "scan")
         result: Pass = _fields(out, Pass)

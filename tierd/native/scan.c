@@ -13,6 +13,7 @@
 
 enum { VECTOR = 256, ENTRIES = 512, INSIDE_CALLS_MAX = 64 };
 /* In epochs. Every so many a pass looks at all words of its chunk, for ages that would wrap. */
+enum { PASS_NS = 10000000 }; /* of one call: Python asks in between whether to go on */
 enum { AGE_KEPT = 0xf000, AGE_MAX = 0xf800, AGE_EVERY = 0x100 };
 
 static void region_mark(uint64_t *bits, uint64_t base, uint64_t page_bytes, const struct sys_page_region *found)
@@ -179,27 +180,23 @@ static void stamp_page(struct tierd_guest *g, uint64_t first_page, uint64_t i, u
 		page_move(g, first_page + i, w, to); /* lost to a fault: it stamps the page itself */
 }
 
-/* Of two words at once: both RESIDENT, seen touched before, and not refused. */
-static bool plain_pair(struct tierd_guest *g, uint64_t page)
-{
-	const uint64_t states = 0x0000000f0000000full, ones = 0x0000000100000001ull, refused = ones << 15;
-	uint64_t pair;
-
-	_Static_assert(RESIDENT == 0 && TIER_UNTOUCHED == 0xf, "what is looked for");
-	TIERD_YIELD();
-	pair = __atomic_load_n((const uint64_t *)(const void *)&g->words[page], __ATOMIC_ACQUIRE);
-	return !(pair & (states | refused)) && !(((pair >> 4 & states) + ones) & ones << 4);
-}
-
-/* All of the group touched: one store dates it. A page that is somebody's is left to stamp_page; one that becomes somebody's
- * meanwhile is the younger for it, which hurts nobody. */
+/* All of the group touched: one store dates it. A page that is somebody's is left to stamp_page, as is one that was never seen
+ * touched, or refused; one that becomes somebody's meanwhile is the younger for it, which hurts nobody. Words are looked at
+ * in pairs and all bits of them at once: tiers that together look like TIER_UNTOUCHED only send the group to stamp_page. */
 static bool stamp_group(struct tierd_guest *g, uint64_t first, uint16_t epoch)
 {
+	const uint64_t states = 0x0000000f0000000full, ones = 0x0000000100000001ull, refused = ones << 15;
+	uint64_t any = 0;
+
+	_Static_assert(RESIDENT == 0 && TIER_UNTOUCHED == 0xf, "what is looked for");
 	if (first % GROUP_PAGES)
 		return false;
-	for (uint64_t page = first; page < first + GROUP_PAGES; page += 2)
-		if (!plain_pair(g, page))
-			return false;
+	for (uint64_t page = first; page < first + GROUP_PAGES; page += 2) {
+		TIERD_YIELD();
+		any |= __atomic_load_n((const uint64_t *)(const void *)&g->words[page], __ATOMIC_ACQUIRE);
+	}
+	if (any & (states | refused) || ((any >> 4 & states) + ones) & ones << 4)
+		return false;
 	atomic_store_explicit(&g->groups[first / GROUP_PAGES], epoch, memory_order_relaxed);
 	return true;
 }
@@ -280,10 +277,12 @@ static int deactivate_touched(struct tierd_guest *g, uint64_t first_page, uint64
 	return count ? g->engine->deactivate(g, ranges, count, ret) : 0;
 }
 
-static int pass(struct tierd_guest *g, uint64_t first_page, struct tierd_pass *ret)
+/* The rest of the chunk in which `ret` says to go on. */
+static int pass(struct tierd_guest *g, struct tierd_pass *ret)
 {
+	uint64_t first_page = ret->next_page, pages, end = (first_page / g->chunk_pages + 1) * g->chunk_pages;
 	struct region *r = region_of_page(g, first_page);
-	uint64_t end = (first_page / g->chunk_pages + 1) * g->chunk_pages, began_ns, scanned_ns;
+	uint64_t began_ns, scanned_ns;
 	uint16_t epoch;
 	int error;
 
@@ -291,25 +290,26 @@ static int pass(struct tierd_guest *g, uint64_t first_page, struct tierd_pass *r
 		return -EINVAL;
 	if (end > r->first_page + r->pages)
 		end = r->first_page + r->pages;
-	ret->pages = end - first_page;
+	pages = end - first_page;
+	ret->pages += pages;
 	ret->next_page = end;
 	began_ns = sys_now_ns();
-	error = scan_range(g, first_page, ret->pages, g->touched, 0, NULL);
+	error = scan_range(g, first_page, pages, g->touched, 0, NULL);
 	if (error)
 		return error;
-	for (uint64_t i = 0; i < ret->pages; i += 64)
+	for (uint64_t i = 0; i < pages; i += 64)
 		ret->touched_pages += (uint64_t)__builtin_popcountll(g->touched[i / 64]);
 	/* before the deactivation, so that a crash in between can't make a touched page look idle; and again when it took
 	 * longer than a step, because idle time counts from its end */
 	epoch = epoch_next(g);
-	stamp(g, first_page, ret->pages, epoch);
+	stamp(g, first_page, pages, epoch);
 	age(g, first_page / g->chunk_pages, epoch);
 	scanned_ns = sys_now_ns();
-	error = deactivate_touched(g, first_page, ret->pages, ret);
+	error = deactivate_touched(g, first_page, pages, ret);
 	if (epoch_next(g) != epoch)
-		stamp(g, first_page, ret->pages, epoch_next(g));
-	ret->scan_ns = scanned_ns - began_ns;
-	ret->zap_ns = sys_now_ns() - scanned_ns;
+		stamp(g, first_page, pages, epoch_next(g));
+	ret->scan_ns += scanned_ns - began_ns;
+	ret->zap_ns += sys_now_ns() - scanned_ns;
 	return error;
 }
 
@@ -327,12 +327,16 @@ int tierd_guest_set_zap(struct tierd_guest *g, int32_t zap, int32_t inject_tid)
 
 int tierd_guest_pass(struct tierd_guest *g, uint64_t first_page, struct tierd_pass *ret)
 {
+	uint64_t began_ns = sys_now_ns();
 	int error = guest_enter(g);
 
 	if (error)
 		return error;
 	memset(ret, 0, sizeof(*ret));
-	error = pass(g, first_page, ret);
+	ret->next_page = first_page;
+	do
+		error = pass(g, ret);
+	while (!error && ret->next_page < g->pages && sys_now_ns() - began_ns < PASS_NS);
 	if (error)
 		count_error(g, &g->count.kernel_errors, error);
 	guest_leave(g);

@@ -356,7 +356,7 @@ int tierd_guest_answer(struct tierd_guest *g, uint32_t number, const void *bytes
 
 /* How pages are deactivated from the next pass on: TIERD_ZAP_*, and the thread of the VMM that runs TIERD_ZAP_INJECT. */
 int tierd_guest_set_zap(struct tierd_guest *g, int32_t zap, int32_t inject_tid);
-/* Scans a stretch from first_page on (at most chunk_bytes of it), stamps what was touched, deactivates exactly that. */
+/* From first_page on, chunk after chunk until some milliseconds are over: scans it, stamps what was touched, deactivates exactly that. */
 int tierd_guest_pass(struct tierd_guest *g, uint64_t first_page, struct tierd_pass *ret);
 /* Brings up to max_pages STORED pages back, from *next_page on. *next_page == pages of the guest when there are no more. A
  * page that cannot be read stays STORED; one that is not mapped any more goes back into its file. Those of tiers that Python asks are
