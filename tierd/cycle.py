@@ -21,7 +21,7 @@ may raise to cancel.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -377,10 +377,17 @@ def discard_asked(guest: NativeGuest, tier: int, asked: Asked, check: Callable[[
         page, count = guest.garbage(tier, page + count, GARBAGE_PAGES)
 
 
-def discard_fetched(guest: NativeGuest, phases: Phases, check: Callable[[], None], max_pages: int = 1 << 18) -> int:
-    """Give back store space of pages that were fetched since the last cycle. Returns pages."""
+def discard_fetched(
+    guest: NativeGuest,
+    phases: Phases,
+    check: Callable[[], None],
+    keep: Collection[int] = (),
+    max_pages: int = 1 << 18,
+) -> int:
+    """Give back store space of pages that were fetched since the last cycle; in tiers of `keep`, of those that were written to
+    since. Returns pages."""
     check()
     began = time.monotonic()
-    pages = guest.discard(max_pages)
+    pages = guest.discard(max_pages, keep)
     phases.seconds["discard"] += time.monotonic() - began
     return pages

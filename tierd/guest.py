@@ -482,7 +482,7 @@ class Guest:
     async def _tidy(self, served: Served) -> None:
         """Whatever the state and the policy: what came back takes no room in its tier any more."""
         try:
-            await self._in_worker(self._tiers.tidy, self.phases, self._check)
+            await self._in_worker(self._tiers.tidy, self.policy, self.phases, self._check)
         except cycle.CutShort:
             pass  # the next cycle goes on
         except OSError as error:

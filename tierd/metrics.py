@@ -172,6 +172,12 @@ _COUNTERS: tuple[_Family, ...] = (
         ("tier", "kind"),
         _by_tier({"write_errors": "write", "read_errors": "read", "checksum_errors": "checksum"}),
     ),
+    (
+        "pages_unwritten",
+        "Pages evicted that were not written to since they were fetched: their stored copy was right still.",
+        (),
+        _counter("pages_unwritten"),
+    ),
     ("pages_demoted", "Pages that went from one tier to the next.", (), _counter("pages_demoted")),
     ("pages_refused", "Times that no tier took a page that was to leave.", (), _counter("pages_refused")),
     ("inject_stops", "Times that a thread of the VMM was stopped to run a call in it.", (), _counter("inject_stops")),

@@ -101,10 +101,17 @@ class Tiers:
                 moved.append((above.name, self._demote(above, demotion, policy, phases, check)))
         return [(name, size) for name, size in moved if size]
 
-    def tidy(self, phases: cycle.Phases, check: Callable[[], None]) -> None:
-        """What came back takes no room in its tier any more. Of compressed memory that is the host's. KernelError."""
+    def tidy(self, policy: Policy, phases: cycle.Phases, check: Callable[[], None]) -> None:
+        """What came back takes no room in its tier any more; but what was not written since is kept where there is room, and need
+        not be written again. Not in compressed memory: that is the host's. KernelError."""
         native = self._served.native
-        cycle.discard_fetched(native, phases, check)
+        keep = [
+            tier.number
+            for tier in self._served.tiers.values()
+            if tier.space.kind is not TierKind.MEMORY
+            and tier.space.used_bytes() < policies.HIGH_WATER * self.capacity(tier, policy)
+        ]
+        cycle.discard_fetched(native, phases, check, keep)
         cycle.compact(native, check)
         for tier in self._served.tiers.values():
             if tier.number in native.asked_tiers and self._asked is not None and self._may_be_written(tier):

@@ -82,7 +82,7 @@ static bool touched_late[MODEL_PAGES_MAX];   /* it was leaving by then: the stoc
 
 static struct tierd_guest *guest;
 static int table_fd = -1;
-static uint64_t kills, faults, evictions, demotions, accesses, memory_errors, repairs;
+static uint64_t kills, faults, evictions, unwritten, demotions, accesses, memory_errors, repairs;
 
 bool model_chance(uint32_t thousandths)
 {
@@ -834,6 +834,7 @@ static void count_up(void)
 	evictions += S.evicted;
 	demotions += S.demoted;
 	repairs += atomic_load(&guest->count.pages_repaired);
+	unwritten += atomic_load(&guest->count.pages_unwritten);
 }
 
 static void run_seed(uint64_t steps)
@@ -944,9 +945,10 @@ int main(int count, char **arguments)
 			printf("seed %lu\n", seed);
 		run_seed(steps);
 	}
-	printf("%lu seeds from %lu: %lu accesses, %lu faults, %lu pages evicted, %lu pages demoted, %lu repaired, %lu "
+	printf("%lu seeds from %lu: %lu accesses, %lu faults, %lu pages evicted, %lu unwritten, %lu pages demoted, %lu "
+	       "repaired, %lu "
 	       "memory "
 	       "errors, %lu kills; every byte right\n",
-	       seeds, from, accesses, faults, evictions, demotions, repairs, memory_errors, kills);
+	       seeds, from, accesses, faults, evictions, unwritten, demotions, repairs, memory_errors, kills);
 	return 0;
 }

@@ -326,7 +326,7 @@ int sys_uffd_wake(int uffd, uint64_t address, uint64_t bytes)
 	return 0;
 }
 
-int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, uint64_t *done)
+int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, bool protect, uint64_t *done)
 {
 	uint32_t count, first = range(address, bytes, &count), n = 0;
 	int error = 0;
@@ -341,6 +341,8 @@ int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, 
 
 		if (!M.wp[p] && !M.missing[p] && !M.minor[p] && !M.rwp[p])
 			error = -ENOENT;
+		else if (protect && !M.wp[p])
+			error = -EINVAL;
 		else if (model_chance(M.faults.copy_nomem))
 			error = M.huge ? -EEXIST : -ENOMEM; /* that is what hugetlbfs says when its pool is empty */
 		else if (model_chance(M.faults.copy_again))
@@ -350,7 +352,8 @@ int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, 
 		if (error)
 			continue;
 		M.cached[p] = M.present[p] = true;
-		M.protected[p] = M.rwp_protected[p] = M.marker[p] = M.poisoned[p] = false;
+		M.rwp_protected[p] = M.marker[p] = M.poisoned[p] = false;
+		M.protected[p] = protect;
 		memcpy(M.bytes[p], (const char *)from + n * MODEL_PAGE_BYTES, MODEL_PAGE_BYTES);
 		M.arrived[p] = M.bytes[p][0];
 		model_pause();

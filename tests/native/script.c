@@ -401,7 +401,7 @@ void script_cycle(struct tierd_guest *g)
 	if (S.asked && chance(400))
 		tell_garbage(g);
 	if (chance(400))
-		tierd_guest_discard(g, below(SCRIPT_PAGES_MAX) + 1, &n);
+		tierd_guest_discard(g, below(SCRIPT_PAGES_MAX) + 1, below(4) ? UINT32_MAX : 0, &n);
 	if (chance(S.losses ? 300 : 20)) /* an order that finds nothing to do hurts nobody */
 		if (tierd_guest_retry(g, &n, &lost) || (lost && !S.losses))
 			script_fail("retry: %lu pages are lost", lost);

@@ -41,10 +41,10 @@ MUTATIONS = [
     Mutation(
         "resolver_does_not_own_its_page",  # rule 2
         "fault.c",
-        "		if (!page_move(g, page, word, word_with_state(word, RESOLVING)))\n			return -EALREADY;",
+        "		if (!page_move(g, page, word, word_resolving(word)))\n			return -EALREADY;",
         "		if (word_state(word) == RESIDENT && flags & UFFD_PAGEFAULT_FLAG_WP)\n"
         "			return sys_uffd_unprotect(g->uffd, address_of(g, page), g->page_bytes);\n"
-        "		if (!page_move(g, page, word, word_with_state(word, RESOLVING)))\n			return -EALREADY;",
+        "		if (!page_move(g, page, word, word_resolving(word)))\n			return -EALREADY;",
     ),
     Mutation(
         "tier_forgotten_in_arriving",  # rule 4
@@ -96,7 +96,7 @@ MUTATIONS = [
         "fault.c",
         "	default: /* RESOLVING, DROPPING, ARRIVING, STAGING: whoever owns the page wakes its waiters */",
         "	case DROPPING:\n		atomic_store(&g->words[page], word_with_state(word, STORED));\n"
-        "		return fetch(w, page, began_ns);\n"
+        "		return fetch(w, page, false, began_ns);\n"
         "	default: /* RESOLVING, DROPPING, ARRIVING, STAGING: whoever owns the page wakes its waiters */",
     ),
     Mutation(
@@ -108,8 +108,8 @@ MUTATIONS = [
     Mutation(
         "late_discard",  # rule 11: the store space of a page that has left again
         "evict.c",
-        "	return word_state(w) == RESIDENT && word_takes_space(w) && !quarantined(g, page);",
-        "	return (word_state(w) == RESIDENT || word_state(w) == STORED) && word_copy(w) && !quarantined(g, page);",
+        "	return word_state(w) == RESIDENT && word_takes_space(w) && !quarantined(g, page) &&",
+        "	return (word_state(w) == RESIDENT || word_state(w) == STORED) && word_copy(w) && !quarantined(g, page) &&",
     ),
     Mutation(
         "hold_error_ignored",  # rule 14: a prefix may be held, the rest is not; together with the second scan's test gone
@@ -210,24 +210,25 @@ MUTATIONS = [
     Mutation(
         "copy_passes_over_a_lost_page",  # rule 13: COPY overwrites poison, so a run ends before a LOST page
         "fault.c",
-        "	placed = place(g, page, n, from, &error);\n	if (error == -ENOENT",
+        "	placed = place(g, page, n, from, &clean, &error);\n	if (error == -ENOENT",
         "	bool over = n < g->readahead_max && region_of_page(g, page + n) == region_of_page(g, page) &&\n"
         "		    word_state(page_load(g, page + n)) == LOST;\n\n"
-        "	placed = place(g, page, n + over, from, &error);\n	if (placed > n)\n		placed = n;\n"
+        "	placed = place(g, page, n + over, from, &clean, &error);\n	if (placed > n)\n		placed = n;\n"
         "	if (error == -ENOENT",
     ),
     Mutation(
         "zeros_pass_over_a_lost_page",  # rule 13, read-ahead of zeros
         "fault.c",
-        "	placed = place(g, page, n, NULL, &error);\n",
-        "	placed = place(g, page, n + (page + n < g->pages && word_state(page_load(g, page + n)) == LOST), NULL, &error);\n"
+        "	placed = place(g, page, n, NULL, &protect, &error);\n",
+        "	placed = place(g, page, n + (page + n < g->pages && word_state(page_load(g, page + n)) == LOST), NULL, &protect,\n"
+        "		       &error);\n"
         "	if (placed > n)\n		placed = n;\n",
     ),
     Mutation(
         "zeros_instead_of_poison",  # rule 13
         "fault.c",
         "		error = sys_uffd_poison(g->uffd, address, g->page_bytes);\n		if (error == -EEXIST) {",
-        "		uint64_t done;\n\n		error = sys_uffd_copy(g->uffd, address, zeros, g->page_bytes, &done);\n"
+        "		uint64_t done;\n\n		error = sys_uffd_copy(g->uffd, address, zeros, g->page_bytes, false, &done);\n"
         "		if (error == -EEXIST) {",
     ),
     Mutation(
@@ -514,7 +515,7 @@ LADDER = [
     Mutation(
         "sunk_page_keeps_its_old_tier",  # rule 4
         "evict.c",
-        "	page_word w = word_with_tier(word_with_state(b->words[slot], state), b->to[slot]);",
+        "	page_word w = word_with_clean(word_with_tier(word_with_state(b->words[slot], state), b->to[slot]), false);",
         "	page_word w = word_with_tier(word_with_state(b->words[slot], state), moving(b) ? b->from : b->to[slot]);",
     ),
     Mutation(
@@ -584,11 +585,41 @@ MORE = {
         "4001",
     ),  # the kernel must refuse the drop
     "huge_hold_taken_for_poison": ("--engine", "rfc", "--hugetlb"),
-    "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--from", "38001"),  # one seed in ten thousand
+    "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--from", "79001"),  # one seed in fifty thousand
     "rwp_absence_is_taken_for_protection": ("--engine", "rwp", "--remap"),
 }
 # Two walls stand behind each other here: one alone holds, so both are broken.
+_CHECKSUM_NOT_COMPARED = Mutation(
+    "checksum_not_compared",
+    "evict.c",
+    "		if (!moving(b) && word_clean(b->words[slot]) && *sum == was)",
+    "		if (!moving(b) && word_clean(b->words[slot]))",
+)
+# of pages that were fetched and not written since; two things say so, and each must hold by itself
+CLEAN = [
+    Mutation(
+        "fetched_under_a_hold_is_taken_for_clean",
+        "fault.c",
+        "!tier_is_pool(g, tier) && !atomic_load(&g->holding);",
+        "!tier_is_pool(g, tier);",
+    ),
+    Mutation(
+        "clean_page_is_not_protected",
+        "fault.c",
+        "bytes, want, *protect, &done);",
+        "bytes, want, false, &done);",
+    ),
+    Mutation(
+        "adopted_page_is_clean_still",
+        "guest.c",
+        "	page_word w = page_load(g, page), to = word_with_clean(adopted_word(w, cached), false);",
+        "	page_word w = page_load(g, page), to = adopted_word(w, cached);",
+    ),
+]
+MUTATIONS += CLEAN
+
 ALSO = {
+    **{mutation.name: _CHECKSUM_NOT_COMPARED for mutation in CLEAN},
     "hold_error_ignored": Mutation(
         "second_scan_skipped",
         "evict.c",
@@ -640,6 +671,17 @@ DRIVER_MUTATIONS = [
         "	spawn(DAEMON, run_fault_worker, 7);\n	spawn(DAEMON, run_worker, adopted);",
     ),
 ]
+
+
+def test_the_protection_says_by_itself_what_is_clean(tmp_path: Path) -> None:
+    """Not a page is taken for clean that was written to, also where no checksum is compared."""
+    objects = compile_parts(tmp_path, FLAGS)
+    changed = _write(_CHECKSUM_NOT_COMPARED, tmp_path)
+    others = [path for path in objects if path.stem != changed.stem]
+    binary = build_driver(tmp_path / "driver", FLAGS, [changed, *others])
+    for more in ((), ("--ladder",), ("--remap",)):
+        done = run_driver(binary, "--seeds", str(SEEDS_MAX // 10), *more)
+        assert done.returncode == 0, done.stdout
 
 
 def test_the_table_of_rules_names_what_is_there() -> None:

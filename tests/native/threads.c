@@ -357,7 +357,7 @@ static void cycle(void)
 	for (uint64_t page = 0; page < guest->pages;)
 		evict_batch(b, &page);
 	tierd_batch_destroy(b);
-	tierd_guest_discard(guest, MODEL_PAGES_MAX, &n);
+	tierd_guest_discard(guest, MODEL_PAGES_MAX, below(2) ? UINT32_MAX : 0, &n);
 }
 
 static void daemon_create(bool adopted)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -745,10 +745,11 @@ class NativeGuest:
         check(lib.tierd_guest_restore(self._g, next_page, max_pages, restored), "restore")
         return next_page[0], restored[0]
 
-    def discard(self, max_pages: int) -> int:
-        """Give back store space of pages that were fetched since; how many. Worker."""
+    def discard(self, max_pages: int, keep: Collection[int] = ()) -> int:
+        """Give back store space of pages that were fetched since; how many. In tiers of `keep` not of those that nobody has
+        written to: they need not be written again. Worker."""
         out = ffi.new("uint64_t *")
-        check(lib.tierd_guest_discard(self._g, max_pages, out), "store discard")
+        check(lib.tierd_guest_discard(self._g, max_pages, sum(1 << tier for tier in keep), out), "store discard")
         return int(out[0])
 
     def compact(self, max_pages: int) -> int:

@@ -110,6 +110,7 @@ static const struct engine stock = {
 	.mode = UFFDIO_REGISTER_MODE_WP,
 	.mode_missing = UFFDIO_REGISTER_MODE_WP | UFFDIO_REGISTER_MODE_MISSING,
 	.scan = {.any_of = SYS_PAGE_PRESENT},
+	.protects_fetched = true,
 	.deactivate = stock_deactivate,
 	.hold = marker_hold,
 	.release = marker_release,

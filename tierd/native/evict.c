@@ -19,6 +19,7 @@
 
 enum batch_step { EMPTY, SELECTED, HELD, COPIED, OFFERED, WRITTEN, DROPPED };
 enum { NOWHERE = 0xff, NOT_THE_POOL = 0xfe }; /* no tier has taken it yet; and the pool does not */
+enum { UNCHANGED = 0xfd };                    /* the tier that had it has it still */
 enum { PIECE_BYTES = 64 << 10 };              /* read at once */
 
 struct held_run {
@@ -211,13 +212,14 @@ int tierd_batch_select(struct tierd_batch *b, uint32_t from, uint32_t pool_only,
 static int hold_run(struct tierd_batch *b, uint64_t page, uint32_t count)
 {
 	b->held[b->held_runs++] = (struct held_run){page, count};
+	atomic_store(&b->g->holding, true);
 	return b->g->engine->hold(b->g, page, count);
 }
 
 /* A page that was touched, or does not carry the hold's marker, stays with the guest. */
 static void turn_back(struct tierd_guest *g, uint64_t page, page_word leaving)
 {
-	page_word to = word_touched(leaving, epoch_next(g));
+	page_word to = word_with_clean(word_touched(leaving, epoch_next(g)), false);
 
 	page_move(g, page, leaving, to); /* or a fault has taken it already */
 }
@@ -357,10 +359,15 @@ static int look_at_copy(struct tierd_batch *b, uint32_t slot)
 	b->to[slot] = word_refused(b->words[slot]) ? NOT_THE_POOL : NOWHERE;
 	if (moving(b) && b->from != TIER_STAGING)
 		return checksum(page, b->page_bytes) == *sum ? 0 : -EBADMSG;
-	if (all_zero(page, b->page_bytes))
+	if (all_zero(page, b->page_bytes)) {
 		b->to[slot] = TIER_ZERO;
-	else
+	} else {
+		uint32_t was = *sum;
+
 		*sum = checksum(page, b->page_bytes);
+		if (!moving(b) && word_clean(b->words[slot]) && *sum == was) /* the protection says so, too */
+			b->to[slot] = UNCHANGED;
+	}
 	return 0;
 }
 
@@ -534,7 +541,7 @@ static bool has_space_in(page_word w, unsigned int tier)
 static int give_back_elsewhere(struct tierd_batch *b, uint32_t slot, unsigned int tier)
 {
 	struct tierd_guest *g = b->g;
-	page_word w = b->words[slot], to = word_with_copy(w, false);
+	page_word w = b->words[slot], to = word_with_clean(word_with_copy(w, false), false);
 	int error;
 
 	if (moving(b) || !word_copy(w) || word_tier(w) == tier)
@@ -552,7 +559,7 @@ static int give_back_elsewhere(struct tierd_batch *b, uint32_t slot, unsigned in
 static int mark(struct tierd_batch *b, uint32_t slot, unsigned int tier)
 {
 	struct tierd_guest *g = b->g;
-	page_word w = b->words[slot], to = word_with_tier(word_with_copy(w, true), tier);
+	page_word w = b->words[slot], to = word_with_clean(word_with_tier(word_with_copy(w, true), tier), false);
 
 	if (moving(b) || to == w)
 		return 0;
@@ -566,7 +573,8 @@ static int mark(struct tierd_batch *b, uint32_t slot, unsigned int tier)
 /* As old as it is; or a fault has taken it already. */
 static void stay_with_guest(struct tierd_batch *b, uint32_t slot)
 {
-	page_move(b->g, b->pages[slot], b->words[slot], word_with_state(b->words[slot], RESIDENT));
+	page_move(b->g, b->pages[slot], b->words[slot],
+		  word_with_clean(word_with_state(b->words[slot], RESIDENT), false));
 }
 
 /* Gives slots that no tier has taken yet to `tier`, no pool. How many. */
@@ -708,13 +716,23 @@ static int write_to(struct tierd_batch *b, unsigned int tier, struct tierd_batch
 	return error;
 }
 
+/* Of what nobody has written since it was fetched, the copy in its tier is right: nothing of it was written again. */
+static void stay_stored(struct tierd_batch *b)
+{
+	for (uint32_t i = 0; i < b->count; i++)
+		if (b->to[i] == UNCHANGED) {
+			b->to[i] = (uint8_t)word_tier(b->words[i]);
+			count_add(&b->g->count.pages_unwritten, 1);
+		}
+}
+
 /* What no tier took stays where it is, as old as it is: a tier for older pages may take it some day. */
 static void leave_refused(struct tierd_batch *b, struct tierd_batch_result *ret)
 {
 	uint32_t kept = 0;
 
 	for (uint32_t i = 0; i < b->count; i++) {
-		page_word to = word_with_state(b->words[i], moving(b) ? STORED : RESIDENT);
+		page_word to = word_with_clean(word_with_state(b->words[i], moving(b) ? STORED : RESIDENT), false);
 
 		if (placed(b, i))
 			keep(b, kept++, i);
@@ -739,6 +757,7 @@ int tierd_batch_write(struct tierd_batch *b, const uint32_t *tiers, uint32_t cou
 	for (uint32_t i = 0; !error && i < count; i++)
 		error = write_to(b, tiers[i], ret, &full);
 	if (!error) {
+		stay_stored(b);
 		leave_refused(b, ret);
 		if (full && !b->count)
 			error = -ENOSPC; /* nothing is wrong with the store */
@@ -804,7 +823,7 @@ static void forget_written(struct tierd_batch *b, uint32_t slot)
 /* The word of a page that its new tier has. */
 static page_word arrived_word(struct tierd_batch *b, uint32_t slot, enum page_state state)
 {
-	page_word w = word_with_tier(word_with_state(b->words[slot], state), b->to[slot]);
+	page_word w = word_with_clean(word_with_tier(word_with_state(b->words[slot], state), b->to[slot]), false);
 
 	return word_with_copy(w, b->to[slot] != TIER_ZERO);
 }
@@ -905,7 +924,7 @@ static int discard_zeroed(struct tierd_batch *b)
 	int first = 0;
 
 	for (uint32_t i = 0; i < b->count; i++) {
-		page_word to = word_with_copy(b->words[i], false);
+		page_word to = word_with_clean(word_with_copy(b->words[i], false), false);
 		int error;
 
 		if (b->to[i] != TIER_ZERO || !word_copy(b->words[i]))
@@ -1078,6 +1097,7 @@ static int release_runs(struct tierd_batch *b)
 			first = error;
 	}
 	b->held_runs = 0;
+	atomic_store(&g->holding, false);
 	if (first && first != -ESRCH)
 		count_error(g, &g->count.kernel_errors, first);
 	return first;
@@ -1107,7 +1127,8 @@ int tierd_batch_cancel(struct tierd_batch *b, struct tierd_batch_result *ret)
 	for (uint32_t i = b->first; i < b->count; i++) {
 		if (moving(b) && b->step >= COPIED)
 			forget_written(b, i);
-		page_move(g, b->pages[i], b->words[i], word_with_state(b->words[i], moving(b) ? STORED : RESIDENT));
+		page_move(g, b->pages[i], b->words[i],
+			  word_with_clean(word_with_state(b->words[i], moving(b) ? STORED : RESIDENT), false));
 	}
 	ret->cancelled_pages = b->count - b->first;
 	count_add(&g->count.pages_cancelled, b->count - b->first);
@@ -1268,9 +1289,11 @@ int tierd_batch_window(struct tierd_batch *b, uint64_t window_ns_max, struct tie
 
 /* --- store space of pages that were fetched since ----------------------------------------------------------------------- */
 
-static bool stale(struct tierd_guest *g, uint64_t page, page_word w)
+/* `keep`: bit i: of pages of tier i that are clean, the copy is kept: they need not be written again. */
+static bool stale(struct tierd_guest *g, uint64_t page, page_word w, uint32_t keep)
 {
-	return word_state(w) == RESIDENT && word_takes_space(w) && !quarantined(g, page);
+	return word_state(w) == RESIDENT && word_takes_space(w) && !quarantined(g, page) &&
+	       !(word_clean(w) && keep >> word_tier(w) & 1);
 }
 
 static bool anything_stored(const struct tierd_guest *g)
@@ -1283,7 +1306,7 @@ static bool anything_stored(const struct tierd_guest *g)
 }
 
 /* Length of the stale run of one tier from `page` on. */
-static uint64_t stale_run(struct tierd_guest *g, uint64_t page, uint64_t max_pages)
+static uint64_t stale_run(struct tierd_guest *g, uint64_t page, uint64_t max_pages, uint32_t keep)
 {
 	unsigned int tier = word_tier(page_load(g, page));
 	uint64_t n = 0;
@@ -1291,7 +1314,7 @@ static uint64_t stale_run(struct tierd_guest *g, uint64_t page, uint64_t max_pag
 	while (page + n < g->pages && n < max_pages) {
 		page_word w = page_load(g, page + n);
 
-		if (!stale(g, page + n, w) || word_tier(w) != tier)
+		if (!stale(g, page + n, w, keep) || word_tier(w) != tier)
 			break;
 		n++;
 	}
@@ -1299,7 +1322,7 @@ static uint64_t stale_run(struct tierd_guest *g, uint64_t page, uint64_t max_pag
 }
 
 /* A tier that fails is passed over from then on: what is stale in the others takes room, of the pool the host's memory. */
-int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint64_t *discarded)
+int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint32_t keep, uint64_t *discarded)
 {
 	uint32_t failed = 0; /* tiers */
 	int error = guest_enter(g), first = 0;
@@ -1311,7 +1334,7 @@ int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint64_t *dis
 	for (uint64_t page = 0; page < g->pages && *discarded < max_pages && anything_stored(g); page += n ? n : 1) {
 		unsigned int tier = word_tier(page_load(g, page));
 
-		n = failed >> tier & 1 ? 0 : stale_run(g, page, max_pages - *discarded);
+		n = failed >> tier & 1 ? 0 : stale_run(g, page, max_pages - *discarded, keep);
 		if (!n)
 			continue;
 		worker_io_begin(g);
@@ -1326,7 +1349,8 @@ int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint64_t *dis
 			page_word now = page_load(g, i);
 
 			/* a page that a fault is resolving just now keeps its bit: its space is discarded again, later */
-			if (stale(g, i, now) && page_move(g, i, now, word_with_copy(now, false))) {
+			if (stale(g, i, now, keep) &&
+			    page_move(g, i, now, word_with_clean(word_with_copy(now, false), false))) {
 				g->copies[word_tier(now)]--;
 				(*discarded)++;
 			}

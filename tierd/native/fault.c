@@ -123,10 +123,10 @@ static bool transient(int error)
 	return error == -EAGAIN || error == -ENOMEM || error == -EINTR;
 }
 
-/* Owned page -> RESIDENT, touched now. */
-static void settle(struct tierd_guest *g, uint64_t page, page_word owned)
+/* Owned page -> RESIDENT, touched now; `clean`: it is what the store has, and write-protected. */
+static void settle(struct tierd_guest *g, uint64_t page, page_word owned, bool clean)
 {
-	page_word to = word_touched(owned, epoch_next(g));
+	page_word to = word_with_clean(word_touched(owned, epoch_next(g)), clean);
 
 	if (word_tier(to) == TIER_UNTOUCHED)
 		to = word_with_tier(to, TIER_ZERO);
@@ -138,9 +138,10 @@ static void settle(struct tierd_guest *g, uint64_t page, page_word owned)
 
 /*
  * Places n pages that we own, from `from` or zeros. Returns how many are in place. A page that the memory file holds already is
- * in place: the kernel is right, and its waiter is woken. *error says what stopped it.
+ * in place: the kernel is right, and its waiter is woken. *error says what stopped it. `protect`, in: against writes; out: all that
+ * are in place are.
  */
-static uint32_t place(struct tierd_guest *g, uint64_t page, uint32_t n, const void *from, int *error)
+static uint32_t place(struct tierd_guest *g, uint64_t page, uint32_t n, const void *from, bool *protect, int *error)
 {
 	uint64_t bytes_max = g->huge ? g->page_bytes : from ? UINT64_MAX : ZERO_BYTES;
 	uint32_t placed = 0;
@@ -153,7 +154,7 @@ static uint32_t place(struct tierd_guest *g, uint64_t page, uint32_t n, const vo
 
 		if (want > bytes_max)
 			want = bytes_max;
-		err = sys_uffd_copy(g->uffd, address_of(g, page + placed), bytes, want, &done);
+		err = sys_uffd_copy(g->uffd, address_of(g, page + placed), bytes, want, *protect, &done);
 		placed += (uint32_t)(done / g->page_bytes);
 		if (!err || (done && err == -EAGAIN))
 			continue;
@@ -165,6 +166,7 @@ static uint32_t place(struct tierd_guest *g, uint64_t page, uint32_t n, const vo
 			err = mem_exists(g, page + placed);
 		if (!err) {
 			wake(g, page + placed, 1);
+			*protect = false;
 			placed++;
 			continue;
 		}
@@ -222,15 +224,16 @@ static int resolve_missing(struct tierd_worker *w, uint64_t page, page_word owne
 	uint64_t waits = waits_now(g);
 	struct stream *s;
 	uint32_t n, placed;
+	bool protect = false;
 	int error;
 
 	n = claim_untouched(w, page, stream_window(w, page, &s));
 	w->claimed[0] = owned;
 	s->next_page = page + n;
-	placed = place(g, page, n, NULL, &error);
+	placed = place(g, page, n, NULL, &protect, &error);
 	for (uint32_t i = 0; i < n; i++) {
 		if (i < placed)
-			settle(g, page + i, w->claimed[i]);
+			settle(g, page + i, w->claimed[i], false);
 		else if (!page_move(g, page + i, w->claimed[i], word_with_state(w->claimed[i], RESIDENT)))
 			abort();
 	}
@@ -244,7 +247,7 @@ static int resolve_missing(struct tierd_worker *w, uint64_t page, page_word owne
 static int resolve(struct tierd_worker *w, uint64_t page, page_word word, uint64_t flags)
 {
 	struct tierd_guest *g = w->g;
-	page_word owned = word_with_state(word, RESOLVING);
+	page_word owned = word_resolving(word);
 	uint64_t waits = waits_now(g);
 	int error;
 
@@ -252,7 +255,7 @@ static int resolve(struct tierd_worker *w, uint64_t page, page_word word, uint64
 		error = resolve_missing(w, page, owned);
 	} else {
 		error = g->engine->resolve(g, page, flags);
-		settle(g, page, owned);
+		settle(g, page, owned, false);
 		wake_waiters(g, page, 1, waits);
 	}
 	if (!error) /* each fault is of one kind */
@@ -403,10 +406,23 @@ static uint32_t put_into_file(struct tierd_guest *g, uint64_t page, uint32_t n, 
 	return n;
 }
 
-int64_t fetch_run(struct tierd_worker *w, unsigned int tier, uint64_t page, uint32_t count, uint32_t *claimed)
+/*
+ * Of pages that are ours: whether they are to be write-protected, so that it is known whether the stored copy is right still. Not
+ * for who wants to write, nor of a pool, where a copy takes the host's memory. While pages are held, what is fetched may be one
+ * that has just left from there: to lift the hold is to unprotect it.
+ */
+static bool keeps_clean(struct tierd_guest *g, unsigned int tier, bool to_write)
+{
+	return g->engine->protects_fetched && !g->huge && !to_write && tier >= 1 && tier <= TIERD_LADDER_MAX &&
+	       !tier_is_pool(g, tier) && !atomic_load(&g->holding);
+}
+
+int64_t fetch_run(struct tierd_worker *w, unsigned int tier, uint64_t page, uint32_t count, bool to_write,
+		  uint32_t *claimed)
 {
 	struct tierd_guest *g = w->g;
 	uint64_t waits = waits_now(g);
+	bool clean;
 	uint32_t n = claim_stored(w, tier, page, count < g->readahead_max ? count : g->readahead_max), placed;
 	const void *from = NULL;
 	int error;
@@ -420,11 +436,12 @@ int64_t fetch_run(struct tierd_worker *w, unsigned int tier, uint64_t page, uint
 			return UNREADABLE;
 		from = w->buffer;
 	}
-	placed = place(g, page, n, from, &error);
+	clean = keeps_clean(g, tier, to_write);
+	placed = place(g, page, n, from, &clean, &error);
 	if (error == -ENOENT && w == g->restorer)
 		placed += put_into_file(g, page + placed, n - placed, from, placed);
 	for (uint32_t i = 0; i < placed; i++)
-		settle(g, page + i, w->claimed[i]);
+		settle(g, page + i, w->claimed[i], clean);
 	wake_waiters(g, page, placed, waits);
 	give_back(w, page, placed, n);
 	return placed ? (int64_t)placed : error;
@@ -474,34 +491,38 @@ static int ask_for(struct tierd_worker *w, const struct request *r)
 	return -ENOMEM;
 }
 
-static int fetch_asked(struct tierd_worker *w, unsigned int tier, uint64_t page, uint32_t window, uint64_t began_ns)
+static int fetch_asked(struct tierd_worker *w, unsigned int tier, uint64_t page, uint32_t window, bool to_write,
+		       uint64_t began_ns)
 {
 	uint32_t n = claim_stored(w, tier, page, window < w->g->readahead_max ? window : w->g->readahead_max);
 
 	if (!n)
 		return -EALREADY;
-	return ask_for(w, &(struct request){.first = {.page = page, .fault_ns = began_ns, .was_moving = w->was_moving},
+	return ask_for(w, &(struct request){.first = {.page = page,
+						      .fault_ns = began_ns,
+						      .was_moving = w->was_moving,
+						      .to_write = to_write},
 					    .count = n,
 					    .demand = true});
 }
 
-static int fetch(struct tierd_worker *w, uint64_t page, uint64_t began_ns)
+static int fetch(struct tierd_worker *w, uint64_t page, bool to_write, uint64_t began_ns)
 {
 	struct tierd_guest *g = w->g;
 	unsigned int tier = word_tier(page_load(g, page));
 	bool memory = tier_in_memory(g, tier);
-	struct parked later = {.page = page, .fault_ns = began_ns, .due_ns = began_ns};
+	struct parked later = {.page = page, .to_write = to_write, .fault_ns = began_ns, .due_ns = began_ns};
 	struct stream *s;
 	uint32_t claimed, window = stream_window(w, page, &s);
 	int64_t placed;
 
 	if (tier_is_asked(g, tier)) {
 		s->next_page = page + window;
-		return fetch_asked(w, tier, page, window, began_ns);
+		return fetch_asked(w, tier, page, window, to_write, began_ns);
 	}
 	if (!memory && !reader_enter(g))
 		return claim_stored(w, tier, page, 1) ? fetch_later(w, &later) : -EALREADY;
-	placed = fetch_run(w, tier, page, window, &claimed);
+	placed = fetch_run(w, tier, page, window, to_write, &claimed);
 	if (!memory)
 		reader_leave(g);
 	if (!claimed)
@@ -533,12 +554,12 @@ static int serve_page(struct tierd_worker *w, uint64_t page, uint64_t flags, uin
 	switch (word_state(word)) {
 	case RESIDENT:
 	case LEAVING:
-		if (!page_move(g, page, word, word_with_state(word, RESOLVING)))
+		if (!page_move(g, page, word, word_resolving(word)))
 			return -EALREADY;
 		return resolve(w, page, word, flags);
 	case STORED:
 	case MOVING:
-		return fetch(w, page, began_ns);
+		return fetch(w, page, flags & UFFD_PAGEFAULT_FLAG_WRITE, began_ns);
 	case LOST:
 		if (atomic_load(&g->on_lost) == TIERD_LOST_HOLD)
 			return leave_to_owner(g, page, word); /* the operator, whose retry wakes it */
@@ -614,6 +635,7 @@ int tierd_worker_serve(struct tierd_worker *w, uint32_t *tid)
 static void retry_page(struct tierd_worker *w, struct parked *p)
 {
 	struct tierd_guest *g = w->g;
+	bool clean;
 	int error;
 
 	w->claimed[0] = p->owned;
@@ -626,13 +648,14 @@ static void retry_page(struct tierd_worker *w, struct parked *p)
 		fetch_failed(w, p);
 		return;
 	}
-	if (!place(g, p->page, 1, w->buffer, &error)) {
+	clean = keeps_clean(g, word_tier(p->owned), p->to_write);
+	if (!place(g, p->page, 1, w->buffer, &clean, &error)) {
 		if (error == -ENOMEM)
 			sys_pause_us(NO_MEMORY_PAUSE_US);
 		give_back(w, p->page, 0, 1);
 		return;
 	}
-	settle(g, p->page, p->owned);
+	settle(g, p->page, p->owned, clean);
 	wake(g, p->page, 1); /* whoever came while it was parked was left to us */
 	count_add(&g->count.faults_fetch, 1);
 	count_add(&g->count.pages_fetched, 1);
@@ -716,6 +739,7 @@ static void place_answer(struct tierd_worker *w, struct request *r)
 	struct tierd_guest *g = w->g;
 	uint64_t page = r->first.page;
 	uint32_t good, placed;
+	bool clean;
 	int error;
 
 	for (uint32_t i = 0; i < r->count; i++)
@@ -728,11 +752,12 @@ static void place_answer(struct tierd_worker *w, struct request *r)
 		not_answered(w, r);
 		return;
 	}
-	placed = place(g, page, good, r->bytes, &error);
+	clean = keeps_clean(g, word_tier(w->claimed[0]), r->first.to_write || !r->demand);
+	placed = place(g, page, good, r->bytes, &clean, &error);
 	if (error == -ENOENT && !r->demand)
 		placed += put_into_file(g, page + placed, good - placed, r->bytes, placed);
 	for (uint32_t i = 0; i < placed; i++)
-		settle(g, page + i, w->claimed[i]);
+		settle(g, page + i, w->claimed[i], clean);
 	wake(g, page, placed); /* whoever came meanwhile was left to us */
 	if (placed) {
 		count_brought(g, r, placed);
@@ -782,7 +807,7 @@ void tierd_guest_set_reads(struct tierd_guest *g, uint64_t read_deadline_ns, uin
 static bool retry_lost(struct tierd_worker *w, uint64_t page, page_word word)
 {
 	struct tierd_guest *g = w->g;
-	bool good;
+	bool good, protect = false;
 	int error;
 
 	w->claimed[0] = word_with_state(word, ARRIVING);
@@ -799,9 +824,9 @@ static bool retry_lost(struct tierd_worker *w, uint64_t page, page_word word)
 			abort();
 		return false;
 	}
-	good = read_claimed(w, page, 1) && place(g, page, 1, w->buffer, &error);
+	good = read_claimed(w, page, 1) && place(g, page, 1, w->buffer, &protect, &error);
 	if (good)
-		settle(g, page, w->claimed[0]);
+		settle(g, page, w->claimed[0], false);
 	else if (!page_move(g, page, w->claimed[0], word))
 		abort();
 	wake(g, page, 1);
@@ -864,7 +889,7 @@ int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max
 		if (stored) {
 			worker_io_begin(g);
 			n = fetch_run(g->restorer, word_tier(word), *next_page,
-				      left < UINT32_MAX ? (uint32_t)left : UINT32_MAX, &claimed);
+				      left < UINT32_MAX ? (uint32_t)left : UINT32_MAX, true, &claimed);
 			worker_io_end(g);
 		}
 		if (n == UNREADABLE) { /* nobody waits for it: a fault, or the next try, decides */

@@ -708,7 +708,7 @@ static int adopt_as(struct tierd_guest *g, uint64_t page, page_word w, page_word
 
 static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct tierd_adoption *ret)
 {
-	page_word w = page_load(g, page), to = adopted_word(w, cached);
+	page_word w = page_load(g, page), to = word_with_clean(adopted_word(w, cached), false); /* protections go */
 	bool lost = false;
 	int error = cached ? 0 : still_lost(g, page, w, &lost);
 
@@ -1051,6 +1051,7 @@ void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret)
 	COPY(pages_cancelled);
 	COPY(pages_lost);
 	COPY(pages_repaired);
+	COPY(pages_unwritten);
 	COPY(pages_demoted);
 	COPY(pages_refused);
 	COPY(pages_staged);

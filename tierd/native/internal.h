@@ -46,8 +46,9 @@ _Static_assert((int)PAGE_STATES == TIERD_STATES, "counters");
 
 enum { TIER_ZERO = 0, TIER_STAGING = TIERD_TIER_STAGING, TIER_GUEST = TIERD_TIER_GUEST, TIER_UNTOUCHED = TIER_GUEST };
 
-/* word: state 0-3, tier 4-7, copy 8 (the tier holds space for this page), generation 9-14,
- * refused 15 (the pool did not take it, and it was not touched since), epoch 16-31 */
+/* word: state 0-3, tier 4-7, copy 8 (the tier holds space for this page), generation 9-13, clean 14 (it was fetched from there, is
+ * write-protected since, and nobody has asked to write: RESIDENT and LEAVING only), refused 15 (the pool did not take it, and it was
+ * not touched since), epoch 16-31 */
 typedef uint32_t page_word;
 
 static inline enum page_state word_state(page_word w)
@@ -85,6 +86,16 @@ static inline page_word word_with_copy(page_word w, bool copy)
 	return (w & ~0x100u) | (page_word)copy << 8;
 }
 
+static inline bool word_clean(page_word w)
+{
+	return w >> 14 & 1;
+}
+
+static inline page_word word_with_clean(page_word w, bool clean)
+{
+	return (w & ~0x4000u) | (page_word)clean << 14;
+}
+
 static inline page_word word_with_epoch(page_word w, uint16_t epoch)
 {
 	return (w & 0xffffu) | (page_word)epoch << 16;
@@ -92,7 +103,7 @@ static inline page_word word_with_epoch(page_word w, uint16_t epoch)
 
 static inline page_word word_next_generation(page_word w)
 {
-	return (w & ~0x7e00u) | ((w + 0x200u) & 0x7e00u);
+	return (w & ~0x3e00u) | ((w + 0x200u) & 0x3e00u);
 }
 
 static inline bool word_refused(page_word w)
@@ -109,6 +120,12 @@ static inline page_word word_with_refused(page_word w, bool refused)
 static inline page_word word_touched(page_word w, uint16_t epoch)
 {
 	return word_with_refused(word_with_epoch(word_with_state(w, RESIDENT), epoch), false);
+}
+
+/* A fault thread's, which lifts the protection: whatever it is, it is clean no more. */
+static inline page_word word_resolving(page_word w)
+{
+	return word_with_clean(word_with_state(w, RESOLVING), false);
 }
 
 /* A store holds space for the page. */
@@ -159,7 +176,7 @@ struct counters {
 	_Atomic uint64_t faults_fetch, faults_zero, faults_cancel, faults_resolve, faults_wait, faults_failed;
 	_Atomic uint64_t pages_fetched, pages_readahead, pages_restored;
 	_Atomic uint64_t pages_evicted, pages_evicted_zero, pages_cancelled, pages_lost, pages_repaired;
-	_Atomic uint64_t pages_demoted, pages_refused, pages_staged, pages_unmovable, faults_staged;
+	_Atomic uint64_t pages_unwritten, pages_demoted, pages_refused, pages_staged, pages_unmovable, faults_staged;
 	_Atomic uint64_t store_read_errors, store_write_errors, checksum_errors, kernel_errors, last_errno;
 	_Atomic uint64_t inject_stops, inject_stopped_ns, stop_buckets[TIERD_LATENCY_BUCKETS];
 	_Atomic uint64_t large_folios_split;
@@ -187,9 +204,10 @@ struct tierd_guest;
 struct engine {
 	uint64_t mode, mode_missing; /* of UFFDIO_REGISTER: at attach, and for a chunk whose pages may leave */
 	struct sys_scan
-		scan;      /* for pages that were touched since their deactivation; any_of: the category that says so */
-	bool reads_unseen; /* of anonymous memory: who reads is found out in the staging area */
-	bool holds_mapped; /* a page that is mapped and was not touched waits in sync mode */
+		scan; /* for pages that were touched since their deactivation; any_of: the category that says so */
+	bool protects_fetched; /* a page that is fetched can be write-protected, and who writes to it is a fault */
+	bool reads_unseen;     /* of anonymous memory: who reads is found out in the staging area */
+	bool holds_mapped;     /* a page that is mapped and was not touched waits in sync mode */
 	int (*deactivate)(struct tierd_guest *g, struct iovec *ranges, size_t count, struct tierd_pass *ret);
 	int (*hold)(struct tierd_guest *g, uint64_t page, uint64_t count);
 	int (*release)(struct tierd_guest *g, uint64_t page, uint64_t count); /* wakes, too */
@@ -205,6 +223,7 @@ struct parked {
 	uint64_t page;
 	page_word owned;    /* its word: ARRIVING */
 	bool was_moving;    /* before that */
+	bool to_write;      /* who waits wants to write */
 	uint32_t pause_us;  /* before the next try; 0: not tried yet */
 	uint64_t fault_ns;  /* when the guest faulted */
 	uint64_t failed_ns; /* when a read failed first; 0: none has */
@@ -288,6 +307,7 @@ struct tierd_guest {
 	_Atomic uint64_t store_faults_state;
 
 	_Atomic bool in_window;
+	_Atomic bool holding; /* from before a hold until it is lifted, which unprotects what was fetched in between */
 	_Atomic uint64_t waits; /* faults that were left to the owner of their page: fault.c, wake_waiters */
 	struct counters count;
 	pthread_mutex_t threads_lock;
@@ -458,7 +478,8 @@ void tierd_worker_answers(struct tierd_worker *w);
 /* Brings back the pages in [page, page + count) that are STORED in `tier`, up to the first that is not: how many are RESIDENT, or -errno. On
  * UNREADABLE the first page is still ARRIVING, and the caller's. */
 enum { UNREADABLE = -ENODATA };
-int64_t fetch_run(struct tierd_worker *w, unsigned int tier, uint64_t page, uint32_t count, uint32_t *claimed);
+int64_t fetch_run(struct tierd_worker *w, unsigned int tier, uint64_t page, uint32_t count, bool to_write,
+		  uint32_t *claimed);
 
 static inline bool quarantined(struct tierd_guest *g, uint64_t page)
 {

@@ -155,7 +155,7 @@ static int try_missing(struct trial *t, uint8_t *page)
 		error = -ETIME;
 	memset(page, FETCHED, t->page_bytes);
 	if (!error)
-		error = sys_uffd_copy(t->uffd, at, page, t->page_bytes, &done);
+		error = sys_uffd_copy(t->uffd, at, page, t->page_bytes, false, &done);
 	if (error)
 		sys_uffd_unregister(t->uffd, at, PAGES * t->page_bytes);
 	pthread_join(thread, &seen);

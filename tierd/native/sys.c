@@ -155,9 +155,10 @@ int sys_uffd_wake(int uffd, uint64_t address, uint64_t bytes)
 	return uffd_ioctl(uffd, UFFDIO_WAKE, &r);
 }
 
-int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, uint64_t *done)
+int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, bool protect, uint64_t *done)
 {
-	struct uffdio_copy c = {.dst = address, .src = (uintptr_t)from, .len = bytes};
+	struct uffdio_copy c = {
+		.dst = address, .src = (uintptr_t)from, .len = bytes, .mode = protect ? UFFDIO_COPY_MODE_WP : 0};
 	int error = uffd_ioctl(uffd, UFFDIO_COPY, &c);
 
 	*done = c.copy > 0 ? (uint64_t)c.copy : 0;
@@ -473,7 +474,7 @@ int sys_huge_cached(struct sys_huge *h, uint64_t at)
 int sys_huge_place(struct sys_huge *h, uint64_t at, const void *from)
 {
 	uint64_t done;
-	int error = sys_uffd_copy(h->uffd, (uintptr_t)h->memory + at, from, h->page_bytes, &done);
+	int error = sys_uffd_copy(h->uffd, (uintptr_t)h->memory + at, from, h->page_bytes, false, &done);
 
 	if (error)
 		return error;

@@ -42,7 +42,7 @@ int sys_uffd_protect(int uffd, uint64_t address, uint64_t bytes);   /* WRITEPROT
 int sys_uffd_unprotect(int uffd, uint64_t address, uint64_t bytes); /* WRITEPROTECT off; wakes the range */
 int sys_uffd_wake(int uffd, uint64_t address, uint64_t bytes);
 /* *done: bytes placed and woken, also when an error is returned after a part (then -EAGAIN, or the error that stopped it) */
-int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, uint64_t *done);
+int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, bool protect, uint64_t *done);
 int sys_uffd_poison(int uffd, uint64_t address, uint64_t bytes);
 int sys_uffd_continue(int uffd, uint64_t address, uint64_t bytes); /* maps what the page cache has; wakes */
 /* generation rwp (Linux 7.3) */

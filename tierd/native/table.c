@@ -36,9 +36,19 @@ static const uint16_t LEGAL[PAGE_STATES] = {
 	[STAGING] = TO(STORED) | TO(RESIDENT),
 };
 
+/* Clean is a page only from its fetch on, and never after a state in which its protection is lifted. */
+static bool may_be_clean(page_word from, page_word to)
+{
+	if (word_state(to) == RESIDENT)
+		return word_state(from) == ARRIVING || (word_state(from) == RESIDENT && word_clean(from));
+	return word_state(to) == LEAVING && word_clean(from);
+}
+
 bool page_move(struct tierd_guest *g, uint64_t page, page_word from, page_word to)
 {
 	if (word_state(from) >= PAGE_STATES || !(LEGAL[word_state(from)] & TO(word_state(to))))
+		abort();
+	if (word_clean(to) && !may_be_clean(from, to))
 		abort();
 	TIERD_YIELD();
 	return atomic_compare_exchange_strong_explicit(&g->words[page], &from, to, memory_order_acq_rel,

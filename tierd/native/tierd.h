@@ -152,8 +152,10 @@ struct tierd_counters {
 	uint64_t pages_cancelled;    /* LEAVING and back: touched meanwhile, or an error */
 	uint64_t pages_lost;
 	uint64_t pages_repaired; /* a punch did not punch: the bytes were written back */
-	uint64_t pages_demoted;  /* from one tier to the next */
-	uint64_t pages_refused;  /* no tier took them: they do not compress well enough, or there is no room */
+	uint64_t
+		pages_unwritten; /* evicted, and not written since they were fetched: their stored copy was right still */
+	uint64_t pages_demoted; /* from one tier to the next */
+	uint64_t pages_refused; /* no tier took them: they do not compress well enough, or there is no room */
 	uint64_t pages_staged;
 	uint64_t pages_unmovable; /* shared by fork or KSM, pinned, or gone: they stay with the guest */
 	uint64_t faults_staged;   /* of a page in the staging area: it was read after all */
@@ -365,8 +367,9 @@ int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max
 /* After a repair of the store: reads every LOST page again (those that are still waited for are tried at once, too), counts
  * what is RESIDENT again and what stays LOST. Pages of tiers that Python asks are asked for and not counted. */
 int tierd_guest_retry(struct tierd_guest *g, uint64_t *recovered, uint64_t *still_lost);
-/* Gives back store space of pages that were fetched since. */
-int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint64_t *discarded);
+/* Gives back store space of pages that were fetched since; but, in the tiers of `keep` (bit i: tier i), not of those that nobody has
+ * written to since. */
+int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint32_t keep, uint64_t *discarded);
 /* Pages that `tier`, one that Python asks, need not keep: the first run of them from first_page on, at most max_pages long. Python
  * has the store discard them and then says that they are gone: no batch may write there meanwhile. -ENODEV: no such tier. */
 int tierd_guest_garbage(struct tierd_guest *g, uint32_t tier, uint64_t first_page, uint64_t max_pages, uint64_t *page,

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clean pages cost nothing twice: what was fetched and not written since is not written to the store again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.kernel.vmm import MIB, Host, Tiered, Vmm
+from tierd.engine import choose
+
+Start = Callable[..., Vmm]
+
+
+def _written(tiered: Tiered) -> int:
+    return int(tiered.native.tier_counters(1)["written_pages"])
+
+
+@pytest.fixture(autouse=True)
+def _protects() -> None:
+    if choose().name != "stock":
+        pytest.skip("only the stock engine write-protects what it fetches")
+
+
+def test_a_guest_that_only_reads_is_written_once(start_vmm: Start, host: Host) -> None:
+    vmm = start_vmm(f"bytes={8 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm, readahead_pages=8) as tiered:
+        tiered.evict_all()
+        once = _written(tiered)
+        assert once > 1800
+        for _ in range(3):
+            vmm.verify()
+            assert tiered.native.discard(1 << 20, keep=[1]) == 0, "the copies stay"
+            tiered.evict_all()
+        assert _written(tiered) == once
+        assert tiered.counters()["pages_unwritten"] >= 3 * once
+        vmm.verify()
+
+
+def test_what_is_written_to_is_written_again(start_vmm: Start, host: Host) -> None:
+    """By a fault that takes the protection; before the next eviction, or in the middle of it."""
+    vmm = start_vmm(f"bytes={8 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm, readahead_pages=8) as tiered:
+        tiered.evict_all()
+        once = _written(tiered)
+        vmm.verify()
+        vmm.ask("fill", 256, 512)
+        assert tiered.native.discard(1 << 20, keep=[1]) >= 512, "their copies are of no use any more"
+        tiered.evict_all()
+        assert once + 512 <= _written(tiered) < once + 1024
+        vmm.verify()
+        vmm.ask("run", 2)
+        for _ in range(20):
+            tiered.scan()
+            tiered.evict()
+            tiered.native.discard(1 << 20, keep=[1])
+        vmm.ask("stop")
+        vmm.verify()
+
+
+def test_a_copy_that_is_not_kept_is_made_again(start_vmm: Start, host: Host) -> None:
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.evict_all()
+        once = _written(tiered)
+        vmm.verify()
+        assert tiered.native.discard(1 << 20) == once
+        tiered.evict_all()
+        assert _written(tiered) == 2 * once
+        vmm.verify()
+
+
+def test_nothing_is_clean_for_a_successor(start_vmm: Start, host: Host) -> None:
+    """It lifts every protection, and so writes what it evicts."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.evict_all()
+        vmm.verify()
+    with host.adopted(vmm) as tiered:
+        tiered.evict_all()
+        assert _written(tiered) > 900
+        assert tiered.counters()["pages_unwritten"] == 0
+        vmm.ask("fill")
+        tiered.evict_all()
+        vmm.verify()
