@@ -45,7 +45,7 @@ from tierd.serve import (
 )
 from tierd.store import Store, StoreError
 from tierd.store.asked import AskedStore
-from tierd.stores import ANSWERS_S, asked_or_errors, memory_or_errors, open_stores
+from tierd.stores import ANSWERS_S, asked_or_errors, memory_or_errors, open_stores, probe
 from tierd.systemd import Notifier, watchdog_interval_s
 from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused, StoreStatus
 
@@ -62,6 +62,7 @@ SOCKET_RETRY_S = 2.0
 WATCH_S = 0.25  # between looks at the fault threads
 STORE_ASK_S = 1.0
 SWEEP_AGAIN_S = 60.0
+PROBE_AGAIN_S = 5.0
 ADOPT_S_MAX = 5.0  # for the start to wait for a guest
 HAND_OVER_S_MAX = 60.0  # for an adoption with what a VMM brought
 END_S_MAX = 5.0  # for calls that are under way when everything else has ended
@@ -127,6 +128,8 @@ class Daemon:
                 self._nursery.start_soon(self._watch_guests)
                 for store in self.host.stores.values():
                     self._nursery.start_soon(self._watch_store, store)
+                    if store.trouble and isinstance(store, AskedStore):
+                        self._nursery.start_soon(self._probe_again, store)
                 self._nursery.start_soon(self._discover)
                 self._nursery.start_soon(self._feed_watchdog)
                 await self._tell_ready()
@@ -319,6 +322,15 @@ class Daemon:
             else:
                 trouble.pop((store.name, "figures"), None)
             self._asked_at[store.name] = trio.current_time()
+
+    async def _probe_again(self, store: AskedStore) -> None:
+        """It could not be used at the start, and there were guests: until it can be, no page is written there."""
+        while store.trouble:
+            self.host.store_trouble[store.name, "probe"] = store.trouble
+            await trio.sleep(PROBE_AGAIN_S)
+            await probe(store)
+        self.host.store_trouble.pop((store.name, "probe"), None)
+        log.info("store_can_be_written", store=store.name)
 
     def _store_status(self, store: Store) -> StoreStatus:
         reasons = sorted({why for (name, _), why in self.host.store_trouble.items() if name == store.name})

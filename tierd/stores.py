@@ -64,22 +64,29 @@ def _needed_stores(resumed: Resumed) -> set[str]:
 
 
 async def open_asked(name: str, config: AskedStoreConfig, runtime_dir: Path, *, needed: bool = False) -> AskedStore:
-    """A store that is asked, tried once. StoreError: it cannot be used; with `needed`, because guests have pages in it, that is
-    its trouble, and they wait for it."""
+    """A store that is asked, tried once. StoreError: it cannot be used; with `needed`, because guests are served, that is its
+    trouble: none is written there, and who has pages in it waits."""
     pages = await _made(name, config, runtime_dir)
     keys_dir = runtime_dir / "keys"
     keys_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     store = AskedStore(name, pages, keys_dir, config.capacity, config.encrypt, config.concurrency, config.deadline_s)
+    await probe(store)
+    if store.trouble and not needed:
+        await pages.aclose()
+        raise StoreError(store.trouble)
+    return store
+
+
+async def probe(store: AskedStore) -> None:
+    """Its trouble, or none."""
     try:
         with trio.fail_after(PROBE_S_MAX):
-            await pages.probe()
+            await store.pages.probe()
     except (OSError, StoreError, trio.TooSlowError) as error:
         why = f"it did not answer within {PROBE_S_MAX:g} s" if isinstance(error, trio.TooSlowError) else str(error)
-        store.trouble = f"the store {name} cannot be used: {why}"
-        if not needed:
-            await pages.aclose()
-            raise StoreError(store.trouble) from error
-    return store
+        store.trouble = f"the store {store.name} cannot be used: {why}"
+    else:
+        store.trouble = ""
 
 
 async def _made(name: str, config: AskedStoreConfig, runtime_dir: Path) -> PageStore:

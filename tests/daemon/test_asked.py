@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,26 @@ def test_what_cannot_be_used_is_told_at_the_start(daemon: Daemon, redis: Server)
     probed = daemon.tierd("config", "check", "--probe")
     assert probed.returncode == 78
     assert "store redis cannot be used" in probed.stdout + probed.stderr
+
+
+def test_a_store_that_loses_pages_by_now_is_given_none(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    """Guests have pages in it, so tierd starts, and brings them back. But whoever evicts keys must get no more of them."""
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    redis.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    daemon.start()
+    assert daemon.logged("store_cannot_be_written")
+    web.verify()
+    stored = daemon.stored_bytes("web")
+    time.sleep(30 * POLICY["interval_s"])
+    assert daemon.stored_bytes("web") <= stored
+    assert not {store["name"]: store["healthy"] for store in daemon.status()["stores"]}["redis"]
+    redis.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    evicted(daemon, "web", web)
+    assert daemon.logged("store_can_be_written")
+    web.verify()
 
 
 @pytest.mark.parametrize(
