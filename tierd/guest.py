@@ -713,12 +713,12 @@ class Guest:
         served = self._must_serve()
         async with self._worker:
             self._must_still_serve(served)
-            before = served.native.counters()["state_pages"][LOST]
-            recovered, still_lost = await self._in_worker(served.native.retry)
-            if served.native.asked_tiers:
-                await self._answered(served)
-                still_lost = served.native.counters()["state_pages"][LOST]
-                recovered = max(before - still_lost, 0)
+            before, page = served.native.counters()["state_pages"][LOST], 0
+            while page < served.native.pages:
+                page, _, _ = await self._in_worker(served.native.retry, page)
+                await self._answered(served)  # then there is room to ask for the next ones
+            still_lost = served.native.counters()["state_pages"][LOST]
+            recovered = max(before - still_lost, 0)
         self._log.info("lost_pages_retried", recovered_pages=recovered, lost_pages=still_lost)
         return recovered * served.page_bytes, still_lost * served.page_bytes
 
@@ -775,8 +775,8 @@ class Guest:
             while page < served.native.pages:
                 asked_from = page
                 page, restored = await self._in_worker(served.native.restore, page, step_pages)
-                if page == asked_from:
-                    await trio.sleep(ASKED_PAUSE_S)  # as much is asked for as can be
+                if page == asked_from:  # as much is asked for as can be
+                    await self._ask_pause()
                 done += restored * served.page_bytes
                 progress(min(done, total), total)
                 if served.native.anonymous:
@@ -792,9 +792,14 @@ class Guest:
         return done
 
     async def _answered(self, served: Served) -> None:
-        """Until all that is asked for has come, or cannot be had now."""
+        """Until all that is asked for has come, or could not be read. OSError: it cannot be asked for now."""
         while served.native.health(HUNG_S).asked_pages:
-            await trio.sleep(ASKED_PAUSE_S)
+            await self._ask_pause()
+
+    async def _ask_pause(self) -> None:
+        assert self._parking is not None
+        self._parking.must_bring()  # we have the worker, and who ends the guest waits for us
+        await trio.sleep(ASKED_PAUSE_S)
 
     def _must_fit(self, needed_bytes: int, page_bytes: int) -> None:
         available = memory_available_bytes(page_bytes)

@@ -107,6 +107,7 @@ class Parking:
         self._keys: dict[int, SealKey] = {}
         self._opened = {number: trio.Event() for number in self._tiers}
         self._troubles: dict[int, str] = {}
+        self._over = False
         for number, tier in self._tiers.items():
             _space(tier).counted = partial(_stored_bytes, served, number)
 
@@ -114,6 +115,14 @@ class Parking:
     def troubles(self) -> Mapping[str, str]:
         """By name of the store: why its pages cannot be had at all now."""
         return {self._tiers[number].name: why for number, why in self._troubles.items()}
+
+    def must_bring(self) -> None:
+        """OSError: what is asked for does not come now: nobody brings it any more, or a store that has pages cannot be had."""
+        if self._over:
+            raise OSError(errno.ECANCELED, f"guest {self._served.spec.name} ends, nobody brings its pages any more")
+        for number, why in self._troubles.items():
+            if _stored_bytes(self._served, number):
+                raise OSError(errno.EAGAIN, f"pages in store {self._tiers[number].name} cannot be had: {why}")
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -131,6 +140,7 @@ class Parking:
                         for request in requests:
                             nursery.start_soon(self._serve, request)
         finally:
+            self._over = True
             for number, tier in self._tiers.items():
                 _space(tier).ready = False
                 if number in self._spaces:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,6 +167,45 @@ def test_a_store_that_loses_pages_by_now_is_given_none(daemon: Daemon, web: Vmm,
     evicted(daemon, "web", web)
     assert daemon.logged("store_can_be_written")
     web.verify()
+
+
+def test_an_order_does_not_wait_for_a_store_that_is_not_there(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    """Nor does it keep the guest from anything else."""
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    with_tiers(daemon, "file")  # the store was taken out of the configuration
+    daemon.start()
+    daemon.wait_active("web")
+    for order in ("restore", "detach", "retry"):
+        done = daemon.tierd(order, f"web{OURS}")
+        assert done.returncode != 0 or order == "retry", done.stdout
+        assert order == "retry" or "the configuration has no store redis" in done.stdout + done.stderr
+    assert daemon.stored_bytes("web") > 0
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    web.verify()
+
+
+def test_a_guest_that_ends_while_an_order_waits_for_its_store(daemon: Daemon, boot: Boot, redis: Server) -> None:
+    """Nobody brings pages any more then; who waited for them must not keep the guest from its end."""
+    web = boot("web", 16 * MIB, "compressible")
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    redis.signal(signal.SIGSTOP)
+    try:
+        order = threading.Thread(target=daemon.tierd, args=("restore", f"web{OURS}"))
+        order.start()
+        wait_for(lambda: daemon.guests()["web"]["counters"]["parked_pages"], "pages are asked for")
+        web.kill()
+        wait_for(lambda: daemon.logged("guest_ended") or "web" not in daemon.guests(), "the guest is over")
+    finally:
+        redis.signal(signal.SIGCONT)
+    order.join()
 
 
 @pytest.mark.parametrize(
