@@ -190,6 +190,21 @@ def test_an_order_does_not_wait_for_a_store_that_is_not_there(daemon: Daemon, we
     web.verify()
 
 
+def test_a_page_that_is_gone_keeps_no_other_from_coming_back(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.tierd("pause", f"web{OURS}")
+    for run in redis.ask("KEYS", "*/[0-9]*}"):
+        for field in redis.ask("HKEYS", run)[::20]:
+            redis.ask("HDEL", run, field)
+            destroyed = run, field
+    assert destroyed
+    gone = web.pages - sum(redis.ask("HLEN", run) for run in redis.ask("KEYS", "*/[0-9]*}"))
+    assert daemon.tierd("restore", f"web{OURS}").returncode != 0
+    assert 0 < daemon.stored_bytes("web") <= gone * web.page_bytes
+
+
 def test_a_guest_that_ends_while_an_order_waits_for_its_store(daemon: Daemon, boot: Boot, redis: Server) -> None:
     """Nobody brings pages any more then; who waited for them must not keep the guest from its end."""
     web = boot("web", 16 * MIB, "compressible")
