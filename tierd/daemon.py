@@ -860,7 +860,7 @@ async def _run(config: Config, config_path: Path, resumed: Resumed) -> None:
     guests_dir = prepare_runtime_dir(config.runtime_dir)
     lock = resumed.lock if resumed.lock is not None else lock_runtime_dir(config.runtime_dir)
     try:
-        stores: dict[str, Store] = await open_stores(config, notifier, resumed)
+        stores: dict[str, Store] = await open_stores(config, notifier)
         for store in stores.values():
             if store.trouble:
                 log.error(

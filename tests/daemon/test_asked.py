@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import threading
 import time
@@ -203,6 +204,35 @@ def test_a_page_that_is_gone_keeps_no_other_from_coming_back(daemon: Daemon, web
     gone = web.pages - sum(redis.ask("HLEN", run) for run in redis.ask("KEYS", "*/[0-9]*}"))
     assert daemon.tierd("restore", f"web{OURS}").returncode != 0
     assert 0 < daemon.stored_bytes("web") <= gone * web.page_bytes
+
+
+def test_guests_are_served_though_a_store_of_others_is_not_there(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    rules = [{"name": f"*{OURS}", **POLICY}, {"name": "nobody", "tiers": ["redis"]}]
+    daemon.write(guests=rules, stores={"redis": {"addresses": [redis.address]}})
+    redis.kill()
+    daemon.start()
+    assert daemon.logged("store_cannot_be_written")
+    web.verify()
+    redis.start()
+    wait_for(lambda: daemon.logged("store_can_be_written"), "it is tried again")
+
+
+def test_a_store_that_no_policy_names_any_more(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    """It is in the configuration, and a guest that was not adopted at once has pages there."""
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    with_tiers(daemon, "file", stores={"redis": {"addresses": [redis.address]}})
+    (state,) = (daemon.runtime_dir / "guests").glob("*.state")
+    with state.open("rb") as held:  # as the last thread of a predecessor, which hangs for a while
+        fcntl.flock(held, fcntl.LOCK_EX)
+        daemon.spawn()
+        daemon.wait_told("READY=1")
+    web.verify()
 
 
 def test_without_a_daemon_it_is_refused(daemon: Daemon, web: Vmm, redis: Server) -> None:

@@ -692,7 +692,8 @@ class NativeGuest:
     def retry(self, first_page: int = 0) -> tuple[int, int, int]:
         """After a repair of the store, read the lost pages from `first_page` on again: (next page, pages recovered, still lost).
         Those of tiers that are asked are asked for, as many as there is room for, and not counted. Worker."""
-        next_page, recovered, still_lost = ffi.new("uint64_t *", first_page), ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        next_page = ffi.new("uint64_t *", first_page)
+        recovered, still_lost = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         check(lib.tierd_guest_retry(self._g, next_page, recovered, still_lost), "retry of lost pages")
         return next_page[0], recovered[0], still_lost[0]
 
