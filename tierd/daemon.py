@@ -158,8 +158,8 @@ class Daemon:
             try:
                 swept = await store.pages.sweep(self._may_be_needed)
                 swept += await trio.to_thread.run_sync(sweep_keys, store.keys_dir, self._may_be_needed)
-            except (OSError, StoreError) as error:
-                log.warning("store_not_swept", store=store.name, error=str(error), action="trying again in a while")
+            except Exception as error:  # a plug-in's may be any; what is in a store may be anybody's
+                log.warning("store_not_swept", store=store.name, error=repr(error), action="trying again in a while")
             else:
                 if swept:
                     log.info("store_swept", store=store.name, guests=sorted(set(swept)))

@@ -216,12 +216,13 @@ class Guest:
                     self._served = None
                     try:
                         await self._in_worker(self._end, served)
-                        if self._parking is not None:
-                            await self._parking.close(delete=self._ending is not Ending.KEPT)
                     except Exception as error:
                         self._end_failure = error
                         raise
                     finally:
+                        if self._parking is not None:  # after a failure the pages are whose who adopts the guest again
+                            over = self._ending is not Ending.KEPT and self._end_failure is None
+                            await self._parking.close(delete=over)
                         self._ended.set()
         assert self._ending is not None
         self._log.info("guest_ended", how=self._ending.value)
@@ -514,7 +515,7 @@ class Guest:
             self._not_before = trio.current_time() + self._back_off_s(self._failures)
         if self._trouble != str(error):
             self._trouble = str(error)
-            made_anew = isinstance(error, KernelError) and error.errno == errno.ENOENT
+            made_anew = isinstance(error, KernelError) and error.errno == errno.ENOENT and not error.tier
             action = (
                 "the VMM has mapped its memory anew: detach and attach the guest" if made_anew else "none: tried again"
             )
@@ -578,6 +579,8 @@ class Guest:
             overdue or health.hung_threads == health.fault_threads
         ):
             self._take_over(native)
+        if not health.asked_pages:
+            native.forget_answers()
         if health.spent_pages * served_bytes > SPENT_BYTES_MAX:
             self._wake.set()  # the next cycle gives them back
         if health.pages_lost > self._lost_told:

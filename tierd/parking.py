@@ -107,6 +107,7 @@ class Parking:
         self._keys: dict[int, SealKey] = {}
         self._opened = {number: trio.Event() for number in self._tiers}
         self._troubles: dict[int, str] = {}
+        self._broken: set[int] = set()
         self._over = False
         for number, tier in self._tiers.items():
             _space(tier).counted = partial(_stored_bytes, served, number)
@@ -155,8 +156,8 @@ class Parking:
             if isinstance(store, AskedStore):
                 try:
                     self._spaces[tier.number] = await self._space_of(store, tier)
-                except (OSError, StoreError) as error:
-                    trouble = str(error)
+                except Exception as error:  # a plug-in's may be any
+                    trouble = str(error) or repr(error)
                 else:
                     break
             else:
@@ -205,19 +206,22 @@ class Parking:
 
     async def close(self, *, delete: bool) -> None:
         """When nobody asks any more. `delete`: the guest is over, or every page is with it."""
+        for key in self._keys.values() if delete else ():
+            key.destroy()  # first of all: whatever becomes of the pages, nobody can read them
         with trio.move_on_after(DELETE_S_MAX, shield=True):
-            for number, space in self._spaces.items():
-                if delete and number in self._keys:
-                    self._keys[number].destroy()
-                try:
-                    await (space.delete() if delete else space.aclose())
-                except (OSError, StoreError) as error:
-                    name = self._tiers[number].name
-                    self._log.warning("pages_not_deleted", store=name, error=str(error), action="the sweep does it")
+            async with trio.open_nursery() as nursery:
+                for number, space in self._spaces.items():
+                    nursery.start_soon(self._let_go, self._tiers[number].name, space, delete)
         for key in self._keys.values():
             key.close()
         self._spaces.clear()
         self._keys.clear()
+
+    async def _let_go(self, name: str, space: PageSpace, delete: bool) -> None:
+        try:
+            await (space.delete() if delete else space.aclose())
+        except Exception as error:  # a plug-in's may be any
+            self._log.warning("pages_not_deleted", store=name, error=str(error), action="the sweep does it")
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -226,10 +230,17 @@ class Parking:
         await self._opened[request.tier].wait()
         try:
             pages = await self._fetch(request)
-        except (OSError, StoreError, trio.TooSlowError) as error:
+        except Exception as error:  # a plug-in's may be any: the page waits, and the guest has others
+            self._tell_broken(request.tier, error)
             self._served.native.answer(request.number, b"", 0, _errno_of(error))
         else:
             self._served.native.answer(request.number, b"".join(pages), len(pages), 0)
+
+    def _tell_broken(self, tier: int, error: Exception) -> None:
+        """What no store may raise, once."""
+        if not isinstance(error, OSError | StoreError | trio.TooSlowError) and tier not in self._broken:
+            self._broken.add(tier)
+            self._log.error("store_is_broken", store=self._tiers[tier].name, error=repr(error), exc_info=error)
 
     async def _fetch(self, request: Request) -> list[bytes]:
         """Its first page, and as many of the others as there are and nobody has to wait for."""
@@ -284,7 +295,7 @@ class Asked:
     def _call(self, tier: int, noun: str, work: Callable[[PageSpace], Any]) -> Any:
         try:
             return trio.from_thread.run(self._parking.call, tier, work)
-        except (OSError, StoreError) as error:
+        except Exception as error:  # a plug-in's may be any
             failure = KernelError(_errno_of(error), f"{noun} ({error})")
             failure.tier = tier
             raise failure from error

@@ -235,6 +235,19 @@ def test_a_store_that_no_policy_names_any_more(daemon: Daemon, web: Vmm, redis: 
     web.verify()
 
 
+def test_a_damaged_page_keeps_no_other_from_sinking(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    stores = {"redis": {"addresses": [redis.address]}}
+    with_tiers(daemon, "redis", {"name": "file", "min_age_s": 3600}, stores=stores)
+    daemon.start()
+    evicted(daemon, "web", web)
+    for run in redis.ask("KEYS", "*/[0-9]*}")[:3]:
+        redis.ask("HSET", run, redis.ask("HKEYS", run)[7], b"\x07 is no record of ours")
+    with_tiers(daemon, "redis", {"name": "file", "min_age_s": 0.5}, stores=stores)
+    daemon.signal(signal.SIGHUP)
+    wait_for(lambda: tiers(daemon)["redis"]["stored_bytes"] <= 3 * web.page_bytes, "all others have sunk", 60)
+    assert tiers(daemon)["file"]["stored_bytes"] > 12 * MIB
+
+
 def test_without_a_daemon_it_is_refused(daemon: Daemon, web: Vmm, redis: Server) -> None:
     with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
     daemon.start()

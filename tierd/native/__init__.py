@@ -679,6 +679,10 @@ class NativeGuest:
         self._answers[number] = content
         check(lib.tierd_guest_answer(self._g, number, ffi.from_buffer(content), pages, -error), "answer")
 
+    def forget_answers(self) -> None:
+        """When nothing is asked for: nobody reads the bytes that were brought any more. In the thread that answers."""
+        self._answers.clear()
+
     def garbage(self, tier: int, first_page: int, pages_max: int) -> tuple[int, int]:
         """(page, count) of the first run from `first_page` on that a tier that is asked need not keep; count 0: none. Worker."""
         page, count = ffi.new("uint64_t *"), ffi.new("uint64_t *")
