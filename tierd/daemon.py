@@ -236,7 +236,7 @@ class Daemon:
         what = self.config.on_restart if order is RESTART else self.config.on_stop
         log.info("stopping", signal=order.name, **{key: what}, stop_timeout_s=timeout_s)
         self._tell(self.notifier.stopping, f"{key}: {what}")
-        if order is RESTART and what == "keep" and (why := await trio.to_thread.run_sync(self._why_nobody_adopts)):
+        if order is RESTART and what == "keep" and (why := await self._why_nobody_adopts()):
             log.warning("restart_restores", why=why, action="bringing every guest back first, in spite of on_restart")
             what = "restore"
         guests = [
@@ -257,10 +257,10 @@ class Daemon:
                 "stop_timeout", stop_timeout_s=timeout_s, action="what is still stored is kept for the next tierd"
             )
 
-    def _why_nobody_adopts(self) -> str:
-        """What keeps a tierd that starts now from adopting our guests, "" for nothing. Reads files: a worker."""
+    async def _why_nobody_adopts(self) -> str:
+        """What keeps a tierd that starts now from adopting our guests, or from their pages, "" for nothing."""
         try:
-            new = load(self.config_path)
+            new = await trio.to_thread.run_sync(load, self.config_path)
         except ConfigErrors as errors:
             return f"the next tierd will not start: {errors.errors[0]}"
         ours = self.host.guests_dir.parent
@@ -274,6 +274,12 @@ class Daemon:
                 f"the VMMs that connected will not find the next tierd: handshake.socket is {listens} now, "
                 f"{new.handshake.socket} in {self.config_path}"
             )
+        for name, store in self.host.stores.items():
+            pages = sum(guest.pages_in(name) for guest in self._guests.values())
+            if pages and isinstance(store, AskedStore) and name not in new.asked:
+                return (
+                    f"the next tierd will not have the store {name}, in which are {pages} pages: see {self.config_path}"
+                )
         return ""
 
     async def _restore_for_stop(self, guest: Guest) -> None:

@@ -186,6 +186,7 @@ class Parking:
         served = self._served
         space = await store.pages.open(self._key, served.native.pages, served.page_bytes)
         try:
+            await self._must_be_the_same(space, tier)
             key = await trio.to_thread.run_sync(self._seal_key, store, tier)
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -195,6 +196,15 @@ class Parking:
             self._keys[tier.number] = key
             space = SealedSpace(space, key)
         return CompressedSpace(space, served.page_bytes)
+
+    async def _must_be_the_same(self, space: PageSpace, tier: ServedTier) -> None:
+        """A place that knows nothing of the guest is another one than before: its pages wait for that, they are not lost."""
+        pages = self._served.native.counters()["tier_pages"][tier.number]
+        if self._served.adoption is not None and pages and not await space.used_bytes():
+            raise StoreError(
+                f"nothing of this guest is in the store {tier.name}, and {pages} of its pages should be: if its keys in the "
+                "configuration name another place than before, put them back, and restart tierd"
+            )
 
     def _seal_key(self, store: AskedStore, tier: ServedTier) -> SealKey | None:
         """What is there was sealed if there is a key, whatever the configuration says now. Worker thread."""

@@ -248,6 +248,36 @@ def test_a_damaged_page_keeps_no_other_from_sinking(daemon: Daemon, web: Vmm, re
     assert tiers(daemon)["file"]["stored_bytes"] > 12 * MIB
 
 
+def test_a_store_that_is_another_place_by_now_loses_nothing(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    there, elsewhere = ({"redis": {"addresses": [redis.address], "namespace": name}} for name in ("there", "elsewhere"))
+    with_tiers(daemon, "redis", stores=there)
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    brief = [{"name": f"*{OURS}", **POLICY, "tiers": ["redis"], "read_deadline_s": 0.1}]
+    daemon.write(guests=brief, stores=elsewhere)
+    daemon.start()
+    web.send("verify")
+    wait_for(lambda: daemon.logged("store_not_opened"), "it is told")
+    time.sleep(1)
+    assert daemon.guests()["web"]["counters"]["pages_lost"] == 0
+    daemon.kill()
+    daemon.write(guests=brief, stores=there)
+    daemon.start()
+    wait_for(web.answered, "its pages have come")
+
+
+def test_a_restart_that_would_lose_sight_of_a_store_restores(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}}, on_restart="keep")
+    daemon.start()
+    evicted(daemon, "web", web)
+    with_tiers(daemon, "file", on_restart="keep")
+    daemon.signal(signal.SIGUSR1)
+    assert daemon.wait() == 0
+    assert "will not have the store redis" in daemon.logged("restart_restores")[0]["why"]
+    web.verify()
+
+
 def test_without_a_daemon_it_is_refused(daemon: Daemon, web: Vmm, redis: Server) -> None:
     with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
     daemon.start()
