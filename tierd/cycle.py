@@ -20,12 +20,13 @@ may raise to cancel.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tierd.native import GUEST_TIER, STAGING_TIER, BatchResult, NativeBatch, NativeGuest, Staged
+from tierd.native import GUEST_TIER, STAGING_TIER, BatchResult, KernelError, NativeBatch, NativeGuest, Staged
 
 BATCH_BYTES = 2 << 20
 ANONYMOUS_BATCH_BYTES = 4 << 20  # each is a stop of a thread of the VMM
@@ -299,9 +300,22 @@ def _supply(batch: NativeBatch, from_tier: int, asked: Asked | None) -> None:
     """Out of a tier that is asked, its bytes. What it does not have stays there: a fault, or the next try, says so."""
     assert asked is not None
     for run in batch.runs():
-        for i, page in enumerate(asked.read(from_tier, run.page, run.count)):
+        for i, page in enumerate(_readable(asked, from_tier, run.page, run.count)):
             if page is not None and len(page) == batch.guest.page_bytes:
                 batch.supply(run.slot + i, [page])
+
+
+def _readable(asked: Asked, tier: int, first_page: int, count: int) -> list[bytes | None]:
+    """One page that is damaged must not keep the others from sinking."""
+    try:
+        return asked.read(tier, first_page, count)
+    except KernelError as error:
+        if error.errno != errno.EBADMSG:
+            raise
+    if count == 1:
+        return [None]
+    half = count // 2
+    return _readable(asked, tier, first_page, half) + _readable(asked, tier, first_page + half, count - half)
 
 
 def demote_batch(

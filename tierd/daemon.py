@@ -45,7 +45,7 @@ from tierd.serve import (
 )
 from tierd.store import Store, StoreError
 from tierd.store.asked import AskedStore
-from tierd.stores import ANSWERS_S, asked_or_errors, memory_or_errors, open_stores
+from tierd.stores import ANSWERS_S, asked_or_errors, memory_or_errors, open_stores, probe
 from tierd.systemd import Notifier, watchdog_interval_s
 from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused, StoreStatus
 
@@ -62,6 +62,7 @@ SOCKET_RETRY_S = 2.0
 WATCH_S = 0.25  # between looks at the fault threads
 STORE_ASK_S = 1.0
 SWEEP_AGAIN_S = 60.0
+PROBE_AGAIN_S = 5.0
 ADOPT_S_MAX = 5.0  # for the start to wait for a guest
 HAND_OVER_S_MAX = 60.0  # for an adoption with what a VMM brought
 END_S_MAX = 5.0  # for calls that are under way when everything else has ended
@@ -127,6 +128,8 @@ class Daemon:
                 self._nursery.start_soon(self._watch_guests)
                 for store in self.host.stores.values():
                     self._nursery.start_soon(self._watch_store, store)
+                    if store.trouble and isinstance(store, AskedStore):
+                        self._nursery.start_soon(self._probe_again, store)
                 self._nursery.start_soon(self._discover)
                 self._nursery.start_soon(self._feed_watchdog)
                 await self._tell_ready()
@@ -155,8 +158,8 @@ class Daemon:
             try:
                 swept = await store.pages.sweep(self._may_be_needed)
                 swept += await trio.to_thread.run_sync(sweep_keys, store.keys_dir, self._may_be_needed)
-            except (OSError, StoreError) as error:
-                log.warning("store_not_swept", store=store.name, error=str(error), action="trying again in a while")
+            except Exception as error:  # a plug-in's may be any; what is in a store may be anybody's
+                log.warning("store_not_swept", store=store.name, error=repr(error), action="trying again in a while")
             else:
                 if swept:
                     log.info("store_swept", store=store.name, guests=sorted(set(swept)))
@@ -233,7 +236,7 @@ class Daemon:
         what = self.config.on_restart if order is RESTART else self.config.on_stop
         log.info("stopping", signal=order.name, **{key: what}, stop_timeout_s=timeout_s)
         self._tell(self.notifier.stopping, f"{key}: {what}")
-        if order is RESTART and what == "keep" and (why := await trio.to_thread.run_sync(self._why_nobody_adopts)):
+        if order is RESTART and what == "keep" and (why := await self._why_nobody_adopts()):
             log.warning("restart_restores", why=why, action="bringing every guest back first, in spite of on_restart")
             what = "restore"
         guests = [
@@ -254,10 +257,10 @@ class Daemon:
                 "stop_timeout", stop_timeout_s=timeout_s, action="what is still stored is kept for the next tierd"
             )
 
-    def _why_nobody_adopts(self) -> str:
-        """What keeps a tierd that starts now from adopting our guests, "" for nothing. Reads files: a worker."""
+    async def _why_nobody_adopts(self) -> str:
+        """What keeps a tierd that starts now from adopting our guests, or from their pages, "" for nothing."""
         try:
-            new = load(self.config_path)
+            new = await trio.to_thread.run_sync(load, self.config_path)
         except ConfigErrors as errors:
             return f"the next tierd will not start: {errors.errors[0]}"
         ours = self.host.guests_dir.parent
@@ -271,6 +274,12 @@ class Daemon:
                 f"the VMMs that connected will not find the next tierd: handshake.socket is {listens} now, "
                 f"{new.handshake.socket} in {self.config_path}"
             )
+        for name, store in self.host.stores.items():
+            pages = sum(guest.pages_in(name) for guest in self._guests.values())
+            if pages and isinstance(store, AskedStore) and name not in new.asked:
+                return (
+                    f"the next tierd will not have the store {name}, in which are {pages} pages: see {self.config_path}"
+                )
         return ""
 
     async def _restore_for_stop(self, guest: Guest) -> None:
@@ -319,6 +328,15 @@ class Daemon:
             else:
                 trouble.pop((store.name, "figures"), None)
             self._asked_at[store.name] = trio.current_time()
+
+    async def _probe_again(self, store: AskedStore) -> None:
+        """It could not be used at the start, and there were guests: until it can be, no page is written there."""
+        while store.trouble:
+            self.host.store_trouble[store.name, "probe"] = store.trouble
+            await trio.sleep(PROBE_AGAIN_S)
+            await probe(store)
+        self.host.store_trouble.pop((store.name, "probe"), None)
+        log.info("store_can_be_written", store=store.name)
 
     def _store_status(self, store: Store) -> StoreStatus:
         reasons = sorted({why for (name, _), why in self.host.store_trouble.items() if name == store.name})
@@ -849,7 +867,7 @@ async def _run(config: Config, config_path: Path, resumed: Resumed) -> None:
     guests_dir = prepare_runtime_dir(config.runtime_dir)
     lock = resumed.lock if resumed.lock is not None else lock_runtime_dir(config.runtime_dir)
     try:
-        stores: dict[str, Store] = await open_stores(config, notifier, resumed)
+        stores: dict[str, Store] = await open_stores(config, notifier)
         for store in stores.values():
             if store.trouble:
                 log.error(

@@ -222,12 +222,13 @@ class Guest:
                     self._served = None
                     try:
                         await self._in_worker(self._end, served)
-                        if self._parking is not None:
-                            await self._parking.close(delete=self._ending is not Ending.KEPT)
                     except Exception as error:
                         self._end_failure = error
                         raise
                     finally:
+                        if self._parking is not None:  # after a failure the pages are whose who adopts the guest again
+                            over = self._ending is not Ending.KEPT and self._end_failure is None
+                            await self._parking.close(delete=over)
                         self._ended.set()
         assert self._ending is not None
         self._log.info("guest_ended", how=self._ending.value)
@@ -542,7 +543,7 @@ class Guest:
             self._not_before = trio.current_time() + self._back_off_s(self._failures)
         if self._trouble != str(error):
             self._trouble = str(error)
-            made_anew = isinstance(error, KernelError) and error.errno == errno.ENOENT
+            made_anew = isinstance(error, KernelError) and error.errno == errno.ENOENT and not error.tier
             action = (
                 "the VMM has mapped its memory anew: detach and attach the guest" if made_anew else "none: tried again"
             )
@@ -606,6 +607,8 @@ class Guest:
             overdue or health.hung_threads == health.fault_threads
         ):
             self._take_over(native)
+        if not health.asked_pages:
+            native.forget_answers()
         if health.spent_pages * served_bytes > SPENT_BYTES_MAX:
             self._wake.set()  # the next cycle gives them back
         if health.pages_lost > self._lost_told:
@@ -738,12 +741,12 @@ class Guest:
         """After a repair of the store: read lost pages again. (recovered, still lost) bytes."""
         served = self._must_serve()
         async with self._order(served):
-            before = served.native.counters()["state_pages"][LOST]
-            recovered, still_lost = await self._in_worker(served.native.retry)
-            if served.native.asked_tiers:
-                await self._answered(served)
-                still_lost = served.native.counters()["state_pages"][LOST]
-                recovered = max(before - still_lost, 0)
+            before, page = served.native.counters()["state_pages"][LOST], 0
+            while page < served.native.pages:
+                page, _, _ = await self._in_worker(served.native.retry, page)
+                await self._answered(served)  # then there is room to ask for the next ones
+            still_lost = served.native.counters()["state_pages"][LOST]
+            recovered = max(before - still_lost, 0)
         self._log.info("lost_pages_retried", recovered_pages=recovered, lost_pages=still_lost)
         return recovered * served.page_bytes, still_lost * served.page_bytes
 
@@ -799,8 +802,8 @@ class Guest:
             while page < served.native.pages:
                 asked_from = page
                 page, restored = await self._in_worker(served.native.restore, page, step_pages)
-                if page == asked_from:
-                    await trio.sleep(ASKED_PAUSE_S)  # as much is asked for as can be
+                if page == asked_from:  # as much is asked for as can be
+                    await self._ask_pause()
                 done += restored * served.page_bytes
                 progress(min(done, total), total)
                 if served.native.anonymous:
@@ -808,7 +811,9 @@ class Guest:
             await self._answered(served)
             before, stored_pages = stored_pages, served.native.counters()["state_pages"][STORED]
             done = max(done, total - stored_pages * served.page_bytes)
-            if stored_pages >= before:
+            if stored_pages >= before and served.native.asked_tiers and step_pages > 1:
+                step_pages = 1  # each alone: one that cannot be read must not keep its neighbours
+            elif stored_pages >= before:
                 raise OSError(
                     errno.EIO,
                     f"{stored_pages} pages of guest {self.name} cannot be read from the store; see tierd's log",
@@ -816,9 +821,14 @@ class Guest:
         return done
 
     async def _answered(self, served: Served) -> None:
-        """Until all that is asked for has come, or cannot be had now."""
+        """Until all that is asked for has come, or could not be read. OSError: it cannot be asked for now."""
         while served.native.health(HUNG_S).asked_pages:
-            await trio.sleep(ASKED_PAUSE_S)
+            await self._ask_pause()
+
+    async def _ask_pause(self) -> None:
+        assert self._parking is not None
+        self._parking.must_bring()  # we have the worker, and who ends the guest waits for us
+        await trio.sleep(ASKED_PAUSE_S)
 
     def _must_fit(self, needed_bytes: int, page_bytes: int) -> None:
         available = memory_available_bytes(page_bytes)

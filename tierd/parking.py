@@ -109,6 +109,8 @@ class Parking:
         self._keys: dict[str, SealKey | None] = {}  # by store; None: it is not sealed
         self._opened = {number: trio.Event() for number in self._tiers}
         self._troubles: dict[int, str] = {}
+        self._broken: set[int] = set()
+        self._over = False
         for number, tier in self._tiers.items():
             _space(tier).counted = partial(_stored_bytes, served, number)
 
@@ -116,6 +118,14 @@ class Parking:
     def troubles(self) -> Mapping[str, str]:
         """By name of the store: why its pages cannot be had at all now."""
         return {self._tiers[number].name: why for number, why in self._troubles.items()}
+
+    def must_bring(self) -> None:
+        """OSError: what is asked for does not come now: nobody brings it any more, or a store that has pages cannot be had."""
+        if self._over:
+            raise OSError(errno.ECANCELED, f"guest {self._served.spec.name} ends, nobody brings its pages any more")
+        for number, why in self._troubles.items():
+            if _stored_bytes(self._served, number):
+                raise OSError(errno.EAGAIN, f"pages in store {self._tiers[number].name} cannot be had: {why}")
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -133,6 +143,7 @@ class Parking:
                         for request in requests:
                             nursery.start_soon(self._serve, request)
         finally:
+            self._over = True
             for number, tier in self._tiers.items():
                 _space(tier).ready = False
                 if self._opened[number].is_set():
@@ -164,8 +175,8 @@ class Parking:
             if isinstance(store, AskedStore):
                 try:
                     self._spaces[tier.number] = await self._space_of(store, tier)
-                except (OSError, StoreError) as error:
-                    trouble = str(error)
+                except Exception as error:  # a plug-in's may be any
+                    trouble = str(error) or repr(error)
                 else:
                     break
             else:
@@ -183,6 +194,16 @@ class Parking:
 
     async def _space_of(self, store: AskedStore, tier: ServedTier) -> PageSpace:
         """StoreError, OSError: it, or the store of its second copies, cannot be had."""
+        space = await self._spaces_of(store, tier)
+        try:
+            await self._must_be_the_same(space, tier)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await space.aclose()
+            raise
+        return space
+
+    async def _spaces_of(self, store: AskedStore, tier: ServedTier) -> PageSpace:
         first = await self._one_space_of(store, tier)
         if store.second is None:
             return first
@@ -214,6 +235,15 @@ class Parking:
         key = self._keys[store.name]
         return CompressedSpace(space if key is None else SealedSpace(space, key), served.page_bytes)
 
+    async def _must_be_the_same(self, space: PageSpace, tier: ServedTier) -> None:
+        """A place that knows nothing of the guest is another one than before: its pages wait for that, they are not lost."""
+        pages = self._served.native.counters()["tier_pages"][tier.number]
+        if self._served.adoption is not None and pages and not await space.used_bytes():
+            raise StoreError(
+                f"nothing of this guest is in the store {tier.name}, and {pages} of its pages should be: if its keys in the "
+                "configuration name another place than before, put them back, and restart tierd"
+            )
+
     def _seal_key(self, store: AskedStore, anything: bool) -> SealKey | None:
         """What is there was sealed if there is a key, whatever the configuration says now. Worker thread."""
         args = (store.keys_dir, store.name, self._key, self._served.native.pages)
@@ -228,21 +258,24 @@ class Parking:
 
     async def close(self, *, delete: bool) -> None:
         """When nobody asks any more. `delete`: the guest is over, or every page is with it."""
+        for key in self._keys.values() if delete else ():
+            if key is not None:
+                key.destroy()  # first of all: whatever becomes of the pages, nobody can read them
         with trio.move_on_after(DELETE_S_MAX, shield=True):
-            for key in self._keys.values():
-                if delete and key is not None:
-                    key.destroy()
-            for number, space in self._spaces.items():
-                try:
-                    await (space.delete() if delete else space.aclose())
-                except (OSError, StoreError) as error:
-                    name = self._tiers[number].name
-                    self._log.warning("pages_not_deleted", store=name, error=str(error), action="the sweep does it")
+            async with trio.open_nursery() as nursery:
+                for number, space in self._spaces.items():
+                    nursery.start_soon(self._let_go, self._tiers[number].name, space, delete)
         for key in self._keys.values():
             if key is not None:
                 key.close()
         self._spaces.clear()
         self._keys.clear()
+
+    async def _let_go(self, name: str, space: PageSpace, delete: bool) -> None:
+        try:
+            await (space.delete() if delete else space.aclose())
+        except Exception as error:  # a plug-in's may be any
+            self._log.warning("pages_not_deleted", store=name, error=str(error), action="the sweep does it")
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -251,10 +284,17 @@ class Parking:
         await self._opened[request.tier].wait()
         try:
             pages = await self._fetch(request)
-        except (OSError, StoreError, trio.TooSlowError) as error:
+        except Exception as error:  # a plug-in's may be any: the page waits, and the guest has others
+            self._tell_broken(request.tier, error)
             self._served.native.answer(request.number, b"", 0, _errno_of(error))
         else:
             self._served.native.answer(request.number, b"".join(pages), len(pages), 0)
+
+    def _tell_broken(self, tier: int, error: Exception) -> None:
+        """What no store may raise, once."""
+        if not isinstance(error, OSError | StoreError | trio.TooSlowError) and tier not in self._broken:
+            self._broken.add(tier)
+            self._log.error("store_is_broken", store=self._tiers[tier].name, error=repr(error), exc_info=error)
 
     async def _fetch(self, request: Request) -> list[bytes]:
         """Its first page, and as many of the others as there are and nobody has to wait for."""
@@ -309,7 +349,7 @@ class Asked:
     def _call(self, tier: int, noun: str, work: Callable[[PageSpace], Any]) -> Any:
         try:
             return trio.from_thread.run(self._parking.call, tier, work)
-        except (OSError, StoreError) as error:
+        except Exception as error:  # a plug-in's may be any
             failure = KernelError(_errno_of(error), f"{noun} ({error})")
             failure.tier = tier
             raise failure from error

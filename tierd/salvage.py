@@ -46,20 +46,19 @@ def put_right(runtime_dir: Path, pid: int, progress: Progress) -> int:
         os.close(lock)
 
 
-def _must_be_in_reach(served: Served) -> None:
+def _must_be_ours_to_read(served: Served) -> None:
+    """Stores that trio asks are a daemon's to ask."""
     pages = served.native.counters()["tier_pages"]
-    asked = [
-        tier.name for tier in served.tiers.values() if tier.number in served.native.asked_tiers and pages[tier.number]
-    ]
-    if asked:
-        raise StateError(
-            f"pages of process {served.spec.pid} are in {', '.join(asked)}, which needs a daemon: start tierd, and detach the "
-            "guest there"
-        )
+    for tier in served.tiers.values():
+        if tier.number in served.native.asked_tiers and pages[tier.number]:
+            raise StateError(
+                f"{pages[tier.number]} pages of process {served.spec.pid} are in the store {tier.name}, which only a daemon "
+                "asks: start tierd, then `tierd detach` the guest"
+            )
 
 
 def _bring_back(served: Served, progress: Progress) -> int:
-    _must_be_in_reach(served)
+    _must_be_ours_to_read(served)
     stored_pages = served.native.counters()["state_pages"][STORED]
     total, done = stored_pages * served.page_bytes, 0
     if total > (available := memory_available_bytes(served.page_bytes)):

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
 import trio
 
+from tierd.attach.procfs import boot_id
 from tierd.config import AskedStoreConfig, Config, named_stores
 from tierd.document import ConfigError, ConfigErrors
 from tierd.native import Codec
-from tierd.resume import Resumed
+from tierd.serve import SUFFIX, Stale, StateError, read_state
 from tierd.store import PageStore, Store, StoreContext, StoreError
 from tierd.store.asked import AskedStore
 from tierd.store.file import FileStore
@@ -21,12 +23,14 @@ from tierd.systemd import Notifier
 
 ANSWERS_S = 5.0  # a store that is silent for longer hangs
 PROBE_S_MAX = 20.0
+PROBE_NEEDED_S_MAX = 2.0  # guests wait for the others; it is tried again
 
 log = structlog.get_logger()
 
 
-async def open_stores(config: Config, notifier: Notifier, resumed: Resumed) -> dict[str, Store]:
-    """By name. One that hangs is waited for, and the manager is told so: guests that were resumed are served meanwhile."""
+async def open_stores(config: Config, notifier: Notifier) -> dict[str, Store]:
+    """By name. Where there are guests of a predecessor, one that is asked and cannot be used keeps tierd from none of them,
+    whoever names it. One that hangs is waited for, and the manager is told so: guests that were resumed are served meanwhile."""
 
     async def tell() -> None:
         await trio.sleep(ANSWERS_S)
@@ -51,37 +55,53 @@ async def open_stores(config: Config, notifier: Notifier, resumed: Resumed) -> d
             if "memory" in named:
                 raise
             log.warning("memory_unusable", error=str(error), action="none: no policy names it")
-    needed = _needed_stores(resumed)
-    for name in sorted((named | needed) & config.asked.keys()):
-        stores[name] = await open_asked(name, config.asked[name], config.runtime_dir, needed=name in needed)
+    states = sorted((config.runtime_dir / "guests").glob(f"*{SUFFIX}"))
+    needed = await trio.to_thread.run_sync(_needed_stores, states)
+    async with trio.open_nursery() as nursery:
+        for name in sorted((named | needed) & config.asked.keys()):
+            nursery.start_soon(_open_into, stores, name, config, bool(states))
     return stores
 
 
-def _needed_stores(resumed: Resumed) -> set[str]:
-    """Those that guests which were resumed have pages in."""
-    done = [future for future in resumed.served.values() if future.done() and not future.exception()]
-    return {name for future in done for name in future.result().tiers}
+async def _open_into(stores: dict[str, Store], name: str, config: Config, needed: bool) -> None:
+    stores[name] = await open_asked(name, config.asked[name], config.runtime_dir, needed=needed)
+
+
+def _needed_stores(states: Sequence[Path]) -> set[str]:
+    """Those that guests which a predecessor left may have pages in, whether they are served again by now or later."""
+    names = set()
+    for path in states:
+        with contextlib.suppress(StateError, Stale, OSError):  # the daemon tells
+            names |= {place.name for place in read_state(path, boot_id()).identity.places}
+    return names
 
 
 async def open_asked(name: str, config: AskedStoreConfig, runtime_dir: Path, *, needed: bool = False) -> AskedStore:
-    """A store that is asked, tried once. StoreError: it cannot be used; with `needed`, because guests have pages in it, that is
-    its trouble, and they wait for it."""
+    """A store that is asked, tried once. StoreError: it cannot be used; with `needed`, because guests are served, that is its
+    trouble: none is written there, and who has pages in it waits."""
     pages = await _made(name, config, runtime_dir)
     keys_dir = runtime_dir / "keys"
     keys_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     store = AskedStore(
         name, pages, keys_dir, config.capacity, config.encrypt, config.second, config.concurrency, config.deadline_s
     )
-    try:
-        with trio.fail_after(PROBE_S_MAX):
-            await pages.probe()
-    except (OSError, StoreError, trio.TooSlowError) as error:
-        why = f"it did not answer within {PROBE_S_MAX:g} s" if isinstance(error, trio.TooSlowError) else str(error)
-        store.trouble = f"the store {name} cannot be used: {why}"
-        if not needed:
-            await pages.aclose()
-            raise StoreError(store.trouble) from error
+    await probe(store, PROBE_NEEDED_S_MAX if needed else PROBE_S_MAX)
+    if store.trouble and not needed:
+        await pages.aclose()
+        raise StoreError(store.trouble)
     return store
+
+
+async def probe(store: AskedStore, seconds: float = PROBE_S_MAX) -> None:
+    """Its trouble, or none."""
+    try:
+        with trio.fail_after(seconds):
+            await store.pages.probe()
+    except (OSError, StoreError, trio.TooSlowError) as error:
+        why = f"it did not answer within {seconds:g} s" if isinstance(error, trio.TooSlowError) else str(error)
+        store.trouble = f"the store {store.name} cannot be used: {why}"
+    else:
+        store.trouble = ""
 
 
 async def _made(name: str, config: AskedStoreConfig, runtime_dir: Path) -> PageStore:

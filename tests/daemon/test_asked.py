@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -225,6 +228,164 @@ def test_what_cannot_be_used_is_told_at_the_start(daemon: Daemon, redis: Server)
     probed = daemon.tierd("config", "check", "--probe")
     assert probed.returncode == 78
     assert "store redis cannot be used" in probed.stdout + probed.stderr
+
+
+def test_a_store_that_loses_pages_by_now_is_given_none(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    """Guests have pages in it, so tierd starts, and brings them back. But whoever evicts keys must get no more of them."""
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    redis.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    daemon.start()
+    assert daemon.logged("store_cannot_be_written")
+    web.verify()
+    stored = daemon.stored_bytes("web")
+    time.sleep(30 * POLICY["interval_s"])
+    assert daemon.stored_bytes("web") <= stored
+    assert not {store["name"]: store["healthy"] for store in daemon.status()["stores"]}["redis"]
+    redis.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    evicted(daemon, "web", web)
+    assert daemon.logged("store_can_be_written")
+    web.verify()
+
+
+def test_an_order_does_not_wait_for_a_store_that_is_not_there(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    """Nor does it keep the guest from anything else."""
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    with_tiers(daemon, "file")  # the store was taken out of the configuration
+    daemon.start()
+    daemon.wait_active("web")
+    for order in ("restore", "detach", "retry"):
+        done = daemon.tierd(order, f"web{OURS}")
+        assert done.returncode != 0 or order == "retry", done.stdout
+        assert order == "retry" or "the configuration has no store redis" in done.stdout + done.stderr
+    assert daemon.stored_bytes("web") > 0
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    web.verify()
+
+
+def test_a_page_that_is_gone_keeps_no_other_from_coming_back(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.tierd("pause", f"web{OURS}")
+    for run in redis.ask("KEYS", "*/[0-9]*}"):
+        for field in redis.ask("HKEYS", run)[::20]:
+            redis.ask("HDEL", run, field)
+            destroyed = run, field
+    assert destroyed
+    gone = web.pages - sum(redis.ask("HLEN", run) for run in redis.ask("KEYS", "*/[0-9]*}"))
+    assert daemon.tierd("restore", f"web{OURS}").returncode != 0
+    assert 0 < daemon.stored_bytes("web") <= gone * web.page_bytes
+
+
+def test_guests_are_served_though_a_store_of_others_is_not_there(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    rules = [{"name": f"*{OURS}", **POLICY}, {"name": "nobody", "tiers": ["redis"]}]
+    daemon.write(guests=rules, stores={"redis": {"addresses": [redis.address]}})
+    redis.kill()
+    daemon.start()
+    assert daemon.logged("store_cannot_be_written")
+    web.verify()
+    redis.start()
+    wait_for(lambda: daemon.logged("store_can_be_written"), "it is tried again")
+
+
+def test_a_store_that_no_policy_names_any_more(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    """It is in the configuration, and a guest that was not adopted at once has pages there."""
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    with_tiers(daemon, "file", stores={"redis": {"addresses": [redis.address]}})
+    (state,) = (daemon.runtime_dir / "guests").glob("*.state")
+    with state.open("rb") as held:  # as the last thread of a predecessor, which hangs for a while
+        fcntl.flock(held, fcntl.LOCK_EX)
+        daemon.spawn()
+        daemon.wait_told("READY=1")
+    web.verify()
+
+
+def test_a_damaged_page_keeps_no_other_from_sinking(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    stores = {"redis": {"addresses": [redis.address]}}
+    with_tiers(daemon, "redis", {"name": "file", "min_age_s": 3600}, stores=stores)
+    daemon.start()
+    evicted(daemon, "web", web)
+    for run in redis.ask("KEYS", "*/[0-9]*}")[:3]:
+        redis.ask("HSET", run, redis.ask("HKEYS", run)[7], b"\x07 is no record of ours")
+    with_tiers(daemon, "redis", {"name": "file", "min_age_s": 0.5}, stores=stores)
+    daemon.signal(signal.SIGHUP)
+    wait_for(lambda: tiers(daemon)["redis"]["stored_bytes"] <= 3 * web.page_bytes, "all others have sunk", 60)
+    assert tiers(daemon)["file"]["stored_bytes"] > 12 * MIB
+
+
+def test_a_store_that_is_another_place_by_now_loses_nothing(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    there, elsewhere = ({"redis": {"addresses": [redis.address], "namespace": name}} for name in ("there", "elsewhere"))
+    with_tiers(daemon, "redis", stores=there)
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    brief = [{"name": f"*{OURS}", **POLICY, "tiers": ["redis"], "read_deadline_s": 0.1}]
+    daemon.write(guests=brief, stores=elsewhere)
+    daemon.start()
+    web.send("verify")
+    wait_for(lambda: daemon.logged("store_not_opened"), "it is told")
+    time.sleep(1)
+    assert daemon.guests()["web"]["counters"]["pages_lost"] == 0
+    daemon.kill()
+    daemon.write(guests=brief, stores=there)
+    daemon.start()
+    wait_for(web.answered, "its pages have come")
+
+
+def test_a_restart_that_would_lose_sight_of_a_store_restores(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}}, on_restart="keep")
+    daemon.start()
+    evicted(daemon, "web", web)
+    with_tiers(daemon, "file", on_restart="keep")
+    daemon.signal(signal.SIGUSR1)
+    assert daemon.wait() == 0
+    assert "will not have the store redis" in daemon.logged("restart_restores")[0]["why"]
+    web.verify()
+
+
+def test_without_a_daemon_it_is_refused(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    done = daemon.tierd("detach", "--pid", f"{web.pid}")
+    assert done.returncode != 0
+    assert "are in the store redis" in done.stdout + done.stderr
+    daemon.start()
+    web.verify()
+
+
+def test_a_guest_that_ends_while_an_order_waits_for_its_store(daemon: Daemon, boot: Boot, redis: Server) -> None:
+    """Nobody brings pages any more then; who waited for them must not keep the guest from its end."""
+    web = boot("web", 16 * MIB, "compressible")
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    redis.signal(signal.SIGSTOP)
+    try:
+        order = threading.Thread(target=daemon.tierd, args=("restore", f"web{OURS}"))
+        order.start()
+        wait_for(lambda: daemon.guests()["web"]["counters"]["parked_pages"], "pages are asked for")
+        web.kill()
+        wait_for(lambda: daemon.logged("guest_ended") or "web" not in daemon.guests(), "the guest is over")
+    finally:
+        redis.signal(signal.SIGCONT)
+    order.join()
 
 
 @pytest.mark.parametrize(

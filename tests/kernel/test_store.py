@@ -74,10 +74,10 @@ def test_hold_waits_for_the_operator(start_vmm: Start, host: Host) -> None:
         byte = _destroy(tiered, 517)
         vmm.send("verify")
         wait_for(lambda: tiered.counters()["state_pages"][7] == 1, "the page is lost")
-        assert tiered.native.retry() == (0, 1), "nothing was repaired yet"
+        assert tiered.native.retry()[1:] == (0, 1), "nothing was repaired yet"
         assert not vmm.answered()
         _repair(tiered, 517, byte)
-        assert tiered.native.retry() == (1, 0)
+        assert tiered.native.retry()[1:] == (1, 0)
         wait_for(vmm.answered, "the guest has verified everything")
         assert tiered.counters()["state_pages"][7] == 0
         vmm.verify()
@@ -94,7 +94,7 @@ def test_a_successor_holds_what_was_held(start_vmm: Start, host: Host) -> None:
     with host.adopted(vmm, direct="off", hold_lost=True) as tiered:
         assert tiered.counters()["state_pages"][7] == 1
         _repair(tiered, 9, byte)
-        assert tiered.native.retry() == (1, 0)
+        assert tiered.native.retry()[1:] == (1, 0)
         wait_for(vmm.answered, "the guest has verified everything")
 
 

@@ -402,8 +402,9 @@ void script_cycle(struct tierd_guest *g)
 		tell_garbage(g);
 	if (chance(400))
 		tierd_guest_discard(g, below(SCRIPT_PAGES_MAX) + 1, below(4) ? UINT32_MAX : 0, &n);
+	page = 0;
 	if (chance(S.losses ? 300 : 20)) /* an order that finds nothing to do hurts nobody */
-		if (tierd_guest_retry(g, &n, &lost) || (lost && !S.losses))
+		if (tierd_guest_retry(g, &page, &n, &lost) || (lost && !S.losses))
 			script_fail("retry: %lu pages are lost", lost);
 	if (chance(100))
 		script_set_reads(g);
@@ -415,7 +416,8 @@ uint64_t script_bring_back(struct tierd_guest *g, bool repaired)
 	uint64_t page = 0, n, lost = 0;
 
 	tierd_guest_restore(g, &page, UINT64_MAX, &n);
-	if (repaired && tierd_guest_retry(g, &n, &lost))
+	page = 0;
+	if (repaired && tierd_guest_retry(g, &page, &n, &lost))
 		script_fail("retry failed");
 	tierd_guest_counters(g, &c);
 	return c.state_pages[STORED] + c.state_pages[ARRIVING] + c.state_pages[DROPPING] + c.state_pages[LEAVING] +

@@ -568,11 +568,113 @@ LADDER = [
     ),
 ]
 MUTATIONS += LADDER
+# Tiers that Python asks.
+ASKED = [
+    Mutation(
+        "asked_garbage_bit_stays_when_the_page_is_there_again",  # rule 11
+        "evict.c",
+        "				bit_clear(garbage, b->pages[i]);",
+        "				(void)garbage;",
+    ),
+    Mutation(
+        "asked_adoption_takes_live_pages_for_garbage",
+        "guest.c",
+        "			if (!word_copy(w) || word_tier(w) != tier)",
+        "			if (!word_copy(w) || word_tier(w) != tier || word_state(w) == STORED)",
+    ),
+    Mutation(
+        "asked_space_given_back_before_the_page_has_sunk",
+        "evict.c",
+        "		if (!page_move(g, b->pages[i], b->words[i], arrived_word(b, i, STORED))) {",
+        "		tier_discard(g, b->from, b->pages[i], 1);\n"
+        "		if (!page_move(g, b->pages[i], b->words[i], arrived_word(b, i, STORED))) {",
+    ),
+    Mutation(
+        "asked_answer_not_verified",  # rule 5
+        "fault.c",
+        "	good = verified(w, page, r->good, r->bytes);",
+        "	good = r->good;",
+    ),
+    Mutation(
+        "asked_neighbours_fail_the_page_that_is_waited_for",
+        "fault.c",
+        "		   r->count > 1) { /* its",
+        "		   r->count > 1000) { /* its",
+    ),
+    Mutation(
+        "asked_page_that_is_still_lost_is_stored",  # rule 13
+        "fault.c",
+        "	if (!page_move(w->g, page, w->claimed[0], word_with_state(w->claimed[0], LOST)))",
+        "	if (!page_move(w->g, page, w->claimed[0], word_with_state(w->claimed[0], STORED)))",
+    ),
+    Mutation(
+        "asked_slot_that_was_not_supplied_is_taken",
+        "evict.c",
+        "		int error = bit_get(b->touched, i) ? 0 : -ENODATA;",
+        "		int error = 0;",
+    ),
+    Mutation(
+        "asked_sunk_bytes_not_moved_up_with_their_page",
+        "evict.c",
+        "		if (kept != i && !error)",
+        "		if (kept != i && !error && b->count > 1000)",
+    ),
+    Mutation(
+        "asked_neighbours_given_back_twice",
+        "fault.c",
+        "	give_back(w, page, good ? good : 1, r->count);",
+        "	give_back(w, page, good ? good : 1, r->count);\n	give_back(w, page, good ? good : 1, r->count);",
+    ),
+    Mutation(
+        "asked_neighbours_not_given_back",
+        "fault.c",
+        "	give_back(w, page, good ? good : 1, r->count);",
+        "	if (!good)\n		give_back(w, page, 1, r->count);",
+    ),
+    Mutation(
+        "asked_pages_that_could_not_be_placed_not_given_back",  # rule 12
+        "fault.c",
+        "	give_back(w, page, placed, good);",
+        "",
+    ),
+    Mutation(
+        "asked_nobody_woken_after_the_answer",
+        "fault.c",
+        "	wake(g, page, placed); /* whoever came meanwhile was left to us */\n	if (placed) {",
+        "	if (placed) {",
+    ),
+    Mutation(
+        "asked_pages_without_room_not_given_back",
+        "fault.c",
+        "	give_back(w, r->first.page, 0, r->count); /* no room: the guest faults again */",
+        "",
+    ),
+    Mutation(
+        "asked_request_never_ends",
+        "fault.c",
+        "		request_end(g, &r);",
+        "",
+    ),
+    Mutation(
+        "asked_request_ends_before_it_is_placed",
+        "fault.c",
+        "		place_answer(w, &r);\n		request_end(g, &r);",
+        "		request_end(g, &r);\n		place_answer(w, &r);",
+    ),
+    Mutation(
+        "asked_answer_taken_twice",
+        "ask.c",
+        "		enter_state(a, s, PLACING);",
+        "		enter_state(a, s, s->request.count > 2 && a->order % 8 == 0 ? ANSWERED : PLACING);",
+    ),
+]
+MUTATIONS += ASKED
 MORE = {
     "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle
     "late_write_lands_in_used_space": ("--late-io",),
     "page_claimed_whatever_its_tier": ("--ladder",),
     **{mutation.name: ("--ladder",) for mutation in LADDER},
+    **{mutation.name: ("--asked", "--ladder") for mutation in ASKED},
     "quarantine_forgotten_by_the_second_successor": ("--ladder", "--late-io", "--often"),
     "page_that_could_not_come_back_is_not_in_flight_any_more": ("--ladder", "--late-io", "--often"),
     "page_that_sinks_is_not_in_flight": ("--ladder", "--late-io", "--from", "5001"),
@@ -620,6 +722,18 @@ MUTATIONS += CLEAN
 
 ALSO = {
     **{mutation.name: _CHECKSUM_NOT_COMPARED for mutation in CLEAN},
+    "asked_slot_that_was_not_supplied_is_taken": Mutation(
+        "sinks_unverified",
+        "evict.c",
+        "		return checksum(page, b->page_bytes) == *sum ? 0 : -EBADMSG;",
+        "		return 0;",
+    ),
+    "asked_sunk_bytes_not_moved_up_with_their_page": Mutation(
+        "sinks_unverified",
+        "evict.c",
+        "		return checksum(page, b->page_bytes) == *sum ? 0 : -EBADMSG;",
+        "		return 0;",
+    ),
     "hold_error_ignored": Mutation(
         "second_scan_skipped",
         "evict.c",

@@ -336,7 +336,7 @@ def test_a_damaged_page_is_an_error_and_its_neighbours_are_read(given: Given, wh
         damage(given, lambda data: data[:where] + bytes([data[where] ^ 16]) + data[where + 1 :])
         with pytest.raises(OSError, match=r"is damaged: .*page 0") as caught:
             await space.read(0, 1)
-        assert caught.value.errno == errno.EIO
+        assert caught.value.errno == errno.EBADMSG
         assert await space.read(1, 15) == pages(1, 15)
         await space.aclose()
 
@@ -351,11 +351,11 @@ def test_a_segment_that_is_short_or_gone_is_an_error(given: Given) -> None:
         assert await space.read(0, 2) == pages(0, 2)
         with pytest.raises(OSError) as caught:
             await space.read(15, 1)
-        assert caught.value.errno == errno.EIO
+        assert caught.value.errno == errno.EBADMSG
         (Path(given.options["root"]) / sorted(stored(given))[0]).unlink()
         with pytest.raises(OSError, match="a segment is gone") as caught:
             await space.read(0, 1)
-        assert caught.value.errno == errno.EIO
+        assert caught.value.errno == errno.EBADMSG
         await space.aclose()
 
     run(test)

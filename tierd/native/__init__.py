@@ -679,6 +679,10 @@ class NativeGuest:
         self._answers[number] = content
         check(lib.tierd_guest_answer(self._g, number, ffi.from_buffer(content), pages, -error), "answer")
 
+    def forget_answers(self) -> None:
+        """When nothing is asked for: nobody reads the bytes that were brought any more. In the thread that answers."""
+        self._answers.clear()
+
     def garbage(self, tier: int, first_page: int, pages_max: int) -> tuple[int, int]:
         """(page, count) of the first run from `first_page` on that a tier that is asked need not keep; count 0: none. Worker."""
         page, count = ffi.new("uint64_t *"), ffi.new("uint64_t *")
@@ -689,11 +693,13 @@ class NativeGuest:
         """The store has discarded them. Worker."""
         check(lib.tierd_guest_garbage_gone(self._g, tier, page, count), "garbage")
 
-    def retry(self) -> tuple[int, int]:
-        """After a repair of the store, read the lost pages again: (recovered, still lost) pages. Worker."""
+    def retry(self, first_page: int = 0) -> tuple[int, int, int]:
+        """After a repair of the store, read the lost pages from `first_page` on again: (next page, pages recovered, still lost).
+        Those of tiers that are asked are asked for, as many as there is room for, and not counted. Worker."""
+        next_page = ffi.new("uint64_t *", first_page)
         recovered, still_lost = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-        check(lib.tierd_guest_retry(self._g, recovered, still_lost), "retry of lost pages")
-        return recovered[0], still_lost[0]
+        check(lib.tierd_guest_retry(self._g, next_page, recovered, still_lost), "retry of lost pages")
+        return next_page[0], recovered[0], still_lost[0]
 
     def counters(self) -> dict[str, Any]:
         """A snapshot of struct tierd_counters by field name; arrays as tuples. Reads the table: 0.1 ms per GiB."""

@@ -16,7 +16,14 @@
 
 #include "internal.h"
 
+/* A tier's requests leave room for those of other tiers, and orders for those that somebody waits for: whatever waits for a store that
+ * hangs, a fault on a page of another one finds a place. Few in the model, where it must be seen that there is none. */
+#ifdef TIERD_MODEL
+enum { REQUESTS_MAX = 6 };
+#else
 enum { REQUESTS_MAX = 256 };
+#endif
+enum { OF_A_TIER_MAX = REQUESTS_MAX * 3 / 4, ORDERS_MAX = REQUESTS_MAX / 2 };
 enum slot_state { FREE, WAITING, TAKEN, ANSWERED, PLACING };
 
 struct slot {
@@ -56,16 +63,32 @@ static void enter_state(struct asking *a, struct slot *s, enum slot_state state)
 	s->since_ns = sys_now_ns();
 }
 
+/* NULL: there is no room for it. */
+static struct slot *free_slot(struct asking *a, unsigned int tier, bool demand)
+{
+	struct slot *first = NULL;
+	uint32_t orders = 0, of_tier = 0;
+
+	for (struct slot *s = a->slots; s < a->slots + REQUESTS_MAX; s++) {
+		if (s->state != FREE) {
+			orders += !s->request.demand;
+			of_tier += s->tier == tier;
+		} else if (!first) {
+			first = s;
+		}
+	}
+	return of_tier < OF_A_TIER_MAX && (demand || orders < ORDERS_MAX) ? first : NULL;
+}
+
 bool ask(struct tierd_guest *g, const struct request *r)
 {
 	struct asking *a = g->asking;
-	struct slot *s = a->slots;
 	unsigned int tier = word_tier(page_load(g, r->first.page)); /* it is ours to look at */
+	struct slot *s;
 
 	pthread_mutex_lock(&a->lock);
-	while (s < a->slots + REQUESTS_MAX && s->state != FREE)
-		s++;
-	if (s == a->slots + REQUESTS_MAX) {
+	s = free_slot(a, tier, r->demand);
+	if (!s) {
 		pthread_mutex_unlock(&a->lock);
 		return false;
 	}

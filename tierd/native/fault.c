@@ -688,15 +688,21 @@ void tierd_worker_retry(struct tierd_worker *w, uint64_t *next_due_ns)
 
 /* --- what Python has brought ------------------------------------------------------------------------------------------------ */
 
+/* A page that an operator wanted again, and that cannot be had. */
+static void lost_again(struct tierd_worker *w, uint64_t page)
+{
+	if (!page_move(w->g, page, w->claimed[0], word_with_state(w->claimed[0], LOST)))
+		abort();
+	wake(w->g, page, 1); /* whoever came meanwhile was left to us */
+}
+
 /* The first page of a request could not be had; the others went back. */
 static void not_answered(struct tierd_worker *w, struct request *r)
 {
 	uint64_t page = r->first.page;
 
 	if (r->was_lost) {
-		if (!page_move(w->g, page, w->claimed[0], word_with_state(w->claimed[0], LOST)))
-			abort();
-		wake(w->g, page, 1);
+		lost_again(w, page);
 	} else if (r->demand &&
 		   r->count > 1) { /* its neighbours must not fail the page that is waited for: alone, then */
 		ask_for(w, &(struct request){.first = r->first, .count = 1, .demand = true});
@@ -803,37 +809,40 @@ void tierd_guest_set_reads(struct tierd_guest *g, uint64_t read_deadline_ns, uin
 			wake(g, page, 1);
 }
 
+enum retried { RECOVERED, STILL_LOST, ASKED, NO_ROOM };
+
 /* COPY overwrites poison: a page whose bytes are right again may be had again. */
-static bool retry_lost(struct tierd_worker *w, uint64_t page, page_word word)
+static enum retried retry_lost(struct tierd_worker *w, uint64_t page, page_word word)
 {
 	struct tierd_guest *g = w->g;
-	bool good, protect = false;
+	bool protect = false;
 	int error;
 
 	w->claimed[0] = word_with_state(word, ARRIVING);
 	w->was_moving = false;
 	if (!page_move(g, page, word, w->claimed[0]))
-		return false;
+		return STILL_LOST;
 	atomic_thread_fence(memory_order_seq_cst);
 	while (atomic_load(&g->poisoning))
 		sys_pause_us(1);
 	if (tier_is_asked(g, word_tier(word))) {
 		struct request r = {.first = {.page = page}, .count = 1, .was_lost = true};
 
-		if (!ask(g, &r) && !page_move(g, page, w->claimed[0], word))
-			abort();
-		return false;
+		if (ask(g, &r))
+			return ASKED;
+		lost_again(w, page);
+		return NO_ROOM;
 	}
-	good = read_claimed(w, page, 1) && place(g, page, 1, w->buffer, &protect, &error);
-	if (good)
-		settle(g, page, w->claimed[0], false);
-	else if (!page_move(g, page, w->claimed[0], word))
-		abort();
+	if (!read_claimed(w, page, 1) || !place(g, page, 1, w->buffer, &protect, &error)) {
+		lost_again(w, page);
+		return STILL_LOST;
+	}
+	settle(g, page, w->claimed[0], false);
 	wake(g, page, 1);
-	return good;
+	return RECOVERED;
 }
 
-int tierd_guest_retry(struct tierd_guest *g, uint64_t *recovered, uint64_t *still_lost)
+int tierd_guest_retry(struct tierd_guest *g, uint64_t *next_page, uint64_t *recovered, uint64_t *still_lost)
 {
 	int error = guest_enter(g);
 
@@ -841,15 +850,17 @@ int tierd_guest_retry(struct tierd_guest *g, uint64_t *recovered, uint64_t *stil
 	if (error)
 		return error;
 	parking_hurry(g);
-	for (uint64_t page = 0; page < g->pages; page++) {
-		page_word word = page_load(g, page);
+	for (; *next_page < g->pages; (*next_page)++) {
+		page_word word = page_load(g, *next_page);
+		enum retried retried;
 
 		if (word_state(word) != LOST)
 			continue;
-		if (retry_lost(g->restorer, page, word))
-			(*recovered)++;
-		else
-			(*still_lost)++;
+		retried = retry_lost(g->restorer, *next_page, word);
+		if (retried == NO_ROOM)
+			break;
+		*recovered += retried == RECOVERED;
+		*still_lost += retried == STILL_LOST;
 	}
 	guest_leave(g);
 	return 0;

@@ -364,9 +364,10 @@ int tierd_guest_pass(struct tierd_guest *g, uint64_t first_page, struct tierd_pa
  * page that cannot be read stays STORED; one that is not mapped any more goes back into its file. Those of tiers that Python asks are
  * asked for, and come later (asked_pages of tierd_health): with no room for a request, it ends early. */
 int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max_pages, uint64_t *restored);
-/* After a repair of the store: reads every LOST page again (those that are still waited for are tried at once, too), counts
- * what is RESIDENT again and what stays LOST. Pages of tiers that Python asks are asked for and not counted. */
-int tierd_guest_retry(struct tierd_guest *g, uint64_t *recovered, uint64_t *still_lost);
+/* After a repair of the store: reads every LOST page from *next_page on again (those that are still waited for are tried at once,
+ * too), counts what is RESIDENT again and what stays LOST. Pages of tiers that Python asks are asked for and not counted: with no room
+ * for a request, it ends early. *next_page == pages of the guest when there are no more. */
+int tierd_guest_retry(struct tierd_guest *g, uint64_t *next_page, uint64_t *recovered, uint64_t *still_lost);
 /* Gives back store space of pages that were fetched since; but, in the tiers of `keep` (bit i: tier i), not of those that nobody has
  * written to since. */
 int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint32_t keep, uint64_t *discarded);

@@ -7,6 +7,7 @@ is no trio yet. Nothing here does I/O.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +53,12 @@ class AskedStore:
     second: str | None  # the store that holds every page, too
     concurrency: int  # reads and writes at a time
     deadline_s: float  # of one read
-    trouble: str = ""
+    trouble: str = ""  # as long as there is some, no page is written: it may be one that keeps none
 
     def __post_init__(self) -> None:
         self.path = Path(self.name)
         self._spaces: list[AskedSpace] = []
+        self._counting = threading.Lock()  # workers of all guests count; nobody does any more in one that was forgotten
 
     def takes(self, page_bytes: int) -> bool:
         return page_bytes <= PAGE_BYTES_MAX
@@ -66,17 +68,22 @@ class AskedStore:
 
     def note(self, space: AskedSpace) -> None:
         """A guest has pages there, or may have."""
-        self._spaces.append(space)
+        with self._counting:
+            self._spaces.append(space)
 
     def forget(self, space: AskedSpace) -> None:
-        self._spaces.remove(space)
+        with self._counting:
+            self._spaces.remove(space)
 
     def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
         return []
 
     def used_bytes(self) -> int:
         """Of guests that are served: guest memory, whatever the store makes of it."""
-        return sum(space.used_bytes() for space in self._spaces)
+        with self._counting:
+            return sum(space.used_bytes() for space in self._spaces)
 
     def free_bytes(self) -> int:
+        if self.trouble:
+            return 0
         return UNLIMITED if self.capacity_bytes is None else max(self.capacity_bytes - self.used_bytes(), 0)

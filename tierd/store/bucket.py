@@ -42,7 +42,7 @@ _ERRNOS: dict[type[Exception], int] = {
     dal.ConditionNotMatch: errno.EEXIST,
     dal.IsADirectory: errno.EISDIR,
     dal.NotADirectory: errno.ENOTDIR,
-    dal.RangeNotSatisfied: errno.EIO,
+    dal.RangeNotSatisfied: errno.EBADMSG,
     dal.Conflict: errno.EIO,
     dal.IsSameFile: errno.EIO,
     dal.Unexpected: errno.EIO,
@@ -114,7 +114,7 @@ class Bucket:
         """A range that must be there. FileNotFoundError, OSError."""
         data = _call(f"read {path}", self._operator.read, path, offset=offset, size=size_bytes)
         if len(data) != size_bytes:
-            raise OSError(errno.EIO, f"read {path}: {len(data)} bytes came, {size_bytes} were asked for")
+            raise OSError(errno.EBADMSG, f"read {path}: {len(data)} bytes came, {size_bytes} were asked for")
         return data
 
     def entries(self, path: str) -> list[Listed]:

@@ -317,7 +317,7 @@ class ObjectSpace:
                 runs = await self._store.each(self._read_run, segments.runs_of(first_page, words), reading=True)
             except FileNotFoundError as error:
                 if self._index.words(first_page, count) == words:
-                    raise OSError(errno.EIO, f"a segment is gone: {error.strerror}") from error
+                    raise OSError(errno.EBADMSG, f"a segment is gone: {error.strerror}") from error
             else:
                 found = {page: record for run in runs for page, record in run}
                 return [found.get(page) for page in range(first_page, first_page + count)]

@@ -39,7 +39,7 @@ class DamagedError(OSError):
     """What is stored is not what was written."""
 
     def __init__(self, name: str, why: str) -> None:
-        super().__init__(errno.EIO, f"{name} is damaged: {why}")
+        super().__init__(errno.EBADMSG, f"{name} is damaged: {why}")
 
 
 class Place(NamedTuple):
