@@ -86,14 +86,54 @@ def test_a_ladder_of_four(daemon: Daemon, web: Vmm, redis: Server, disk_dir: Pat
     assert not list((disk_dir / "bucket").rglob("*.000*")), "nothing of the guest is left"
 
 
-def test_a_plug_in(daemon: Daemon, web: Vmm, disk_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def install(disk_dir: Path, monkeypatch: pytest.MonkeyPatch, factory: str) -> Path:
+    """A plug-in, by its metadata; where its modules may be, beside those of the example."""
     place = disk_dir / "plugin"
     info = place / "tierd_sqlite-1.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tierd-sqlite\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[tierd.stores]\nsqlite = tierd_sqlite:SqliteStore\n")
+    (info / "entry_points.txt").write_text(f"[tierd.stores]\nsqlite = {factory}\n")
     monkeypatch.setenv("PYTHONPATH", f"{place}:{PLUGIN}")
     (disk_dir / "pages").mkdir()
+    return place
+
+
+BROKEN = """
+from tierd_sqlite import SqliteStore
+
+class BrokenStore(SqliteStore):
+    async def sweep(self, may_be_needed):
+        raise KeyError("nobody may raise that")
+
+    async def open(self, key, pages, page_bytes):
+        space = await super().open(key, pages, page_bytes)
+        read = space.read
+
+        async def broken(first_page, count):
+            if not (self.path / "whole").exists():
+                raise RuntimeError("nor that")
+            return await read(first_page, count)
+
+        space.read = broken
+        return space
+"""
+
+
+def test_a_plug_in_that_is_broken(daemon: Daemon, web: Vmm, disk_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages in it wait; neither the guest nor tierd ends of it."""
+    (install(disk_dir, monkeypatch, "broken:BrokenStore") / "broken.py").write_text(BROKEN)
+    with_tiers(daemon, "sqlite", stores={"sqlite": {"path": str(disk_dir / "pages"), "encrypt": False}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    web.send("verify")
+    wait_for(lambda: daemon.logged("store_is_broken") and daemon.logged("store_not_swept"), "it is told")
+    (disk_dir / "pages" / "whole").touch()
+    wait_for(web.answered, "its pages have come", 60)
+    assert not daemon.logged("guest_not_served")
+
+
+def test_a_plug_in(daemon: Daemon, web: Vmm, disk_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(disk_dir, monkeypatch, "tierd_sqlite:SqliteStore")
     with_tiers(daemon, "sqlite", stores={"sqlite": {"path": str(disk_dir / "pages"), "encrypt": False}})
     daemon.start()
     evicted(daemon, "web", web)

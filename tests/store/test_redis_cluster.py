@@ -130,6 +130,43 @@ def test_a_slot_that_is_on_its_way(cluster: Cluster) -> None:
     trio.run(with_store(of(cluster), run))
 
 
+def test_a_late_write_to_where_a_slot_is_on_its_way_to(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The map of slots does not name that node yet; what may land there late must be over all the same."""
+    told: list[str] = []
+    close = RedisStore.close_writers
+    monkeypatch.setattr(
+        RedisStore, "close_writers", lambda self, at, name: (told.append(str(at)), close(self, at, name))[1]
+    )
+
+    async def run(store: RedisStore) -> None:
+        key = new_key()
+        space = await store.open(key, PAGES, PAGE)
+        run_key = store.run_key(boot_id().replace("-", "")[:16], key, 0)
+        slot = key_slot(run_key.encode())
+        source = next(server for server in cluster.servers if server.address == str(store.nodes.of(run_key)))
+        target = next(server for server in cluster.servers if server is not source)
+        ids = {server: server.ask("CLUSTER MYID") for server in (source, target)}
+        target.ask("CLUSTER SETSLOT", slot, "IMPORTING", ids[source])
+        source.ask("CLUSTER SETSLOT", slot, "MIGRATING", ids[target])
+        try:
+            target.signal(signal.SIGSTOP)
+            try:
+                with pytest.raises(OSError):
+                    await space.write(0, records(0, 1))
+            finally:
+                target.signal(signal.SIGCONT)
+            told.clear()
+            await space.write(0, records(0, 1, 1))
+            assert target.address in told
+            assert await space.read(0, 1) == records(0, 1, 1)
+            await space.delete()
+        finally:
+            for server in (source, target):
+                server.ask("CLUSTER SETSLOT", slot, "STABLE")
+
+    trio.run(with_store(of(cluster, timeout_s=0.5), run))
+
+
 def test_slots_that_move_in_mid_run() -> None:
     """Runs are written and read while a third of the slots goes to another node, and back."""
 

@@ -57,7 +57,7 @@ class RedisSpace:
         self._run_pages = max(RUN_BYTES // page_bytes, 1)
         self._name = store.writer_name(boot, key)
         self._link = Link(store.options, self._name, 1)
-        self._run = Run(store.nodes, self._link)
+        self._run = Run(store.nodes, self._link, partial(store.close_writers, name=self._name))
         self._writing = trio.Lock()  # one connection, one call at a time
         self._stored: int | None = None  # pages; None: not known, count them
 
@@ -164,9 +164,6 @@ class RedisSpace:
     def _settle(self, commands: Sequence[Command], confirm: Words) -> list[Any]:
         self._store.renew_lease()
         try:
-            for address in self._run.doubtful & {self._store.nodes.of(command.key) for command in commands}:
-                self._store.close_writers(address, self._name)
-                self._run.doubtful.discard(address)
             return self._run(commands, confirm)
         except OSError:
             self._store.look_again()

@@ -175,11 +175,13 @@ class Command(NamedTuple):
 class Run:
     """Commands sent to the nodes that have their keys, following the cluster when it moves slots.
 
-    `doubtful` are the nodes where a connection failed with commands on it: these may be carried out later."""
+    A node where a connection failed with commands on it may carry them out later: before anything else is sent there, whoever
+    sends it, `make_sure` is called. Blocks; OSError, StoreError: it is not sure yet."""
 
-    def __init__(self, nodes: Nodes, link: Link) -> None:
+    def __init__(self, nodes: Nodes, link: Link, make_sure: Callable[[Address], None] | None = None) -> None:
         self._nodes, self._link = nodes, link
-        self.doubtful: set[Address] = set()
+        self._make_sure = make_sure
+        self._doubtful: set[Address] = set()
 
     def __call__(self, commands: Sequence[Command], confirm: Words = ()) -> list[Any]:
         """The answers, in order. OSError, StoreError: others of the commands may have been carried out."""
@@ -201,11 +203,14 @@ class Run:
         self, address: Address, commands: Sequence[Command], confirm: Words, *, asking: bool = False
     ) -> list[Any]:
         """Answers of the commands; those that are errors are in there. What was done is confirmed."""
+        if address in self._doubtful and self._make_sure is not None:
+            self._make_sure(address)
+            self._doubtful.discard(address)
         before = [*self._nodes.guard, *([("ASKING",)] if asking else [])]
         try:
             answers = self._link.pipeline(address, [*before, *(command.words for command in commands), *confirm])
         except (OSError, StoreError):
-            self.doubtful.add(address)
+            self._doubtful.add(address)
             raise
         if self._nodes.guard:
             _check_role(address, answers[0])
