@@ -142,7 +142,7 @@ def test_deaths_at_random_moments(binaries: tuple[Path, Path], victim: Victim) -
 
 def test_a_naive_tracer_would_harm(binaries: tuple[Path, Path]) -> None:
     """The same victim notices the ordinary way of doing it: so it would notice ours."""
-    harmed = 0
+    harmed = False
     for _ in range(5):
         victim = Victim(binaries[0])
         try:
@@ -151,7 +151,8 @@ def test_a_naive_tracer_would_harm(binaries: tuple[Path, Path]) -> None:
             try:
                 victim.assert_unharmed()
             except AssertionError:
-                harmed += 1
+                harmed = True
+                break
         finally:
             victim.process.kill()
             victim.process.communicate()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.kernel.vmm import MIB, PAGE, Host, Vmm, need_anonymous, userfaultfds, vm_flags, wait_for
+from tests.kernel.vmm import MIB, PAGE, SLOWNESS, Host, Vmm, need_anonymous, userfaultfds, vm_flags, wait_for
 from tierd import cycle
 from tierd.attach import Refused
 from tierd.native import KernelError, Zap
@@ -69,7 +69,7 @@ def test_a_busy_guest_reads_what_it_wrote(start_vmm: Start, host: Host, variant:
     vmm.ask("fill")
     with host.attached(vmm, **variant) as tiered:
         vmm.ask("run", 4000, 50)
-        tiered.cycle_until(2 * vmm.pages, 1000)
+        tiered.cycle_until(int(vmm.pages * max(1, 2 / SLOWNESS)), 1000)
         _, wrong = vmm.ask("stop")
         c = tiered.counters()
         assert wrong == 0

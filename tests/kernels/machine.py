@@ -6,7 +6,8 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.kernels import build
@@ -17,9 +18,15 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "kernels"
 
 
+@dataclass(frozen=True)
+class Section:
+    status: int
+    output: str
+
+
 def pytest_in_there(tests: Sequence[str], python: str = sys.executable) -> str:
     """The command. Only the plugin that is needed: there the import of the others takes ten seconds."""
-    options = "-q --color=no -p no:cacheprovider -p pytest_timeout --durations=5"
+    options = "-q --color=no -p no:cacheprovider -p pytest_timeout --durations=8"
     return f"PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 {shlex.quote(python)} -m pytest {options} {shlex.join(tests)}"
 
 
@@ -31,6 +38,20 @@ def booted(name: str, command: str, timeout_s: float, append: str = "") -> Done:
     done = boot(kernel, command, timeout_s=timeout_s, memory_mib=3072, append=append)
     assert done.status is not None, f"{name} did not come to the end of it in {timeout_s:g} s\n{done.said}"
     return done
+
+
+def sections_of(
+    name: str, first: Sequence[str], commands: Mapping[str, str], timeout_s: float, append: str = ""
+) -> tuple[dict[str, Section], Done]:
+    """Of one boot, in which `first` is done: what each command said, and its status."""
+    script = list(first)
+    for section, command in commands.items():
+        script += [f"echo '=== {section}'", command, 'echo "=== status $? after $SECONDS s"']
+    done = booted(name, "\n".join([*script, "true"]), timeout_s, append)
+    found = re.findall(r"^=== (\w+)\n(.*?)^=== status (\d+) after (\d+) s$", done.output, re.M | re.S)
+    assert [section for section, *_ in found] == list(commands), done.said
+    print(f"{name}, seconds since the boot: " + ", ".join(f"{section} {after}" for section, _, _, after in found))
+    return {section: Section(int(status), output) for section, output, status, _ in found}, done
 
 
 def check_selftest(status: int, output: str, said: str, may_skip: tuple[str, ...] | None) -> None:

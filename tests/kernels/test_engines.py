@@ -7,12 +7,11 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.kernels.machine import ROOT, booted, check_selftest, pytest_in_there
+from tests.kernels.machine import ROOT, Section, check_selftest, pytest_in_there, sections_of
 from tests.need import need
 from tierd.demo.guest import GuestError, find_kernel
 
@@ -25,38 +24,34 @@ HUGETLB_POOL = "/proc/sys/vm/nr_hugepages"
 LARGE = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 KILLS = 6
 DEMO = "/var/tmp/demo"  # in there: the scratch disk
-# Tests of the kernel layer: all that is about an engine, and the torture. The rest does not differ from what runs outside.
+# Tests of the kernel layer: all that is about an engine, and the torture; the rest does not differ from what runs outside. And a
+# daemon that is an ordinary user. In one pytest: there its start takes half a minute.
 SUITE = (
-    "test_windows.py",
-    "test_large_folios.py",
-    "test_hugetlb.py::test_everything_leaves_and_comes_back",
-    "test_hugetlb.py::test_only_touched_pages_stay",
-    "test_hugetlb.py::test_adoption",
-    "test_hugetlb.py::test_what_the_vmm_has_unmapped_goes_back_into_its_file",
-    "test_hugetlb.py::test_a_page_that_cannot_be_punched_stays",
-    "test_hugetlb.py::test_torture",
-    "test_swap.py",
-    "test_life.py::test_everything_leaves_and_comes_back[default]",
-    "test_life.py::test_a_busy_guest_reads_what_it_wrote[default]",
-    "test_life.py::test_only_idle_pages_leave",
-    "test_life.py::test_a_balloon_reads_zeros_or_what_was_there",
-    "test_life.py::test_an_orderly_keep_and_an_adoption",
-    "test_life.py::test_two_daemons_cannot_serve_one_guest",
-    "test_life.py::test_a_real_vcpu[default]",
-    "test_rules.py::test_missing_comes_with_write_protection_and_by_chunk",
-    "test_rules.py::test_a_balloon_under_eviction",
-    "test_rules.py::test_a_vmm_that_dies_after_a_step",
-    "test_kill.py::test_torture",
-    "test_kill.py::test_a_page_that_does_not_verify_is_a_memory_error",
-    "test_kill.py::test_faults_wait_for_the_successor",
-    "test_kill.py::test_disarm_is_refused_while_a_page_is_stored",
+    "kernel/test_windows.py",
+    "kernel/test_large_folios.py",
+    "kernel/test_hugetlb.py::test_everything_leaves_and_comes_back",
+    "kernel/test_hugetlb.py::test_only_touched_pages_stay",
+    "kernel/test_hugetlb.py::test_adoption",
+    "kernel/test_hugetlb.py::test_what_the_vmm_has_unmapped_goes_back_into_its_file",
+    "kernel/test_hugetlb.py::test_a_page_that_cannot_be_punched_stays",
+    "kernel/test_hugetlb.py::test_torture",
+    "kernel/test_swap.py",
+    "kernel/test_life.py::test_everything_leaves_and_comes_back[default]",
+    "kernel/test_life.py::test_a_busy_guest_reads_what_it_wrote[default]",
+    "kernel/test_life.py::test_only_idle_pages_leave",
+    "kernel/test_life.py::test_a_balloon_reads_zeros_or_what_was_there",
+    "kernel/test_life.py::test_an_orderly_keep_and_an_adoption",
+    "kernel/test_life.py::test_two_daemons_cannot_serve_one_guest",
+    "kernel/test_life.py::test_a_real_vcpu[default]",
+    "kernel/test_rules.py::test_missing_comes_with_write_protection_and_by_chunk",
+    "kernel/test_rules.py::test_a_balloon_under_eviction",
+    "kernel/test_rules.py::test_a_vmm_that_dies_after_a_step",
+    "kernel/test_kill.py::test_torture",
+    "kernel/test_kill.py::test_a_page_that_does_not_verify_is_a_memory_error",
+    "kernel/test_kill.py::test_faults_wait_for_the_successor",
+    "kernel/test_kill.py::test_disarm_is_refused_while_a_page_is_stored",
+    "daemon/test_unprivileged.py",
 )
-
-
-@dataclass(frozen=True)
-class Section:
-    status: int
-    output: str
 
 
 @pytest.fixture(scope="class")
@@ -81,8 +76,7 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
         # a page takes long to leave, so its daemons live longer
         "hugetlb": f"echo {HUGETLB_PAGES} >{HUGETLB_POOL}; {children}/real --engine {name} --slowness 250 --seeds "
         f"{HUGETLB_SEEDS} --store /var/tmp --hugetlb; status=$?; echo 0 >{HUGETLB_POOL}; (exit $status)",
-        "suite": pytest_in_there([f"tests/kernel/{test}" for test in SUITE]),
-        "user": f"(cd {HERE}; {pytest_in_there(['tests/daemon/test_unprivileged.py'], str(theirs))})",
+        "suite": f"(cd {HERE}; {pytest_in_there([f'tests/{test}' for test in SUITE], str(theirs))})",
         # KVM: the emulator emulates SVM, and so the guest is emulated once and not twice
         "demo": f"mkdir {DEMO} && ln -s {guest_kernel} {DEMO} && {demo} --memory 128MiB",
         "demo_anonymous": f"{demo} --memory 192MiB --backing anonymous",
@@ -98,22 +92,16 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
     }
     cgroups = "mount -t cgroup2 none /sys/fs/cgroup && echo +memory >/sys/fs/cgroup/cgroup.subtree_control"
     bind = f"mkdir {HERE} && mount --bind {shlex.quote(str(ROOT))} {HERE}"
-    script = [
+    first = [
         cgroups,
         bind,
         f"cd {shlex.quote(str(ROOT))}",
         *(f"export {key}={value}" for key, value in variables.items()),
     ]
-    for section, command in commands.items():
-        script += [f"echo '=== {section}'", command, 'echo "=== status $?"']
-    done = booted(name, "\n".join([*script, "true"]), 2400, append="numa=fake=2")
-    found = re.findall(r"^=== (\w+)\n(.*?)^=== status (\d+)$", done.output, re.M | re.S)
-    assert [section for section, _, _ in found] == list(commands), done.said
+    found, done = sections_of(name, first, commands, 2400, append="numa=fake=2")
     bad = re.findall(r"(?:BUG|WARNING|Oops|general protection).*", done.console)
     assert not bad, f"the kernel itself complained: {bad}\n{done.said}"
-    return {section: Section(int(status), output) for section, output, status in found} | {
-        "name": Section(0, name),
-    }
+    return found | {"name": Section(0, name)}
 
 
 pytestmark = pytest.mark.timeout(2700)
@@ -178,13 +166,7 @@ class Engine:
         assert result["tiers"]["file"] > 32 << 20, "of these not only zeros"
         assert result["faults"] > 100, "and came back"
 
-    def test_an_ordinary_user(self, sections: dict[str, Section]) -> None:
-        said = sections["user"]
-        print(said.output)
-        assert said.status == 0, said.output
-        assert "1 passed" in said.output
-
-    def test_the_kernel_layer(self, sections: dict[str, Section]) -> None:
+    def test_the_kernel_layer_and_an_ordinary_user(self, sections: dict[str, Section]) -> None:
         said = sections["suite"]
         print(said.output)
         assert said.status == 0, said.output

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.machine import ROOT, booted, check_selftest, pytest_in_there
+from tests.kernels.machine import ROOT, Section, check_selftest, pytest_in_there, sections_of
 
 DRIVER_SEEDS = 20
 # What may be skipped on a kernel, and for what reason: anything else that is skipped there has found no way to test at all.
@@ -56,16 +56,12 @@ LACKS = {
 }
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", list(SKIPS))
-def test_a_debian_kernel(selftest: Path, name: str) -> None:
-    done = booted(name, f"{selftest} --system stock", 300)
-    check_selftest(done.status or 0, done.output, done.said, SKIPS[name])
+pytestmark = pytest.mark.timeout(1600)
 
 
-@pytest.mark.timeout(1300)
-@pytest.mark.parametrize("name", list(SKIPS))
-def test_the_stock_engine_on_a_debian_kernel(children: Path, name: str) -> None:
+@pytest.fixture(scope="class")
+def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> dict[str, Section]:
+    name: str = request.cls.kernel
     left_out = LACKS.get(name, {})
     variables = {
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -74,10 +70,38 @@ def test_the_stock_engine_on_a_debian_kernel(children: Path, name: str) -> None:
         "TIERD_SLOWNESS": "5",
         "TIERD_TEST_PROGRAMS": str(children),
     }
-    settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in variables.items())
-    suite = pytest_in_there([f"tests/kernel/{test}" for test in SUITE if test not in left_out])
-    driver = f"{children}/real --slowness 10 --seeds {DRIVER_SEEDS} --store /var/tmp"
-    done = booted(name, f"cd {shlex.quote(str(ROOT))} && {driver} && {settings} {suite}", 1200)
+    first = [f"cd {shlex.quote(str(ROOT))}", *(f"export {key}={shlex.quote(to)}" for key, to in variables.items())]
+    commands = {
+        "driver": f"{children}/real --slowness 10 --seeds {DRIVER_SEEDS} --store /var/tmp",
+        "suite": pytest_in_there([f"tests/kernel/{test}" for test in SUITE if test not in left_out]),
+        "selftest": f"{selftest} --system stock",  # the last one: it changes what the system is set to
+    }
     print("\n".join(f"not run: {test}: {why}" for test, why in left_out.items()))
-    print(done.output.partition("= slowest ")[2] or done.output)
-    assert done.status == 0, done.said
+    return sections_of(name, first, commands, 1500)[0]
+
+
+class Debian:
+    """All of one kernel's tests: one boot."""
+
+    kernel: str
+
+    def test_what_is_relied_on(self, sections: dict[str, Section]) -> None:
+        said = sections["selftest"]
+        check_selftest(said.status, said.output, said.output, SKIPS[self.kernel])
+
+    def test_the_seeded_driver(self, sections: dict[str, Section]) -> None:
+        said = sections["driver"]
+        assert said.status == 0, said.output
+
+    def test_the_stock_engine(self, sections: dict[str, Section]) -> None:
+        said = sections["suite"]
+        print(said.output.partition("= slowest ")[2] or said.output)
+        assert said.status == 0, said.output
+
+
+class TestDebian61(Debian):
+    kernel = "debian-6.1"
+
+
+class TestDebian612(Debian):
+    kernel = "debian-6.12"

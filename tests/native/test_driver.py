@@ -13,6 +13,8 @@ import pytest
 
 from tests.native.build import NATIVE, build_driver, build_threads, run_driver, run_seeds
 
+pytestmark = pytest.mark.timeout(1800)  # it computes beside other tests, and gives way to them
+
 SEEDS = int(os.environ.get("TIERD_SEEDS", "20000"))
 
 
@@ -21,7 +23,12 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_driver(tmp_path_factory.mktemp("driver") / "driver", ["-O2"])
 
 
-@pytest.mark.timeout(1800)
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    return build_driver(tmp_path_factory.mktemp("sanitized") / "driver", flags)
+
+
 def test_seeds(driver: Path) -> None:
     """Every seed is a run of a guest, its faults, evictions, failing calls and kills; a failure prints its seed."""
     figures = run_seeds(driver, SEEDS)
@@ -32,7 +39,6 @@ def test_seeds(driver: Path) -> None:
     assert figures["memory errors"] > 0, "no stored copy was destroyed"
 
 
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("engine", ["rwp", "rfc"])
 def test_seeds_of_an_engine_with_a_sync_mode(driver: Path, engine: str) -> None:
     """The same on the model of a kernel that has the interface; the host swaps, and splits large folios."""
@@ -42,7 +48,6 @@ def test_seeds_of_an_engine_with_a_sync_mode(driver: Path, engine: str) -> None:
     assert figures["memory errors"] > 0, "no stored copy was destroyed"
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("engine", ["stock", "rwp", "rfc"])
 def test_seeds_with_a_mapping_made_anew(driver: Path, engine: str) -> None:
     """By the VMM, at the same addresses: it is not registered, and no page of it may leave."""
@@ -50,7 +55,6 @@ def test_seeds_with_a_mapping_made_anew(driver: Path, engine: str) -> None:
     assert figures["pages evicted"] > 0
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("engine", ["stock", "rwp", "rfc"])
 def test_seeds_on_hugetlbfs(driver: Path, engine: str) -> None:
     """A page is several of the system's, SEEK_DATA calls every one of them data, and there is no write(2)."""
@@ -59,7 +63,6 @@ def test_seeds_on_hugetlbfs(driver: Path, engine: str) -> None:
     assert figures["kills"] > 0
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("engine", ["stock", "rwp", "rfc"])
 def test_seeds_with_a_vmm_that_ends(driver: Path, engine: str) -> None:
     """At any step: every call about its memory says ESRCH from then on, and the daemon still comes to an end."""
@@ -67,14 +70,12 @@ def test_seeds_with_a_vmm_that_ends(driver: Path, engine: str) -> None:
     assert figures["pages evicted"] > 0
 
 
-@pytest.mark.timeout(900)
 def test_seeds_with_a_store_that_outlives_its_callers(driver: Path) -> None:
     """Rule 11: what a killed daemon had in flight lands at any later time, over the life of its successors."""
     figures = run_seeds(driver, max(SEEDS // 4, 100), "--late-io")
     assert figures["kills"] > 0
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "more",
     [
@@ -93,7 +94,6 @@ def test_seeds_on_anonymous_memory(driver: Path, more: list[str]) -> None:
         assert figures["memory errors"] > 0, "no stored copy was destroyed"
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "more",
     [
@@ -103,10 +103,10 @@ def test_seeds_on_anonymous_memory(driver: Path, more: list[str]) -> None:
     ],
     ids=lambda more: " ".join(more) or "stock",
 )
-def test_seeds_with_a_ladder(tmp_path: Path, more: list[str]) -> None:
+def test_seeds_with_a_ladder(driver: Path, more: list[str]) -> None:
     """A pool and a file or two: pages enter at the first that takes them and sink, at any time, while they are wanted."""
     seeds = max(SEEDS // 8, 100)
-    figures = run_seeds(build_driver(tmp_path / "driver", ["-O2"]), seeds, "--ladder", *more)
+    figures = run_seeds(driver, seeds, "--ladder", *more)
     assert figures["pages demoted"] > seeds / 4
     assert figures["kills"] > seeds / 2
     if "--late-io" not in more:
@@ -131,13 +131,11 @@ def test_seeds_with_a_tier_that_python_asks(driver: Path, more: list[str]) -> No
     assert figures["memory errors"] > 0, "no stored copy was destroyed"
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "more", [(), ("--anon",), ("--ladder", "--asked")], ids=["shared", "anonymous", "ladder, asked"]
 )
-def test_seeds_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path, more: tuple[str, ...]) -> None:
-    flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
-    run_seeds(build_driver(tmp_path / "driver", flags), max(SEEDS // 20, 100), *more, first=1000000)
+def test_seeds_under_address_and_undefined_behaviour_sanitizers(sanitized: Path, more: tuple[str, ...]) -> None:
+    run_seeds(sanitized, max(SEEDS // 20, 100), *more, first=1000000)
 
 
 def test_a_seed_reproduces_a_run(driver: Path) -> None:
@@ -149,7 +147,7 @@ def test_a_seed_reproduces_a_run(driver: Path) -> None:
 def _run_threads(binary: Path, rounds: int, seed: int, *more: str) -> subprocess.CompletedProcess[str]:
     # without address randomization, which some kernels do more of than the sanitizer can take
     command = ["setarch", "-R", str(binary), "--rounds", str(rounds), "--seed", str(seed), *more]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 def test_threads_under_the_thread_sanitizer(tmp_path: Path) -> None:

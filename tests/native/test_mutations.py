@@ -15,6 +15,8 @@ import pytest
 
 from tests.native.build import DRIVER, ROOT, build_driver, compile_parts, run_driver
 
+pytestmark = pytest.mark.timeout(1800)  # it computes beside other tests, and gives way to them
+
 SEEDS_MAX = 20000
 FLAGS = ("-O1", "-Wno-error")
 
@@ -828,7 +830,7 @@ def _caught(mutation: Mutation, directory: Path, objects: list[Path]) -> str:
     changed = {_write(one, directory) for one in (mutation, ALSO.get(mutation.name)) if one}
     others = [path for path in objects if path.stem not in {source.stem for source in changed}]
     binary = build_driver(directory / "driver", FLAGS, [*changed, *others])
-    done = run_driver(binary, "--seeds", str(SEEDS_MAX), *MORE.get(mutation.name, ()))
+    done = run_driver(binary, "--seeds", str(SEEDS_MAX), *MORE.get(mutation.name, ()), timeout_s=1700)
     return "" if done.returncode == 0 else done.stdout or f"aborted ({done.returncode})"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real guests to test on. Each boots once a module (3 to 6 s under TCG) and is gone at its end."""
+"""Real guests to test on. Each boots once a module (3 to 6 s under TCG) and is gone before the next one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,15 @@ from tierd.demo.guest import MIB, DemoGuest, GuestError, find_kernel, this_platf
 from tierd.native import probe
 
 GUEST_BYTES = 192 * MIB
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+KINDS: dict[str, dict[str, Any]] = {
+    "root": {},  # its QEMU runs as us
+    "user": {"user": "nobody"},
+    "huge": {"backing": "hugetlb"},
+    "anonymous": {"backing": "anonymous"},  # what QEMU takes if it is told nothing
+    # in QEMU's own seccomp sandbox, as libvirt starts it
+    "sandboxed": {"backing": "anonymous", "user": "nobody", "arguments": ("-sandbox", SANDBOX)},
+}
 
 
 @pytest.fixture(scope="session")
@@ -35,55 +46,17 @@ def vm_directory() -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def guest(vm_directory: Path) -> Iterator[DemoGuest]:
-    """A guest whose QEMU runs as us, its memory filled."""
-    with DemoGuest(vm_directory, "test", memory_bytes=GUEST_BYTES) as guest:
-        guest.wait_ready()
-        yield guest
-
-
-@pytest.fixture(scope="module")
-def huge_guest(vm_directory: Path) -> Iterator[DemoGuest]:
-    """A guest whose memory is on hugetlbfs, filled."""
+@pytest.fixture(scope="module", params=KINDS)
+def guest(vm_directory: Path, request: pytest.FixtureRequest) -> Iterator[DemoGuest]:
+    """A guest whose memory is filled. One after the other: pytest runs all tests of a kind before it boots the next, and an
+    emulated guest computes all the time."""
+    kind: str = request.param
+    if KINDS[kind].get("backing") == "anonymous":
+        need_anonymous()
     with (
-        huge_pages(GUEST_BYTES // (2 * MIB)),
-        DemoGuest(vm_directory, "test-huge", memory_bytes=GUEST_BYTES, backing="hugetlb") as guest,
+        huge_pages(GUEST_BYTES // (2 * MIB)) if kind == "huge" else nullcontext(),
+        DemoGuest(vm_directory, f"test-{kind}", memory_bytes=GUEST_BYTES, **KINDS[kind]) as guest,
     ):
-        guest.wait_ready()
-        yield guest
-
-
-@pytest.fixture(scope="module")
-def anonymous_guest(vm_directory: Path) -> Iterator[DemoGuest]:
-    """A guest whose memory is what QEMU takes if it is told nothing, private and anonymous, filled."""
-    need_anonymous()
-    with DemoGuest(vm_directory, "test-anon", memory_bytes=GUEST_BYTES, backing="anonymous") as guest:
-        guest.wait_ready()
-        yield guest
-
-
-@pytest.fixture(scope="module")
-def sandboxed_guest(vm_directory: Path) -> Iterator[DemoGuest]:
-    """The same in QEMU's own seccomp sandbox, as libvirt starts it, its QEMU an ordinary user's."""
-    need_anonymous()
-    sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-    with DemoGuest(
-        vm_directory,
-        "test-sandboxed",
-        memory_bytes=GUEST_BYTES,
-        backing="anonymous",
-        user="nobody",
-        arguments=("-sandbox", sandbox),
-    ) as guest:
-        guest.wait_ready()
-        yield guest
-
-
-@pytest.fixture(scope="module")
-def user_guest(vm_directory: Path) -> Iterator[DemoGuest]:
-    """A guest whose QEMU runs as an ordinary user, its memory filled."""
-    with DemoGuest(vm_directory, "test-user", memory_bytes=GUEST_BYTES, user="nobody") as guest:
         guest.wait_ready()
         yield guest
 

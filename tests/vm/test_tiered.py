@@ -15,10 +15,9 @@ KILLS = 20
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("name", ["guest", "anonymous_guest"])
-def test_twenty_kills(daemon: Daemon, request: pytest.FixtureRequest, name: str) -> None:
+@pytest.mark.parametrize("guest", ["root", "anonymous"], indirect=True)
+def test_twenty_kills(daemon: Daemon, guest: DemoGuest) -> None:
     """tierd is killed again and again while the guest works; the guest never reads a wrong byte."""
-    guest: DemoGuest = request.getfixturevalue(name)
     # by pid as well: another run on this host has a guest of the same name
     daemon.write(guests=[{"name": guest.name, "pid": guest.pid, **POLICY, "min_idle_s": 0.5, "interval_s": 0.3}])
     daemon.start()
