@@ -18,7 +18,7 @@ import enum
 import errno
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ from tierd.store.seal import SealedSpace, SealKey
 
 TAKEN_MAX = 64  # requests at a time
 REOPEN_S, REOPEN_S_MAX = 0.5, 30.0
+Work = Callable[[PageSpace, int, Any], Awaitable[Any]]  # on a run of pages
 DELETE_S_MAX = 10.0  # for the pages of a guest that is over; then the sweep has them
 
 
@@ -123,13 +124,7 @@ class Parking:
             async with trio.open_nursery() as nursery:
                 for tier in self._tiers.values():
                     nursery.start_soon(self._open, tier)
-                while True:
-                    await trio.lowlevel.wait_readable(self._served.asked_fd)
-                    with contextlib.suppress(BlockingIOError):
-                        os.eventfd_read(self._served.asked_fd)
-                    while requests := self._served.native.asked(TAKEN_MAX):
-                        for request in requests:
-                            nursery.start_soon(self._serve, request)
+                nursery.start_soon(self._take, nursery)
         finally:
             for number, tier in self._tiers.items():
                 _space(tier).ready = False
@@ -211,9 +206,25 @@ class Parking:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
+    async def _take(self, nursery: trio.Nursery) -> None:
+        """Requests, when there are some. The first one is served right here, and another task takes the next ones: a guest waits
+        for it, and a task that is started has to wait for a round of trio's loop."""
+        await trio.lowlevel.wait_readable(self._served.asked_fd)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._served.asked_fd)
+        requests = taken = self._served.native.asked(TAKEN_MAX)
+        while len(taken) == TAKEN_MAX:
+            requests += (taken := self._served.native.asked(TAKEN_MAX))
+        nursery.start_soon(self._take, nursery)
+        for request in requests[1:]:
+            nursery.start_soon(self._serve, request)
+        if requests:
+            await self._serve(requests[0])
+
     async def _serve(self, request: Request) -> None:
         """One request, whatever the store does: it is answered, or it waits for a store that is not there."""
-        await self._opened[request.tier].wait()
+        if not self._opened[request.tier].is_set():  # to wait would be a round of trio's loop in any case
+            await self._opened[request.tier].wait()
         try:
             pages = await self._fetch(request)
         except (OSError, StoreError, trio.TooSlowError) as error:
@@ -247,12 +258,32 @@ class Parking:
 
     # --- for the worker ---------------------------------------------------------------------------------------------------
 
-    async def call(self, tier: int, work: Callable[[PageSpace], Any]) -> Any:
-        """`work` on the space, when it is its turn: an eviction's, a demotion's or a discard's call."""
+    async def each(self, tier: int, work: Work, runs: Sequence[tuple[int, Any]]) -> list[Any]:
+        """`work` on each run, when it is its turn: an eviction's, a demotion's or a discard's calls, so many at a time that a
+        store can do several in one go. The first error, when all that had begun is over."""
         if tier not in self._spaces:
             raise OSError(errno.EAGAIN, f"the store {self._tiers[tier].name} is not open")
-        async with self._turns_of(self._store(tier)).of(Rank.BACKGROUND):
-            return await work(self._spaces[tier])
+        store, space = self._store(tier), self._spaces[tier]
+        turns, waiting = self._turns_of(store), iter(enumerate(runs))
+        results: dict[int, Any] = {}
+        errors: list[OSError | StoreError] = []
+
+        async def one_after_the_other() -> None:
+            for n, run in waiting:
+                try:
+                    async with turns.of(Rank.BACKGROUND):
+                        results[n] = await work(space, *run)
+                except (OSError, StoreError) as error:
+                    errors.append(error)
+                if errors:
+                    return
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(store.concurrency, len(runs))):
+                nursery.start_soon(one_after_the_other)
+        if errors:
+            raise errors[0]
+        return [results[n] for n in range(len(runs))]
 
 
 class Asked:
@@ -261,19 +292,18 @@ class Asked:
     def __init__(self, parking: Parking) -> None:
         self._parking = parking
 
-    def write(self, tier: int, first_page: int, pages: Sequence[bytes]) -> None:
-        self._call(tier, STORE_WRITE, lambda space: space.write(first_page, pages))
+    def write(self, tier: int, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
+        self._each(tier, STORE_WRITE, lambda space, page, pages: space.write(page, pages), runs)
 
-    def read(self, tier: int, first_page: int, count: int) -> list[bytes | None]:
-        found: list[bytes | None] = self._call(tier, "store read", lambda space: space.read(first_page, count))
-        return found
+    def read(self, tier: int, runs: Sequence[tuple[int, int]]) -> list[list[bytes | None]]:
+        return self._each(tier, "store read", lambda space, page, count: space.read(page, count), runs)
 
-    def discard(self, tier: int, first_page: int, count: int) -> None:
-        self._call(tier, "store discard", lambda space: space.discard(first_page, count))
+    def discard(self, tier: int, runs: Sequence[tuple[int, int]]) -> None:
+        self._each(tier, "store discard", lambda space, page, count: space.discard(page, count), runs)
 
-    def _call(self, tier: int, noun: str, work: Callable[[PageSpace], Any]) -> Any:
+    def _each(self, tier: int, noun: str, work: Work, runs: Sequence[tuple[int, Any]]) -> list[Any]:
         try:
-            return trio.from_thread.run(self._parking.call, tier, work)
+            return trio.from_thread.run(self._parking.each, tier, work, runs)
         except (OSError, StoreError) as error:
             failure = KernelError(_errno_of(error), f"{noun} ({error})")
             failure.tier = tier
