@@ -18,8 +18,7 @@ import enum
 import errno
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,7 +28,7 @@ import trio
 from tierd.native import STORE_WRITE, KernelError, Request
 from tierd.serve import Served, ServedTier
 from tierd.store import IntegrityError, PageSpace, Store, StoreError
-from tierd.store.asked import AskedSpace, AskedStore
+from tierd.store.asked import UNLIMITED, AskedSpace, AskedStore
 from tierd.store.records import CompressedSpace
 from tierd.store.seal import SealedSpace, SealKey
 
@@ -59,17 +58,19 @@ class Turns:
     def demand_waits(self) -> bool:
         return bool(self._waiting[Rank.DEMAND])
 
-    @asynccontextmanager
-    async def of(self, rank: Rank) -> AsyncIterator[None]:
+    def of(self, rank: Rank) -> _Turn:
+        """For `async with`: one turn."""
+        return _Turn(self, rank)
+
+    async def take(self, rank: Rank) -> None:
         if not self._may(rank) or any(self._waiting[: rank + 1]):
             await self._wait(rank)
         else:
             self._free -= 1
-        try:
-            yield
-        finally:
-            self._free += 1
-            self._pass_on()
+
+    def give_back(self) -> None:
+        self._free += 1
+        self._pass_on()
 
     def _may(self, rank: Rank) -> bool:
         return self._free > (self._kept_free if rank is Rank.BACKGROUND else 0)
@@ -81,8 +82,7 @@ class Turns:
             await turn.wait()
         except trio.Cancelled:
             if turn.is_set():  # it was given to us just now
-                self._free += 1
-                self._pass_on()
+                self.give_back()
             else:
                 self._waiting[rank].remove(turn)
             raise
@@ -92,6 +92,19 @@ class Turns:
             while self._waiting[rank] and self._may(rank):
                 self._free -= 1
                 self._waiting[rank].popleft().set()
+
+
+class _Turn:
+    """A class, since a guest waits: a generator would take some microseconds more."""
+
+    def __init__(self, turns: Turns, rank: Rank) -> None:
+        self._turns, self._rank = turns, rank
+
+    async def __aenter__(self) -> None:
+        await self._turns.take(self._rank)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._turns.give_back()
 
 
 class Parking:
@@ -108,6 +121,7 @@ class Parking:
         self._keys: dict[int, SealKey] = {}
         self._opened = {number: trio.Event() for number in self._tiers}
         self._troubles: dict[int, str] = {}
+        self._takers = trio.lowlevel.ParkingLot()  # tasks that have served their request
         for number, tier in self._tiers.items():
             _space(tier).counted = partial(_stored_bytes, served, number)
 
@@ -209,17 +223,21 @@ class Parking:
     async def _take(self, nursery: trio.Nursery) -> None:
         """Requests, when there are some. The first one is served right here, and another task takes the next ones: a guest waits
         for it, and a task that is started has to wait for a round of trio's loop."""
-        await trio.lowlevel.wait_readable(self._served.asked_fd)
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._served.asked_fd)
-        requests = taken = self._served.native.asked(TAKEN_MAX)
-        while len(taken) == TAKEN_MAX:
-            requests += (taken := self._served.native.asked(TAKEN_MAX))
-        nursery.start_soon(self._take, nursery)
-        for request in requests[1:]:
-            nursery.start_soon(self._serve, request)
-        if requests:
-            await self._serve(requests[0])
+        while True:
+            await trio.lowlevel.wait_readable(self._served.asked_fd)
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._served.asked_fd)
+            requests = taken = self._served.native.asked(TAKEN_MAX)
+            while len(taken) == TAKEN_MAX:
+                taken = self._served.native.asked(TAKEN_MAX)
+                requests += taken
+            if not self._takers.unpark():
+                nursery.start_soon(self._take, nursery)
+            for request in requests[1:]:
+                nursery.start_soon(self._serve, request)
+            if requests:
+                await self._serve(requests[0])
+            await self._takers.park()
 
     async def _serve(self, request: Request) -> None:
         """One request, whatever the store does: it is answered, or it waits for a store that is not there."""
@@ -258,6 +276,11 @@ class Parking:
 
     # --- for the worker ---------------------------------------------------------------------------------------------------
 
+    def pieces(self, tier: int, runs: Sequence[tuple[int, Sequence[bytes]]]) -> list[tuple[int, Sequence[bytes]]]:
+        """Runs as the store likes them. Any thread."""
+        count = getattr(self._store(tier).pages, "piece_bytes", UNLIMITED) // self._served.page_bytes
+        return [(page + n, pages[n : n + count]) for page, pages in runs for n in range(0, len(pages), count)]
+
     async def each(self, tier: int, work: Work, runs: Sequence[tuple[int, Any]]) -> list[Any]:
         """`work` on each run, when it is its turn: an eviction's, a demotion's or a discard's calls, so many at a time that a
         store can do several in one go. The first error, when all that had begun is over."""
@@ -293,7 +316,8 @@ class Asked:
         self._parking = parking
 
     def write(self, tier: int, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
-        self._each(tier, STORE_WRITE, lambda space, page, pages: space.write(page, pages), runs)
+        pieces = self._parking.pieces(tier, runs)
+        self._each(tier, STORE_WRITE, lambda space, page, pages: space.write(page, pages), pieces)
 
     def read(self, tier: int, runs: Sequence[tuple[int, int]]) -> list[list[bytes | None]]:
         return self._each(tier, "store read", lambda space, page, count: space.read(page, count), runs)

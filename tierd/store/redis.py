@@ -39,6 +39,7 @@ from tierd.store.redis_nodes import Command, Nodes, Run, Words, batches, batches
 from tierd.store.redis_probe import probe
 
 RUN_BYTES = 256 << 10
+PIECE_BYTES = 1 << 20  # of a long run: while the server takes one, the others are compressed and sealed
 BATCH_BYTES = 4 << 20  # sent in one go
 BATCH_KEYS = 1024  # looked at or removed in one go
 WRITERS_MAX = 4  # guests at once
@@ -223,6 +224,8 @@ class RedisSpace:
 
 class RedisStore:
     """Implements store.PageStore. `boot`: which boot of the host the guests live in."""
+
+    piece_bytes = PIECE_BYTES
 
     def __init__(self, options: RedisOptions, boot: str) -> None:
         self.options = options

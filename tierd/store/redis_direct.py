@@ -46,9 +46,7 @@ class Direct:
         connection = idle.pop()
         try:
             with trio.move_on_after(self._timeout_s):
-                answers = await _exchange(
-                    _socket(connection), b"".join(connection.pack_commands(commands)), len(commands)
-                )
+                answers = await _exchange(_socket(connection), _packed(commands), len(commands))
         except (OSError, hiredis.HiredisError):
             pass
         finally:
@@ -61,6 +59,10 @@ class Direct:
     def close(self) -> None:
         self._idle.clear()
         self._link.close()
+
+
+def _packed(commands: Sequence[Sequence[bytes | str | int]]) -> bytes:
+    return b"".join([hiredis.pack_command(tuple(command)) for command in commands])  # type: ignore[arg-type]
 
 
 def _socket(connection: Any) -> socket.socket:
