@@ -32,7 +32,7 @@ BATCH_BYTES = 2 << 20
 ANONYMOUS_BATCH_BYTES = 4 << 20  # each is a stop of a thread of the VMM
 BATCH_PAGES_MIN = 8  # huge ones
 PHASES = ("scan", "deactivate", "stage", "select", "hold", "copy", "write", "drop", "release", "demote", "discard")
-GARBAGE_PAGES = 1 << 16  # told to a store at a time
+GARBAGE_PAGES, GARBAGE_RUNS = 1 << 16, 256  # told to a store at a time
 COMPACT_PAGES, COMPACT_CALLS = 4096, 16  # of a pool, at a time; and so often in a cycle
 STAGE_AFTER_INTERVALS = 2  # not written for so many, and for min_idle_s: the page may be cold
 SAMPLE = 64  # one page in so many goes into the staging area in the first cycle
@@ -46,14 +46,15 @@ class CutShort(Exception):
 
 
 class Asked(Protocol):
-    """The stores that Python asks, for the worker: these calls block. KernelError, with the number of the tier that failed."""
+    """The stores that Python asks, for the worker: these calls block. Runs are (first page, their bytes or how many).
+    KernelError, with the number of the tier that failed: others of the runs may be done."""
 
-    def write(self, tier: int, first_page: int, pages: Sequence[bytes]) -> None:
+    def write(self, tier: int, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
         """Durable when it returns."""
         ...
 
-    def read(self, tier: int, first_page: int, count: int) -> list[bytes | None]: ...
-    def discard(self, tier: int, first_page: int, count: int) -> None: ...
+    def read(self, tier: int, runs: Sequence[tuple[int, int]]) -> list[list[bytes | None]]: ...
+    def discard(self, tier: int, runs: Sequence[tuple[int, int]]) -> None: ...
 
 
 @dataclass
@@ -213,8 +214,7 @@ def _write(batch: NativeBatch, tiers: Sequence[int], phases: Phases, asked: Aske
     began = time.monotonic()
     for tier in tiers:
         if tier in batch.guest.asked_tiers:
-            for run in batch.runs(tier):
-                asked.write(tier, run.page, batch.pages_of(run, tier))
+            asked.write(tier, [(run.page, batch.pages_of(run, tier)) for run in batch.runs(tier)])
     batch.stored()
     phases.seconds["write"] += time.monotonic() - began
 
@@ -299,23 +299,27 @@ def _pace(done_bytes: int, bytes_per_s: float | None, began: float) -> None:
 def _supply(batch: NativeBatch, from_tier: int, asked: Asked | None) -> None:
     """Out of a tier that is asked, its bytes. What it does not have stays there: a fault, or the next try, says so."""
     assert asked is not None
-    for run in batch.runs():
-        for i, page in enumerate(_readable(asked, from_tier, run.page, run.count)):
+    runs = list(batch.runs())
+    for run, pages in zip(runs, _readable(asked, from_tier, [(run.page, run.count) for run in runs]), strict=True):
+        for i, page in enumerate(pages):
             if page is not None and len(page) == batch.guest.page_bytes:
                 batch.supply(run.slot + i, [page])
 
 
-def _readable(asked: Asked, tier: int, first_page: int, count: int) -> list[bytes | None]:
-    """One page that is damaged must not keep the others from sinking."""
+def _readable(asked: Asked, tier: int, runs: Sequence[tuple[int, int]]) -> list[list[bytes | None]]:
+    """One page that is damaged must not keep the others from sinking: None stands for it."""
     try:
-        return asked.read(tier, first_page, count)
+        return asked.read(tier, runs)
     except KernelError as error:
         if error.errno != errno.EBADMSG:
             raise
+    if len(runs) > 1:
+        return [_readable(asked, tier, [run])[0] for run in runs]
+    page, count = runs[0]
     if count == 1:
-        return [None]
-    half = count // 2
-    return _readable(asked, tier, first_page, half) + _readable(asked, tier, first_page + half, count - half)
+        return [[None]]
+    halves = [(page, count // 2), (page + count // 2, count - count // 2)]
+    return [[found for half in halves for found in _readable(asked, tier, [half])[0]]]
 
 
 def demote_batch(
@@ -383,12 +387,19 @@ def compact(guest: NativeGuest, check: Callable[[], None]) -> None:
 
 def discard_asked(guest: NativeGuest, tier: int, asked: Asked, check: Callable[[], None]) -> None:
     """Tell a tier that is asked what it need not keep any more."""
-    page, count = guest.garbage(tier, 0, GARBAGE_PAGES)
-    while count:
+    page, runs = 0, [(0, 0)]
+    while runs:
         check()
-        asked.discard(tier, page, count)
-        guest.garbage_gone(tier, page, count)
-        page, count = guest.garbage(tier, page + count, GARBAGE_PAGES)
+        runs = []
+        while len(runs) < GARBAGE_RUNS:
+            page, count = guest.garbage(tier, page, GARBAGE_PAGES)
+            if not count:
+                break
+            runs.append((page, count))
+            page += count
+        asked.discard(tier, runs)
+        for first_page, count in runs:
+            guest.garbage_gone(tier, first_page, count)
 
 
 def discard_fetched(

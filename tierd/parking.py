@@ -18,8 +18,7 @@ import enum
 import errno
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,7 +28,7 @@ import trio
 from tierd.native import STORE_WRITE, KernelError, Request
 from tierd.serve import Served, ServedTier
 from tierd.store import IntegrityError, PageSpace, Store, StoreError
-from tierd.store.asked import AskedSpace, AskedStore
+from tierd.store.asked import UNLIMITED, AskedSpace, AskedStore
 from tierd.store.mirror import MirroredSpace
 from tierd.store.records import CompressedSpace
 from tierd.store.seal import SealedSpace, SealKey
@@ -37,6 +36,8 @@ from tierd.store.seal import SealedSpace, SealKey
 TAKEN_MAX = 64  # requests at a time
 REOPEN_S, REOPEN_S_MAX = 0.5, 10.0
 PATIENCE_S = 1.0  # with the first of two copies
+CALL_S_MAX = 60.0  # for a call in the background, whatever its store's own deadlines are
+Work = Callable[[PageSpace, int, Any], Awaitable[Any]]  # on a run of pages
 DELETE_S_MAX = 10.0  # for the pages of a guest that is over; then the sweep has them
 
 
@@ -60,17 +61,19 @@ class Turns:
     def demand_waits(self) -> bool:
         return bool(self._waiting[Rank.DEMAND])
 
-    @asynccontextmanager
-    async def of(self, rank: Rank) -> AsyncIterator[None]:
+    def of(self, rank: Rank) -> _Turn:
+        """For `async with`: one turn."""
+        return _Turn(self, rank)
+
+    async def take(self, rank: Rank) -> None:
         if not self._may(rank) or any(self._waiting[: rank + 1]):
             await self._wait(rank)
         else:
             self._free -= 1
-        try:
-            yield
-        finally:
-            self._free += 1
-            self._pass_on()
+
+    def give_back(self) -> None:
+        self._free += 1
+        self._pass_on()
 
     def _may(self, rank: Rank) -> bool:
         return self._free > (self._kept_free if rank is Rank.BACKGROUND else 0)
@@ -82,8 +85,7 @@ class Turns:
             await turn.wait()
         except trio.Cancelled:
             if turn.is_set():  # it was given to us just now
-                self._free += 1
-                self._pass_on()
+                self.give_back()
             else:
                 self._waiting[rank].remove(turn)
             raise
@@ -93,6 +95,19 @@ class Turns:
             while self._waiting[rank] and self._may(rank):
                 self._free -= 1
                 self._waiting[rank].popleft().set()
+
+
+class _Turn:
+    """A class, since a guest waits: a generator would take some microseconds more."""
+
+    def __init__(self, turns: Turns, rank: Rank) -> None:
+        self._turns, self._rank = turns, rank
+
+    async def __aenter__(self) -> None:
+        await self._turns.take(self._rank)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._turns.give_back()
 
 
 class Parking:
@@ -111,6 +126,7 @@ class Parking:
         self._troubles: dict[int, str] = {}
         self._broken: set[int] = set()
         self._over = False
+        self._takers = trio.lowlevel.ParkingLot()  # tasks that have served their request
         for number, tier in self._tiers.items():
             _space(tier).counted = partial(_stored_bytes, served, number)
 
@@ -135,13 +151,7 @@ class Parking:
             async with trio.open_nursery() as nursery:
                 for tier in self._tiers.values():
                     nursery.start_soon(self._open, tier)
-                while True:
-                    await trio.lowlevel.wait_readable(self._served.asked_fd)
-                    with contextlib.suppress(BlockingIOError):
-                        os.eventfd_read(self._served.asked_fd)
-                    while requests := self._served.native.asked(TAKEN_MAX):
-                        for request in requests:
-                            nursery.start_soon(self._serve, request)
+                nursery.start_soon(self._take, nursery)
         finally:
             self._over = True
             for number, tier in self._tiers.items():
@@ -279,9 +289,29 @@ class Parking:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
+    async def _take(self, nursery: trio.Nursery) -> None:
+        """Requests, when there are some. The first one is served right here, and another task takes the next ones: a guest waits
+        for it, and a task that is started has to wait for a round of trio's loop."""
+        while True:
+            await trio.lowlevel.wait_readable(self._served.asked_fd)
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._served.asked_fd)
+            requests = taken = self._served.native.asked(TAKEN_MAX)
+            while len(taken) == TAKEN_MAX:
+                taken = self._served.native.asked(TAKEN_MAX)
+                requests += taken
+            if not self._takers.unpark():
+                nursery.start_soon(self._take, nursery)
+            for request in requests[1:]:
+                nursery.start_soon(self._serve, request)
+            if requests:
+                await self._serve(requests[0])
+            await self._takers.park()
+
     async def _serve(self, request: Request) -> None:
         """One request, whatever the store does: it is answered, or it waits for a store that is not there."""
-        await self._opened[request.tier].wait()
+        if not self._opened[request.tier].is_set():  # to wait would be a round of trio's loop in any case
+            await self._opened[request.tier].wait()
         try:
             pages = await self._fetch(request)
         except Exception as error:  # a plug-in's may be any: the page waits, and the guest has others
@@ -322,12 +352,38 @@ class Parking:
 
     # --- for the worker ---------------------------------------------------------------------------------------------------
 
-    async def call(self, tier: int, work: Callable[[PageSpace], Any]) -> Any:
-        """`work` on the space, when it is its turn: an eviction's, a demotion's or a discard's call."""
+    def pieces(self, tier: int, runs: Sequence[tuple[int, Sequence[bytes]]]) -> list[tuple[int, Sequence[bytes]]]:
+        """Runs as the store likes them. Any thread."""
+        count = getattr(self._store(tier).pages, "piece_bytes", UNLIMITED) // self._served.page_bytes
+        return [(page + n, pages[n : n + count]) for page, pages in runs for n in range(0, len(pages), count)]
+
+    async def each(self, tier: int, work: Work, runs: Sequence[tuple[int, Any]]) -> list[Any]:
+        """`work` on each run, when it is its turn: an eviction's, a demotion's or a discard's calls, so many at a time that a
+        store can do several in one go. The first error, when all that had begun is over."""
         if tier not in self._spaces:
             raise OSError(errno.EAGAIN, f"the store {self._tiers[tier].name} is not open")
-        async with self._turns_of(self._store(tier)).of(Rank.BACKGROUND):
-            return await work(self._spaces[tier])
+        store, space = self._store(tier), self._spaces[tier]
+        turns, waiting = self._turns_of(store), iter(enumerate(runs))
+        results: dict[int, Any] = {}
+        errors: list[Exception] = []
+
+        async def one_after_the_other() -> None:
+            for n, run in waiting:
+                try:
+                    async with turns.of(Rank.BACKGROUND):
+                        with trio.fail_after(CALL_S_MAX):
+                            results[n] = await work(space, *run)
+                except Exception as error:  # a plug-in's may be any
+                    errors.append(error)
+                if errors:
+                    return
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(store.concurrency, len(runs))):
+                nursery.start_soon(one_after_the_other)
+        if errors:
+            raise errors[0]
+        return [results[n] for n in range(len(runs))]
 
 
 class Asked:
@@ -336,19 +392,19 @@ class Asked:
     def __init__(self, parking: Parking) -> None:
         self._parking = parking
 
-    def write(self, tier: int, first_page: int, pages: Sequence[bytes]) -> None:
-        self._call(tier, STORE_WRITE, lambda space: space.write(first_page, pages))
+    def write(self, tier: int, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
+        pieces = self._parking.pieces(tier, runs)
+        self._each(tier, STORE_WRITE, lambda space, page, pages: space.write(page, pages), pieces)
 
-    def read(self, tier: int, first_page: int, count: int) -> list[bytes | None]:
-        found: list[bytes | None] = self._call(tier, "store read", lambda space: space.read(first_page, count))
-        return found
+    def read(self, tier: int, runs: Sequence[tuple[int, int]]) -> list[list[bytes | None]]:
+        return self._each(tier, "store read", lambda space, page, count: space.read(page, count), runs)
 
-    def discard(self, tier: int, first_page: int, count: int) -> None:
-        self._call(tier, "store discard", lambda space: space.discard(first_page, count))
+    def discard(self, tier: int, runs: Sequence[tuple[int, int]]) -> None:
+        self._each(tier, "store discard", lambda space, page, count: space.discard(page, count), runs)
 
-    def _call(self, tier: int, noun: str, work: Callable[[PageSpace], Any]) -> Any:
+    def _each(self, tier: int, noun: str, work: Work, runs: Sequence[tuple[int, Any]]) -> list[Any]:
         try:
-            return trio.from_thread.run(self._parking.call, tier, work)
+            return trio.from_thread.run(self._parking.each, tier, work, runs)
         except Exception as error:  # a plug-in's may be any
             failure = KernelError(_errno_of(error), f"{noun} ({error})")
             failure.tier = tier

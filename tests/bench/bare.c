@@ -8,6 +8,7 @@
  *   bare evict BYTES STORE                                    read, write with O_DIRECT, punch in 2 MiB pieces -> ns
  *   bare anonymous BYTES STORE                                move, read, write with O_DIRECT, drop in 2 MiB pieces -> ns
  *   bare compress BYTES              LZ4, the results one behind the other in fresh memory -> ns of CPU, their bytes, what zsmalloc would take
+ *   bare get PORT KEYS COUNT         of a Redis on loopback, values of a page, one connection -> p50 in ns of a round trip
  *   bare swap BYTES STATISTICS CPU   memory out to swap and back; mm_stat of zram -> bytes, what it takes, ns in order, p50 at random
  */
 #include "load.h"
@@ -15,12 +16,15 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
@@ -332,6 +336,59 @@ static void swap(char **a)
 	       (unsigned long)p50);
 }
 
+/* --- Redis -------------------------------------------------------------------------------------------------------------- */
+
+static void redis_send(int s, const char *bytes, size_t count)
+{
+	if (send(s, bytes, count, 0) != (ssize_t)count)
+		die("send");
+}
+
+/* Exactly so many bytes, which is how long the answer is. */
+static void redis_receive(int s, char *bytes, size_t count)
+{
+	if (recv(s, bytes, count, MSG_WAITALL) != (ssize_t)count)
+		die("receive");
+}
+
+/* A key, an answer: nothing else is on the way. Before, the keys are set. */
+static void get_keys(char **a)
+{
+	struct sockaddr_in to = {.sin_family = AF_INET,
+				 .sin_port = htons((uint16_t)atoi(a[0])),
+				 .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	uint64_t page_bytes = (uint64_t)sysconf(_SC_PAGESIZE), keys = strtoull(a[1], NULL, 10),
+		 count = strtoull(a[2], NULL, 10), *took = malloc(count * sizeof(*took));
+	int s = socket(AF_INET, SOCK_STREAM, 0), on = 1, n;
+	size_t length = (size_t)snprintf(NULL, 0, "$%lu\r\n", (unsigned long)page_bytes) + page_bytes + 2;
+	char line[128], *answer = malloc(length), *value = malloc(page_bytes + 2);
+
+	if (s < 0 || !took || !answer || !value || setsockopt(s, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) ||
+	    connect(s, (struct sockaddr *)&to, sizeof(to)))
+		die("connection");
+	for (uint64_t i = 0; i < count; i++) { /* those only that will be asked for */
+		n = snprintf(line, sizeof(line), "*3\r\n$3\r\nSET\r\n$12\r\nkey:%08lu\r\n$%lu\r\n",
+			     (unsigned long)(mix(i) % keys), (unsigned long)page_bytes);
+		fill((uint8_t *)value, page_bytes);
+		memcpy(value + page_bytes, "\r\n", 2);
+		redis_send(s, line, (size_t)n);
+		redis_send(s, value, page_bytes + 2);
+	}
+	for (uint64_t i = 0; i < count; i++)
+		redis_receive(s, answer, 5); /* +OK */
+	for (uint64_t i = 0; i < count; i++) {
+		uint64_t began = now_ns();
+
+		n = snprintf(line, sizeof(line), "*2\r\n$3\r\nGET\r\n$12\r\nkey:%08lu\r\n",
+			     (unsigned long)(mix(i) % keys));
+		redis_send(s, line, (size_t)n);
+		redis_receive(s, answer, length);
+		took[i] = now_ns() - began;
+	}
+	qsort(took, count, sizeof(*took), compare);
+	printf("ok %lu\n", (unsigned long)took[count / 2]);
+}
+
 int main(int argc, char **argv)
 {
 	if (argc == 8 && !strcmp(argv[1], "fault"))
@@ -346,6 +403,8 @@ int main(int argc, char **argv)
 		anonymous(argv + 2);
 	else if (argc == 3 && !strcmp(argv[1], "compress"))
 		compress_all(argv + 2);
+	else if (argc == 5 && !strcmp(argv[1], "get"))
+		get_keys(argv + 2);
 	else if (argc == 5 && !strcmp(argv[1], "swap"))
 		swap(argv + 2);
 	else

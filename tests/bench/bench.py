@@ -27,6 +27,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from tests.bench import asked
 from tests.kernel.vmm import MIB, PAGE, wait_for
 from tierd import cycle
 from tierd.attach.procfs import boot_id, read_spec
@@ -657,7 +658,7 @@ def row_n(bench: Bench) -> None:
 
 ROWS: dict[str, Callable[[Bench], None]] = {
     "a": row_a, "b": row_b, "c": row_c, "d": row_d, "e": row_e, "f": row_f, "g": row_g, "h": row_h, "i": row_i,
-    "j": row_j, "k": row_k, "l": row_l, "m": row_m, "n": row_n,
+    "j": row_j, "k": row_k, "l": row_l, "m": row_m, "n": row_n, "o": asked.row_o, "p": asked.row_p,
 }  # fmt: skip
 
 
@@ -672,7 +673,7 @@ def show(rows: list[Row], console: Console) -> None:
 
 
 @click.command()
-@click.option("--rows", default="a,b,c,d,e,f,g,h,i,j,k,l,m,n", show_default=True)
+@click.option("--rows", default="a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p", show_default=True)
 @click.option("--quick", is_flag=True, help="Smaller and fewer: for a look, not for a figure.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON instead of a table.")
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "build" / "bench.json")

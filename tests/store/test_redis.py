@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from tests.store.certificates import Authority
 from tests.store.servers import Server, Wire
@@ -324,6 +325,49 @@ def test_a_full_server_says_so_and_still_gives_pages_back() -> None:
             await again.write(0, records(0, 64, 1))
             assert await again.read(0, 129) == records(0, 64, 1) + [None] * 64 + records(128, 1)
             await again.aclose()
+
+    with Server() as server:
+        trio.run(with_store(options(server), run))
+
+
+def test_writes_that_wait_at_the_same_time_are_one() -> None:
+    """And what goes wrong with one is told to all; one that is cancelled meanwhile is over when that comes back."""
+
+    async def run(store: RedisStore) -> None:
+        space = await store.open(new_key(), PAGES, PAGE)
+
+        async def write(page: int, seed: int) -> None:
+            await space.write(page, records(page, 1, seed))
+
+        server.ask("CONFIG RESETSTAT")
+        async with trio.open_nursery() as nursery:
+            for page in range(64):
+                nursery.start_soon(write, page, 1)
+        assert await space.read(0, 64) == records(0, 64, 1)
+        assert await space.used_bytes() == 64 * PAGE
+        assert server.ask("INFO", "commandstats")["cmdstat_exec"]["calls"] <= 2
+        async with trio.open_nursery() as nursery:
+            for page in range(8):
+                nursery.start_soon(write, page, 2)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        before = await space.read(0, 8)
+        await trio.sleep(0.1)
+        assert await space.read(0, 8) == before
+        server.ask("CONFIG SET", "maxmemory", "1mb")
+        failed = []
+
+        async def fail(page: int) -> None:
+            with pytest.raises(OSError) as caught:
+                await space.write(page, records(page, 1, 3))
+            failed.append(caught.value.errno)
+
+        async with trio.open_nursery() as nursery:
+            for page in range(8):
+                nursery.start_soon(fail, page)
+        assert failed == [errno.ENOSPC] * 8
+        assert await space.read(0, 8) == before, "all or none"
+        await space.delete()
 
     with Server() as server:
         trio.run(with_store(options(server), run))

@@ -138,7 +138,8 @@ class PageSpace(Protocol):
 
 
 class PageStore(Protocol):
-    """A place for the spaces of many guests that trio asks for pages. Nothing is done before the first call."""
+    """A place for the spaces of many guests that trio asks for pages. Nothing is done before the first call. One that has
+    `piece_bytes` gets longer runs in pieces of so much guest memory, some at the same time."""
 
     async def open(self, key: str, pages: int, page_bytes: int) -> PageSpace:
         """The space of guest `key` (PID-STARTTICKS, unique on this host until it is booted again): a new one, or the one

@@ -24,6 +24,7 @@ import errno
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,11 +33,13 @@ import trio
 from tierd.attach.procfs import boot_id
 from tierd.store import StoreContext, StoreError
 from tierd.store.options import host_id, parse
+from tierd.store.redis_direct import Direct
 from tierd.store.redis_link import Address, Link, RedisOptions
-from tierd.store.redis_nodes import Command, Nodes, Run, Words, batches, nodes_of
+from tierd.store.redis_nodes import Command, Nodes, Run, Words, batches, batches_of_words, guarded, nodes_of
 from tierd.store.redis_probe import probe
 
 RUN_BYTES = 256 << 10
+PIECE_BYTES = 1 << 20  # of a long run: while the server takes one, the others are compressed and sealed
 BATCH_BYTES = 4 << 20  # sent in one go
 BATCH_KEYS = 1024  # looked at or removed in one go
 WRITERS_MAX = 4  # guests at once
@@ -46,6 +49,17 @@ LEASE_RENEW_S = 60.0
 BACKOFF_S, BACKOFF_S_MAX = 0.05, 1.0
 
 T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class _Change:
+    """A write or a discard that waits for its turn. `added`: what each answer counts, 1 or -1."""
+
+    commands: Sequence[Command]
+    added: int
+    confirm: Words
+    over: trio.Event = field(default_factory=trio.Event)
+    error: BaseException | None = None
 
 
 class RedisSpace:
@@ -58,7 +72,8 @@ class RedisSpace:
         self._name = store.writer_name(boot, key)
         self._link = Link(store.options, self._name, 1)
         self._run = Run(store.nodes, self._link, partial(store.close_writers, name=self._name))
-        self._writing = trio.Lock()  # one connection, one call at a time
+        self._writing = trio.Lock()  # one connection, one group of calls at a time
+        self._waiting: list[_Change] = []
         self._stored: int | None = None  # pages; None: not known, count them
 
     async def write(self, first_page: int, records: Sequence[bytes]) -> None:
@@ -79,7 +94,7 @@ class RedisSpace:
         commands = [Command("HMGET", self._run_key(run), tuple(range(first, first + n))) for run, first, n in runs]
         records: list[bytes | None] = []
         for batch in batches(commands, self._batch_runs):
-            for answer in await self._store.read(batch):
+            for answer in await self._store.read_pages(batch):
                 records += answer
         return records
 
@@ -149,22 +164,56 @@ class RedisSpace:
         return found
 
     async def _mutate(self, commands: Sequence[Command], added: int, confirm: Words = ()) -> None:
-        """`added`: what each answer counts, 1 or -1."""
-        async with self._writing:
-            stored, self._stored = self._stored, None
-            for batch in batches(commands, self._batch_runs):
-                answers = await self._settled(batch, confirm)
-                stored = None if stored is None else stored + added * sum(answers)
+        """With whatever of its kind waits meanwhile: a round trip, a sync and a confirmation for all of them."""
+        change = _Change(commands, added, confirm)
+        self._waiting.append(change)
+        try:
+            await self._writing.acquire()
+        except trio.Cancelled:
+            if change in self._waiting:
+                self._waiting.remove(change)
+            else:  # somebody is at it
+                with trio.CancelScope(shield=True):
+                    await change.over.wait()
+            raise
+        try:
+            if not change.over.is_set():
+                with trio.CancelScope(shield=True):  # it is not only ours
+                    await self._change_together(change)
+        finally:
+            self._writing.release()
+        if change.error is not None:
+            raise change.error
+
+    async def _change_together(self, first: _Change) -> None:
+        await trio.lowlevel.cancel_shielded_checkpoint()  # those who came with us are here then
+        group = [change for change in self._waiting if change.added == first.added]
+        self._waiting = [change for change in self._waiting if change.added != first.added]
+        commands = [command for change in group for command in change.commands]
+        stored, self._stored = self._stored, None
+        try:
+            for batch in batches_of_words(commands, 2 * BATCH_BYTES // self._page_bytes):
+                answers = await self._settled(batch, first.confirm, together=first.added > 0)
+                stored = None if stored is None else stored + first.added * sum(answers)
             self._stored = stored
+        except BaseException as error:
+            for change in group:
+                change.error = error
+            if not isinstance(error, OSError | StoreError):
+                raise
+        finally:
+            for change in group:
+                change.over.set()
 
-    async def _settled(self, commands: Sequence[Command], confirm: Words = ()) -> list[Any]:
-        """Carried out or an error; a cancellation waits. Before, what failed by its connection is made not to land."""
-        return await self._store.blocking(partial(self._settle, commands, confirm))
+    async def _settled(self, commands: Sequence[Command], confirm: Words = (), *, together: bool = False) -> list[Any]:
+        """Carried out or an error; a cancellation waits. Before, what failed by its connection is made not to land. `together`:
+        as a transaction, which a full server refuses, so for writes only."""
+        return await self._store.blocking(partial(self._settle, commands, confirm, together and len(commands) > 1))
 
-    def _settle(self, commands: Sequence[Command], confirm: Words) -> list[Any]:
+    def _settle(self, commands: Sequence[Command], confirm: Words, together: bool) -> list[Any]:
         self._store.renew_lease()
         try:
-            return self._run(commands, confirm)
+            return self._run(commands, confirm, together=together)
         except OSError:
             self._store.look_again()
             raise
@@ -172,6 +221,8 @@ class RedisSpace:
 
 class RedisStore:
     """Implements store.PageStore. `boot`: which boot of the host the guests live in."""
+
+    piece_bytes = PIECE_BYTES
 
     def __init__(self, options: RedisOptions, boot: str) -> None:
         self.options = options
@@ -183,6 +234,7 @@ class RedisStore:
         self.nodes: Nodes = nodes_of(options, self._link)
         self.confirm = confirmation(options)
         self._run = Run(self.nodes, self._link)
+        self._direct = Direct(options, f"{options.namespace}:{self._host}")
         self._readers = trio.CapacityLimiter(options.concurrency)
         self._writers = trio.CapacityLimiter(WRITERS_MAX)
         self._renewed_at = float("-inf")  # the lease; monotonic
@@ -219,6 +271,7 @@ class RedisStore:
         return swept
 
     async def aclose(self) -> None:
+        self._direct.close()
         self._link.close()
         self.nodes.close()
 
@@ -232,6 +285,22 @@ class RedisStore:
         """In a thread; a cancellation waits for it, so that nothing happens after it."""
         return await trio.to_thread.run_sync(function, limiter=self._writers)
 
+    async def read_pages(self, commands: Sequence[Command]) -> list[list[bytes | None]]:
+        """As `read`, of HMGET, and without a thread where all is well."""
+        addresses = {self.nodes.known(command.key) for command in commands}
+        if len(addresses) == 1 and (address := addresses.pop()):
+            try:
+                self._readers.acquire_nowait()  # to acquire in any case would be a round of trio's loop
+            except trio.WouldBlock:
+                await self._readers.acquire()
+            try:
+                answers = await self._direct.ask(address, [*self.nodes.guard, *(command.words for command in commands)])
+            finally:
+                self._readers.release()
+            if answers is not None and guarded(self.nodes.guard, answers):
+                return answers[len(self.nodes.guard) :]
+        return await self.read(commands)
+
     async def read(self, commands: Sequence[Command]) -> list[Any]:
         """Tried again until `deadline_s`. A cancellation leaves it behind, at most so long. OSError, StoreError."""
         return await trio.to_thread.run_sync(self._read, commands, limiter=self._readers, abandon_on_cancel=True)
@@ -240,7 +309,11 @@ class RedisStore:
         deadline, pause_s = time.monotonic() + self.options.deadline_s, BACKOFF_S
         while True:
             try:
-                return self._run(commands)
+                answers = self._run(commands)
+                with contextlib.suppress(OSError, StoreError):  # it is only for the next one
+                    for address in {self.nodes.of(command.key) for command in commands}:
+                        self._direct.prepare(address)
+                return answers
             except OSError:
                 if time.monotonic() + pause_s > deadline:
                     raise

@@ -27,7 +27,7 @@ from tierd.store.options import HostId
 # what an ACL user of tierd needs
 ACL = (
     "+hset +hsetnx +hget +hmget +hgetall +hdel +hlen +unlink +set +get +pexpire +wait +waitaof +role +info +config|get "
-    "+client|setname +client|list +client|kill +cluster|slots +cluster|info +asking"
+    "+client|setname +client|list +client|kill +cluster|slots +cluster|info +asking +multi +exec"
 )
 
 
@@ -198,6 +198,18 @@ class Link:
                 return pipeline.execute(raise_on_error=False)
         except ERRORS as error:
             raise told(error, str(address)) from error
+
+    def connect(self, address: Address) -> Any:
+        """A connection of the caller's own, until it gives it up. OSError, StoreError."""
+        try:
+            return self.client(address).connection_pool.get_connection()
+        except ERRORS as error:
+            raise told(error, str(address)) from error
+
+    def give_up(self, address: Address, connection: Any) -> None:
+        """Hang up. Does not block."""
+        connection.disconnect()
+        self.client(address).connection_pool.release(connection)
 
     def close(self) -> None:
         with self._lock:

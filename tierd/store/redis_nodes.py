@@ -26,8 +26,17 @@ class Nodes(Protocol):
     """Who has which key. `of` and `all` look it up once; `refresh` anew. OSError, StoreError."""
 
     def of(self, key: str) -> Address: ...
+    def known(self, key: str) -> Address | None:
+        """As `of`, asking nobody. Any thread; does not block."""
+        ...
+
     def all(self) -> list[Address]:
         """Every node that may be written."""
+        ...
+
+    @property
+    def together(self) -> bool:
+        """Whether commands on any keys can be one transaction."""
         ...
 
     @property
@@ -40,12 +49,15 @@ class Nodes(Protocol):
 
 
 class _Single:
-    guard = ROLE
+    guard, together = ROLE, True
 
     def __init__(self, address: Address) -> None:
         self._address = address
 
     def of(self, key: str) -> Address:
+        return self._address
+
+    def known(self, key: str) -> Address:
         return self._address
 
     def all(self) -> list[Address]:
@@ -61,7 +73,7 @@ class _Single:
 class _Watched:
     """Where the sentinels say that the server is."""
 
-    guard = ROLE
+    guard, together = ROLE, True
 
     def __init__(self, options: RedisOptions) -> None:
         self._link = Link(options, options.namespace, 1, sentinels=True)
@@ -72,6 +84,9 @@ class _Watched:
 
     def of(self, key: str) -> Address:
         return self._found or self.refresh()
+
+    def known(self, key: str) -> Address | None:
+        return self._found
 
     def all(self) -> list[Address]:
         return [self.of("")]
@@ -96,6 +111,7 @@ class _Cluster:
     """By the map of slots that some node gives, another one each time."""
 
     guard: Words = ()  # a replica of a cluster answers MOVED
+    together = False
 
     def __init__(self, options: RedisOptions, link: Link) -> None:
         self._link = link
@@ -105,6 +121,9 @@ class _Cluster:
 
     def of(self, key: str) -> Address:
         return (self._slots or self.refresh())[key_slot(key.encode())]
+
+    def known(self, key: str) -> Address | None:
+        return self._slots[key_slot(key.encode())] if self._slots else None
 
     def all(self) -> list[Address]:
         return sorted(set(self._slots or self.refresh()))
@@ -164,12 +183,12 @@ class Command(NamedTuple):
     """What to do with a key: HSET with fields and values, for example."""
 
     verb: str
-    key: str
+    key: str = ""
     rest: tuple[bytes | str | int, ...] = ()
 
     @property
     def words(self) -> tuple[bytes | str | int, ...]:
-        return (self.verb, self.key, *self.rest)
+        return (self.verb, self.key, *self.rest) if self.key else (self.verb,)
 
 
 class Run:
@@ -183,13 +202,13 @@ class Run:
         self._make_sure = make_sure
         self._doubtful: set[Address] = set()
 
-    def __call__(self, commands: Sequence[Command], confirm: Words = ()) -> list[Any]:
-        """The answers, in order. OSError, StoreError: others of the commands may have been carried out."""
+    def __call__(self, commands: Sequence[Command], confirm: Words = (), *, together: bool = False) -> list[Any]:
+        """The answers, in order. OSError, StoreError: others of the commands may have been carried out. `together`: all or
+        none, where nodes can do that, so a server that syncs does it once, and not for each command that it has read."""
         answers: list[Any] = [None] * len(commands)
+        send = self._send_together if together and self._nodes.together else self._send
         for address, indexes in self._by_node(commands).items():
-            for index, answer in zip(
-                indexes, self._send(address, [commands[i] for i in indexes], confirm), strict=True
-            ):
+            for index, answer in zip(indexes, send(address, [commands[i] for i in indexes], confirm), strict=True):
                 answers[index] = self._follow(commands[index], confirm, address, answer)
         return answers
 
@@ -218,6 +237,14 @@ class Run:
         _check_confirmed(address, confirm, answers[done:])
         return answers[len(before) : done]
 
+    def _send_together(self, address: Address, commands: Sequence[Command], confirm: Words) -> list[Any]:
+        *queued, done = self._send(address, [Command("MULTI"), *commands, Command("EXEC")], confirm)[1:]
+        if isinstance(done, exceptions.RedisError):  # what could not be queued says why
+            return [next((answer for answer in queued if isinstance(answer, exceptions.RedisError)), done)] * len(
+                queued
+            )
+        return list(done)
+
     def _follow(self, command: Command, confirm: Words, address: Address, answer: Any) -> Any:
         for _ in range(REDIRECTS_MAX):
             if not isinstance(answer, exceptions.AskError):
@@ -240,6 +267,11 @@ def _check_role(address: Address, answer: Any) -> None:
         raise OSError(errno.EROFS, f"{address} is a replica now; another server has its place")
 
 
+def guarded(guard: Words, answers: Sequence[Any]) -> bool:
+    """Whether these answers, of which none is an error, are of a node that may give them."""
+    return not guard or _text(answers[0][0]) == "master"
+
+
 def _check_confirmed(address: Address, confirm: Words, answers: Sequence[Any]) -> None:
     """OSError, StoreError: fewer than wanted have it."""
     for (verb, *wanted, _), answer in zip(confirm, answers, strict=True):
@@ -253,3 +285,17 @@ def _check_confirmed(address: Address, confirm: Words, answers: Sequence[Any]) -
 def batches(commands: Sequence[Command], count: int) -> Iterator[Sequence[Command]]:
     for start in range(0, len(commands), count):
         yield commands[start : start + count]
+
+
+def batches_of_words(commands: Sequence[Command], most: int) -> Iterator[Sequence[Command]]:
+    """Fields and values, of which each batch has `most`, or one command has more."""
+    batch: list[Command] = []
+    words = 0
+    for command in commands:
+        words += len(command.rest)
+        if batch and words > most:
+            yield batch
+            batch, words = [], len(command.rest)
+        batch.append(command)
+    if batch:
+        yield batch

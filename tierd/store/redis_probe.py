@@ -114,7 +114,7 @@ def _try(nodes: Nodes, address: Address, link: Link, scratch_key: str) -> None:
     key = next(key for key in numbered if nodes.of(key) == address)
     run = Run(nodes, link)
     try:
-        _, (record,) = run([Command("HSET", key, (0, TRIAL)), Command("HMGET", key, (0,))])
+        _, (record,) = run([Command("HSET", key, (0, TRIAL)), Command("HMGET", key, (0,))], together=True)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads that trio waits for itself: the way to a thread and back takes several times as long as Redis does.
+
+redis-py makes the connections, with TLS and credentials, in a thread; here is only the way of a question and its answers.
+Whatever is not as it should be is nobody's trouble here: reads can be repeated, and the long way (redis_link, redis_nodes)
+says what it is.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import hiredis
+import trio
+
+from tierd.store.redis_link import Address, Link, RedisOptions
+
+RECEIVED_BYTES = 256 << 10  # at a time
+NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class Direct:
+    """Connections for reads, at most `concurrency` to each node."""
+
+    def __init__(self, options: RedisOptions, name: str) -> None:
+        self._timeout_s = options.timeout_s
+        self._link = Link(options, name, options.concurrency)
+        self._idle: dict[Address, list[Any]] = defaultdict(list)
+
+    def prepare(self, address: Address) -> None:
+        """One more connection, for the next read, if there is none. Blocks; OSError, StoreError."""
+        if not self._idle[address]:
+            connection = self._link.connect(address)
+            _socket(connection).setblocking(False)
+            self._idle[address].append(connection)
+
+    async def ask(self, address: Address, commands: Sequence[Sequence[bytes | str | int]]) -> list[Any] | None:
+        """The answers; None: there is no connection, or it did not work. A cancellation is over at once."""
+        idle, answers = self._idle[address], None
+        if not idle:
+            return None
+        connection = idle.pop()
+        try:
+            with trio.move_on_after(self._timeout_s):
+                answers = await _exchange(_socket(connection), _packed(commands), len(commands))
+        except (OSError, hiredis.HiredisError):
+            pass
+        finally:
+            if answers is None:  # an answer may still come
+                self._link.give_up(address, connection)
+            else:
+                idle.append(connection)
+        return None if answers is None or any(isinstance(answer, hiredis.ReplyError) for answer in answers) else answers
+
+    def close(self) -> None:
+        self._idle.clear()
+        self._link.close()
+
+
+def _packed(commands: Sequence[Sequence[bytes | str | int]]) -> bytes:
+    return b"".join([hiredis.pack_command(tuple(command)) for command in commands])  # type: ignore[arg-type]
+
+
+def _socket(connection: Any) -> socket.socket:
+    found: socket.socket = connection._sock  # redis-py has no other name for it
+    return found
+
+
+async def _exchange(sock: socket.socket, question: bytes, count: int) -> list[Any]:
+    while question:
+        try:
+            question = question[sock.send(question) :]
+        except NOT_YET:
+            await trio.lowlevel.wait_writable(sock)
+    reader = hiredis.Reader()
+    answers: list[Any] = []
+    await trio.lowlevel.wait_readable(sock)
+    while len(answers) < count:
+        try:
+            received = sock.recv(RECEIVED_BYTES)
+        except NOT_YET:
+            await trio.lowlevel.wait_readable(sock)
+            continue
+        if not received:
+            raise ConnectionResetError
+        reader.feed(received)
+        while (answer := reader.gets()) is not False:  # RESP2 has no such value
+            answers.append(answer)
+    return answers
