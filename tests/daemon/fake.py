@@ -22,7 +22,7 @@ def counters(**given: int | tuple[int, ...]) -> dict[str, Any]:
         "faults_resolve faults_wait faults_failed pages_evicted pages_cancelled "
         "pages_fetched pages_evicted_zero pages_lost inject_stops store_read_errors store_write_errors checksum_errors "
         "kernel_errors latency_count latency_sum_ns parked_pages fault_threads faults_window window_sum_ns "
-        "large_folios_split pages_demoted pages_refused"
+        "large_folios_split pages_unwritten pages_demoted pages_refused"
     )
     return {
         **dict.fromkeys(names.split(), 0),
