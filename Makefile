@@ -55,6 +55,8 @@ lint: build
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror tierd/native/*.c tierd/native/*.h $(wildcard tests/*/*.c tests/*/*.h tierd/*/*.c)
+	@for source in $(wildcard tests/*/*.c tierd/demo/*.c); do \
+		gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror $(addprefix -I,tierd/native $(wildcard tests/*/)) $$source || exit 1; done
 
 bench: setup
 	$(PY) -m tests.bench.bench $(ARGS)
