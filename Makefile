@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := build/.installed
 C_SOURCES := $(wildcard tierd/native/*.c tierd/native/*.h tierd/native/build.py)
 
-.PHONY: demo test test-machine test-native bench torture soak build lint setup install clean kernels test-kernels bench-kernels
+.PHONY: demo test test-machine test-beside bench torture soak build lint setup install clean kernels test-kernels bench-kernels
 
 build: $(STAMP)
 
@@ -27,16 +27,17 @@ demo: setup
 
 test: setup lint
 	@tests/setup.sh libvirt metrics stores disks boot
-	@tests/beside.sh "$(MAKE) test-native" $(MAKE) --no-print-directory test-machine
+	@tests/beside.sh "$(MAKE) test-beside" $(MAKE) --no-print-directory test-machine
 	@$(MAKE) --no-print-directory test-kernels
 
 # One after the other: these look at what the machine has and change what it is set to. Much of the time they wait.
 test-machine:
-	$(PY) -m pytest -q --ignore=tests/kernels --ignore=tests/native $(ARGS)
+	$(PY) -m pytest -q $(filter-out $(BESIDE) tests/kernels,$(patsubst %/,%,$(dir $(wildcard tests/*/__init__.py)))) $(ARGS)
 
-# What only computes, on every CPU: no test in there minds how long it takes.
-test-native: build
-	$(PY) -m pytest -q tests/native $(ARGS)
+# What computes, or waits for servers of its own: no test in there minds how long it takes.
+BESIDE := tests/native tests/pure tests/store
+test-beside: build
+	$(PY) -m pytest -q $(BESIDE) $(ARGS)
 
 # Kernels that have the engines' interfaces, and Debian's own: built or unpacked once, into ~/.cache/tierd/kernels.
 kernels:

@@ -103,12 +103,15 @@ class Tiers:
 
     def tidy(self, policy: Policy, phases: cycle.Phases, check: Callable[[], None]) -> None:
         """What came back takes no room in its tier any more; but what was not written since is kept where there is room, and need
-        not be written again. Not in compressed memory: that is the host's. KernelError."""
+        not be written again. Not in compressed memory: that is the host's; nor where writes may land late: to a successor it
+        would look like one that was on its way. KernelError."""
         native = self._served.native
         keep = [
             tier.number
             for tier in self._served.tiers.values()
             if tier.space.kind is not TierKind.MEMORY
+            and not tier.space.late
+            and tier.space.ready
             and tier.space.used_bytes() < policies.HIGH_WATER * self.capacity(tier, policy)
         ]
         cycle.discard_fetched(native, phases, check, keep)

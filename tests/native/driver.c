@@ -827,6 +827,23 @@ static void check_end(void)
 			model_fail("page %u is in state %d at the end", page, state_of(page));
 }
 
+/* What a tier that is asked was given, and no word speaks of, is known for garbage until it is discarded. */
+static void check_garbage(void)
+{
+	static const uint64_t zeros[MODEL_PAGE_BYTES / 8];
+
+	for (uint32_t tier = 1; tier <= S.tiers; tier++)
+		for (uint32_t page = 0; S.asked >> tier & 1 && page < S.pages; page++) {
+			page_word word = atomic_load(&guest->words[page]);
+
+			if ((word_takes_space(word) && word_tier(word) == tier) ||
+			    bit_get(guest->garbage[tier], page) ||
+			    !memcmp(M.store[store_of_tier(tier)].bytes[page], zeros, MODEL_PAGE_BYTES))
+				continue;
+			model_fail("page %u has space in tier %u, and nobody knows", page, tier);
+		}
+}
+
 static void count_up(void)
 {
 	accesses += S.accesses;
@@ -890,8 +907,10 @@ static void run_seed(uint64_t steps)
 	run_until(guests_over, "a guest thread waits for ever at the end");
 	daemon_done = true;
 	run_until(all_over, "the daemon does not end");
-	if (!M.gone)
+	if (!M.gone) {
 		check_end();
+		check_garbage();
+	}
 	count_up();
 	tierd_guest_destroy(guest);
 	for (int i = 0; i < ALLOCATIONS_MAX; i++)

@@ -579,6 +579,18 @@ ASKED = [
         "				(void)garbage;",
     ),
     Mutation(
+        "asked_garbage_of_a_predecessor_forgotten",
+        "guest.c",
+        "				bit_set(g->garbage[tier], page);",
+        "				(void)page;",
+    ),
+    Mutation(
+        "asked_discard_forgotten",
+        "store.c",
+        "			bit_set(g->garbage[tier], i); /* Python says so to the store: ask.c */",
+        "			(void)i;",
+    ),
+    Mutation(
         "asked_adoption_takes_live_pages_for_garbage",
         "guest.c",
         "			if (!word_copy(w) || word_tier(w) != tier)",
