@@ -78,7 +78,8 @@ static bool remap, verbose, vmm_ends, late_io, hugetlb, anon, ladder, asked, oft
  * serves what was stored: what the page held when it last left. */
 static bool maybe_arrived[MODEL_PAGES_MAX];
 static uint64_t touched_ns[MODEL_PAGES_MAX]; /* when the guest last did */
-static bool touched_late[MODEL_PAGES_MAX];   /* it was leaving by then: the stock engine does not see who reads it */
+static bool
+	touched_late[MODEL_PAGES_MAX]; /* it was leaving by then, or being staged: not every engine sees who reads it */
 
 static struct tierd_guest *guest;
 static int table_fd = -1;
@@ -316,7 +317,7 @@ enum outcome world_access(uint32_t thread, uint32_t page, bool write, uint64_t *
 	while ((access = model_access(thread, page, write, value)) == ACCESS_WAITS)
 		to_scheduler();
 	touched_ns[page] = M.now_ns;
-	touched_late[page] = state_of(page) == LEAVING || state_of(page) == DROPPING;
+	touched_late[page] = state_of(page) == LEAVING || state_of(page) == DROPPING || state_of(page) == STAGING;
 	return access == ACCESS_MADE ? MADE : MEMORY_ERROR;
 }
 

@@ -211,7 +211,7 @@ def test_a_server_that_is_slow_or_fails_now_and_then(server: Server, given: Give
         ("503", errno.EIO),
         ("hang", errno.ETIMEDOUT),
         ("cut", errno.EIO),
-        ("flip", errno.EIO),
+        ("flip", errno.EBADMSG),
     ],
 )
 def test_a_server_that_fails_is_an_error_and_then_all_is_there(
