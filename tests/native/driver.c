@@ -78,8 +78,8 @@ static bool remap, verbose, vmm_ends, late_io, hugetlb, anon, ladder, asked, oft
  * serves what was stored: what the page held when it last left. */
 static bool maybe_arrived[MODEL_PAGES_MAX];
 static uint64_t touched_ns[MODEL_PAGES_MAX]; /* when the guest last did */
-static bool
-	touched_late[MODEL_PAGES_MAX]; /* it was leaving by then, or being staged: not every engine sees who reads it */
+static bool touched_late[MODEL_PAGES_MAX];   /* it was leaving by then: the stock engine does not see who reads it */
+static bool moving_before[MODEL_PAGES_MAX];
 
 static struct tierd_guest *guest;
 static int table_fd = -1;
@@ -317,7 +317,7 @@ enum outcome world_access(uint32_t thread, uint32_t page, bool write, uint64_t *
 	while ((access = model_access(thread, page, write, value)) == ACCESS_WAITS)
 		to_scheduler();
 	touched_ns[page] = M.now_ns;
-	touched_late[page] = state_of(page) == LEAVING || state_of(page) == DROPPING || state_of(page) == STAGING;
+	touched_late[page] = state_of(page) == LEAVING || state_of(page) == DROPPING;
 	return access == ACCESS_MADE ? MADE : MEMORY_ERROR;
 }
 
@@ -395,13 +395,20 @@ void world_before_pass(void)
 {
 }
 
+void world_before_select(void)
+{
+	for (uint32_t page = 0; page < S.pages; page++)
+		/* of a batch that is over: a fault took it, and gives it back */
+		moving_before[page] = state_of(page) == MOVING || state_of(page) == ARRIVING;
+}
+
 /* Rule 8: what leaves was idle for long enough. A page that is mapped was touched since, and is turned back by the hold (or it was
  * fetched from the staging area, so the batch has lost it). */
 void world_selected(double min_idle_s, bool sinks)
 {
 	for (uint32_t page = 0; page < S.pages; page++)
-		if (page != remapped && state_of(page) == (anon || sinks ? MOVING : LEAVING) && looks_untouched(page) &&
-		    !(sinks && touched_late[page]) && !S.giving_back[page] &&
+		if (page != remapped && state_of(page) == (anon || sinks ? MOVING : LEAVING) && !moving_before[page] &&
+		    looks_untouched(page) && !(sinks && touched_late[page]) && !S.giving_back[page] &&
 		    M.now_ns - touched_ns[page] < (uint64_t)(min_idle_s * 1e9))
 			model_fail("page %u leaves %lu ns after the guest touched it", page,
 				   M.now_ns - touched_ns[page]);

@@ -224,6 +224,10 @@ bool world_stopped(void)
 	return atomic_load(&shared->guests_stop);
 }
 
+void world_before_select(void)
+{
+}
+
 void world_selected(double min_idle_s, bool sinks)
 {
 	(void)min_idle_s;

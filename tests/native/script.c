@@ -291,6 +291,7 @@ static void evict_batch(struct tierd_guest *g, struct tierd_batch *b, uint64_t *
 	uint32_t from = S.anon ? TIER_STAGING : TIER_GUEST, tiers[TIERD_LADDER_MAX];
 	int error;
 
+	world_before_select();
 	if (tierd_batch_select(b, from, S.tiers > 1 && !below(4), *page, min_idle_s, 1 + below(BATCH_PAGES_MAX), &r))
 		script_fail("select failed");
 	*page = r.next_page;
@@ -330,6 +331,7 @@ static void demote(struct tierd_guest *g, struct tierd_batch *b)
 	int error;
 
 	for (uint64_t page = 0; page < g->pages;) {
+		world_before_select();
 		if (tierd_batch_select(b, from, !below(4), page, min_idle_s, 1 + below(BATCH_PAGES_MAX), &r))
 			script_fail("select from tier %u failed", from);
 		page = r.next_page;

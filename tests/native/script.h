@@ -85,6 +85,7 @@ void world_before_pass(void);
 int world_store_write(uint32_t tier, uint64_t page, uint32_t count, const uint8_t *bytes);
 int world_store_read(uint32_t tier, uint64_t page, uint32_t count, uint8_t *bytes);
 int world_store_discard(uint32_t tier, uint64_t page, uint64_t count);
+void world_before_select(void);
 void world_selected(double min_idle_s, bool sinks); /* a batch was, just now: out of the guest, or out of a tier */
 
 #endif
