@@ -46,7 +46,7 @@ from tierd.attach.ptrace import (
     take_userfaultfd,
     unmap_staging,
 )
-from tierd.engine import Engine, engine_of
+from tierd.engine import FEATURE_ASYNC, Engine, engine_of
 from tierd.native import (
     ANONYMOUS_LOCKED_BYTES,
     CAP_IPC_LOCK,
@@ -877,7 +877,7 @@ def _userfaultfd_again(served: Served, identity: Identity, kept_uffd: int | None
     if handed is not None and registered_regions(served.spec):  # else nothing is, with whatever it brought
         if not features_of(handed.uffd):
             raise _another_userfaultfd(served.spec)
-        must_be_agreed(handed.uffd, served.engine.features)
+        must_be_agreed(handed.uffd, served.engine.features, FEATURE_ASYNC if served.engine.holds_reads else 0)
         return os.dup(handed.uffd)
     away = table_away(served.table_fd)
     if not os.listdir(f"/proc/{identity.pid}/fd"):  # its first thread has ended, and with it what can be seen of it

@@ -39,7 +39,7 @@ from tierd.attach import GuestSpec, Handed, Region, ptrace
 from tierd.attach.procfs import boot_id, start_ticks
 from tierd.attach.ptrace import FEATURES_HARMLESS, FEATURES_NEEDED, NUMBER, UFFD_API, UFFDIO_API, pidfd_getfd
 from tierd.config import Config
-from tierd.engine import choose
+from tierd.engine import FEATURE_ASYNC, choose
 from tierd.guest import Ending
 from tierd.native import NativeGuest
 from tierd.store.file import FileStore
@@ -701,6 +701,15 @@ def test_what_may_be_agreed_on(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ptrace, "features_of", lambda _, found=found: found)
         with nullcontext() if good else pytest.raises(OSError, match="make a new one"):
             ptrace.agree_once(-1, 0)
+
+
+def test_a_predecessor_that_was_killed_in_a_sync_window_left_async_mode_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel does not show the feature then; a VMM that brings such a userfaultfd again is not refused for it."""
+    engine = 1 << 17 | FEATURE_ASYNC
+    monkeypatch.setattr(ptrace, "features_of", lambda _: FEATURES_NEEDED | 1 << 17)
+    ptrace.must_be_agreed(-1, engine, FEATURE_ASYNC)
+    with pytest.raises(OSError, match="0x40000 is missing"):
+        ptrace.must_be_agreed(-1, engine)
 
 
 # A process that maps something else at the address of its parent's memory, and makes a userfaultfd; prints its number.

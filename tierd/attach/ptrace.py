@@ -234,9 +234,10 @@ def agree_once(uffd: int, features: int) -> None:
         agree(uffd, features)
 
 
-def must_be_agreed(uffd: int, features: int) -> None:
-    """OSError EINVAL: UFFDIO_API agreed on something else than what tierd needs and can live with."""
-    found, needed = features_of(uffd), FEATURES_NEEDED | features
+def must_be_agreed(uffd: int, features: int, switched: int = 0) -> None:
+    """OSError EINVAL: UFFDIO_API agreed on something else than what tierd needs and can live with. `switched`: of what it needs,
+    those that come and go while it serves: a predecessor that was killed in a sync window has left async mode off."""
+    found, needed = features_of(uffd) | switched, FEATURES_NEEDED | features
     missing, more = needed & ~found, found & ~(needed | FEATURES_HARMLESS | FEATURE_INITIALIZED)
     if missing or more:
         raise OSError(

@@ -69,6 +69,7 @@ class Engine(Protocol):
 
 
 FEATURE_WP_ASYNC, FEATURE_MOVE = 1 << 15, 1 << 16  # UFFD_FEATURE_*: Linux 6.7, 6.8
+FEATURE_ASYNC = 1 << 18  # of rwp and rfc: off in a sync window
 
 
 class EngineUnavailable(Exception):
