@@ -299,7 +299,13 @@ class DemoGuest:
         return said
 
     def resident_bytes(self) -> int:
-        return memory_bytes(self.pid)
+        """GuestError: QEMU has ended; with the last that guest or QEMU said."""
+        try:
+            return memory_bytes(self.pid)
+        except (GuestError, FileNotFoundError):
+            for _ in range(Console.LINES_MAX):
+                self.console.poll()  # its end says so, with what came before
+            raise
 
     def verify(self, timeout_s: float = VERIFY_S_MAX) -> tuple[int, int]:
         """See Console.verify."""
