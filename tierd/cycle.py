@@ -387,19 +387,24 @@ def compact(guest: NativeGuest, check: Callable[[], None]) -> None:
 
 def discard_asked(guest: NativeGuest, tier: int, asked: Asked, check: Callable[[], None]) -> None:
     """Tell a tier that is asked what it need not keep any more."""
-    page, runs = 0, [(0, 0)]
-    while runs:
+    page = 0
+    while runs := _garbage_runs(guest, tier, page):
         check()
-        runs = []
-        while len(runs) < GARBAGE_RUNS:
-            page, count = guest.garbage(tier, page, GARBAGE_PAGES)
-            if not count:
-                break
-            runs.append((page, count))
-            page += count
         asked.discard(tier, runs)
         for first_page, count in runs:
             guest.garbage_gone(tier, first_page, count)
+            page = first_page + count
+
+
+def _garbage_runs(guest: NativeGuest, tier: int, page: int) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    while len(runs) < GARBAGE_RUNS:
+        page, count = guest.garbage(tier, page, GARBAGE_PAGES)
+        if not count:
+            break
+        runs.append((page, count))
+        page += count
+    return runs
 
 
 def discard_fetched(

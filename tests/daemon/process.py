@@ -167,3 +167,13 @@ class Daemon:
 
 def evicted(daemon: Daemon, name: str, vmm: Vmm) -> None:
     wait_for(lambda: daemon.stored_bytes(name) > 0.9 * vmm.pages * vmm.page_bytes, f"guest {name} is evicted")
+
+
+def with_tiers(daemon: Daemon, *tiers: object, **settings: Any) -> None:
+    """The configuration: all guests of this run have these tiers."""
+    daemon.write(guests=[{"name": f"*{OURS}", **POLICY, "tiers": list(tiers)}], **settings)
+
+
+def tiers(daemon: Daemon) -> dict[str, dict[str, Any]]:
+    """What is said of the tiers of guest web, by name."""
+    return {tier["name"]: tier for tier in daemon.guests()["web"]["tiers"]}

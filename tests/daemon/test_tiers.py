@@ -4,24 +4,15 @@
 from __future__ import annotations
 
 import signal
-from typing import Any
 
 import pytest
 
-from tests.daemon.process import OURS, POLICY, Boot, Daemon, evicted
+from tests.daemon.process import OURS, POLICY, Boot, Daemon, evicted, tiers, with_tiers
 from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
 from tests.kernel.vmm import MIB, Vmm, wait_for
 
 pytestmark = pytest.mark.usefixtures("kernel")
 SMALL = {"name": "memory", "capacity": "2MiB"}
-
-
-def with_tiers(daemon: Daemon, *tiers: object, **settings: Any) -> None:
-    daemon.write(guests=[{"name": f"*{OURS}", **POLICY, "tiers": list(tiers)}], **settings)
-
-
-def tiers(daemon: Daemon) -> dict[str, dict[str, Any]]:
-    return {tier["name"]: tier for tier in daemon.guests()["web"]["tiers"]}
 
 
 @pytest.fixture

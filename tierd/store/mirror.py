@@ -33,7 +33,7 @@ class MirroredSpace:
             try:
                 with trio.fail_after(self._patience_s):
                     found = await space.read(first_page, count)
-            except (OSError, StoreError, trio.TooSlowError) as error:
+            except Exception as error:  # a plug-in's may be any
                 errors.append(error)
                 if not isinstance(error, StoreError):
                     self._silent_until[space] = trio.current_time() + SILENT_S
