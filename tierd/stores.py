@@ -97,8 +97,12 @@ async def probe(store: AskedStore, seconds: float = PROBE_S_MAX) -> None:
     try:
         with trio.fail_after(seconds):
             await store.pages.probe()
-    except (OSError, StoreError, trio.TooSlowError) as error:
-        why = f"it did not answer within {seconds:g} s" if isinstance(error, trio.TooSlowError) else str(error)
+    except Exception as error:  # a plug-in's may be any, and is tried again while guests are served
+        why = (
+            f"it did not answer within {seconds:g} s"
+            if isinstance(error, trio.TooSlowError)
+            else str(error) or repr(error)
+        )
         store.trouble = f"the store {store.name} cannot be used: {why}"
     else:
         store.trouble = ""

@@ -436,3 +436,23 @@ def test_what_is_wrong_in_the_configuration(daemon: Daemon, stores: dict[str, An
     checked = daemon.tierd("config", "check")
     assert checked.returncode == 78
     assert told in checked.stdout + checked.stderr
+
+
+def test_a_plug_in_whose_trial_is_broken_is_told(
+    daemon: Daemon, disk_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises: one line that names it, and no traceback."""
+    place = disk_dir / "plugin"
+    info = place / "tierd_broken-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tierd-broken\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[tierd.stores]\nbroken = tierd_broken:Store\n")
+    code = "class Store:\n    def __init__(self, *_): pass\n    async def probe(self): raise KeyError('nothing')\n"
+    (place / "tierd_broken.py").write_text(code + "    async def aclose(self): pass\n")
+    monkeypatch.setenv("PYTHONPATH", str(place))
+    with_tiers(daemon, "broken", stores={"broken": {}})
+    daemon.spawn()
+    assert daemon.wait() == 1
+    said = daemon.log_path.read_text()
+    assert "the store broken cannot be used: 'nothing'" in said
+    assert "Traceback" not in said
