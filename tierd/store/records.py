@@ -82,13 +82,16 @@ class _Local(threading.local):
 _local = _Local()
 
 
-def _pack(records: Iterable[bytes]) -> list[bytes]:
-    return [_packed(record) for record in records]
+def _pack(records: Sequence[bytes]) -> list[bytes]:
+    """All in one call, without the interpreter's lock: to wait for it after each page takes longer than the page."""
+    if not records:
+        return []
+    frames = _local.compressor.multi_compress_to_buffer([record or b"\0" for record in records])
+    return [_packed(record, frames[n]) for n, record in enumerate(records)]
 
 
-def _packed(record: bytes) -> bytes:
-    frame = _local.compressor.compress(record)
-    return ZSTD + frame if len(frame) <= KEPT_SHARE_MAX * len(record) else AS_IT_IS + record
+def _packed(record: bytes, frame: zstandard.BufferSegment) -> bytes:
+    return ZSTD + frame.tobytes() if len(frame) <= KEPT_SHARE_MAX * len(record) else AS_IT_IS + record
 
 
 def _unpack(jobs: Iterable[tuple[int, bytes | None]], bytes_max: int) -> list[bytes | None]:
