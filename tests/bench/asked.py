@@ -55,7 +55,7 @@ async def parked(served: Served, store: AskedStore) -> AsyncIterator[Parking]:
 def asked_store(bench: Bench, name: str, pages: PageStore, encrypt: bool = True) -> Iterator[AskedStore]:
     keys = bench.shm / "keys"
     keys.mkdir(exist_ok=True)
-    yield AskedStore(name, pages, keys, None, encrypt, CONCURRENCY, DEADLINE_S)
+    yield AskedStore(name, pages, keys, None, encrypt, None, CONCURRENCY, DEADLINE_S)
 
 
 def evict(served: Served, asked: Asked | None = None) -> float:
