@@ -4,6 +4,8 @@
     scan -> deactivate what was touched -> (policy) -> per batch: select, hold, copy, write, drop, release
          -> (policy) -> per batch that sinks from one tier to the next: select, copy, write, drop -> discard
 
+While one batch is written to a store, the next one is on its way there.
+
 With an engine that has a sync mode the copy is made before the hold, so that the guest is held for the punches only: per
 batch select, copy, write, and then windows, each of which holds (sync mode, and a look whether the copy is still right),
 drops and releases.
@@ -14,15 +16,18 @@ nobody fetches back for long enough is cold.
 
 Seen from a page that is the loop of the design: deactivated, slept on for the interval, scanned, held, evicted, released.
 Only pages found present are deactivated again, so no access falls between a scan and the next deactivation (scan.c).
-Everything here runs in the guest's one worker thread and blocks; a call covers a bounded stretch, and between calls `check`
-may raise to cancel.
+Everything here runs in the guest's one worker thread and blocks (but an eviction has threads of its own for what it stores); a
+call covers a bounded stretch, and between calls `check` may raise to cancel.
 """
 
 from __future__ import annotations
 
 import errno
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,6 +36,7 @@ from tierd.native import GUEST_TIER, STAGING_TIER, BatchResult, KernelError, Nat
 BATCH_BYTES = 2 << 20
 ANONYMOUS_BATCH_BYTES = 4 << 20  # each is a stop of a thread of the VMM
 BATCH_PAGES_MIN = 8  # huge ones
+BATCHES = 2  # of an eviction, at a time
 PHASES = ("scan", "deactivate", "stage", "select", "hold", "copy", "write", "drop", "release", "demote", "discard")
 GARBAGE_PAGES, GARBAGE_RUNS = 1 << 16, 256  # told to a store at a time
 COMPACT_PAGES, COMPACT_CALLS = 4096, 16  # of a pool, at a time; and so often in a cycle
@@ -161,104 +167,59 @@ def _spaced(done: Staged) -> Staged:
 
 
 @dataclass(frozen=True)
-class Evicted:
+class Moved:
     """What became of a batch."""
 
     pages: int
     next_page: int
 
 
-def evict_batch(
-    batch: NativeBatch,
-    first_page: int,
-    min_idle_s: float,
-    max_pages: int,
-    tiers: Sequence[int],
-    hold_ms_max: float | None,
-    phases: Phases,
-    asked: Asked | None = None,
-) -> Evicted:
-    """The way of a batch out of the guest, each page to the first of `tiers` that takes it. On KernelError the batch is
-    cancelled: nothing that was not yet dropped leaves.
-
-    `hold_ms_max`: of a sync window; None: the engine has none.
-    """
-    try:
-        if batch.guest.anonymous:
-            return _evict_anonymous(batch, first_page, min_idle_s, max_pages, tiers, phases, asked)
-        selected = batch.select(GUEST_TIER, first_page, min_idle_s, max_pages, tiers)
-        phases.add_batch(selected)
-        if not selected.selected_pages:
-            return Evicted(0, selected.next_page)
-        if hold_ms_max is not None:
-            return Evicted(_drop_in_windows(batch, tiers, hold_ms_max, phases, asked), selected.next_page)
-        phases.add_batch(batch.hold())  # LEAVING came first: a fault in between takes the page back
-        phases.add_batch(batch.copy())
-        _write(batch, tiers, phases, asked)
-        dropped = batch.drop()
-        phases.add_batch(dropped)
-        phases.add_batch(batch.release())  # a punch wakes nobody, this does
-    except OSError:
-        batch.cancel()
-        raise
-    return Evicted(dropped.evicted_pages, selected.next_page)
-
-
-def _write(batch: NativeBatch, tiers: Sequence[int], phases: Phases, asked: Asked | None) -> None:
-    """Each page to the first of `tiers` that takes it: durable from here on. Some it only offers: stores that are asked."""
-    done = batch.write(tiers)
-    phases.add_batch(done)
-    if not done.offered_pages:
-        return
-    assert asked is not None
-    began = time.monotonic()
-    for tier in tiers:
-        if tier in batch.guest.asked_tiers:
-            asked.write(tier, [(run.page, batch.pages_of(run, tier)) for run in batch.runs(tier)])
-    batch.stored()
-    phases.seconds["write"] += time.monotonic() - began
-
-
-def _evict_anonymous(
-    batch: NativeBatch,
-    first_page: int,
-    min_idle_s: float,
-    max_pages: int,
-    tiers: Sequence[int],
-    phases: Phases,
-    asked: Asked | None,
-) -> Evicted:
-    """Out of the staging area. Where reads are seen, an idle page only passes through it."""
-    end = None
-    if not batch.guest.waits_for_readers:
+def _take(
+    batch: NativeBatch, first_page: int, min_idle_s: float, max_pages: int, tiers: Sequence[int], phases: Phases
+) -> Moved:
+    """The first half of a batch's way out: select, hold, copy. Pages that may be written."""
+    guest, end = batch.guest, None
+    if guest.anonymous and not guest.waits_for_readers:
+        # out of the staging area. Where reads are seen, an idle page only passes through it
         began = time.monotonic()
-        end = _spaced(batch.guest.stage(first_page, min_idle_s, min(max_pages, batch.max_pages))).next_page
+        end = _spaced(guest.stage(first_page, min_idle_s, min(max_pages, batch.max_pages))).next_page
         phases.seconds["stage"] += time.monotonic() - began
         min_idle_s = 0.0
-    selected = batch.select(STAGING_TIER, first_page, min_idle_s, max_pages, tiers)
+    selected = batch.select(STAGING_TIER if guest.anonymous else GUEST_TIER, first_page, min_idle_s, max_pages, tiers)
     phases.add_batch(selected)
-    if not selected.selected_pages:
-        return Evicted(0, selected.next_page if end is None else end)
-    phases.add_batch(batch.copy())  # nobody writes there; who reads takes the page back
-    _write(batch, tiers, phases, asked)
-    dropped = batch.drop()
-    phases.add_batch(dropped)
-    phases.add_batch(batch.release())
-    return Evicted(dropped.evicted_pages, selected.next_page if end is None else end)
+    if selected.selected_pages:
+        if not guest.anonymous and not guest.has_sync_mode:
+            phases.add_batch(batch.hold())  # LEAVING came first: a fault in between takes the page back
+        # with a sync mode the guest may touch these pages meanwhile: the window sees who was. In the staging area nobody
+        # writes; who reads takes the page back
+        phases.add_batch(batch.copy())
+    return Moved(selected.selected_pages, selected.next_page if end is None else end)
 
 
-def _drop_in_windows(
-    batch: NativeBatch, tiers: Sequence[int], hold_ms_max: float, phases: Phases, asked: Asked | None
-) -> int:
-    phases.add_batch(batch.copy())  # the guest may touch these pages meanwhile: the window sees who was
-    _write(batch, tiers, phases, asked)
+def _store(batch: NativeBatch, tiers: Sequence[int], asked: Asked | None) -> float:
+    """What write has offered is stored durably. In any thread. Seconds."""
+    began = time.monotonic()
+    batch.store()
+    for tier in tiers:
+        if tier in batch.guest.asked_tiers:
+            assert asked is not None
+            asked.write(tier, [(run.page, batch.pages_of(run, tier)) for run in batch.runs(tier)])
+    return time.monotonic() - began
+
+
+def _drop(batch: NativeBatch, hold_ms_max: float, phases: Phases) -> int:
+    """The last steps of a batch that is stored. Pages evicted."""
     evicted_pages = 0
-    while True:
+    while batch.guest.has_sync_mode:
         done = batch.window(hold_ms_max)
         phases.add_batch(done)
         evicted_pages += done.evicted_pages
         if not done.left_pages:
             return evicted_pages
+    dropped = batch.drop()
+    phases.add_batch(dropped)
+    phases.add_batch(batch.release())  # a punch wakes nobody, this does
+    return dropped.evicted_pages
 
 
 def evict(
@@ -274,18 +235,41 @@ def evict(
     asked: Asked | None = None,
 ) -> int:
     """Evict pages idle at least `min_idle_s`, at most `max_bytes` of them, at `bytes_per_s`, to the first of `tiers` that takes
-    each. Returns bytes evicted."""
-    page, evicted_pages, began = 0, 0, time.monotonic()
-    window_ms_max = hold_ms_max if guest.has_sync_mode else None
+    each. Returns bytes evicted. `hold_ms_max`: of a sync window, where the engine has any. Whatever is raised: batches under way
+    are cancelled when what is being stored of them is over; nothing that was not yet dropped leaves."""
     page_bytes = guest.page_bytes
     max_pages = max_bytes // page_bytes
-    batch_bytes = ANONYMOUS_BATCH_BYTES if guest.anonymous else BATCH_BYTES
-    with guest.batch(max(batch_bytes // page_bytes, BATCH_PAGES_MIN)) as batch:
-        while page < guest.pages and evicted_pages < max_pages:
+    batch_pages = max((ANONYMOUS_BATCH_BYTES if guest.anonymous else BATCH_BYTES) // page_bytes, BATCH_PAGES_MIN)
+    page = evicted_pages = storing_pages = 0
+    began = time.monotonic()
+    storing: deque[tuple[NativeBatch, int, Future[float]]] = deque()
+    with ExitStack() as stack:
+        free = [stack.enter_context(guest.batch(batch_pages)) for _ in range(BATCHES)]
+        threads = stack.enter_context(ThreadPoolExecutor(BATCHES))
+        while True:
             check()
-            done = evict_batch(batch, page, min_idle_s, max_pages - evicted_pages, tiers, window_ms_max, phases, asked)
-            evicted_pages += done.pages
-            page = done.next_page
+            room = max_pages - evicted_pages - storing_pages
+            if free and page < guest.pages and room > 0:
+                taken = _take(free[-1], page, min_idle_s, room, tiers, phases)
+                page = taken.next_page
+                if not taken.pages:
+                    continue
+                batch = free.pop()
+                written = batch.write(tiers)  # each page to the first of `tiers` that takes it
+                phases.add_batch(written)
+                if written.offered_pages:
+                    storing.append((batch, taken.pages, threads.submit(_store, batch, tiers, asked)))
+                    storing_pages += taken.pages
+                    continue
+            elif storing:
+                batch, pages, stored = storing.popleft()
+                phases.seconds["write"] += stored.result()
+                storing_pages -= pages
+                batch.stored()
+            else:
+                break
+            evicted_pages += _drop(batch, hold_ms_max, phases)
+            free.append(batch)
             _pace(evicted_pages * page_bytes, bytes_per_s, began)
     return evicted_pages * page_bytes
 
@@ -330,23 +314,25 @@ def demote_batch(
     max_pages: int,
     tiers: Sequence[int],
     asked: Asked | None = None,
-) -> Evicted:
+) -> Moved:
     """The way of a batch from one tier to the first of `tiers` that takes each page. A fault takes its page from wherever it
     is, at any step. On KernelError the batch is cancelled: its pages stay in `from_tier`."""
     try:
         selected = batch.select(from_tier, first_page, min_idle_s, max_pages, tiers)
         if not selected.selected_pages:
-            return Evicted(0, selected.next_page)
+            return Moved(0, selected.next_page)
         if from_tier in batch.guest.asked_tiers:
             _supply(batch, from_tier, asked)
         batch.copy()  # verified: what the tier gives wrong is not passed on
-        _write(batch, tiers, Phases(), asked)
+        if batch.write(tiers).offered_pages:
+            _store(batch, tiers, asked)
+            batch.stored()
         dropped = batch.drop()  # the word says the new tier, then space in the old one is given back
         batch.release()
     except OSError:
         batch.cancel()
         raise
-    return Evicted(dropped.evicted_pages, selected.next_page)
+    return Moved(dropped.evicted_pages, selected.next_page)
 
 
 def demote(

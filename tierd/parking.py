@@ -126,6 +126,8 @@ class Parking:
         self._troubles: dict[int, str] = {}
         self._broken: set[int] = set()
         self._over = False
+        self._token = trio.lowlevel.current_trio_token()
+        self._calls: set[trio.CancelScope] = set()  # of workers
         self._takers = trio.lowlevel.ParkingLot()  # tasks that have served their request
         for number, tier in self._tiers.items():
             _space(tier).counted = partial(_stored_bytes, served, number)
@@ -154,6 +156,8 @@ class Parking:
                 nursery.start_soon(self._take, nursery)
         finally:
             self._over = True
+            for call in self._calls:
+                call.cancel()
             for number, tier in self._tiers.items():
                 _space(tier).ready = False
                 if self._opened[number].is_set():
@@ -357,9 +361,23 @@ class Parking:
         count = getattr(self._store(tier).pages, "piece_bytes", UNLIMITED) // self._served.page_bytes
         return [(page + n, pages[n : n + count]) for page, pages in runs for n in range(0, len(pages), count)]
 
-    async def each(self, tier: int, work: Work, runs: Sequence[tuple[int, Any]]) -> list[Any]:
+    def each(self, tier: int, work: Work, runs: Sequence[tuple[int, Any]]) -> list[Any]:
         """`work` on each run, when it is its turn: an eviction's, a demotion's or a discard's calls, so many at a time that a
-        store can do several in one go. The first error, when all that had begun is over."""
+        store can do several in one go. The first error, when all that had begun is over. Any thread but trio's; blocks until
+        then, or until the guest's parking is over."""
+        return trio.from_thread.run(self._until_over, tier, work, runs, trio_token=self._token)
+
+    async def _until_over(self, tier: int, work: Work, runs: Sequence[tuple[int, Any]]) -> list[Any]:
+        with trio.CancelScope() as call:
+            self._calls.add(call)
+            try:
+                if not self._over:
+                    return await self._each(tier, work, runs)
+            finally:
+                self._calls.remove(call)
+        raise OSError(errno.ECANCELED, f"guest {self._served.spec.name} ends, nobody stores its pages any more")
+
+    async def _each(self, tier: int, work: Work, runs: Sequence[tuple[int, Any]]) -> list[Any]:
         if tier not in self._spaces:
             raise OSError(errno.EAGAIN, f"the store {self._tiers[tier].name} is not open")
         store, space = self._store(tier), self._spaces[tier]
@@ -404,7 +422,7 @@ class Asked:
 
     def _each(self, tier: int, noun: str, work: Work, runs: Sequence[tuple[int, Any]]) -> list[Any]:
         try:
-            return trio.from_thread.run(self._parking.each, tier, work, runs)
+            return self._parking.each(tier, work, runs)
         except Exception as error:  # a plug-in's may be any
             failure = KernelError(_errno_of(error), f"{noun} ({error})")
             failure.tier = tier

@@ -298,6 +298,8 @@ def test_a_vmm_that_dies_after_a_step(start_vmm: Start, host: Host, last: str) -
                         assert batch.select(GUEST_TIER, 0, 0.0, 512, [1]).selected_pages
                     elif step == "write":
                         batch.write([1])
+                        batch.store()
+                        batch.stored()
                     elif step == "window":
                         batch.window(20)
                     else:

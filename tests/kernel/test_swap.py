@@ -69,6 +69,8 @@ def test_it_is_read_back_before_any_window(start_vmm: Start, host: Host) -> None
             # rwp: mapped only now, they are not yet protected; they leave when they were idle since
             assert copied.cancelled_pages == (pages if choose().name == "rwp" else 0)
             batch.write([1])
+            batch.store()
+            batch.stored()
             assert batch.window(1000).evicted_pages == 512 - copied.cancelled_pages
         vmm.verify()
         tiered.leave()
@@ -89,6 +91,8 @@ def test_a_window_leaves_alone_what_is_in_swap(start_vmm: Start, host: Host) -> 
             batch.select(GUEST_TIER, 0, 0.0, 512, [1])
             batch.copy()
             batch.write([1])
+            batch.store()
+            batch.stored()
             pages = page_out(vmm, 64, 64)
             result = batch.window(1000)
         assert (result.evicted_pages, result.cancelled_pages) == (512 - pages, pages)

@@ -85,6 +85,8 @@ def test_only_what_nobody_touched_since_the_copy_leaves(start_vmm: Start, host: 
             vmm.ask("verify", 0, 16)  # a read
             vmm.ask("fill", 100, 8)
             batch.write([1])
+            batch.store()
+            batch.stored()
             vmm.ask("fill", 200, 4)
             evicted = batch.window(1000).evicted_pages
             assert evicted == 512 - 16 - 8 - 4
@@ -104,6 +106,8 @@ def test_a_page_that_was_unmapped_since_the_copy(start_vmm: Start, host: Host) -
             vmm.ask("fill", 100, 8)
             assert vmm.ask("zap", 96, 16) == [0]
             batch.write([1])
+            batch.store()
+            batch.stored()
             result = batch.window(1000)
         assert result.evicted_pages == 512 - (16 if choose().name == "rwp" else 8)
         vmm.verify()
@@ -162,6 +166,8 @@ def test_windows_are_cut(start_vmm: Start, host: Host) -> None:
             batch.select(GUEST_TIER, 0, 0.0, 512, [1])
             batch.copy()
             batch.write([1])
+            batch.store()
+            batch.stored()
             first = batch.window(0)
             assert (first.evicted_pages, first.left_pages) == (256, 256)
             second = batch.window(0)

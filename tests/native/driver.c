@@ -398,8 +398,9 @@ void world_before_pass(void)
 void world_before_select(void)
 {
 	for (uint32_t page = 0; page < S.pages; page++)
-		/* of a batch that is over: a fault took it, and gives it back */
-		moving_before[page] = state_of(page) == MOVING || state_of(page) == ARRIVING;
+		/* of a batch that is over: a fault took it, and gives it back; or of the other batch, which is being stored */
+		moving_before[page] =
+			state_of(page) == MOVING || state_of(page) == ARRIVING || state_of(page) == LEAVING;
 }
 
 /* Rule 8: what leaves was idle for long enough. A page that is mapped was touched since, and is turned back by the hold (or it was
@@ -516,6 +517,24 @@ static void spoil_store(void)
 		model_destroy(store_of_tier(word_tier(word)), page);
 }
 
+/* A copy may be destroyed just when its page was fetched from there. The page leaves once more, unwritten, and nobody reads it. */
+static bool unreadable(uint32_t page)
+{
+	page_word word = atomic_load(&guest->words[page]);
+
+	return word_state(word) == STORED && word_tier(word) != TIER_ZERO && word_tier(word) != TIER_STAGING &&
+	       M.store[store_of_tier(word_tier(word))].destroyed[page];
+}
+
+static uint64_t unreadable_pages(void)
+{
+	uint64_t n = 0;
+
+	for (uint32_t page = 0; page < S.pages; page++)
+		n += unreadable(page);
+	return n;
+}
+
 static void serve(uint32_t adopted)
 {
 	struct tierd_adoption adoption;
@@ -543,7 +562,7 @@ static void serve(uint32_t adopted)
 	tierd_guest_set_reads(guest, S.losses ? 0 : UINT64_MAX, TIERD_LOST_POISON);
 	while (!stopping) /* whoever waits now must be served without a later cycle's help */
 		model_pause();
-	while (script_bring_back(guest, repaired) && !M.gone)
+	while (script_bring_back(guest, repaired) > (repaired ? 0 : unreadable_pages()) && !M.gone)
 		check_lost();
 }
 
@@ -827,11 +846,12 @@ static bool pool_is_quiet(void)
 	return !M.pool_changes;
 }
 
-/* Every page was read at the end: it is RESIDENT again, or LOST because its stored copy is still destroyed. */
+/* Every page was read at the end: it is RESIDENT again, or LOST, or cannot be read, because its stored copy is still destroyed. */
 static void check_end(void)
 {
 	for (uint32_t page = 0; page < S.pages; page++)
-		if (state_of(page) != RESIDENT && (repaired || state_of(page) != LOST || !M.may_fail[page]))
+		if (state_of(page) != RESIDENT && (repaired || state_of(page) != LOST || !M.may_fail[page]) &&
+		    (repaired || !unreadable(page)))
 			model_fail("page %u is in state %d at the end", page, state_of(page));
 }
 

@@ -188,13 +188,13 @@ bool script_answer(struct tierd_guest *g, struct script_requests *held)
 static int store_offered(struct tierd_batch *b, struct tierd_batch_result *r)
 {
 	struct tierd_run run;
+	int error = tierd_batch_store(b, r);
 
-	if (!r->offered_pages)
-		return 0;
+	if (error)
+		return error;
 	for (uint32_t tier = 1; tier <= S.tiers; tier++)
 		for (uint32_t slot = 0; S.asked >> tier & 1; slot = run.slot + run.count) {
-			int error = tierd_batch_run(b, tier, slot, &run);
-
+			error = tierd_batch_run(b, tier, slot, &run);
 			if (!error && !run.count)
 				break;
 			if (!error)
@@ -210,7 +210,7 @@ static int write_batch(struct tierd_batch *b, const uint32_t *tiers, uint32_t co
 {
 	int error = tierd_batch_write(b, tiers, count, r);
 
-	return error ? error : store_offered(b, r);
+	return error || !r->offered_pages ? error : store_offered(b, r);
 }
 
 /* What sinks out of a tier that is asked: its bytes, or of some pages not. */
@@ -284,42 +284,72 @@ static uint32_t ladder(uint32_t above, uint32_t *tiers)
 	return n;
 }
 
-static void evict_batch(struct tierd_guest *g, struct tierd_batch *b, uint64_t *page)
+/* Select, hold and copy: whether there is anything to write. */
+static bool take_batch(struct tierd_guest *g, struct tierd_batch *b, uint64_t *page)
 {
 	struct tierd_batch_result r;
 	double min_idle_s = below(2) ? 0 : 0.002;
-	uint32_t from = S.anon ? TIER_STAGING : TIER_GUEST, tiers[TIERD_LADDER_MAX];
-	int error;
+	uint32_t from = S.anon ? TIER_STAGING : TIER_GUEST;
 
 	world_before_select();
 	if (tierd_batch_select(b, from, S.tiers > 1 && !below(4), *page, min_idle_s, 1 + below(BATCH_PAGES_MAX), &r))
 		script_fail("select failed");
 	*page = r.next_page;
 	if (!r.selected_pages)
-		return;
+		return false;
 	world_selected(min_idle_s, false);
 	if (cancelled_at_will(b, &r))
-		return;
+		return false;
 	if (!g->engine->set_async && !S.anon && (failed(tierd_batch_hold(b, &r), "hold") || cancelled_at_will(b, &r))) {
 		tierd_batch_cancel(b, &r);
-		return;
+		return false;
 	}
 	if (failed(tierd_batch_copy(b, &r), "copy") || cancelled_at_will(b, &r)) {
 		tierd_batch_cancel(b, &r);
-		return;
+		return false;
 	}
-	error = write_batch(b, tiers, ladder(0, tiers), &r);
+	return true;
+}
+
+static void drop_batch(struct tierd_guest *g, struct tierd_batch *b, int error, struct tierd_batch_result *r)
+{
 	if (!error && g->engine->set_async) {
-		drop_in_windows(b, &r);
+		drop_in_windows(b, r);
 		return;
 	}
-	if ((error != -ENOSPC && failed(error, "write")) || error || cancelled_at_will(b, &r) ||
-	    failed(tierd_batch_drop(b, &r), "drop")) {
-		tierd_batch_cancel(b, &r);
+	if ((error != -ENOSPC && failed(error, "write")) || error || cancelled_at_will(b, r) ||
+	    failed(tierd_batch_drop(b, r), "drop")) {
+		tierd_batch_cancel(b, r);
 		return;
 	}
-	S.evicted += r.evicted_pages;
-	failed(tierd_batch_release(b, &r), "release");
+	S.evicted += r->evicted_pages;
+	failed(tierd_batch_release(b, r), "release");
+}
+
+/* While one batch is stored, the other one may be on its way there: of the pages behind it, or of any. */
+static void evict(struct tierd_guest *g, struct tierd_batch *one, struct tierd_batch *other)
+{
+	uint32_t tiers[TIERD_LADDER_MAX];
+	struct tierd_batch_result r, others;
+	bool stored; /* the other one */
+	int error, failure;
+
+	for (uint64_t page = 0, any; page < g->pages;) {
+		if (!take_batch(g, one, &page))
+			continue;
+		error = tierd_batch_write(one, tiers, ladder(0, tiers), &r);
+		any = below(g->pages);
+		if (error || !r.offered_pages || below(2) || !take_batch(g, other, below(2) ? &page : &any)) {
+			drop_batch(g, one, error || !r.offered_pages ? error : store_offered(one, &r), &r);
+			continue;
+		}
+		failure = tierd_batch_write(other, tiers, ladder(0, tiers), &others);
+		stored = failure || !others.offered_pages || below(2);
+		if (stored && !failure && others.offered_pages)
+			failure = store_offered(other, &others);
+		drop_batch(g, one, store_offered(one, &r), &r);
+		drop_batch(g, other, stored ? failure : store_offered(other, &others), &others);
+	}
 }
 
 /* From one tier to those below it. */
@@ -376,7 +406,7 @@ static void stage(struct tierd_guest *g)
 void script_cycle(struct tierd_guest *g)
 {
 	struct tierd_pass pass;
-	struct tierd_batch *b;
+	struct tierd_batch *b, *other;
 	uint64_t page = 0, n, lost;
 
 	while (page < g->pages) {
@@ -390,10 +420,10 @@ void script_cycle(struct tierd_guest *g)
 		stage(g);
 		world_rest(below(80));
 	}
-	if (tierd_batch_create(g, BATCH_PAGES_MAX, &b))
+	if (tierd_batch_create(g, BATCH_PAGES_MAX, &b) || tierd_batch_create(g, BATCH_PAGES_MAX, &other))
 		script_fail("no batch");
-	for (page = 0; page < g->pages;)
-		evict_batch(g, b, &page);
+	evict(g, b, other);
+	tierd_batch_destroy(other);
 	if (S.tiers > 1 && (S.often || chance(500)))
 		demote(g, b);
 	tierd_batch_destroy(b);

@@ -33,6 +33,24 @@ class Mutation:
 
 MUTATIONS = [
     Mutation(
+        "page_that_a_fault_took_from_the_stamp_is_deactivated",  # rule 8: nobody dates it
+        "scan.c",
+        "	else\n		bit_clear(g->touched, i);\n",
+        "	else if (word_state(w) != RESIDENT)\n		bit_clear(g->touched, i);\n",
+    ),
+    Mutation(
+        "page_that_is_somebodys_is_not_dated_again",  # rule 8, by a step
+        "scan.c",
+        "	if (deactivated)\n		atomic_store",
+        "	if (deactivated && g->pages > UINT32_MAX)\n		atomic_store",
+    ),
+    Mutation(
+        "page_of_the_other_batch_is_taken",
+        "evict.c",
+        "			return other->end_page;",
+        "			return 0;",
+    ),
+    Mutation(
         "leaving_after_the_hold_is_not_leaving",  # rule 1: a fault between scan and LEAVING must cancel
         "evict.c",
         "		if (!page_move(b->g, b->pages[i], b->words[i], to)) {",
@@ -206,8 +224,8 @@ MUTATIONS = [
     Mutation(
         "owned_page_is_deactivated",  # rule 8: its owner may have read the clock before the guest's last access
         "scan.c",
-        "		bit_clear(g->touched, i);\n		return;",
-        "		return;",
+        "	else\n		bit_clear(g->touched, i);\n",
+        "",
     ),
     Mutation(
         "copy_passes_over_a_lost_page",  # rule 13: COPY overwrites poison, so a run ends before a LOST page
@@ -684,6 +702,9 @@ ASKED = [
 ]
 MUTATIONS += ASKED
 MORE = {
+    "page_that_a_fault_took_from_the_stamp_is_deactivated": ("--often", "--from", "3001"),
+    "page_that_is_somebodys_is_not_dated_again": ("--often", "--from", "38001"),
+    "two_holds_end_with_the_first_release": ("--from", "25001"),
     "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle
     "late_write_lands_in_used_space": ("--late-io",),
     "page_claimed_whatever_its_tier": ("--ladder",),
@@ -713,6 +734,12 @@ _CHECKSUM_NOT_COMPARED = Mutation(
 )
 # of pages that were fetched and not written since; two things say so, and each must hold by itself
 CLEAN = [
+    Mutation(
+        "two_holds_end_with_the_first_release",
+        "evict.c",
+        "		atomic_fetch_sub(&g->holding, 1);",
+        "		atomic_store(&g->holding, 0);",
+    ),
     Mutation(
         "fetched_under_a_hold_is_taken_for_clean",
         "fault.c",

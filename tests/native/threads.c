@@ -286,16 +286,18 @@ static int store_offered(struct tierd_batch *b)
 	struct tierd_batch_result r;
 	struct tierd_run run;
 
-	for (uint32_t slot = 0; !tierd_batch_run(b, 1, slot, &run) && run.count; slot = run.slot + run.count) {
+	if (tierd_batch_store(b, &r))
+		return -EIO;
+	for (uint32_t slot = 0; asked && !tierd_batch_run(b, 1, slot, &run) && run.count; slot = run.slot + run.count) {
 		struct iovec from = {.iov_base = run.bytes, .iov_len = run.count * MODEL_PAGE_BYTES};
 
 		if (sys_store_write(FD_STORE, &from, 1, run.page * MODEL_PAGE_BYTES) != (ssize_t)from.iov_len)
 			return -EIO;
 	}
-	return sys_store_sync(FD_STORE) ? -EIO : tierd_batch_stored(b, &r);
+	return asked && sys_store_sync(FD_STORE) ? -EIO : 0;
 }
 
-static void evict_batch(struct tierd_batch *b, uint64_t *page)
+static bool take_batch(struct tierd_batch *b, uint64_t *page)
 {
 	struct tierd_batch_result r;
 
@@ -303,15 +305,48 @@ static void evict_batch(struct tierd_batch *b, uint64_t *page)
 		model_fail("select failed");
 	*page = r.next_page;
 	if (!r.selected_pages)
-		return;
-	if ((!M.anon && tierd_batch_hold(b, &r)) || tierd_batch_copy(b, &r) ||
-	    tierd_batch_write(b, (uint32_t[]){1}, 1, &r) || (r.offered_pages && store_offered(b)) ||
-	    tierd_batch_drop(b, &r)) {
+		return false;
+	if (!(!M.anon && tierd_batch_hold(b, &r)) && !tierd_batch_copy(b, &r) &&
+	    !tierd_batch_write(b, (uint32_t[]){1}, 1, &r))
+		return true;
+	tierd_batch_cancel(b, &r);
+	return false;
+}
+
+static void *store_thread(void *argument)
+{
+	seed_thread(50);
+	return (void *)(intptr_t)store_offered(argument);
+}
+
+static void finish_batch(struct tierd_batch *b, pthread_t storer)
+{
+	struct tierd_batch_result r;
+	void *error;
+
+	pthread_join(storer, &error);
+	if ((!error && tierd_batch_stored(b, &r)) || error || tierd_batch_drop(b, &r)) {
 		tierd_batch_cancel(b, &r);
 		return;
 	}
 	atomic_fetch_add(&evicted, r.evicted_pages);
 	tierd_batch_release(b, &r);
+}
+
+/* Each batch is stored by a thread of its own, while the other one is taken or dropped. */
+static void evict(struct tierd_batch *two[2])
+{
+	pthread_t storer[2];
+	bool storing[2] = {false, false};
+	uint32_t k = 0;
+
+	for (uint64_t page = 0; page < guest->pages || storing[0] || storing[1]; k ^= 1) {
+		if (storing[k])
+			finish_batch(two[k], storer[k]);
+		storing[k] = page < guest->pages && take_batch(two[k], &page);
+		if (storing[k] && pthread_create(&storer[k], NULL, store_thread, two[k]))
+			model_fail("no thread");
+	}
 }
 
 static void stage(void)
@@ -343,7 +378,7 @@ static void *inside_thread(void *unused)
 
 static void cycle(void)
 {
-	struct tierd_batch *b;
+	struct tierd_batch *two[2];
 	struct tierd_pass pass;
 	uint64_t n;
 
@@ -352,11 +387,11 @@ static void cycle(void)
 			model_fail("pass failed");
 	if (M.anon)
 		stage();
-	if (tierd_batch_create(guest, BATCH_PAGES, &b))
+	if (tierd_batch_create(guest, BATCH_PAGES, &two[0]) || tierd_batch_create(guest, BATCH_PAGES, &two[1]))
 		model_fail("no batch");
-	for (uint64_t page = 0; page < guest->pages;)
-		evict_batch(b, &page);
-	tierd_batch_destroy(b);
+	evict(two);
+	tierd_batch_destroy(two[1]);
+	tierd_batch_destroy(two[0]);
 	tierd_guest_discard(guest, MODEL_PAGES_MAX, below(2) ? UINT32_MAX : 0, &n);
 }
 

@@ -465,9 +465,17 @@ class NativeBatch:
         return self._done(lib.tierd_batch_copy(self._b, self._result), "copy out")
 
     def write(self, tiers: Sequence[int]) -> BatchResult:
-        """Write each page durably to the first of `tiers` that takes it; a page that none takes stays where it is. KernelError
-        ENOSPC: all are at capacity; others: its `tier` says which one failed."""
-        error = lib.tierd_batch_write(self._b, list(tiers), len(tiers), self._result)
+        """Give each page to the first of `tiers` that takes it; a page that none takes stays where it is. A pool has it then; for
+        what is only offered there are `store` and `stored`. KernelError ENOSPC: all are at capacity; others: its `tier` says
+        which one failed."""
+        return self._written(lib.tierd_batch_write(self._b, list(tiers), len(tiers), self._result))
+
+    def store(self) -> BatchResult:
+        """Write what is offered to files, durably; must be called also if all is for tiers that are asked. In any thread: the
+        worker may be busy with another batch. KernelError: its `tier` says which one failed."""
+        return self._written(lib.tierd_batch_store(self._b, self._result))
+
+    def _written(self, error: int) -> BatchResult:
         if error < 0:
             failure = KernelError(-error, STORE_WRITE)
             failure.tier = self._result.failed_tier

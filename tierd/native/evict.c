@@ -6,8 +6,10 @@
  * Private anonymous memory comes from the staging area (stage.c), where nobody writes: select, copy, write, drop. So does what sinks
  * from one tier to the next.
  *
- * A tier that Python asks (ask.c) is read and written by Python: it supplies the bytes of what sinks from there before copy, and stores
- * what write has offered to such a tier before it says stored.
+ * Write only offers pages to files and to tiers that Python asks (ask.c): store writes the former, Python the latter, in whichever
+ * thread. Then it says stored. Meanwhile the worker may be busy with another batch, which has none of the pages from the first to the
+ * last one of this: a hold that is lifted is lifted for whoever holds, and a store gets a page twice in any order. Of what sinks out of
+ * a tier that is asked, Python supplies the bytes before copy.
  *
  * The steps must come in this order (a batch in the wrong step answers -EINVAL), and a batch can be cancelled between any
  * two. Until a page is DROPPING its truth is where it was, so cancelling is free; from then on it is the tier's, durably.
@@ -29,15 +31,20 @@ struct held_run {
 
 struct tierd_batch {
 	struct tierd_guest *g;
+	struct tierd_batch *next;      /* of the guest's */
+	uint64_t first_page, end_page; /* as selected: nobody else's until the step is EMPTY again */
 	enum batch_step step;
 	uint32_t max_pages, count, held_runs;
 	uint32_t first;    /* of those that are still to leave in a window */
 	unsigned int from; /* TIER_GUEST, or a tier */
 	bool pool_only;    /* pages that the pool has refused are not tried again */
-	uint64_t *pages;   /* ascending; all LEAVING or MOVING (or, in drop, DROPPING) unless a fault took them */
-	page_word *words;  /* what we expect the page's word to be */
-	uint8_t *to;       /* the tier it goes to; TIER_ZERO: it needs no store */
-	uint8_t *bytes;    /* the copy: slot i belongs to pages[i] */
+	bool filed;        /* what goes to files is there */
+	unsigned int lane; /* of the guest's, for the watchdog */
+	_Atomic bool storing;
+	uint64_t *pages;  /* ascending; all LEAVING or MOVING (or, in drop, DROPPING) unless a fault took them */
+	page_word *words; /* what we expect the page's word to be */
+	uint8_t *to;      /* the tier it goes to; TIER_ZERO: it needs no store */
+	uint8_t *bytes;   /* the copy: slot i belongs to pages[i] */
 	struct held_run *held;
 	uint64_t *touched,
 		*other;   /* bitmaps of a run; out of a tier that is asked, `touched` says whose bytes were supplied */
@@ -69,6 +76,9 @@ int tierd_batch_create(struct tierd_guest *g, uint32_t max_pages, struct tierd_b
 		tierd_batch_destroy(b);
 		return -ENOMEM;
 	}
+	b->lane = g->batches && !g->batches->lane;
+	b->next = g->batches;
+	g->batches = b;
 	*ret = b;
 	return 0;
 }
@@ -87,6 +97,11 @@ void tierd_batch_destroy(struct tierd_batch *b)
 		return;
 	if (b->step != EMPTY)
 		tierd_batch_cancel(b, &ignored);
+	for (struct tierd_batch **at = &b->g->batches; *at; at = &(*at)->next)
+		if (*at == b) { /* or it has never been one of them */
+			*at = b->next;
+			break;
+		}
 	release_memory(b->pages, b->max_pages * sizeof(*b->pages));
 	release_memory(b->words, b->max_pages * sizeof(*b->words));
 	release_memory(b->to, b->max_pages);
@@ -132,6 +147,15 @@ static void keep(struct tierd_batch *b, uint32_t to, uint32_t from)
 
 /* --- select ------------------------------------------------------------------------------------------------------------- */
 
+/* Where the pages of another batch end; 0: this is none of them. */
+static uint64_t end_of_others(const struct tierd_batch *b, uint64_t page)
+{
+	for (const struct tierd_batch *other = b->g->batches; other; other = other->next)
+		if (other != b && other->step != EMPTY && page >= other->first_page && page < other->end_page)
+			return other->end_page;
+	return 0;
+}
+
 static void select_pages(struct tierd_batch *b, uint64_t page, uint32_t min_age, uint32_t max, uint64_t *next_page)
 {
 	struct tierd_guest *g = b->g;
@@ -139,8 +163,13 @@ static void select_pages(struct tierd_batch *b, uint64_t page, uint32_t min_age,
 	for (; page < g->pages && b->count < max; page++) {
 		uint16_t now = epoch_now(g);
 		page_word w = page_load(g, page), leaving;
+		uint64_t end = end_of_others(b, page);
 		int error;
 
+		if (end) {
+			page = end - 1;
+			continue;
+		}
 		if (word_state(w) != RESIDENT || word_untouched(w) || page_age(g, page, now, w) < min_age ||
 		    quarantined(g, page) || (b->pool_only && word_refused(w)))
 			continue;
@@ -167,7 +196,12 @@ static void select_stored(struct tierd_batch *b, uint64_t page, uint32_t min_age
 
 	for (; page < g->pages && b->count < max; page++) {
 		page_word w = page_load(g, page), to = word_with_state(w, MOVING);
+		uint64_t end = end_of_others(b, page);
 
+		if (end) {
+			page = end - 1;
+			continue;
+		}
 		if (word_state(w) != STORED || word_tier(w) != b->from ||
 		    stored_age(g, page, epoch_now(g), w) < min_age || quarantined(g, page) ||
 		    (b->pool_only && word_refused(w)) || !page_move(g, page, w, to))
@@ -200,6 +234,10 @@ int tierd_batch_select(struct tierd_batch *b, uint32_t from, uint32_t pool_only,
 	(moving(b) ? select_stored : select_pages)(
 		b, first_page, age, max_pages < b->max_pages ? (uint32_t)max_pages : b->max_pages, &ret->next_page);
 	b->step = b->count ? SELECTED : EMPTY;
+	if (b->count) {
+		b->first_page = b->pages[0];
+		b->end_page = b->pages[b->count - 1] + 1;
+	}
 	ret->selected_pages = b->count;
 	ret->select_ns = sys_now_ns() - began_ns;
 	guest_leave(g);
@@ -211,8 +249,9 @@ int tierd_batch_select(struct tierd_batch *b, uint32_t from, uint32_t pool_only,
 /* Afterwards b->held covers whatever may be held, also when only a prefix was. */
 static int hold_run(struct tierd_batch *b, uint64_t page, uint32_t count)
 {
+	if (!b->held_runs)
+		atomic_fetch_add(&b->g->holding, 1);
 	b->held[b->held_runs++] = (struct held_run){page, count};
-	atomic_store(&b->g->holding, true);
 	return b->g->engine->hold(b->g, page, count);
 }
 
@@ -615,28 +654,6 @@ static uint32_t alike_run(struct tierd_batch *b, uint32_t i)
 	return k;
 }
 
-static int write_to_file(struct tierd_batch *b, unsigned int tier, uint64_t *written, bool *full)
-{
-	struct tierd_guest *g = b->g;
-	uint32_t n;
-
-	place_in(b, tier, full);
-	for (uint32_t i = 0; i < b->count; i += n) {
-		int error;
-
-		n = alike_run(b, i);
-		if (b->to[i] != tier)
-			continue;
-		error = store_write(g, tier, b->pages[i], n, b->bytes + i * b->page_bytes);
-		if (error)
-			return error;
-		*written += n;
-	}
-	if (!*written)
-		return 0;
-	return store_settle(g, tier, b->pages[0], b->pages[b->count - 1] + 1);
-}
-
 /*
  * A pool keeps what it was given whatever becomes of us, and what no word speaks of is nobody's: so first the page, then the word.
  * 0: it is in the pool; -E2BIG, -ENOSPC, -ENOMEM: it is not; -ECANCELED: it stays with the guest.
@@ -696,14 +713,15 @@ static int write_to(struct tierd_batch *b, unsigned int tier, struct tierd_batch
 
 	if (tier == TIER_ZERO || tier > TIERD_LADDER_MAX || tier == b->from || !tier_exists(g, tier))
 		return -ENODEV;
-	if (tier_is_asked(g, tier)) {
+	if (!tier_is_pool(g, tier)) {
+		worker_io_begin(g); /* it may have to give space back in another tier */
 		ret->offered_pages += place_in(b, tier, &no_room);
+		worker_io_end(g);
 		*full |= no_room;
 		return 0;
 	}
 	worker_io_begin(g);
-	error = tier_is_pool(g, tier) ? write_to_pool(b, tier, &written, &no_room)
-				      : write_to_file(b, tier, &written, &no_room);
+	error = write_to_pool(b, tier, &written, &no_room);
 	worker_io_end(g);
 	count_add(&g->tier_counts[tier].written_pages, written);
 	ret->written_pages += written;
@@ -757,15 +775,63 @@ int tierd_batch_write(struct tierd_batch *b, const uint32_t *tiers, uint32_t cou
 	for (uint32_t i = 0; !error && i < count; i++)
 		error = write_to(b, tiers[i], ret, &full);
 	if (!error) {
-		stay_stored(b);
 		leave_refused(b, ret);
 		if (full && !b->count)
 			error = -ENOSPC; /* nothing is wrong with the store */
 	}
-	if (!error)
-		b->step = ret->offered_pages ? OFFERED : WRITTEN;
+	if (!error && ret->offered_pages) {
+		b->step = OFFERED;
+		b->filed = false;
+	} else if (!error) {
+		stay_stored(b);
+		b->step = WRITTEN;
+	}
 	ret->write_ns = sys_now_ns() - began_ns;
 	guest_leave(g);
+	return error;
+}
+
+static int store_in_file(struct tierd_batch *b, unsigned int tier)
+{
+	uint32_t n, first = UINT32_MAX, end = 0;
+	int error = 0;
+
+	for (uint32_t i = 0; !error && i < b->count; i += n) {
+		n = alike_run(b, i);
+		if (b->to[i] != tier)
+			continue;
+		first = first < i ? first : i;
+		end = i + n;
+		error = store_write(b->g, tier, b->pages[i], n, b->bytes + i * b->page_bytes);
+	}
+	return error || !end ? error : store_settle(b->g, tier, b->pages[first], b->pages[end - 1] + 1);
+}
+
+/* Everything here is the batch's own, or atomic: the worker may be busy with another one. */
+int tierd_batch_store(struct tierd_batch *b, struct tierd_batch_result *ret)
+{
+	struct tierd_guest *g = b->g;
+	uint64_t began_ns = sys_now_ns();
+	int error = 0;
+
+	memset(ret, 0, sizeof(*ret));
+	if (b->step != OFFERED || atomic_exchange(&b->storing, true))
+		return -EINVAL;
+	atomic_store_explicit(&g->storing_since_ns[b->lane], began_ns, memory_order_relaxed);
+	for (unsigned int tier = 1; !error && tier <= TIERD_LADDER_MAX; tier++) {
+		if (!tier_exists(g, tier) || tier_is_pool(g, tier) || tier_is_asked(g, tier))
+			continue;
+		error = store_in_file(b, tier);
+		if (error) {
+			ret->failed_tier = tier;
+			count_add(&g->tier_counts[tier].write_errors, 1);
+			count_error(g, &g->count.store_write_errors, error);
+		}
+	}
+	atomic_store_explicit(&g->storing_since_ns[b->lane], 0, memory_order_relaxed);
+	b->filed = !error;
+	ret->write_ns = sys_now_ns() - began_ns;
+	atomic_store(&b->storing, false);
 	return error;
 }
 
@@ -790,15 +856,20 @@ int tierd_batch_stored(struct tierd_batch *b, struct tierd_batch_result *ret)
 	struct tierd_guest *g = b->g;
 	int error = batch_enter(b, OFFERED, ret);
 
+	if (!error && !b->filed) {
+		guest_leave(g);
+		error = -EINVAL;
+	}
 	if (error)
 		return error;
 	for (uint32_t i = 0; i < b->count; i++) {
-		bool asked = placed(b, i) && tier_is_asked(g, b->to[i]);
+		bool offered = b->to[i] != TIER_ZERO && b->to[i] != UNCHANGED && !tier_is_pool(g, b->to[i]);
 
-		ret->written_pages += asked;
-		if (asked)
+		ret->written_pages += offered;
+		if (offered)
 			count_add(&g->tier_counts[b->to[i]].written_pages, 1);
 	}
+	stay_stored(b);
 	b->step = WRITTEN;
 	guest_leave(g);
 	return 0;
@@ -1096,8 +1167,9 @@ static int release_runs(struct tierd_batch *b)
 		if (error && !first)
 			first = error;
 	}
+	if (b->held_runs)
+		atomic_fetch_sub(&g->holding, 1);
 	b->held_runs = 0;
-	atomic_store(&g->holding, false);
 	if (first && first != -ESRCH)
 		count_error(g, &g->count.kernel_errors, first);
 	return first;
@@ -1122,6 +1194,10 @@ int tierd_batch_cancel(struct tierd_batch *b, struct tierd_batch_result *ret)
 	struct tierd_guest *g = b->g;
 	int error = batch_enter(b, b->step, ret);
 
+	if (!error && atomic_load(&b->storing)) {
+		guest_leave(g);
+		error = -EBUSY;
+	}
 	if (error)
 		return error;
 	for (uint32_t i = b->first; i < b->count; i++) {

@@ -290,6 +290,9 @@ struct tierd_guest {
 		quarantine; /* bitmap of the guest: adoption's, then only read by the worker; NULL: nothing lands late */
 	_Atomic uint64_t quarantined_pages;
 	_Atomic uint64_t worker_io_since_ns;
+	_Atomic uint64_t
+		storing_since_ns[2]; /* of batches: what they write to files is written by threads of their own */
+	struct tierd_batch *batches; /* all that there are; the worker's own */
 	struct tierd_worker *restorer;
 
 	struct parking *parking;
@@ -307,7 +310,8 @@ struct tierd_guest {
 	_Atomic uint64_t store_faults_state;
 
 	_Atomic bool in_window;
-	_Atomic bool holding; /* from before a hold until it is lifted, which unprotects what was fetched in between */
+	_Atomic uint32_t
+		holding; /* batches; from before a hold until it is lifted, which unprotects what was fetched in between */
 	_Atomic uint64_t waits; /* faults that were left to the owner of their page: fault.c, wake_waiters */
 	struct counters count;
 	pthread_mutex_t threads_lock;

@@ -163,21 +163,20 @@ int scan_protected(struct tierd_guest *g, uint64_t first_page, uint64_t pages, u
 	return 0;
 }
 
-static void stamp_page(struct tierd_guest *g, uint64_t first_page, uint64_t i, uint16_t epoch)
+/* A page that is somebody's cannot be dated: it stays mapped, so the next pass sees it. If it is unmapped already, its group is dated:
+ * its owner may have read the clock before the guest's last access, or dates nothing. */
+static void stamp_page(struct tierd_guest *g, uint64_t first_page, uint64_t i, uint16_t epoch, bool deactivated)
 {
-	page_word w = page_load(g, first_page + i), to;
+	page_word w = page_load(g, first_page + i), to = word_touched(w, epoch);
 
-	/* its owner dates it when it is done, and may have read the clock before the guest's last access: it stays mapped, so
-	 * the next pass sees it */
-	if (word_state(w) != RESIDENT) {
-		bit_clear(g->touched, i);
-		return;
-	}
-	to = word_touched(w, epoch);
 	if (word_tier(to) == TIER_UNTOUCHED)
 		to = word_with_tier(to, TIER_ZERO);
-	if (to != w)
-		page_move(g, first_page + i, w, to); /* lost to a fault: it stamps the page itself */
+	if (word_state(w) == RESIDENT && (to == w || page_move(g, first_page + i, w, to)))
+		return;
+	if (deactivated)
+		atomic_store_explicit(&g->groups[(first_page + i) / GROUP_PAGES], epoch, memory_order_relaxed);
+	else
+		bit_clear(g->touched, i);
 }
 
 /* All of the group touched: one store dates it. A page that is somebody's is left to stamp_page, as is one that was never seen
@@ -202,7 +201,7 @@ static bool stamp_group(struct tierd_guest *g, uint64_t first, uint16_t epoch)
 }
 
 /* Stamps touched pages. */
-static void stamp(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint16_t epoch)
+static void stamp(struct tierd_guest *g, uint64_t first_page, uint64_t pages, uint16_t epoch, bool deactivated)
 {
 	const uint64_t all = UINT64_MAX >> (64 - GROUP_PAGES);
 
@@ -212,7 +211,7 @@ static void stamp(struct tierd_guest *g, uint64_t first_page, uint64_t pages, ui
 		if (bits == all && stamp_group(g, first_page + i, epoch))
 			continue;
 		for (; bits; bits &= bits - 1)
-			stamp_page(g, first_page, i + (uint64_t)__builtin_ctzll(bits), epoch);
+			stamp_page(g, first_page, i + (uint64_t)__builtin_ctzll(bits), epoch, deactivated);
 	}
 }
 
@@ -302,12 +301,12 @@ static int pass(struct tierd_guest *g, struct tierd_pass *ret)
 	/* before the deactivation, so that a crash in between can't make a touched page look idle; and again when it took
 	 * longer than a step, because idle time counts from its end */
 	epoch = epoch_next(g);
-	stamp(g, first_page, pages, epoch);
+	stamp(g, first_page, pages, epoch, false);
 	age(g, first_page / g->chunk_pages, epoch);
 	scanned_ns = sys_now_ns();
 	error = deactivate_touched(g, first_page, pages, ret);
 	if (epoch_next(g) != epoch)
-		stamp(g, first_page, pages, epoch_next(g));
+		stamp(g, first_page, pages, epoch_next(g), true);
 	ret->scan_ns += scanned_ns - began_ns;
 	ret->zap_ns += sys_now_ns() - scanned_ns;
 	return error;

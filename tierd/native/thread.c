@@ -340,6 +340,12 @@ void tierd_guest_health(struct tierd_guest *g, uint64_t hung_ns, struct tierd_he
 {
 	uint64_t io_since_ns = atomic_load(&g->worker_io_since_ns), now_ns = sys_now_ns(), answered_ns;
 
+	for (unsigned int lane = 0; lane < 2; lane++) {
+		uint64_t since_ns = atomic_load(&g->storing_since_ns[lane]);
+
+		if (since_ns && (!io_since_ns || since_ns < io_since_ns))
+			io_since_ns = since_ns;
+	}
 	*ret = (struct tierd_health){.parked_pages = atomic_load(&g->parked_pages),
 				     .asked_pages = atomic_load(&g->asked_pages),
 				     .overdue_ns = parking_overdue_ns(g, now_ns),

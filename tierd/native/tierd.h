@@ -398,8 +398,8 @@ int tierd_batch_create(struct tierd_guest *g, uint32_t max_pages, struct tierd_b
 void tierd_batch_destroy(struct tierd_batch *b);
 /* from TIERD_TIER_GUEST: RESIDENT -> LEAVING, for touched pages idle at least min_idle_s, from first_page on. Also registers MISSING
  * for their chunks. From another tier: STORED there -> MOVING, for pages that are idle (of the staging area: that are there) at
- * least as long. pool_only: but not those that the pool has refused and nobody has touched since. -EINVAL: anonymous memory leaves
- * by the staging area only. */
+ * least as long. Pages from the first to the last one of another batch are passed over. pool_only: and those that the pool has refused
+ * and nobody has touched since. -EINVAL: anonymous memory leaves by the staging area only. */
 int tierd_batch_select(struct tierd_batch *b, uint32_t from, uint32_t pool_only, uint64_t first_page, double min_idle_s,
 		       uint64_t max_pages, struct tierd_batch_result *ret);
 /* Write-protects the batch, scans again, gives back what was touched meanwhile. */
@@ -412,10 +412,14 @@ int tierd_batch_supply(struct tierd_batch *b, uint32_t slot, uint32_t count, con
 /* Reads the bytes through the file (of a tier that Python asks: takes those that were supplied, the others stay there); finds pages
  * that are all zeros; takes checksums. */
 int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret);
-/* Writes each page, durably, to the first of `tiers` that takes it. A page that none takes stays where it is. Any error: nothing of the batch counts as written; cancel it. -ENOSPC: all are at
- * capacity. To a tier that Python asks it only offers its pages (offered_pages): Python has the store write each run of them durably,
- * and then says so: tierd_batch_stored. */
+/* Gives each page to the first of `tiers` that takes it. A page that none takes stays where it is. Any error: nothing of the batch
+ * counts as written; cancel it. -ENOSPC: all are at capacity. To a pool it writes; to files and to tiers that Python asks it only offers
+ * its pages (offered_pages): then comes tierd_batch_store, Python has each run of its tiers stored durably, and says so:
+ * tierd_batch_stored. */
 int tierd_batch_write(struct tierd_batch *b, const uint32_t *tiers, uint32_t count, struct tierd_batch_result *ret);
+/* Writes what is offered to files, durably; to be called also if nothing is. In whichever thread, while the worker is busy with another
+ * batch. No step of this batch, nor tierd_batch_destroy, before it returned; and meanwhile nothing of the guest is discarded. */
+int tierd_batch_store(struct tierd_batch *b, struct tierd_batch_result *ret);
 /* All that was offered is stored, durably. */
 int tierd_batch_stored(struct tierd_batch *b, struct tierd_batch_result *ret);
 /* LEAVING -> DROPPING, punch exactly those runs, see the hole, STORED. From the staging area: MOVING -> DROPPING, dropped there, STORED.
