@@ -352,11 +352,41 @@ def test_a_segment_that_is_short_or_gone_is_an_error(given: Given) -> None:
         with pytest.raises(OSError) as caught:
             await space.read(15, 1)
         assert caught.value.errno == errno.EBADMSG
+        await space.aclose()
+        again = await opened(given)
         (Path(given.options["root"]) / sorted(stored(given))[0]).unlink()
         with pytest.raises(OSError, match="a segment is gone") as caught:
-            await space.read(0, 1)
+            await again.read(0, 1)
         assert caught.value.errno == errno.EBADMSG
+        await again.aclose()
+
+
+def open_fds() -> set[str]:
+    """But for that of the listing itself."""
+    return {name for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")}
+
+
+def test_what_the_kernel_has_in_memory_is_read_at_once(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a segment that was read before; what was deleted takes no space because of that."""
+
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 64))
+        assert await space.read(0, 64) == pages(0, 64)
+        with monkeypatch.context() as patched:
+            patched.setattr(Bucket, "get", lambda *_: pytest.fail("nobody has to wait for this"))
+            for number in range(64):
+                assert await space.read(number, 1) == pages(number, 1)
+        before = {Path(given.options["root"]) / name for name in stored(given)}
+        await space.write(0, pages(0, 64, 1))
+        await space.discard(0, 1)
+        gone = {f"{path} (deleted)" for path in before if not path.exists()}
+        assert gone
+        assert not gone & {os.readlink(f"/proc/self/fd/{fd}") for fd in open_fds()}
+        assert await space.read(1, 1) == pages(1, 1, 1)
         await space.aclose()
+
+    run(test)
 
     run(test)
 
@@ -507,6 +537,7 @@ def test_a_read_does_not_wait_for_writes_and_can_be_given_up(given: Given, monke
             try:
                 assert await space.read(0, 64) == pages(0, 64)
                 monkeypatch.setattr(Bucket, "get", hangs_too)
+                monkeypatch.setattr(Bucket, "get_now", lambda *_: None)
                 with trio.move_on_after(0.01) as scope:
                     await space.read(0, 1)
                 assert scope.cancelled_caught

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Apache OpenDAL as this project uses it: whole objects written, ranges read, errors as OSError. Everything here blocks, for
-as long as its deadline and retries say; any thread may call it."""
+"""Apache OpenDAL as this project uses it: whole objects written, ranges read, errors as OSError. Everything here but `get_now`
+blocks, for as long as its deadline and retries say; any thread may call it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import stat
+import threading
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from tierd.store.directory import open_ours, private_directory, refuse_memory
 
 RETRY_DELAY_S_MIN, RETRY_DELAY_S_MAX = 0.05, 2.0
 CREDENTIALS_BYTES_MAX = 64 << 10
+FILES_MAX = 64  # of a directory, that are kept open
 PARTIAL = ".tierd-partial"  # in a directory: objects that are being written, by host
 # services that live in this process or drop what they like: a page is there only once
 VOLATILE = frozenset({"memory", "moka", "mini-moka", "dashmap", "memcached", "ghac"})
@@ -63,6 +65,16 @@ class Listed(NamedTuple):
     size_bytes: int
 
 
+class _File:
+    """Open until nobody uses it any more, in whichever thread."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
 class Bucket:
     """A place for objects, of any service that OpenDAL has."""
 
@@ -80,6 +92,8 @@ class Bucket:
         service looks by itself: environment, ~/.aws). `deadline_s` bounds each of 1 + `retries` tries. StoreError."""
         self.scheme = scheme
         self._partial = f"{PARTIAL}/{host}/"
+        self._files: dict[str, _File] = {}  # of a directory: objects that were read lately
+        self._keeping = threading.Lock()
         given = {**_without_secrets(options), **(read_credentials(credentials) if credentials else {})}
         _check_names(scheme, given)
         if scheme in VOLATILE:
@@ -88,6 +102,7 @@ class Bucket:
             )
         if scheme == "fs":
             given = _directory(given, self._partial)
+            self._root = Path(given["root"])
         elif scheme == "s3":
             given.setdefault(
                 "disable_ec2_metadata", "true"
@@ -115,7 +130,37 @@ class Bucket:
         data = _call(f"read {path}", self._operator.read, path, offset=offset, size=size_bytes)
         if len(data) != size_bytes:
             raise OSError(errno.EBADMSG, f"read {path}: {len(data)} bytes came, {size_bytes} were asked for")
+        if self.scheme == "fs" and path not in self._files:
+            self._keep_open(path)
         return data
+
+    def get_now(self, path: str, offset: int, size_bytes: int) -> bytes | None:
+        """What `get` gives if nobody has to wait for it, else None: of a directory, of an object that was read lately, what the
+        kernel has in memory. What is in a thread's way there is longer than that (RWF_NOWAIT in preadv2(2))."""
+        file = self._files.get(path)
+        if file is None:
+            return None
+        data = bytearray(size_bytes)
+        try:
+            done = os.preadv(file.fd, [data], offset, os.RWF_NOWAIT)
+        except OSError:  # EAGAIN, or a file system that cannot say; whatever is wrong, get says it
+            return None
+        return bytes(data) if done == size_bytes else None
+
+    def _keep_open(self, path: str) -> None:
+        try:
+            file = _File(os.open(self._root / path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+        except OSError:
+            return  # it has just been read: nothing depends on this
+        with self._keeping:
+            self._files[path] = file
+            while len(self._files) > FILES_MAX:
+                del self._files[next(iter(self._files))]
+
+    def _let_go(self, prefix: str) -> None:
+        with self._keeping:
+            for path in [path for path in self._files if path.startswith(prefix)]:
+                del self._files[path]
 
     def entries(self, path: str) -> list[Listed]:
         """What is in a directory (its path ends with a slash), but for itself. Nothing, if there is none. OSError."""
@@ -128,10 +173,12 @@ class Bucket:
 
     def delete(self, path: str) -> None:
         """It may be gone already. OSError."""
+        self._let_go(path)
         _call(f"delete {path}", self._operator.delete, path)
 
     def remove(self, path: str) -> None:
         """A directory and all in it, which may be nothing. OSError: some of it is left."""
+        self._let_go(path)
         _call(f"delete {path}", self._operator.remove_all, path)
 
     def partial(self) -> list[Listed]:

@@ -40,6 +40,7 @@ from tierd.store.segments import DamagedError, Place, Record, Row, Run, Usage
 
 INDEX_SUFFIX = ".segments"
 READ_TRIES_MAX = 8  # a record that is read may be moved meanwhile
+NOW_BYTES_MAX, NOW_IN_A_ROW = 64 << 10, 16  # read in trio's thread, if nobody has to wait for it
 CLEAN_PAUSE_S = 30.0  # after cleaning failed
 DISCARD_WORDS = 4096  # at a time, so that trio's loop goes on
 # numbers that a rebuild leaves out: of writes that a predecessor had under way and that may still land
@@ -196,6 +197,7 @@ class ObjectSpace:
         self._directory = f"{store.directory}{key}/"
         self._index_path = store.index_dir / f"{key}{INDEX_SUFFIX}"
         self._usages: dict[int, Usage] = {}
+        self._read_now = 0
         self._cleaning = False
         self._clean_again_at = -1.0
         self._damage = ""
@@ -314,7 +316,7 @@ class ObjectSpace:
         for _ in range(READ_TRIES_MAX):
             words = self._index.words(first_page, count)
             try:
-                runs = await self._store.each(self._read_run, segments.runs_of(first_page, words), reading=True)
+                runs = await self._read_runs(segments.runs_of(first_page, words))
             except FileNotFoundError as error:
                 if self._index.words(first_page, count) == words:
                     raise OSError(errno.EBADMSG, f"a segment is gone: {error.strerror}") from error
@@ -323,9 +325,22 @@ class ObjectSpace:
                 return [found.get(page) for page in range(first_page, first_page + count)]
         raise OSError(errno.EAGAIN, f"pages {first_page} to {first_page + count} are moved again and again")
 
+    async def _read_runs(self, wanted: Sequence[Run]) -> list[list[tuple[int, bytes]]]:
+        if len(wanted) == 1 and wanted[0].length <= NOW_BYTES_MAX:
+            (run,) = wanted
+            data = self._store.bucket.get_now(self._name(run.number), run.offset, run.length)
+            if data is not None:
+                self._read_now = (self._read_now + 1) % NOW_IN_A_ROW
+                if not self._read_now:  # others want trio's thread, too; each time would be a round of its loop
+                    await trio.lowlevel.checkpoint()
+                return [self._records(run, data)]
+        return await self._store.each(self._read_run, wanted, reading=True)
+
     def _read_run(self, run: Run) -> list[tuple[int, bytes]]:
-        name = self._name(run.number)
-        data = memoryview(self._store.bucket.get(name, run.offset, run.length))
+        return self._records(run, self._store.bucket.get(self._name(run.number), run.offset, run.length))
+
+    def _records(self, run: Run, read: bytes) -> list[tuple[int, bytes]]:
+        name, data = self._name(run.number), memoryview(read)
         rows = [(page, data[offset : offset + length]) for page, offset, length in run.rows]
         return [(page, segments.record_at(name, page, stored).data) for page, stored in rows]
 
