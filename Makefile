@@ -47,10 +47,10 @@ kernels:
 bench-kernels: build kernels
 	$(PY) -m tests.kernels.bench $(ARGS)
 
-# The tests that boot them: two at once, all of one class by one process, the long ones first. Nothing else beside them: their
-# guests have clocks. Those of arm64 are in `make soak`.
+# The tests that boot them: three at once (the long ones wait much), all of one class by one process. Nothing else beside them:
+# their guests have clocks. Those of arm64 are in `make soak`.
 test-kernels: setup kernels
-	$(PY) -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder --ignore=tests/kernels/test_arm64.py tests/kernels $(ARGS)
+	$(PY) -m pytest -q -n 3 --dist loadscope --no-loadscope-reorder --ignore=tests/kernels/test_arm64.py tests/kernels $(ARGS)
 
 lint: build
 	$(VENV)/bin/ruff check .

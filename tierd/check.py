@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tierd.native import Probe
 
 # number of the capability: name, and what needs it (systemd/tierd.service says more)
+CAP_SYS_ADMIN = 21  # not needed: it shows page frames
 _CAPABILITIES = {
     19: ("CAP_SYS_PTRACE", "enter a VMM"),
     23: ("CAP_SYS_NICE", "deactivate from outside"),
@@ -143,6 +144,21 @@ def engine_findings(found: Probe, wanted: str = "auto", root: Path = Path("/")) 
     return findings
 
 
+def _idle_page_tracking(root: Path) -> list[Finding]:
+    """Of use to the stock engine, which does not see otherwise who reads anonymous memory. Few kernels have it."""
+    from tierd.engine.stock import IDLE_BITMAP
+
+    if not (root / IDLE_BITMAP.lstrip("/")).exists():
+        return []
+    allowed = bool(_held(root) >> CAP_SYS_ADMIN & 1)
+    says = (
+        "anonymous memory that is only read is left where it is"
+        if allowed
+        else "not used: page frames are shown with CAP_SYS_ADMIN only; who reads anonymous memory is seen by moving it"
+    )
+    return [Finding("idle page tracking", allowed, False, says, "give tierd CAP_SYS_ADMIN; nothing is lost without it")]
+
+
 def host_findings(found: Probe, root: Path = Path("/")) -> list[Finding]:
     """What the host is set to, from /proc and /sys below `root`."""
     handshake = tracks_by_itself(found)  # then a VMM that brings its descriptors can be served without a privilege
@@ -152,6 +168,7 @@ def host_findings(found: Probe, root: Path = Path("/")) -> list[Finding]:
         _ptrace_scope(root, handshake),
         _large_folios(found, root),
         _swap(root),
+        *([] if handshake or found.anonymous else _idle_page_tracking(root)),
     ]
 
 

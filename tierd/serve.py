@@ -47,6 +47,7 @@ from tierd.attach.ptrace import (
     unmap_staging,
 )
 from tierd.engine import FEATURE_ASYNC, Engine, engine_of
+from tierd.engine.stock import open_idle_bitmap
 from tierd.native import (
     ANONYMOUS_LOCKED_BYTES,
     CAP_IPC_LOCK,
@@ -56,6 +57,7 @@ from tierd.native import (
     STATES,
     TABLE_BYTES_A_PAGE,
     Adoption,
+    EngineNumber,
     Identity,
     KernelError,
     NativeGuest,
@@ -342,6 +344,9 @@ def _open_guest(
     spec, spaces = served.spec, [tier.space for tier in served.tiers.values()]
     if any(space.kind is TierKind.ASKED for space in spaces):
         served.asked_fd = served._own(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+    idle_bitmap = open_idle_bitmap() if spec.anonymous and engine.number is EngineNumber.STOCK else -1
+    if idle_bitmap >= 0:
+        served._own(idle_bitmap)
     served.zap = served._zap(swap_can_receive)
     served._inject_tid = served._pick_thread(served.zap)
     served.native = NativeGuest(
@@ -358,6 +363,7 @@ def _open_guest(
         inject_tid=served._inject_tid,
         mem_fd=served.mem,
         asked_fd=served.asked_fd,
+        idle_fd=idle_bitmap,
         use_pagemap=engine.use_pagemap,
         readahead_pages=tuning.readahead_pages_max,
         spin_us_max=tuning.fault_spin_us_max,

@@ -29,7 +29,7 @@ from tierd.attach.holders import HolderScan
 from tierd.attach.preflight import preflight, recheck
 from tierd.attach.procfs import grown
 from tierd.attach.ptrace import NUMBER, map_staging
-from tierd.engine.stock import StockEngine
+from tierd.engine.stock import IDLE_BITMAP, StockEngine
 from tierd.native import STAGING_TIER, KernelError, probe
 from tierd.native.inject import inject
 from tierd.serve import Stale
@@ -197,6 +197,34 @@ def test_what_is_written_again_and_again_stays(vmm: Vmm, host: Host) -> None:
         assert tiered.counters()["faults_staged"] < hot / 4
         vmm.ask("stop")
         vmm.verify()
+
+
+def test_what_is_only_read_stays_where_the_kernel_tracks_idle_pages(vmm: Vmm, host: Host) -> None:
+    need(
+        "idle-page-tracking", os.path.exists(IDLE_BITMAP), "no idle page tracking; tests/kernels runs this where it is"
+    )
+    read = 256
+    with host.attached(vmm, engine="stock", readahead_pages=1) as tiered:
+
+        def cold_gone() -> bool:
+            forget_translations()
+            vmm.ask("verify", 0, read)
+            tiered.scan()
+            tiered.stage(interval_s=SHORT_S)
+            return tiered.staged_pages >= vmm.pages - read
+
+        wait_for(cold_gone, "what is not read is staged")
+        vmm.ask("verify", 0, read)
+        assert tiered.counters()["faults_staged"] < read / 4
+        vmm.verify()
+
+
+def forget_translations() -> None:
+    """A CPU that knows a page already does not note in its entry that it was read. What it knows of a process it forgets when it
+    has run some others."""
+    for cpu in os.sched_getaffinity(0):
+        for _ in range(8):
+            subprocess.run(["taskset", "-c", str(cpu), "true"], check=True)
 
 
 def test_a_busy_guest_reads_what_it_wrote(start_vmm: Start, host: Host) -> None:

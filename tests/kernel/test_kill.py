@@ -25,15 +25,17 @@ from tierd.serve import StateError, adopt, wait_for_lock
 
 Start = Callable[..., Vmm]
 KILLS = int(os.environ.get("TIERD_KILLS", "0"))
-SECONDS = 0.0 if KILLS else 75.0  # the slice in `make test`
+SECONDS = 0.0 if KILLS else 45.0  # the slice in `make test`
 SANITIZED_S = 15.0
 
 
 def check(result: dict[str, Any]) -> None:
-    """What must be true of every torture run."""
+    """What must be true of every torture run. Where kills are few, whether a fault came between two of them is a matter of
+    chance."""
     assert result["wrong_bytes"] == 0
     assert result["poisoned_pages"] == result["destroyed_pages"]
-    for figure in ("kills", "faults", "evicted_pages", "verified_bytes", "kills_in_service"):
+    few = 0 < KILLS < 100
+    for figure in ("kills", "verified_bytes", *(() if few else ("faults", "evicted_pages", "kills_in_service"))):
         assert result[figure] > 0, figure
 
 
@@ -43,7 +45,7 @@ def test_torture(vmm_binary: Path) -> None:
     result = torture(vmm_binary, kills=KILLS or 100, seconds=SECONDS, seed=seed, guests=3)
     check(result)
     assert result["kills"] >= (KILLS or 100)
-    if KILLS and KILLS < 100:  # too few for all that is a matter of chance
+    if 0 < KILLS < 100:
         return
     assert result["poisoned_pages"] > 0
     for moment in ("kills_at_start", "kills_in_attach", "kills_in_adoption", "kills_in_detach"):

@@ -22,7 +22,7 @@ ANONYMOUS_SEEDS = 12
 HUGETLB_SEEDS, HUGETLB_PAGES = 6, 64
 HUGETLB_POOL = "/proc/sys/vm/nr_hugepages"
 LARGE = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
-KILLS = 6
+KILLS = 4
 DEMO = "/var/tmp/demo"  # in there: the scratch disk
 # Tests of the kernel layer: all that is about an engine, and the torture; the rest does not differ from what runs outside. And a
 # daemon that is an ordinary user. In one pytest: there its start takes half a minute.
@@ -36,6 +36,7 @@ SUITE = (
     "kernel/test_hugetlb.py::test_a_page_that_cannot_be_punched_stays",
     "kernel/test_hugetlb.py::test_torture",
     "kernel/test_swap.py",
+    "kernel/test_anonymous.py::test_what_is_only_read_stays_where_the_kernel_tracks_idle_pages",
     "kernel/test_life.py::test_everything_leaves_and_comes_back[default]",
     "kernel/test_life.py::test_a_busy_guest_reads_what_it_wrote[default]",
     "kernel/test_life.py::test_only_idle_pages_leave",
@@ -84,7 +85,7 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
     }
     variables = {
         "PYTHONDONTWRITEBYTECODE": "1",
-        "TIERD_REQUIRE": f"root,kernel,sync-mode,kvm,hugetlbfs,{name}",
+        "TIERD_REQUIRE": f"root,kernel,sync-mode,kvm,hugetlbfs,idle-page-tracking,{name}",
         "TIERD_TEST_PROGRAMS": children,
         "TIERD_TEST_DISK": "/var/tmp",
         "TIERD_KILLS": KILLS,

@@ -663,6 +663,7 @@ static void daemon_start(bool adopted)
 		.pidfd = FD_PIDFD,
 		.pagemap_fd = FD_PAGEMAP,
 		.mem_fd = FD_VMM,
+		.idle_fd = anon && engine == TIERD_ENGINE_STOCK && seed % 2 ? FD_IDLE : -1,
 		.zap = hugetlb ? TIERD_ZAP_INJECT : TIERD_ZAP_PAGEOUT,
 		.engine = engine,
 		.page_bytes = hugetlb ? MODEL_PAGE_BYTES : 0,

@@ -154,6 +154,7 @@ enum model_access model_access(uint32_t thread, uint32_t page, bool write, uint6
 			model_fail("page %u is torn", page);
 	}
 	*value = M.bytes[page][0];
+	M.idle[page] = false;
 	M.may_fail[page] &= destroyed_anywhere(page);
 	return ACCESS_MADE;
 }
@@ -586,6 +587,33 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, struct sys_s
 	return (ssize_t)n;
 }
 
+int sys_idle_get(int idle, uint64_t entry)
+{
+	uint64_t frame = entry & ((1ull << 55) - 1);
+	bool is;
+
+	if (idle != FD_IDLE || !(entry >> 63) || !frame)
+		return -EINVAL;
+	model_enter();
+	is = M.idle[frame - 1] && !model_chance(50); /* it may be another page's frame by now */
+	model_pause();
+	model_exit();
+	return is;
+}
+
+int sys_idle_set(int idle, uint64_t entry)
+{
+	uint64_t frame = entry & ((1ull << 55) - 1);
+
+	if (idle != FD_IDLE || !(entry >> 63) || !frame)
+		return -EINVAL;
+	model_enter();
+	M.idle[frame - 1] = true;
+	model_pause();
+	model_exit();
+	return 0;
+}
+
 ssize_t sys_pagemap_read(int pagemap, uint64_t *entries, size_t count, uint64_t address)
 {
 	uint32_t base = (uint32_t)sys_page_bytes(), per_page = MODEL_PAGE_BYTES / base, pages, first;
@@ -601,8 +629,8 @@ ssize_t sys_pagemap_read(int pagemap, uint64_t *entries, size_t count, uint64_t 
 		uint32_t i = (skip + n) / per_page;
 
 		entries[n] = M.present[first + i]
-				     ? 1ull << 63 | (uint64_t)(M.protected[first + i] || M.rwp_protected[first + i])
-							    << 57
+				     ? 1ull << 63 | (first + i + 1) |
+					       (uint64_t)(M.protected[first + i] || M.rwp_protected[first + i]) << 57
 			     : M.marker[first + i]   ? 1ull << 62 | 1ull << 57
 			     : M.poisoned[first + i] ? 1ull << 62
 						     : 0;

@@ -29,6 +29,7 @@ enum {
 	FD_PIDFD,
 	FD_PAGEMAP,
 	FD_VMM,
+	FD_IDLE,
 	FD_STORE /* + file */,
 	FD_POOL = FD_STORE + MODEL_FILES,
 	FD_MEM /* + region */
@@ -70,6 +71,7 @@ struct model {
 	_Atomic uint64_t now_ns;
 	/* page cache */
 	bool cached[MODEL_PAGES_MAX];
+	bool idle[MODEL_PAGES_MAX];    /* of its page frame: nobody has touched it since that was asked for */
 	bool zeroed[MODEL_PAGES_MAX];  /* by a punch that left it there */
 	bool swapped[MODEL_PAGES_MAX]; /* still in the file, but to be read from swap first */
 	uint64_t bytes[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];

@@ -341,6 +341,7 @@ static struct tierd_guest *create_guest(int table_fd)
 	struct tierd_guest *g;
 	struct tierd_guest_args args = {
 		.table_fd = table_fd,
+		.idle_fd = -1,
 		.uffd = shared->uffd,
 		.pidfd = must((int)syscall(SYS_pidfd_open, getppid(), 0), "pidfd_open"),
 		.engine = shared->engine,
@@ -485,21 +486,6 @@ static int references[2] = {-1, -1}; /* a pipe that refers to a page of each lar
 static pid_t daemon_pid;
 static uint64_t kills[LEFT + 1], accesses, faults, evicted, errors_seen, lost_pages;
 static _Atomic bool over;
-
-/* Nobody may wait for ever: neither the guest for the daemon, nor we for either. */
-static void on_alarm(int signal)
-{
-	static const char text[] = ": hang\n";
-	char line[64];
-	int n = snprintf(line, sizeof(line), "seed %lu, life %u%s", shared->seed, shared->life, text);
-
-	(void)signal;
-	if (write(STDOUT_FILENO, line, (size_t)n) < 0)
-		_exit(2);
-	if (daemon_pid > 0)
-		kill(daemon_pid, SIGKILL);
-	_exit(1);
-}
 
 /* Before 6.6 there is no poison: a page that is lost would leave its thread waiting, so none is, then. */
 static int userfaultfd_create(void)
@@ -742,6 +728,29 @@ static void flip(uint32_t page)
 	if (pwrite(fd, &byte, 1, (off_t)flipped_at[page]) != 1 || fdatasync(fd))
 		must(-1, "write of the store");
 	close(fd);
+}
+
+/* Nobody may wait for ever: neither the guest for the daemon, nor we for either. Says where everybody is: the daemon's phase, and
+ * pages that are not with the guest: number, word. */
+static void on_alarm(int signal)
+{
+	char line[2048];
+	int n = snprintf(line, sizeof(line), "seed %lu, life %u: hang in phase %u;", shared->seed, shared->life,
+			 (unsigned int)atomic_load(&shared->phase));
+
+	(void)signal;
+	for (uint32_t page = 0; words && page < S.pages && n < (int)sizeof(line) - 32; page++) {
+		page_word word = atomic_load(&words[page]);
+
+		if (word_state(word) != RESIDENT)
+			n += snprintf(line + n, sizeof(line) - (size_t)n, " %u: %x", page, word);
+	}
+	line[n++] = '\n';
+	if (write(STDOUT_FILENO, line, (size_t)n) < 0)
+		_exit(2);
+	if (daemon_pid > 0)
+		kill(daemon_pid, SIGKILL);
+	_exit(1);
 }
 
 /* Of some stored pages that nobody waits for, while no daemon runs: what the state file says is so, then. */

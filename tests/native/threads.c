@@ -403,6 +403,7 @@ static void daemon_create(bool adopted)
 		.pidfd = FD_PIDFD,
 		.pagemap_fd = FD_PAGEMAP,
 		.mem_fd = FD_VMM,
+		.idle_fd = FD_IDLE,
 		.zap = TIERD_ZAP_PAGEOUT,
 		.chunk_bytes = 8 * MODEL_PAGE_BYTES,
 		.region_count = 1,

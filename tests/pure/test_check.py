@@ -66,6 +66,21 @@ def test_an_ordinary_user_serves_whoever_brings_a_userfaultfd(host: Path, native
     assert not passed(bad(host))
 
 
+def test_a_kernel_that_tracks_idle_pages(host: Path) -> None:
+    def findings() -> list[Finding]:
+        return [found for found in host_findings(Probe(), host) if found.name == "idle page tracking"]  # type: ignore[arg-type]
+
+    assert findings() == []
+    bitmap = host / "sys/kernel/mm/page_idle/bitmap"
+    bitmap.parent.mkdir(parents=True)
+    bitmap.touch()
+    assert findings()[0].ok
+    (host / "proc/self/status").write_text(f"CapEff:\t{1 << 19 | 1 << 23 | 1 << 2:016x}\n")
+    (finding,) = findings()
+    assert passed([finding])
+    assert "CAP_SYS_ADMIN" in finding.says
+
+
 @pytest.mark.parametrize(
     ("limit", "capability", "ok"), [("8388608", 0, False), ("8388608", 1 << 14, True), ("unlimited", 0, True)]
 )

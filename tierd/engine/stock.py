@@ -13,6 +13,19 @@ import os
 from tierd.engine import FEATURE_MOVE, FEATURE_WP_ASYNC, EngineUnavailable
 from tierd.native import EngineNumber, Probe, Zap
 
+IDLE_BITMAP = "/sys/kernel/mm/page_idle/bitmap"
+
+
+def open_idle_bitmap() -> int:
+    """Idle page tracking, which sees readers of anonymous memory before it is moved; -1: the kernel has none (it needs
+    CONFIG_IDLE_PAGE_TRACKING), or we may not use it. Where page frames are is shown with CAP_SYS_ADMIN only; without, it says
+    nothing."""
+    try:
+        return os.open(IDLE_BITMAP, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
 # trial -> what to tell the operator when it fails
 _NEEDED = {
     "userfaultfd": "userfaultfd for kernel faults (run as root or with CAP_SYS_PTRACE; CONFIG_USERFAULTFD=y)",

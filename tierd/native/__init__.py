@@ -548,6 +548,7 @@ class NativeGuest:
         inject_tid: int = 0,
         mem_fd: int = -1,
         asked_fd: int = -1,
+        idle_fd: int = -1,
         use_pagemap: bool = False,
         chunk_bytes: int = 0,
         readahead_pages: int = 16,
@@ -557,7 +558,7 @@ class NativeGuest:
         args = ffi.new("struct tierd_guest_args *")
         args.table_fd, args.uffd, args.pidfd, args.pagemap_fd = table_fd, uffd, pidfd, pagemap_fd
         args.engine, args.zap, args.inject_tid, args.use_pagemap = int(engine), int(zap), inject_tid, use_pagemap
-        args.mem_fd, args.asked_fd = mem_fd, asked_fd
+        args.mem_fd, args.asked_fd, args.idle_fd = mem_fd, asked_fd, idle_fd
         args.chunk_bytes, args.readahead_pages, args.page_bytes = chunk_bytes, readahead_pages, page_bytes
         args.spin_us_max, args.follow, args.region_count = spin_us_max, follow, len(regions)
         c_regions = _c_regions(regions, memfds)

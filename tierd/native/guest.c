@@ -150,6 +150,8 @@ static int descriptors_take(struct tierd_guest *g, const struct tierd_guest_args
 	g->mem = g->anon ? sys_dup(args->mem_fd) : -1;
 	/* not a seam: the state file is a real one in the model too */
 	g->table_fd = args->table_fd;
+	if (args->idle_fd >= 0 && g->anon)
+		g->idle_fd = sys_dup(args->idle_fd);
 	if (g->uffd < 0 || g->pidfd < 0 || g->pagemap < 0 || (g->anon && g->mem < 0))
 		return -EBADF;
 	for (int i = 0; i < TIERD_TIERS; i++) {
@@ -284,10 +286,13 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	g->large = sys_alloc(bitmap_bytes(g->pages));
 	if (g->anon)
 		g->heat = sys_alloc(g->pages / GROUP_PAGES + 1);
+	if (g->idle_fd >= 0)
+		g->idle.asked = sys_alloc(bitmap_bytes(g->pages));
+	g->idle.head = NO_PAGE;
 	if (g->huge)
 		g->zeros = sys_alloc(g->page_bytes);
 	if (!g->missing || !g->touched || !g->other || !g->aged || !g->large || (g->huge && !g->zeros) ||
-	    (g->anon && !g->heat))
+	    (g->anon && !g->heat) || (g->idle_fd >= 0 && !g->idle.asked))
 		return -ENOMEM;
 	return tierd_worker_create(g, &g->restorer);
 }
@@ -301,7 +306,7 @@ int tierd_guest_create(const struct tierd_guest_args *args, struct tierd_guest *
 		return -ENOMEM;
 	g->bytes = sizeof(*g);
 	pthread_mutex_init(&g->threads_lock, NULL);
-	g->uffd = g->pidfd = g->pagemap = g->mem = g->stop_fd = g->asked_fd = g->answer_fd = -1;
+	g->uffd = g->pidfd = g->pagemap = g->mem = g->idle_fd = g->stop_fd = g->asked_fd = g->answer_fd = -1;
 	for (int i = 0; i < TIERD_TIERS; i++)
 		g->tiers[i].fd = -1;
 	error = guest_fill(g, args);
@@ -315,7 +320,7 @@ int tierd_guest_create(const struct tierd_guest_args *args, struct tierd_guest *
 
 void tierd_guest_destroy(struct tierd_guest *g)
 {
-	int fds[] = {g ? g->uffd : -1, g ? g->pidfd : -1, g ? g->pagemap : -1, g ? g->mem : -1};
+	int fds[] = {g ? g->uffd : -1, g ? g->pidfd : -1, g ? g->pagemap : -1, g ? g->mem : -1, g ? g->idle_fd : -1};
 
 	if (!g)
 		return;
@@ -352,6 +357,8 @@ void tierd_guest_destroy(struct tierd_guest *g)
 		sys_free(g->heat, g->pages / GROUP_PAGES + 1);
 	if (g->large)
 		sys_free(g->large, bitmap_bytes(g->pages));
+	if (g->idle.asked)
+		sys_free(g->idle.asked, bitmap_bytes(g->pages));
 	if (g->quarantine)
 		sys_free(g->quarantine, bitmap_bytes(g->pages));
 	parking_destroy(g);

@@ -289,6 +289,13 @@ struct tierd_guest {
 	uint64_t *
 		quarantine; /* bitmap of the guest: adoption's, then only read by the worker; NULL: nothing lands late */
 	_Atomic uint64_t quarantined_pages;
+	int idle_fd; /* idle page tracking, where reads are not seen otherwise; -1: the kernel has none */
+	struct {
+		uint64_t *asked; /* bitmap of the guest: the kernel was asked to watch the page */
+		uint64_t head;   /* the last large page, and what was said of it */
+		bool head_idle;
+		uint32_t looks;
+	} idle; /* the worker's own */
 	_Atomic uint64_t worker_io_since_ns;
 	_Atomic uint64_t
 		storing_since_ns[2]; /* of batches: what they write to files is written by threads of their own */

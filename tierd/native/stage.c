@@ -24,7 +24,8 @@
 #include "internal.h"
 
 enum { PAGES_MAX = 4096, HEAT_MAX = 8, SETTLE_PAUSE_US = 100, IN_VAIN_MAX = 100 };
-enum { RUN_WORDS = 128 }; /* a bitmap of what one call moves: 2 MiB of pages of 4 KiB, 512 MiB of 64 KiB */
+enum { LOOKS_MAX = 8192 }; /* at pages, in a call: some 1.5 us each */
+enum { RUN_WORDS = 128 };  /* a bitmap of what one call moves: 2 MiB of pages of 4 KiB, 512 MiB of 64 KiB */
 #ifdef TIERD_MODEL
 enum { CALLS_MAX = 4 };
 #else
@@ -209,6 +210,49 @@ static uint32_t age_needed(struct tierd_guest *g, uint64_t page, uint32_t min_ag
 	return age < 0xf000 ? (uint32_t)age : 0xf000;
 }
 
+/* --- who reads it: where the kernel has idle page tracking -------------------------------------------------------------- */
+
+/*
+ * Whether the page may be moved, as far as is known. The kernel is asked to watch it; in a later cycle it says whether somebody has
+ * touched the page since. If so, its age begins anew. Where the kernel does not track it (not mapped, of a part of memory that is
+ * not on a list of its reclaim), only the staging area shows who reads it.
+ */
+static bool idle_so_far(struct tierd_guest *g, uint64_t page)
+{
+	bool asked = bit_get(g->idle.asked, page);
+	uint64_t entry;
+	int idle;
+
+	g->idle.looks++;
+	if (sys_pagemap_read(g->pagemap, &entry, 1, address_of(g, page)) != sizeof(entry))
+		return true;
+	idle = sys_idle_get(g->idle_fd, entry);
+	if (idle < 0 || (asked && idle))
+		return true;
+	if (sys_idle_set(g->idle_fd, entry) || sys_idle_get(g->idle_fd, entry) != 1)
+		return true;
+	bit_set(g->idle.asked, page);
+	return false;
+}
+
+/* Of a large page the first one answers for all. */
+static bool may_be_staged(struct tierd_guest *g, uint64_t page, page_word w)
+{
+	uint64_t head = large_head(g, page);
+	bool asked;
+
+	if (g->idle_fd < 0)
+		return true;
+	if (head != NO_PAGE && bit_get(g->large, head) && page != head)
+		return head == g->idle.head && g->idle.head_idle;
+	asked = bit_get(g->idle.asked, page);
+	g->idle.head = page;
+	g->idle.head_idle = idle_so_far(g, page);
+	if (asked && !g->idle.head_idle)
+		page_move(g, page, w, word_with_epoch(w, epoch_next(g)));
+	return g->idle.head_idle;
+}
+
 /* --- into the staging area ---------------------------------------------------------------------------------------------- */
 
 struct batch {
@@ -225,7 +269,7 @@ static bool claim(struct tierd_guest *g, uint64_t page, uint32_t min_age)
 	int error;
 
 	if (word_state(w) != RESIDENT || word_untouched(w) || word_copy(w) || quarantined(g, page) ||
-	    page_age(g, page, epoch_now(g), w) < age_needed(g, page, min_age))
+	    page_age(g, page, epoch_now(g), w) < age_needed(g, page, min_age) || !may_be_staged(g, page, w))
 		return false;
 	error = missing_register(g, page); /* before the page can leave */
 	if (error) {
@@ -308,13 +352,14 @@ static int collect_cold(struct tierd_guest *g, struct batch *b, uint64_t *page, 
 	uint64_t cold[RUN_WORDS], hole[RUN_WORDS];
 	int error = 0;
 
+	g->idle.looks = 0;
 	while (!error && b->count < CALLS_MAX && b->total < max_pages) {
 		uint64_t first, n = 0, waits = waits_now(g);
 		struct region *r;
 
-		while (*page < g->pages && !claim(g, *page, min_age))
+		while (*page < g->pages && g->idle.looks < LOOKS_MAX && !claim(g, *page, min_age))
 			(*page)++;
-		if (*page == g->pages)
+		if (*page == g->pages || g->idle.looks >= LOOKS_MAX)
 			break;
 		first = *page;
 		r = region_of_page(g, first);

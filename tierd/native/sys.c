@@ -274,6 +274,35 @@ ssize_t sys_pagemap_read(int pagemap, uint64_t *entries, size_t count, uint64_t 
 	return n < 0 ? -errno : n;
 }
 
+/* The word of the bitmap that has the page's bit: its offset in the file; -EINVAL: not mapped, or we may not see where. */
+static int64_t idle_word(uint64_t entry, uint64_t *bit)
+{
+	uint64_t frame = entry & ((1ull << 55) - 1);
+
+	if (!(entry >> 63) || !frame)
+		return -EINVAL;
+	*bit = 1ull << frame % 64;
+	return (int64_t)(frame / 64 * sizeof(uint64_t));
+}
+
+int sys_idle_get(int idle, uint64_t entry)
+{
+	uint64_t bit, word;
+	int64_t at = idle_word(entry, &bit);
+	ssize_t n = at < 0 ? 0 : pread(idle, &word, sizeof(word), at);
+
+	return at < 0 ? (int)at : n < 0 ? -errno : n == sizeof(word) && word & bit;
+}
+
+int sys_idle_set(int idle, uint64_t entry)
+{
+	uint64_t bit = 0; /* bits that are not set are left alone */
+	int64_t at = idle_word(entry, &bit);
+	ssize_t n = at < 0 ? 0 : pwrite(idle, &bit, sizeof(bit), at);
+
+	return at < 0 ? (int)at : n < 0 ? -errno : 0;
+}
+
 ssize_t sys_pageout(int pidfd, const struct iovec *ranges, size_t count)
 {
 	ssize_t n = syscall(SYS_process_madvise, pidfd, ranges, count, MADV_PAGEOUT, 0);

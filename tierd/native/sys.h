@@ -67,6 +67,10 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, struct sys_s
 			 struct sys_page_region *regions, size_t count, uint64_t *walk_end);
 /* 64-bit entries of /proc/PID/pagemap; returns bytes read */
 ssize_t sys_pagemap_read(int pagemap, uint64_t *entries, size_t count, uint64_t address);
+/* Idle page tracking (Documentation/admin-guide/mm/idle_page_tracking.rst). `entry`: of a pagemap. get: 1: nobody has touched the page
+ * since set; 0: somebody has, or the kernel does not track it. -EINVAL: the entry shows no page frame. */
+int sys_idle_get(int idle, uint64_t entry);
+int sys_idle_set(int idle, uint64_t entry);
 /* process_madvise(MADV_PAGEOUT); returns bytes advised */
 ssize_t sys_pageout(int pidfd, const struct iovec *ranges, size_t count);
 /* madvise(MADV_DONTNEED) executed by thread tid of the VMM: unmaps, the file keeps the bytes */

@@ -112,7 +112,8 @@ struct tierd_guest_args {
 	int32_t uffd;
 	int32_t pidfd;
 	int32_t pagemap_fd;
-	int32_t mem_fd;   /* /proc/PID/mem; needed for private anonymous memory only */
+	int32_t mem_fd; /* /proc/PID/mem; needed for private anonymous memory only */
+	int32_t idle_fd; /* /sys/kernel/mm/page_idle/bitmap, for private anonymous memory whose reads are not seen; or -1 */
 	int32_t asked_fd; /* an eventfd that is rung when Python is asked for pages; -1: no tier is of TIERD_KIND_ASKED */
 	int32_t zap;      /* TIERD_ZAP_* */
 	int32_t inject_tid;  /* thread of the VMM that runs TIERD_ZAP_INJECT, and batches of calls */
