@@ -27,16 +27,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from tierd.native import GUEST_TIER, STAGING_TIER, BatchResult, KernelError, NativeBatch, NativeGuest, Staged
 
-BATCH_BYTES = 2 << 20
-ANONYMOUS_BATCH_BYTES = 4 << 20  # each is a stop of a thread of the VMM
-BATCH_PAGES_MIN = 8  # huge ones
-BATCHES = 2  # of an eviction, at a time
+BATCH_BYTES = 1 << 20
+ANONYMOUS_BATCH_BYTES = 2 << 20  # each is a stop of a thread of the VMM
+BATCH_PAGES_MIN = 4  # huge ones
+BATCHES = 2  # of an eviction, at a time: their memory is locked (GUEST_LOCKED_BYTES)
 PHASES = ("scan", "deactivate", "stage", "select", "hold", "copy", "write", "drop", "release", "demote", "discard")
 GARBAGE_PAGES, GARBAGE_RUNS = 1 << 16, 256  # told to a store at a time
 COMPACT_PAGES, COMPACT_CALLS = 4096, 16  # of a pool, at a time; and so often in a cycle
@@ -207,6 +207,21 @@ def _store(batch: NativeBatch, tiers: Sequence[int], asked: Asked | None) -> flo
     return time.monotonic() - began
 
 
+@dataclass(frozen=True)
+class _Storing:
+    """A batch that a thread stores: at most so many pages."""
+
+    batch: NativeBatch
+    pages: int
+    seconds: Future[float]
+
+    def wait(self, phases: Phases) -> NativeBatch:
+        """Until it is stored. KernelError: it is not."""
+        phases.seconds["write"] += self.seconds.result()
+        self.batch.stored()
+        return self.batch
+
+
 def _drop(batch: NativeBatch, hold_ms_max: float, phases: Phases) -> int:
     """The last steps of a batch that is stored. Pages evicted."""
     evicted_pages = 0
@@ -235,42 +250,44 @@ def evict(
     asked: Asked | None = None,
 ) -> int:
     """Evict pages idle at least `min_idle_s`, at most `max_bytes` of them, at `bytes_per_s`, to the first of `tiers` that takes
-    each. Returns bytes evicted. `hold_ms_max`: of a sync window, where the engine has any. Whatever is raised: batches under way
-    are cancelled when what is being stored of them is over; nothing that was not yet dropped leaves."""
+    each. Returns bytes evicted. `hold_ms_max`: of a sync window, where the engine has any. On KernelError what was being stored
+    has left, if it could; whatever else is raised: batches under way are cancelled, nothing that was not yet dropped leaves."""
     page_bytes = guest.page_bytes
     max_pages = max_bytes // page_bytes
     batch_pages = max((ANONYMOUS_BATCH_BYTES if guest.anonymous else BATCH_BYTES) // page_bytes, BATCH_PAGES_MIN)
-    page = evicted_pages = storing_pages = 0
+    page = evicted_pages = 0
     began = time.monotonic()
-    storing: deque[tuple[NativeBatch, int, Future[float]]] = deque()
+    storing: deque[_Storing] = deque()
     with ExitStack() as stack:
         free = [stack.enter_context(guest.batch(batch_pages)) for _ in range(BATCHES)]
         threads = stack.enter_context(ThreadPoolExecutor(BATCHES))
-        while True:
-            check()
-            room = max_pages - evicted_pages - storing_pages
-            if free and page < guest.pages and room > 0:
-                taken = _take(free[-1], page, min_idle_s, room, tiers, phases)
-                page = taken.next_page
-                if not taken.pages:
-                    continue
-                batch = free.pop()
-                written = batch.write(tiers)  # each page to the first of `tiers` that takes it
-                phases.add_batch(written)
-                if written.offered_pages:
-                    storing.append((batch, taken.pages, threads.submit(_store, batch, tiers, asked)))
-                    storing_pages += taken.pages
-                    continue
-            elif storing:
-                batch, pages, stored = storing.popleft()
-                phases.seconds["write"] += stored.result()
-                storing_pages -= pages
-                batch.stored()
-            else:
-                break
-            evicted_pages += _drop(batch, hold_ms_max, phases)
-            free.append(batch)
-            _pace(evicted_pages * page_bytes, bytes_per_s, began)
+        try:
+            while True:
+                check()
+                room = max_pages - evicted_pages - sum(each.pages for each in storing)
+                if free and page < guest.pages and room > 0:
+                    taken = _take(free[-1], page, min_idle_s, room, tiers, phases)
+                    page = taken.next_page
+                    if not taken.pages:
+                        continue
+                    batch = free.pop()
+                    written = batch.write(tiers)  # each page to the first of `tiers` that takes it
+                    phases.add_batch(written)
+                    if written.offered_pages:
+                        storing.append(_Storing(batch, taken.pages, threads.submit(_store, batch, tiers, asked)))
+                        continue
+                elif storing:
+                    batch = storing.popleft().wait(phases)
+                else:
+                    break
+                evicted_pages += _drop(batch, hold_ms_max, phases)
+                free.append(batch)
+                _pace(evicted_pages * page_bytes, bytes_per_s, began)
+        except KernelError:
+            with suppress(KernelError):  # the first one is told
+                while storing:
+                    _drop(storing.popleft().wait(phases), hold_ms_max, phases)
+            raise
     return evicted_pages * page_bytes
 
 

@@ -26,6 +26,7 @@ from tests.need import need
 from tierd.attach import Refused
 from tierd.attach.holders import HolderScan
 from tierd.attach.preflight import recheck
+from tierd.cycle import BATCHES
 from tierd.engine import choose
 from tierd.native import GUEST_TIER, KernelError, Zap
 
@@ -119,7 +120,7 @@ def test_a_file_system_that_is_full_loses_nothing(
                 tiered.evict()
             assert caught.value.errno == errno.ENOSPC
             c = tiered.counters()
-            assert c["store_write_errors"] == 1
+            assert 1 <= c["store_write_errors"] <= BATCHES
             assert 0 < c["state_pages"][4] < 32 * MIB // PAGE
             assert c["state_pages"][0] + c["state_pages"][4] == vmm.pages, "nothing stays half way"
             vmm.verify()
