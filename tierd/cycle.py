@@ -231,9 +231,11 @@ def _drop(batch: NativeBatch, hold_ms_max: float, phases: Phases) -> int:
         evicted_pages += done.evicted_pages
         if not done.left_pages:
             return evicted_pages
-    dropped = batch.drop()
-    phases.add_batch(dropped)
-    phases.add_batch(batch.release())  # a punch wakes nobody, this does
+    try:
+        dropped = batch.drop()
+        phases.add_batch(dropped)
+    finally:
+        phases.add_batch(batch.release())  # a punch wakes nobody, this does
     return dropped.evicted_pages
 
 
@@ -259,7 +261,8 @@ def evict(
     began = time.monotonic()
     storing: deque[_Storing] = deque()
     with ExitStack() as stack:
-        free = [stack.enter_context(guest.batch(batch_pages)) for _ in range(BATCHES)]
+        batches = [stack.enter_context(guest.batch(batch_pages)) for _ in range(BATCHES)]
+        free = list(batches)
         threads = stack.enter_context(ThreadPoolExecutor(BATCHES))
         try:
             while True:
@@ -285,6 +288,9 @@ def evict(
                 _pace(evicted_pages * page_bytes, bytes_per_s, began)
         except KernelError:
             with suppress(KernelError):  # the first one is told
+                for batch in batches:  # nobody is held any longer
+                    if all(each.batch is not batch for each in storing):
+                        batch.cancel()
                 while storing:
                     _drop(storing.popleft().wait(phases), hold_ms_max, phases)
             raise

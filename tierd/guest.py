@@ -316,10 +316,16 @@ class Guest:
         self._host.forget_trouble(f"{self.key} hangs")
         self._host.forget_trouble(f"{self.key} not open")
 
+    def _stop_cycle(self) -> None:
+        """In trio's thread. What the worker has asked of a store is called off, too."""
+        self._scope.cancel()
+        if self._parking is not None:
+            self._parking.cut()
+
     async def _watch_exit(self, served: Served) -> None:
         await trio.lowlevel.wait_readable(served.pidfd)
         self._ending = Ending.EXITED
-        self._scope.cancel()
+        self._stop_cycle()
 
     @contextlib.asynccontextmanager
     async def _order(self, served: Served) -> AsyncIterator[None]:
@@ -575,7 +581,7 @@ class Guest:
                 why="the VMM executed another program, and somebody still has the file of its guest's memory",
                 action="its stored pages are kept; remove the state file when nobody needs them",
             )
-        self._scope.cancel()
+        self._stop_cycle()
 
     async def _give_up(self, served: Served, refused: Refused) -> None:
         """A hazard appeared after the attach: no more evictions, and everything comes back."""
@@ -760,7 +766,7 @@ class Guest:
                 await self._restore_all(served, progress)
                 self._must_not_be_lost(served)
                 self._ending = self._ending or Ending.DETACHED
-                self._scope.cancel()
+                self._stop_cycle()
         except BaseException:
             self._state = before
             raise
@@ -789,7 +795,7 @@ class Guest:
     def keep(self) -> None:
         """End serving; what is stored stays stored for the next tierd."""
         self._ending = self._ending or Ending.KEPT
-        self._scope.cancel()
+        self._stop_cycle()
 
     async def _restore_all(self, served: Served, progress: Progress) -> int:
         """All stored pages, in steps, until none is left (a fault thread may give one back meanwhile)."""

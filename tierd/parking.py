@@ -156,13 +156,17 @@ class Parking:
                 nursery.start_soon(self._take, nursery)
         finally:
             self._over = True
-            for call in self._calls:
-                call.cancel()
+            self.cut()
             for number, tier in self._tiers.items():
                 _space(tier).ready = False
                 if self._opened[number].is_set():
                     self._store(number).forget(_space(tier))
                 _space(tier).counted = int  # the data plane may be gone soon
+
+    def cut(self) -> None:
+        """Calls that workers wait for end now: OSError."""
+        for call in self._calls:
+            call.cancel()
 
     async def _open(self, tier: ServedTier) -> None:
         """Its space, as soon as the store can be had."""

@@ -45,6 +45,12 @@ MUTATIONS = [
         "	if (deactivated && g->pages > UINT32_MAX)\n		atomic_store",
     ),
     Mutation(
+        "page_claimed_by_the_last_look_is_forgotten",
+        "stage.c",
+        "		if (!claimed)\n",
+        "		if (!claimed || g->idle_looks >= LOOKS_MAX)\n",
+    ),
+    Mutation(
         "page_of_the_other_batch_is_taken",
         "evict.c",
         "			return other->end_page;",
@@ -81,8 +87,8 @@ MUTATIONS = [
     Mutation(
         "written_is_taken_for_stored",  # rule 5: no sync before DROPPING
         "store.c",
-        "		error = sys_store_sync(t->fd);",
-        "		error = 0;",
+        "	error = sys_store_sync(g->tiers[tier].fd);",
+        "	error = 0;",
     ),
     Mutation(
         "checksum_not_verified_and_no_sync",  # rule 5: only the checksum turns stale into an error
@@ -140,8 +146,8 @@ MUTATIONS = [
     Mutation(
         "short_write_ignored",
         "store.c",
-        "		done += (size_t)n;\n	}\n	return 0;\n}\n\n/* A write that returned",
-        "		done = bytes;\n	}\n	return 0;\n}\n\n/* A write that returned",
+        "		done += (size_t)n;\n	}\n	return 0;\n}\n\n/* The kernel tells",
+        "		done = bytes;\n	}\n	return 0;\n}\n\n/* The kernel tells",
     ),
     Mutation(
         "copy_that_said_enomem_is_resident",  # rule 12
@@ -702,6 +708,7 @@ ASKED = [
 ]
 MUTATIONS += ASKED
 MORE = {
+    "page_claimed_by_the_last_look_is_forgotten": ("--anon",),
     "page_that_a_fault_took_from_the_stamp_is_deactivated": ("--often", "--from", "3001"),
     "page_that_is_somebodys_is_not_dated_again": ("--often", "--from", "38001"),
     "two_holds_end_with_the_first_release": ("--from", "25001"),
@@ -790,7 +797,7 @@ ALSO = {
         "		    page_move(b->g, b->pages[first + i], w, b->words[first + i]))\n",
     ),
     "checksum_not_verified_and_no_sync": Mutation(
-        "no_sync", "store.c", "		error = sys_store_sync(t->fd);", "		error = 0;"
+        "no_sync", "store.c", "	error = sys_store_sync(g->tiers[tier].fd);", "	error = 0;"
     ),
     "rwp_absence_is_taken_for_protection": Mutation(
         "not_touched_is_enough",

@@ -211,6 +211,7 @@ def test_pages_are_read_while_they_are_moved(given: Given) -> None:
         async def read(number: int) -> None:
             while not done.is_set():
                 assert await space.read(number, 1) == pages(number, 1)
+                await trio.lowlevel.checkpoint()
 
         async with trio.open_nursery() as nursery:
             for number in range(0, 256, 32):

@@ -568,6 +568,10 @@ static uint64_t room_in(const struct tierd_batch *b, unsigned int tier)
 {
 	uint64_t pages = atomic_load(&b->g->capacity_bytes[tier]) / b->page_bytes, used = b->g->copies[tier];
 
+	/* of a page that moves its word does not say yet where it will be */
+	for (const struct tierd_batch *other = b->g->batches; other; other = other->next)
+		for (uint32_t i = 0; other != b && other->step >= OFFERED && moving(other) && i < other->count; i++)
+			used += other->to[i] == tier;
 	return pages > used ? pages - used : 0;
 }
 
@@ -793,6 +797,7 @@ int tierd_batch_write(struct tierd_batch *b, const uint32_t *tiers, uint32_t cou
 
 static int store_in_file(struct tierd_batch *b, unsigned int tier)
 {
+	uint64_t failures = atomic_load(&b->g->settle_failures[tier]);
 	uint32_t n, first = UINT32_MAX, end = 0;
 	int error = 0;
 
@@ -804,7 +809,7 @@ static int store_in_file(struct tierd_batch *b, unsigned int tier)
 		end = i + n;
 		error = store_write(b->g, tier, b->pages[i], n, b->bytes + i * b->page_bytes);
 	}
-	return error || !end ? error : store_settle(b->g, tier, b->pages[first], b->pages[end - 1] + 1);
+	return error || !end ? error : store_settle(b->g, tier, b->pages[first], b->pages[end - 1] + 1, failures);
 }
 
 /* Everything here is the batch's own, or atomic: the worker may be busy with another one. */

@@ -287,12 +287,11 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	if (g->anon)
 		g->heat = sys_alloc(g->pages / GROUP_PAGES + 1);
 	if (g->idle_fd >= 0)
-		g->idle.asked = sys_alloc(bitmap_bytes(g->pages));
-	g->idle.head = NO_PAGE;
+		g->idle_asked = sys_alloc(bitmap_bytes(g->pages));
 	if (g->huge)
 		g->zeros = sys_alloc(g->page_bytes);
 	if (!g->missing || !g->touched || !g->other || !g->aged || !g->large || (g->huge && !g->zeros) ||
-	    (g->anon && !g->heat) || (g->idle_fd >= 0 && !g->idle.asked))
+	    (g->anon && !g->heat) || (g->idle_fd >= 0 && !g->idle_asked))
 		return -ENOMEM;
 	return tierd_worker_create(g, &g->restorer);
 }
@@ -306,6 +305,7 @@ int tierd_guest_create(const struct tierd_guest_args *args, struct tierd_guest *
 		return -ENOMEM;
 	g->bytes = sizeof(*g);
 	pthread_mutex_init(&g->threads_lock, NULL);
+	pthread_mutex_init(&g->settle_lock, NULL);
 	g->uffd = g->pidfd = g->pagemap = g->mem = g->idle_fd = g->stop_fd = g->asked_fd = g->answer_fd = -1;
 	for (int i = 0; i < TIERD_TIERS; i++)
 		g->tiers[i].fd = -1;
@@ -357,8 +357,8 @@ void tierd_guest_destroy(struct tierd_guest *g)
 		sys_free(g->heat, g->pages / GROUP_PAGES + 1);
 	if (g->large)
 		sys_free(g->large, bitmap_bytes(g->pages));
-	if (g->idle.asked)
-		sys_free(g->idle.asked, bitmap_bytes(g->pages));
+	if (g->idle_asked)
+		sys_free(g->idle_asked, bitmap_bytes(g->pages));
 	if (g->quarantine)
 		sys_free(g->quarantine, bitmap_bytes(g->pages));
 	parking_destroy(g);

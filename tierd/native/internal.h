@@ -289,13 +289,11 @@ struct tierd_guest {
 	uint64_t *
 		quarantine; /* bitmap of the guest: adoption's, then only read by the worker; NULL: nothing lands late */
 	_Atomic uint64_t quarantined_pages;
-	int idle_fd; /* idle page tracking, where reads are not seen otherwise; -1: the kernel has none */
-	struct {
-		uint64_t *asked; /* bitmap of the guest: the kernel was asked to watch the page */
-		uint64_t head;   /* the last large page, and what was said of it */
-		bool head_idle;
-		uint32_t looks;
-	} idle; /* the worker's own */
+	int idle_fd;          /* idle page tracking, where reads are not seen otherwise; -1: the kernel has none */
+	uint64_t *idle_asked; /* bitmap of the guest, the worker's own: the kernel was asked to watch the page */
+	uint32_t idle_looks;  /* in this call */
+	pthread_mutex_t settle_lock; /* one sync of a file at a time, by those who store */
+	_Atomic uint64_t settle_failures[TIERD_TIERS];
 	_Atomic uint64_t worker_io_since_ns;
 	_Atomic uint64_t
 		storing_since_ns[2]; /* of batches: what they write to files is written by threads of their own */
@@ -503,7 +501,7 @@ int tier_read(struct tierd_guest *g, struct pool_reader *reader, unsigned int ti
 int tier_discard(struct tierd_guest *g, unsigned int tier, uint64_t page, uint64_t count);
 /* of a file */
 int store_write(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_t count, const void *from);
-int store_settle(struct tierd_guest *g, unsigned int tier, uint64_t first_page, uint64_t end_page);
+int store_settle(struct tierd_guest *g, unsigned int tier, uint64_t first_page, uint64_t end_page, uint64_t failures);
 
 static inline bool tier_is_pool(const struct tierd_guest *g, unsigned int tier)
 {

@@ -24,12 +24,11 @@
 #include "internal.h"
 
 enum { PAGES_MAX = 4096, HEAT_MAX = 8, SETTLE_PAUSE_US = 100, IN_VAIN_MAX = 100 };
-enum { LOOKS_MAX = 8192 }; /* at pages, in a call: some 1.5 us each */
-enum { RUN_WORDS = 128 };  /* a bitmap of what one call moves: 2 MiB of pages of 4 KiB, 512 MiB of 64 KiB */
+enum { RUN_WORDS = 128 }; /* a bitmap of what one call moves: 2 MiB of pages of 4 KiB, 512 MiB of 64 KiB */
 #ifdef TIERD_MODEL
-enum { CALLS_MAX = 4 };
+enum { CALLS_MAX = 4, LOOKS_MAX = 4 };
 #else
-enum { CALLS_MAX = SYS_INSIDE_MAX };
+enum { CALLS_MAX = SYS_INSIDE_MAX, LOOKS_MAX = 8192 /* at pages, in a call: some 2 us each */ };
 #endif
 
 struct sys_inside inside_of(struct tierd_guest *g)
@@ -219,11 +218,10 @@ static uint32_t age_needed(struct tierd_guest *g, uint64_t page, uint32_t min_ag
  */
 static bool idle_so_far(struct tierd_guest *g, uint64_t page)
 {
-	bool asked = bit_get(g->idle.asked, page);
+	bool asked = bit_get(g->idle_asked, page);
 	uint64_t entry;
 	int idle;
 
-	g->idle.looks++;
 	if (sys_pagemap_read(g->pagemap, &entry, 1, address_of(g, page)) != sizeof(entry))
 		return true;
 	idle = sys_idle_get(g->idle_fd, entry);
@@ -231,26 +229,33 @@ static bool idle_so_far(struct tierd_guest *g, uint64_t page)
 		return true;
 	if (sys_idle_set(g->idle_fd, entry) || sys_idle_get(g->idle_fd, entry) != 1)
 		return true;
-	bit_set(g->idle.asked, page);
+	bit_set(g->idle_asked, page);
 	return false;
 }
 
-/* Of a large page the first one answers for all. */
+/* A large page moves as one, as it would without this: the kernel does not track its parts. */
+static bool is_large(struct tierd_guest *g, uint64_t page)
+{
+	const struct sys_scan huge = {.all_of = SYS_PAGE_HUGE, .any_of = SYS_PAGE_HUGE};
+	struct sys_page_region found;
+	uint64_t address = address_of(g, page), end;
+
+	return sys_pagemap_scan(g->pagemap, address, address + g->page_bytes, huge, &found, 1, &end) > 0;
+}
+
 static bool may_be_staged(struct tierd_guest *g, uint64_t page, page_word w)
 {
-	uint64_t head = large_head(g, page);
 	bool asked;
 
 	if (g->idle_fd < 0)
 		return true;
-	if (head != NO_PAGE && bit_get(g->large, head) && page != head)
-		return head == g->idle.head && g->idle.head_idle;
-	asked = bit_get(g->idle.asked, page);
-	g->idle.head = page;
-	g->idle.head_idle = idle_so_far(g, page);
-	if (asked && !g->idle.head_idle)
+	g->idle_looks++;
+	asked = bit_get(g->idle_asked, page);
+	if (is_large(g, page) || idle_so_far(g, page))
+		return true;
+	if (asked)
 		page_move(g, page, w, word_with_epoch(w, epoch_next(g)));
-	return g->idle.head_idle;
+	return false;
 }
 
 /* --- into the staging area ---------------------------------------------------------------------------------------------- */
@@ -352,14 +357,15 @@ static int collect_cold(struct tierd_guest *g, struct batch *b, uint64_t *page, 
 	uint64_t cold[RUN_WORDS], hole[RUN_WORDS];
 	int error = 0;
 
-	g->idle.looks = 0;
+	g->idle_looks = 0;
 	while (!error && b->count < CALLS_MAX && b->total < max_pages) {
 		uint64_t first, n = 0, waits = waits_now(g);
 		struct region *r;
+		bool claimed = false;
 
-		while (*page < g->pages && g->idle.looks < LOOKS_MAX && !claim(g, *page, min_age))
+		while (*page < g->pages && g->idle_looks < LOOKS_MAX && !(claimed = claim(g, *page, min_age)))
 			(*page)++;
-		if (*page == g->pages || g->idle.looks >= LOOKS_MAX)
+		if (!claimed)
 			break;
 		first = *page;
 		r = region_of_page(g, first);

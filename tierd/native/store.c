@@ -110,14 +110,30 @@ int store_write(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_
 	return 0;
 }
 
+/* The kernel tells an error of the device once to a descriptor, whoever's pages it was about. So what failed since before the first
+ * write of a batch is its own, too: `failures` is what settle_failures was then. */
+static int sync_alone(struct tierd_guest *g, unsigned int tier, uint64_t failures)
+{
+	int error;
+
+	pthread_mutex_lock(&g->settle_lock);
+	error = sys_store_sync(g->tiers[tier].fd);
+	if (error)
+		atomic_fetch_add(&g->settle_failures[tier], 1);
+	else if (atomic_load(&g->settle_failures[tier]) != failures)
+		error = -EIO;
+	pthread_mutex_unlock(&g->settle_lock);
+	return error;
+}
+
 /* A write that returned is not stored: O_DIRECT, or a sync before anything depends on it. */
-int store_settle(struct tierd_guest *g, unsigned int tier, uint64_t first_page, uint64_t end_page)
+int store_settle(struct tierd_guest *g, unsigned int tier, uint64_t first_page, uint64_t end_page, uint64_t failures)
 {
 	struct tierd_tier *t = &g->tiers[tier];
 	int error = 0;
 
 	if (!(t->flags & TIERD_SPACE_DIRECT))
-		error = sys_store_sync(t->fd);
+		error = sync_alone(g, tier, failures);
 	if (!error && (t->flags & TIERD_SPACE_DROP_CACHE))
 		error = sys_store_drop_cache(t->fd, first_page * g->page_bytes,
 					     (end_page - first_page) * g->page_bytes);

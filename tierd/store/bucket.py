@@ -173,13 +173,13 @@ class Bucket:
 
     def delete(self, path: str) -> None:
         """It may be gone already. OSError."""
-        self._let_go(path)
         _call(f"delete {path}", self._operator.delete, path)
+        self._let_go(path)
 
     def remove(self, path: str) -> None:
         """A directory and all in it, which may be nothing. OSError: some of it is left."""
-        self._let_go(path)
         _call(f"delete {path}", self._operator.remove_all, path)
+        self._let_go(path)
 
     def partial(self) -> list[Listed]:
         """Of a directory: what this host is writing, or was when it was killed, under names that start with the object's."""
