@@ -33,7 +33,7 @@ from typing import Protocol
 
 from tierd.native import GUEST_TIER, STAGING_TIER, BatchResult, KernelError, NativeBatch, NativeGuest, Staged
 
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 2 << 20  # a large folio, which leaves whole
 ANONYMOUS_BATCH_BYTES = 2 << 20  # each is a stop of a thread of the VMM
 BATCH_PAGES_MIN = 4  # huge ones
 BATCHES = 2  # of an eviction, at a time: their memory is locked (GUEST_LOCKED_BYTES)

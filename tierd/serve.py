@@ -49,7 +49,6 @@ from tierd.attach.ptrace import (
 from tierd.engine import FEATURE_ASYNC, Engine, engine_of
 from tierd.engine.stock import open_idle_bitmap
 from tierd.native import (
-    ANONYMOUS_LOCKED_BYTES,
     CAP_IPC_LOCK,
     GUEST_LOCKED_BYTES,
     HUGE_BUFFER_PAGES,
@@ -382,8 +381,6 @@ def _must_be_lockable(served: Served) -> None:
     if limit == resource.RLIM_INFINITY or int(held, 16) >> CAP_IPC_LOCK & 1:
         return
     needed = GUEST_LOCKED_BYTES + TABLE_BYTES_A_PAGE * served.pages
-    if served.spec.anonymous:
-        needed += ANONYMOUS_LOCKED_BYTES
     if served.page_bytes != PAGE_BYTES:
         needed += HUGE_BUFFER_PAGES * served.page_bytes
     locked = status_field(os.getpid(), "VmLck") << 10
