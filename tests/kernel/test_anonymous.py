@@ -213,10 +213,12 @@ def test_what_is_only_read_stays_where_the_kernel_tracks_idle_pages(vmm: Vmm, ho
             tiered.stage(interval_s=SHORT_S)
             return tiered.staged_pages >= vmm.pages - read
 
+        tiered.stage()
+        tiered.stage(scan=False)  # as after a stop in which the thread got no CPU
+        assert tiered.staged_pages < read / 4, "but for pages that are on no list yet: nothing is known of the others"
         wait_for(cold_gone, "what is not read is staged", 60)
         vmm.ask("verify", 0, read)
-        # without it: a fault for each; on a busy emulated machine some reads are not noted
-        assert tiered.counters()["faults_staged"] < read * 0.9
+        assert tiered.counters()["faults_staged"] < read / 4
         vmm.verify()
 
 

@@ -391,6 +391,33 @@ bool world_stopped(void)
 	return guests_stop;
 }
 
+static int (*beside_run)(struct tierd_batch *);
+static struct tierd_batch *beside_batch;
+static int beside_error;
+static bool beside_over;
+
+static void run_beside(uint32_t unused)
+{
+	(void)unused;
+	beside_error = beside_run(beside_batch);
+	beside_over = true;
+}
+
+void world_begin_beside(int (*run)(struct tierd_batch *), struct tierd_batch *b)
+{
+	beside_run = run;
+	beside_batch = b;
+	beside_over = false;
+	spawn(DAEMON, run_beside, 0);
+}
+
+int world_end_beside(void)
+{
+	while (!beside_over)
+		model_pause();
+	return beside_error;
+}
+
 void world_before_pass(void)
 {
 }

@@ -224,6 +224,29 @@ bool world_stopped(void)
 	return atomic_load(&shared->guests_stop);
 }
 
+static pthread_t beside;
+static int (*beside_run)(struct tierd_batch *);
+
+static void *run_beside(void *b)
+{
+	return (void *)(intptr_t)beside_run(b);
+}
+
+void world_begin_beside(int (*run)(struct tierd_batch *), struct tierd_batch *b)
+{
+	beside_run = run;
+	if (pthread_create(&beside, NULL, run_beside, b))
+		script_fail("no thread");
+}
+
+int world_end_beside(void)
+{
+	void *error;
+
+	pthread_join(beside, &error);
+	return (int)(intptr_t)error;
+}
+
 void world_before_select(void)
 {
 }

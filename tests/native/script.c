@@ -185,16 +185,22 @@ bool script_answer(struct tierd_guest *g, struct script_requests *held)
 	return true;
 }
 
-static int store_offered(struct tierd_batch *b, struct tierd_batch_result *r)
+static int store_in_files(struct tierd_batch *b)
+{
+	struct tierd_batch_result ignored;
+
+	return tierd_batch_store(b, &ignored);
+}
+
+/* What is in its files already goes where Python stores it, too; the batch is WRITTEN then. */
+static int store_elsewhere(struct tierd_batch *b, struct tierd_batch_result *r)
 {
 	struct tierd_run run;
-	int error = tierd_batch_store(b, r);
 
-	if (error)
-		return error;
 	for (uint32_t tier = 1; tier <= S.tiers; tier++)
 		for (uint32_t slot = 0; S.asked >> tier & 1; slot = run.slot + run.count) {
-			error = tierd_batch_run(b, tier, slot, &run);
+			int error = tierd_batch_run(b, tier, slot, &run);
+
 			if (!error && !run.count)
 				break;
 			if (!error)
@@ -203,6 +209,13 @@ static int store_offered(struct tierd_batch *b, struct tierd_batch_result *r)
 				return error;
 		}
 	return tierd_batch_stored(b, r);
+}
+
+static int store_offered(struct tierd_batch *b, struct tierd_batch_result *r)
+{
+	int error = store_in_files(b);
+
+	return error ? error : store_elsewhere(b, r);
 }
 
 /* Each page to the first of some tiers; the batch is WRITTEN then. */
@@ -331,7 +344,6 @@ static void evict(struct tierd_guest *g, struct tierd_batch *one, struct tierd_b
 {
 	uint32_t tiers[TIERD_LADDER_MAX];
 	struct tierd_batch_result r, others;
-	bool stored; /* the other one */
 	int error, failure;
 
 	for (uint64_t page = 0, any; page < g->pages;) {
@@ -344,11 +356,20 @@ static void evict(struct tierd_guest *g, struct tierd_batch *one, struct tierd_b
 			continue;
 		}
 		failure = tierd_batch_write(other, tiers, ladder(0, tiers), &others);
-		stored = failure || !others.offered_pages || below(2);
-		if (stored && !failure && others.offered_pages)
+		if (failure || !others.offered_pages) {
+			error = store_offered(one, &r);
+		} else if (below(2)) { /* each by a thread of its own */
+			world_begin_beside(store_in_files, other);
+			error = store_in_files(one);
+			failure = world_end_beside();
+			error = error ? error : store_elsewhere(one, &r);
+			failure = failure ? failure : store_elsewhere(other, &others);
+		} else {
 			failure = store_offered(other, &others);
-		drop_batch(g, one, store_offered(one, &r), &r);
-		drop_batch(g, other, stored ? failure : store_offered(other, &others), &others);
+			error = store_offered(one, &r);
+		}
+		drop_batch(g, one, error, &r);
+		drop_batch(g, other, failure, &others);
 	}
 }
 

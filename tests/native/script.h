@@ -85,6 +85,9 @@ void world_before_pass(void);
 int world_store_write(uint32_t tier, uint64_t page, uint32_t count, const uint8_t *bytes);
 int world_store_read(uint32_t tier, uint64_t page, uint32_t count, uint8_t *bytes);
 int world_store_discard(uint32_t tier, uint64_t page, uint64_t count);
+/* What is run at the same time as what comes before the end, whose answer is its. */
+void world_begin_beside(int (*run)(struct tierd_batch *), struct tierd_batch *b);
+int world_end_beside(void);
 void world_before_select(void);
 void world_selected(double min_idle_s, bool sinks); /* a batch was, just now: out of the guest, or out of a tier */
 

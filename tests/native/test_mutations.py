@@ -51,6 +51,18 @@ MUTATIONS = [
         "		if (!claimed || g->idle_looks >= LOOKS_MAX)\n",
     ),
     Mutation(
+        "error_of_a_sync_is_only_of_whoever_sees_it",  # rule 5: two batches, one descriptor
+        "store.c",
+        "	else if (atomic_load(&g->settle_failures[tier]) != failures)",
+        "	else if (failures == UINT64_MAX)",
+    ),
+    Mutation(
+        "two_syncs_at_once",  # rule 5: the error was taken, and is not told yet
+        "store.c",
+        "	while (atomic_exchange(&g->settling[tier], true))",
+        "	while (atomic_exchange(&g->settling[tier], true) && g->pages > UINT32_MAX)",
+    ),
+    Mutation(
         "page_of_the_other_batch_is_taken",
         "evict.c",
         "			return other->end_page;",
@@ -711,7 +723,7 @@ MORE = {
     "page_claimed_by_the_last_look_is_forgotten": ("--anon",),
     "page_that_a_fault_took_from_the_stamp_is_deactivated": ("--often", "--from", "3001"),
     "page_that_is_somebodys_is_not_dated_again": ("--often", "--from", "38001"),
-    "two_holds_end_with_the_first_release": ("--from", "25001"),
+    "two_holds_end_with_the_first_release": ("--from", "10001"),
     "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle
     "late_write_lands_in_used_space": ("--late-io",),
     "page_claimed_whatever_its_tier": ("--ladder",),

@@ -287,7 +287,8 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	if (g->anon)
 		g->heat = sys_alloc(g->pages / GROUP_PAGES + 1);
 	if (g->idle_fd >= 0)
-		g->idle_asked = sys_alloc(bitmap_bytes(g->pages));
+		g->idle_asked = sys_alloc(g->pages);
+	g->idle_round = 1;
 	if (g->huge)
 		g->zeros = sys_alloc(g->page_bytes);
 	if (!g->missing || !g->touched || !g->other || !g->aged || !g->large || (g->huge && !g->zeros) ||
@@ -305,7 +306,6 @@ int tierd_guest_create(const struct tierd_guest_args *args, struct tierd_guest *
 		return -ENOMEM;
 	g->bytes = sizeof(*g);
 	pthread_mutex_init(&g->threads_lock, NULL);
-	pthread_mutex_init(&g->settle_lock, NULL);
 	g->uffd = g->pidfd = g->pagemap = g->mem = g->idle_fd = g->stop_fd = g->asked_fd = g->answer_fd = -1;
 	for (int i = 0; i < TIERD_TIERS; i++)
 		g->tiers[i].fd = -1;
@@ -358,7 +358,7 @@ void tierd_guest_destroy(struct tierd_guest *g)
 	if (g->large)
 		sys_free(g->large, bitmap_bytes(g->pages));
 	if (g->idle_asked)
-		sys_free(g->idle_asked, bitmap_bytes(g->pages));
+		sys_free(g->idle_asked, g->pages);
 	if (g->quarantine)
 		sys_free(g->quarantine, bitmap_bytes(g->pages));
 	parking_destroy(g);

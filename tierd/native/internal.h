@@ -289,10 +289,12 @@ struct tierd_guest {
 	uint64_t *
 		quarantine; /* bitmap of the guest: adoption's, then only read by the worker; NULL: nothing lands late */
 	_Atomic uint64_t quarantined_pages;
-	int idle_fd;          /* idle page tracking, where reads are not seen otherwise; -1: the kernel has none */
-	uint64_t *idle_asked; /* bitmap of the guest, the worker's own: the kernel was asked to watch the page */
-	uint32_t idle_looks;  /* in this call */
-	pthread_mutex_t settle_lock; /* one sync of a file at a time, by those who store */
+	int idle_fd; /* idle page tracking, where reads are not seen otherwise; -1: the kernel has none */
+	uint8_t *
+		idle_asked; /* one a page, the worker's own: after which pass the kernel was asked to watch it; 0: never */
+	uint8_t idle_round;                 /* of passes: 1 to 255 */
+	uint32_t idle_looks;                /* in this call */
+	_Atomic bool settling[TIERD_TIERS]; /* somebody is inside of a sync of the file */
 	_Atomic uint64_t settle_failures[TIERD_TIERS];
 	_Atomic uint64_t worker_io_since_ns;
 	_Atomic uint64_t

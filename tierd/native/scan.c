@@ -333,6 +333,8 @@ int tierd_guest_pass(struct tierd_guest *g, uint64_t first_page, struct tierd_pa
 		return error;
 	memset(ret, 0, sizeof(*ret));
 	ret->next_page = first_page;
+	if (!first_page)
+		g->idle_round = g->idle_round % UINT8_MAX + 1;
 	do
 		error = pass(g, ret);
 	while (!error && ret->next_page < g->pages && sys_now_ns() - began_ns < PASS_NS);

@@ -211,28 +211,6 @@ static uint32_t age_needed(struct tierd_guest *g, uint64_t page, uint32_t min_ag
 
 /* --- who reads it: where the kernel has idle page tracking -------------------------------------------------------------- */
 
-/*
- * Whether the page may be moved, as far as is known. The kernel is asked to watch it; in a later cycle it says whether somebody has
- * touched the page since. If so, its age begins anew. Where the kernel does not track it (not mapped, of a part of memory that is
- * not on a list of its reclaim), only the staging area shows who reads it.
- */
-static bool idle_so_far(struct tierd_guest *g, uint64_t page)
-{
-	bool asked = bit_get(g->idle_asked, page);
-	uint64_t entry;
-	int idle;
-
-	if (sys_pagemap_read(g->pagemap, &entry, 1, address_of(g, page)) != sizeof(entry))
-		return true;
-	idle = sys_idle_get(g->idle_fd, entry);
-	if (idle < 0 || (asked && idle))
-		return true;
-	if (sys_idle_set(g->idle_fd, entry) || sys_idle_get(g->idle_fd, entry) != 1)
-		return true;
-	bit_set(g->idle_asked, page);
-	return false;
-}
-
 /* A large page moves as one, as it would without this: the kernel does not track its parts. */
 static bool is_large(struct tierd_guest *g, uint64_t page)
 {
@@ -243,16 +221,31 @@ static bool is_large(struct tierd_guest *g, uint64_t page)
 	return sys_pagemap_scan(g->pagemap, address, address + g->page_bytes, huge, &found, 1, &end) > 0;
 }
 
+/*
+ * Whether the page may be moved, as far as is known. The kernel is asked to watch it, and after the next pass it says whether somebody
+ * has touched the page since. If so, its age begins anew. Where the kernel does not track it (not mapped, or on no list of its
+ * reclaim), only the staging area shows who reads it.
+ */
 static bool may_be_staged(struct tierd_guest *g, uint64_t page, page_word w)
 {
-	bool asked;
+	uint8_t asked;
+	uint64_t entry;
+	int idle;
 
 	if (g->idle_fd < 0)
 		return true;
 	g->idle_looks++;
-	asked = bit_get(g->idle_asked, page);
-	if (is_large(g, page) || idle_so_far(g, page))
+	asked = g->idle_asked[page];
+	if (asked == g->idle_round) /* a cycle may look twice, and nothing is known yet */
+		return false;
+	if (is_large(g, page) || sys_pagemap_read(g->pagemap, &entry, 1, address_of(g, page)) != sizeof(entry))
 		return true;
+	idle = sys_idle_get(g->idle_fd, entry);
+	if (idle < 0 || (asked && idle))
+		return true;
+	if (sys_idle_set(g->idle_fd, entry) || sys_idle_get(g->idle_fd, entry) != 1)
+		return true;
+	g->idle_asked[page] = g->idle_round;
 	if (asked)
 		page_move(g, page, w, word_with_epoch(w, epoch_next(g)));
 	return false;

@@ -5,6 +5,8 @@
  */
 #include "internal.h"
 
+enum { SETTLE_PAUSE_US = 50 }; /* a sync takes longer */
+
 /* --- a store that misbehaves, for tests --------------------------------------------------------------------------------- */
 
 void tierd_guest_set_store_faults(struct tierd_guest *g, const struct tierd_store_faults *faults)
@@ -111,18 +113,19 @@ int store_write(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_
 }
 
 /* The kernel tells an error of the device once to a descriptor, whoever's pages it was about. So what failed since before the first
- * write of a batch is its own, too: `failures` is what settle_failures was then. */
+ * write of a batch is its own, too: `failures` is what settle_failures was then. One at a time, or the other would not know yet. */
 static int sync_alone(struct tierd_guest *g, unsigned int tier, uint64_t failures)
 {
 	int error;
 
-	pthread_mutex_lock(&g->settle_lock);
+	while (atomic_exchange(&g->settling[tier], true))
+		sys_pause_us(SETTLE_PAUSE_US);
 	error = sys_store_sync(g->tiers[tier].fd);
 	if (error)
 		atomic_fetch_add(&g->settle_failures[tier], 1);
 	else if (atomic_load(&g->settle_failures[tier]) != failures)
 		error = -EIO;
-	pthread_mutex_unlock(&g->settle_lock);
+	atomic_store(&g->settling[tier], false);
 	return error;
 }
 
