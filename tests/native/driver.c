@@ -910,6 +910,15 @@ static void count_up(void)
 	unwritten += atomic_load(&guest->count.pages_unwritten);
 }
 
+/* Where a kill leaves most to its successor: the page has its copy, and may be the guest's still. */
+static bool is_dropping(void)
+{
+	for (uint32_t page = 0; page < S.pages; page++)
+		if (state_of(page) == DROPPING)
+			return true;
+	return false;
+}
+
 static void run_seed(uint64_t steps)
 {
 	uint32_t kill_chance;
@@ -933,7 +942,7 @@ static void run_seed(uint64_t steps)
 	for (uint64_t i = 0; i < steps; i++) {
 		if (!schedule())
 			model_fail("hang: nobody can run");
-		if (i % 10 == 9 && model_chance(kill_chance * 3))
+		if (i % 10 == 9 && model_chance(kill_chance * (often && is_dropping() ? 30 : 3)))
 			daemon_kill();
 		if (i == ends_at) {
 			vmm_end();

@@ -33,10 +33,10 @@ class Mutation:
 
 MUTATIONS = [
     Mutation(
-        "page_that_a_fault_took_from_the_stamp_is_deactivated",  # rule 8: nobody dates it
+        "page_that_is_somebodys_is_deactivated",  # rule 8: nobody dates it
         "scan.c",
         "	else\n		bit_clear(g->touched, i);\n",
-        "	else if (word_state(w) != RESIDENT)\n		bit_clear(g->touched, i);\n",
+        "",
     ),
     Mutation(
         "page_that_is_somebodys_is_not_dated_again",  # rule 8, by a step
@@ -721,7 +721,6 @@ ASKED = [
 MUTATIONS += ASKED
 MORE = {
     "page_claimed_by_the_last_look_is_forgotten": ("--anon",),
-    "page_that_a_fault_took_from_the_stamp_is_deactivated": ("--often", "--from", "3001"),
     "page_that_is_somebodys_is_not_dated_again": ("--often", "--from", "38001"),
     "two_holds_end_with_the_first_release": ("--from", "10001"),
     "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle
@@ -741,7 +740,7 @@ MORE = {
         "4001",
     ),  # the kernel must refuse the drop
     "huge_hold_taken_for_poison": ("--engine", "rfc", "--hugetlb"),
-    "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--from", "79001"),  # one seed in fifty thousand
+    "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--often"),
     "rwp_absence_is_taken_for_protection": ("--engine", "rwp", "--remap"),
 }
 # Two walls stand behind each other here: one alone holds, so both are broken.
