@@ -55,7 +55,16 @@ async def parked(served: Served, store: AskedStore) -> AsyncIterator[Parking]:
 def asked_store(bench: Bench, name: str, pages: PageStore, encrypt: bool = True) -> Iterator[AskedStore]:
     keys = bench.shm / "keys"
     keys.mkdir(exist_ok=True)
-    yield AskedStore(name, pages, keys, None, encrypt, None, CONCURRENCY, DEADLINE_S)
+    yield AskedStore(
+        name,
+        pages,
+        keys,
+        capacity_bytes=None,
+        encrypt=encrypt,
+        second=None,
+        concurrency=CONCURRENCY,
+        deadline_s=DEADLINE_S,
+    )
 
 
 def evict(served: Served, asked: Asked | None = None) -> float:
