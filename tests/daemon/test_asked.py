@@ -124,6 +124,37 @@ def test_a_plug_in_that_is_broken(daemon: Daemon, web: Vmm, disk_dir: Path, monk
     assert not daemon.logged("guest_not_served")
 
 
+HANGING = """
+import trio
+from tierd_sqlite import SqliteStore
+
+class HangingStore(SqliteStore):
+    async def open(self, key, pages, page_bytes):
+        space = await super().open(key, pages, page_bytes)
+
+        async def hangs(first_page, records):
+            (self.path / "asked").touch()
+            await trio.sleep_forever()
+
+        space.write = hangs
+        return space
+"""
+
+
+def test_a_guest_that_ends_while_it_is_evicted_into_a_store_that_hangs(
+    daemon: Daemon, boot: Boot, disk_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its worker waits for is called off: the end does not wait for the call's own limit, a minute."""
+    (install(disk_dir, monkeypatch, "hanging:HangingStore") / "hanging.py").write_text(HANGING)
+    with_tiers(daemon, "sqlite", stores={"sqlite": {"path": str(disk_dir / "pages"), "encrypt": False}})
+    web = boot("web", 16 * MIB, "compressible")
+    daemon.start()
+    wait_for((disk_dir / "pages" / "asked").exists, "pages are on their way there")
+    web.verify()
+    web.kill()
+    wait_for(lambda: daemon.logged("guest_ended"), "the guest is over")
+
+
 def test_a_plug_in(daemon: Daemon, web: Vmm, disk_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(disk_dir, monkeypatch, "tierd_sqlite:SqliteStore")
     with_tiers(daemon, "sqlite", stores={"sqlite": {"path": str(disk_dir / "pages"), "encrypt": False}})

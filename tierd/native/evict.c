@@ -76,7 +76,7 @@ int tierd_batch_create(struct tierd_guest *g, uint32_t max_pages, struct tierd_b
 		tierd_batch_destroy(b);
 		return -ENOMEM;
 	}
-	b->lane = g->batches && !g->batches->lane;
+	b->lane = g->batches ? (g->batches->lane + 1) % STORING_LANES : 0;
 	b->next = g->batches;
 	g->batches = b;
 	*ret = b;

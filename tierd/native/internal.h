@@ -41,6 +41,7 @@ void tierd_model_yield(void);
 #define TIERD_YIELD() ((void)0)
 #endif
 
+enum { STORING_LANES = 2 }; /* batches whose stores are watched each by itself */
 enum page_state { RESIDENT, RESOLVING, LEAVING, DROPPING, STORED, MOVING, ARRIVING, LOST, STAGING, PAGE_STATES };
 _Static_assert((int)PAGE_STATES == TIERD_STATES, "counters");
 
@@ -297,8 +298,8 @@ struct tierd_guest {
 	_Atomic bool settling[TIERD_TIERS]; /* somebody is inside of a sync of the file */
 	_Atomic uint64_t settle_failures[TIERD_TIERS];
 	_Atomic uint64_t worker_io_since_ns;
-	_Atomic uint64_t
-		storing_since_ns[2]; /* of batches: what they write to files is written by threads of their own */
+	_Atomic uint64_t storing_since_ns
+		[STORING_LANES];     /* of batches: what they write to files is written by threads of their own */
 	struct tierd_batch *batches; /* all that there are; the worker's own */
 	struct tierd_worker *restorer;
 

@@ -340,7 +340,7 @@ void tierd_guest_health(struct tierd_guest *g, uint64_t hung_ns, struct tierd_he
 {
 	uint64_t io_since_ns = atomic_load(&g->worker_io_since_ns), now_ns = sys_now_ns(), answered_ns;
 
-	for (unsigned int lane = 0; lane < 2; lane++) {
+	for (unsigned int lane = 0; lane < STORING_LANES; lane++) {
 		uint64_t since_ns = atomic_load(&g->storing_since_ns[lane]);
 
 		if (since_ns && (!io_since_ns || since_ns < io_since_ns))

@@ -147,6 +147,10 @@ class Bucket:
             return None
         return bytes(data) if done == size_bytes else None
 
+    def close(self) -> None:
+        """What is kept open for `get_now`."""
+        self._let_go("")
+
     def _keep_open(self, path: str) -> None:
         try:
             file = _File(os.open(self._root / path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))

@@ -154,7 +154,7 @@ class ObjectStore:
                 await self.in_thread(self.bucket.delete, path)
 
     async def aclose(self) -> None:
-        """Nothing is held between calls."""
+        self.bucket.close()
 
     async def in_thread(self, call: Callable[..., R], *args: object) -> R:
         """Anything but a read of a page. Not cancelled while it runs: its deadlines and retries bound it."""
