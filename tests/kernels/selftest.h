@@ -23,6 +23,8 @@
 
 // ---- the interface: stock
 
+#define LOAD_NS 1000000000ULL // of each kind of memory: how long threads use it while it is changed below them
+
 #define UFFD_API            0xAAULL
 #define UFFD_USER_MODE_ONLY 1
 

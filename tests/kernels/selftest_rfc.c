@@ -1010,7 +1010,7 @@ static void load(enum kind kind)
 		w[i] = (struct worker){.load = &l, .lane = i + 1};
 		pthread_create(&w[i].thread, NULL, load_worker, &w[i]);
 	}
-	for (uint64_t until = now_ns() + 3000000000; now_ns() < until || toggles < 20 || l.accesses < 1000; toggles++) {
+	for (uint64_t until = now_ns() + LOAD_NS; now_ns() < until || toggles < 20 || l.accesses < 1000; toggles++) {
 		EQUAL(try_deactivate(l.uffd, m.at, m.size), 0);
 		EQUAL(try_set_mode(l.uffd, 0, ASYNC), 0);
 		if (toggles % 8 == 7)
