@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := build/.installed
 C_SOURCES := $(wildcard tierd/native/*.c tierd/native/*.h tierd/native/build.py)
 
-.PHONY: demo test test-machine test-beside bench torture soak build lint setup install clean kernels test-kernels bench-kernels
+.PHONY: demo test test-machine test-guests test-daemon test-beside bench torture soak build lint setup install clean kernels test-kernels bench-kernels
 
 build: $(STAMP)
 
@@ -27,12 +27,21 @@ demo: setup
 
 test: setup lint
 	@tests/setup.sh libvirt metrics stores disks boot
-	@tests/beside.sh "$(MAKE) test-beside" $(MAKE) --no-print-directory test-machine
+	@tests/beside.sh 19 "$(MAKE) test-beside" $(MAKE) --no-print-directory test-machine
 	@$(MAKE) --no-print-directory test-kernels
 
-# One after the other: these look at what the machine has and change what it is set to. Much of the time they wait.
-test-machine:
-	$(PY) -m pytest -q $(filter-out $(BESIDE) tests/kernels,$(patsubst %/,%,$(dir $(wildcard tests/*/__init__.py)))) $(ARGS)
+# tests/kernel changes what the machine is set to (huge pages, large folios, swap), one test after the other and no guest of another's
+# beside it. Of the rest, those with real guests run beside those without: much of the time both wait.
+test-machine: build
+	$(PY) -m pytest -q tests/kernel $(ARGS)
+	@tests/beside.sh 0 "$(MAKE) test-guests" $(MAKE) --no-print-directory test-daemon
+
+GUESTS := tests/vm tests/boot
+test-guests: build
+	$(PY) -m pytest -q $(GUESTS) $(ARGS)
+
+test-daemon: build
+	$(PY) -m pytest -q $(filter-out $(GUESTS) $(BESIDE) tests/kernel tests/kernels,$(patsubst %/,%,$(dir $(wildcard tests/*/__init__.py)))) $(ARGS)
 
 # What computes, or waits for servers of its own: no test in there minds how long it takes.
 BESIDE := tests/native tests/pure tests/store
@@ -47,10 +56,10 @@ kernels:
 bench-kernels: build kernels
 	$(PY) -m tests.kernels.bench $(ARGS)
 
-# The tests that boot them: three at once (the long ones wait much), all of one class by one process. Nothing else beside them:
+# The tests that boot them: two at once, all of one class by one process. Nothing else beside them:
 # their guests have clocks. Those of arm64 are in `make soak`.
 test-kernels: setup kernels
-	$(PY) -m pytest -q -n 3 --dist loadscope --no-loadscope-reorder --ignore=tests/kernels/test_arm64.py tests/kernels $(ARGS)
+	$(PY) -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder --ignore=tests/kernels/test_arm64.py tests/kernels $(ARGS)
 
 lint: build
 	$(VENV)/bin/ruff check .

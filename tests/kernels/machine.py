@@ -30,24 +30,31 @@ def pytest_in_there(tests: Sequence[str], python: str = sys.executable) -> str:
     return f"PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 {shlex.quote(python)} -m pytest {options} {shlex.join(tests)}"
 
 
-def booted(name: str, command: str, timeout_s: float, append: str = "") -> Done:
+def on_one_cpu(command: str) -> str:
+    """The second CPU of the emulated machine is off meanwhile. Machines with more CPUs than there are here wait: a flush of
+    another CPU's TLB takes until that one has its turn."""
+    online = "/sys/devices/system/cpu/cpu1/online"
+    return f"echo 0 >{online}; {command}; status=$?; echo 1 >{online}; (exit $status)"
+
+
+def booted(name: str, command: str, timeout_s: float, append: str = "", cpus: int = 2) -> Done:
     """Runs it in a kernel from the cache; skips where `make kernels` has not been run."""
     kernel = build.get(name)
     need("kernels", kernel is not None, f"no kernel {name} in {build.cache_dir()}: make kernels builds them")
     assert kernel is not None
-    done = boot(kernel, command, timeout_s=timeout_s, memory_mib=3072, append=append)
+    done = boot(kernel, command, timeout_s=timeout_s, memory_mib=3072, append=append, cpus=cpus)
     assert done.status is not None, f"{name} did not come to the end of it in {timeout_s:g} s\n{done.said}"
     return done
 
 
 def sections_of(
-    name: str, first: Sequence[str], commands: Mapping[str, str], timeout_s: float, append: str = ""
+    name: str, first: Sequence[str], commands: Mapping[str, str], timeout_s: float, append: str = "", cpus: int = 2
 ) -> tuple[dict[str, Section], Done]:
     """Of one boot, in which `first` is done: what each command said, and its status."""
     script = list(first)
     for section, command in commands.items():
         script += [f"echo '=== {section}'", command, 'echo "=== status $? after $SECONDS s"']
-    done = booted(name, "\n".join([*script, "true"]), timeout_s, append)
+    done = booted(name, "\n".join([*script, "true"]), timeout_s, append, cpus)
     found = re.findall(r"^=== (\w+)\n(.*?)^=== status (\d+) after (\d+) s$", done.output, re.M | re.S)
     assert [section for section, *_ in found] == list(commands), done.said
     print(f"{name}, seconds since the boot: " + ", ".join(f"{section} {after}" for section, _, _, after in found))
