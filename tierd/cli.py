@@ -522,15 +522,18 @@ def detach(options: Options, guest: str | None, pid: int | None, as_json: bool) 
 
 
 def _put_right(options: Options, pid: int, as_json: bool) -> None:
+    import structlog
+
     from tierd.engine import EngineUnavailable
     from tierd.salvage import put_right
     from tierd.serve import AlreadyRunning, Stale, StateError
     from tierd.show import size_text
     from tierd.store import StoreError
 
+    structlog.configure(logger_factory=structlog.WriteLoggerFactory(sys.stderr))
     try:
-        with _progress(f"detach of process {pid}", as_json) as progress:
-            restored = put_right(_runtime_dir(options.config), pid, progress)
+        with _config_errors(), _progress(f"detach of process {pid}", as_json) as progress:
+            restored = put_right(options.config, _runtime_dir(options.config), pid, progress)
     except AlreadyRunning as error:
         raise Failure(f"{error}, or `tierd detach {pid}`, which asks it") from error
     except (Stale, StateError, StoreError, EngineUnavailable, OSError) as error:

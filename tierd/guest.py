@@ -33,6 +33,7 @@ from tierd.attach.ptrace import same_open_file
 from tierd.config import Policy
 from tierd.engine import Engine, fitting
 from tierd.native import STAGING_TIER, STATES, KernelError, NativeGuest, Zap
+from tierd.restore import answered, restore_all
 from tierd.serve import (
     AwaitsHandshake,
     Served,
@@ -56,8 +57,6 @@ HUNG_S = 0.25  # a fault in service for longer: another thread takes over
 HUNG_TOLD_S = 2.0  # and for longer than this: an operator is told
 LOST_TOLD_MAX = 32  # addresses in one line of the log
 THREADS_MAX = 3  # of Python, a guest at once: a store that hangs holds the threads of its guests, not those of others
-RESTORE_STEP_BYTES = 16 << 20
-ASKED_PAUSE_S = 0.005  # between looks at what is asked of stores
 SPENT_BYTES_MAX = 64 << 20  # of anonymous memory, fetched and still in the staging area
 BACK_OFF_S_MAX = 300.0
 STORED, LOST = STATES.index("stored"), STATES.index("lost")
@@ -750,7 +749,7 @@ class Guest:
             before, page = served.native.counters()["state_pages"][LOST], 0
             while page < served.native.pages:
                 page, _, _ = await self._in_worker(served.native.retry, page)
-                await self._answered(served)  # then there is room to ask for the next ones
+                await answered(served, self._parking)  # then there is room to ask for the next ones
             still_lost = served.native.counters()["state_pages"][LOST]
             recovered = max(before - still_lost, 0)
         self._log.info("lost_pages_retried", recovered_pages=recovered, lost_pages=still_lost)
@@ -798,43 +797,8 @@ class Guest:
         self._stop_cycle()
 
     async def _restore_all(self, served: Served, progress: Progress) -> int:
-        """All stored pages, in steps, until none is left (a fault thread may give one back meanwhile)."""
-        stored_pages = served.native.counters()["state_pages"][STORED]
-        total, done = stored_pages * served.page_bytes, 0
-        step_pages = RESTORE_STEP_BYTES // served.page_bytes
-        self._must_fit(total, served.page_bytes)
-        while stored_pages:
-            page = 0
-            while page < served.native.pages:
-                asked_from = page
-                page, restored = await self._in_worker(served.native.restore, page, step_pages)
-                if page == asked_from:  # as much is asked for as can be
-                    await self._ask_pause()
-                done += restored * served.page_bytes
-                progress(min(done, total), total)
-                if served.native.anonymous:
-                    await self._in_worker(cycle.unstage, served.native, trio.from_thread.check_cancelled)
-            await self._answered(served)
-            before, stored_pages = stored_pages, served.native.counters()["state_pages"][STORED]
-            done = max(done, total - stored_pages * served.page_bytes)
-            if stored_pages >= before and served.native.asked_tiers and step_pages > 1:
-                step_pages = 1  # each alone: one that cannot be read must not keep its neighbours
-            elif stored_pages >= before:
-                raise OSError(
-                    errno.EIO,
-                    f"{stored_pages} pages of guest {self.name} cannot be read from the store; see tierd's log",
-                )
-        return done
-
-    async def _answered(self, served: Served) -> None:
-        """Until all that is asked for has come, or could not be read. OSError: it cannot be asked for now."""
-        while served.native.health(HUNG_S).asked_pages:
-            await self._ask_pause()
-
-    async def _ask_pause(self) -> None:
-        assert self._parking is not None
-        self._parking.must_bring()  # we have the worker, and who ends the guest waits for us
-        await trio.sleep(ASKED_PAUSE_S)
+        self._must_fit(served.native.counters()["state_pages"][STORED] * served.page_bytes, served.page_bytes)
+        return await restore_all(served, self._parking, self._in_worker, progress)
 
     def _must_fit(self, needed_bytes: int, page_bytes: int) -> None:
         available = memory_available_bytes(page_bytes)

@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.daemon.process import Boot, Daemon, evicted
-from tests.kernel.vmm import userfaultfds
+from tests.daemon.process import Boot, Daemon, evicted, tiers, with_tiers
+from tests.kernel.vmm import MIB, userfaultfds, wait_for
+from tests.store.servers import Server
 
 
 def test_a_guest_whose_tierd_is_gone_for_good(daemon: Daemon, boot: Boot) -> None:
@@ -23,6 +24,51 @@ def test_a_guest_whose_tierd_is_gone_for_good(daemon: Daemon, boot: Boot) -> Non
     assert json.loads(done.stdout)["restored_bytes"] > 0.9 * vmm.pages * vmm.page_bytes
     assert not userfaultfds(vmm.pid)
     assert not list(Path(daemon.runtime_dir, "guests").iterdir())
+    vmm.verify()
+
+
+def test_its_pages_are_in_stores_that_are_asked(daemon: Daemon, boot: Boot, disk_dir: Path) -> None:
+    """They come back from there, too; where a store cannot be had, nothing is changed."""
+    (disk_dir / "bucket").mkdir(mode=0o700)
+    objects = {"scheme": "fs", "options": {"root": str(disk_dir / "bucket")}}
+    vmm = boot("web", 16 * MIB, "compressible")
+    with Server() as redis:
+        steps = [{"name": "memory", "capacity": "3MiB"}, {"name": "redis", "capacity": "3MiB"}, "objects"]
+        with_tiers(daemon, *steps, stores={"redis": {"addresses": [redis.address]}, "objects": objects})
+        daemon.start()
+        evicted(daemon, "web", vmm)
+        wait_for(lambda: all(tier["stored_bytes"] for tier in tiers(daemon).values()), "pages are everywhere")
+        daemon.kill()
+        redis.kill()
+        refused = daemon.tierd("detach", "--pid", str(vmm.pid))
+        assert refused.returncode == 1
+        assert "store redis" in refused.stderr
+        assert userfaultfds(vmm.pid), "what is stored is served by the next one"
+        redis.start()
+        done = daemon.tierd("detach", "--pid", str(vmm.pid), "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["restored_bytes"] > 0
+        assert not userfaultfds(vmm.pid)
+        vmm.verify()
+        assert not [name for name in redis.ask("KEYS", "*") if b"spaces" not in name and b"lease" not in name]
+    assert not list((disk_dir / "bucket").rglob("*.000*")), "nothing of the guest is left"
+    assert not list((daemon.runtime_dir / "keys").iterdir()), "nor its keys"
+
+
+def test_the_configuration_has_no_such_store_any_more(daemon: Daemon, boot: Boot, disk_dir: Path) -> None:
+    (disk_dir / "bucket").mkdir(mode=0o700)
+    objects = {"scheme": "fs", "options": {"root": str(disk_dir / "bucket")}}
+    vmm = boot("web", 8 * MIB, "compressible")
+    with_tiers(daemon, "objects", stores={"objects": objects})
+    daemon.start()
+    evicted(daemon, "web", vmm)
+    daemon.kill()
+    with_tiers(daemon, "file")
+    refused = daemon.tierd("detach", "--pid", str(vmm.pid))
+    assert refused.returncode == 1
+    assert "no store objects" in refused.stderr
+    with_tiers(daemon, "objects", stores={"objects": objects})
+    assert daemon.tierd("detach", "--pid", str(vmm.pid)).returncode == 0
     vmm.verify()
 
 
