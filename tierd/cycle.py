@@ -33,8 +33,7 @@ from typing import Protocol
 
 from tierd.native import GUEST_TIER, STAGING_TIER, BatchResult, KernelError, NativeBatch, NativeGuest, Staged
 
-BATCH_BYTES = 2 << 20  # a large folio, which leaves whole
-ANONYMOUS_BATCH_BYTES = 2 << 20  # each is a stop of a thread of the VMM
+BATCH_BYTES = 2 << 20  # a large folio, which leaves whole; of anonymous memory, a stop of a thread of the VMM
 BATCH_PAGES_MIN = 4  # huge ones
 BATCHES = 2  # of an eviction, at a time: their memory is locked (GUEST_LOCKED_BYTES)
 PHASES = ("scan", "deactivate", "stage", "select", "hold", "copy", "write", "drop", "release", "demote", "discard")
@@ -256,7 +255,7 @@ def evict(
     has left, if it could; whatever else is raised: batches under way are cancelled, nothing that was not yet dropped leaves."""
     page_bytes = guest.page_bytes
     max_pages = max_bytes // page_bytes
-    batch_pages = max((ANONYMOUS_BATCH_BYTES if guest.anonymous else BATCH_BYTES) // page_bytes, BATCH_PAGES_MIN)
+    batch_pages = max(BATCH_BYTES // page_bytes, BATCH_PAGES_MIN)
     page = evicted_pages = 0
     began = time.monotonic()
     storing: deque[_Storing] = deque()
@@ -277,7 +276,7 @@ def evict(
                     written = batch.write(tiers)  # each page to the first of `tiers` that takes it
                     phases.add_batch(written)
                     if written.offered_pages:
-                        storing.append(_Storing(batch, taken.pages, threads.submit(_store, batch, tiers, asked)))
+                        storing.append(_Storing(batch, taken.pages, _begin(threads, _store, batch, tiers, asked)))
                         continue
                 elif storing:
                     batch = storing.popleft().wait(phases)
@@ -295,6 +294,13 @@ def evict(
                     _drop(storing.popleft().wait(phases), hold_ms_max, phases)
             raise
     return evicted_pages * page_bytes
+
+
+def _begin(threads: ThreadPoolExecutor, call: Callable[..., float], *args: object) -> Future[float]:
+    try:
+        return threads.submit(call, *args)
+    except RuntimeError as error:  # a thread that is there already may make the call all the same, before it is joined
+        raise OSError(errno.EAGAIN, f"no thread to store pages with: {error}; see to TasksMax and pids.max") from error
 
 
 def _pace(done_bytes: int, bytes_per_s: float | None, began: float) -> None:

@@ -125,7 +125,7 @@ class Parking:
         self._opened = {number: trio.Event() for number in self._tiers}
         self._troubles: dict[int, str] = {}
         self._broken: set[int] = set()
-        self._over = False
+        self._over = self._is_cut = False
         self._token = trio.lowlevel.current_trio_token()
         self._calls: set[trio.CancelScope] = set()  # of workers
         self._takers = trio.lowlevel.ParkingLot()  # tasks that have served their request
@@ -164,7 +164,8 @@ class Parking:
                 _space(tier).counted = int  # the data plane may be gone soon
 
     def cut(self) -> None:
-        """Calls that workers wait for end now: OSError."""
+        """Calls that workers wait for end now, and none begins any more: OSError."""
+        self._is_cut = True
         for call in self._calls:
             call.cancel()
 
@@ -368,14 +369,14 @@ class Parking:
     def each(self, tier: int, work: Work, runs: Sequence[tuple[int, Any]]) -> list[Any]:
         """`work` on each run, when it is its turn: an eviction's, a demotion's or a discard's calls, so many at a time that a
         store can do several in one go. The first error, when all that had begun is over. Any thread but trio's; blocks until
-        then, or until the guest's parking is over."""
+        then, or until `cut`."""
         return trio.from_thread.run(self._until_over, tier, work, runs, trio_token=self._token)
 
     async def _until_over(self, tier: int, work: Work, runs: Sequence[tuple[int, Any]]) -> list[Any]:
         with trio.CancelScope() as call:
             self._calls.add(call)
             try:
-                if not self._over:
+                if not self._is_cut:
                     return await self._each(tier, work, runs)
             finally:
                 self._calls.remove(call)

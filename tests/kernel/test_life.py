@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,26 @@ def test_a_full_store_stops_evictions_and_loses_nothing(start_vmm: Start, host: 
         vmm.verify()
         tiered.discard()
         tiered.leave()
+
+
+def test_no_thread_to_be_had(start_vmm: Start, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At pids.max: an error of this eviction, and the next one goes on."""
+    vmm = start_vmm(f"bytes={8 * MIB}")
+    vmm.ask("fill")
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with host.attached(vmm) as tiered:
+        tiered.scan()
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refused)
+            with pytest.raises(OSError, match=r"no thread .* pids\.max"):
+                tiered.evict()
+        assert not any(tiered.counters()["state_pages"][1:])
+        vmm.verify()
+        tiered.evict_all()
+        vmm.verify()
 
 
 def test_a_vmm_that_is_killed_in_mid_eviction(start_vmm: Start, host: Host) -> None:

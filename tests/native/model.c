@@ -1102,6 +1102,9 @@ ssize_t sys_store_write(int fd, const struct iovec *from, int count, uint64_t of
 		model_pause();
 	if (model_chance(M.faults.store_eio)) {
 		n = model_chance(500) ? -EIO : -ENOSPC;
+	} else if (s->sync_error && model_chance(500)) {
+		s->sync_error = false; /* NFS tells it to a write, and to no sync any more */
+		n = -EIO;
 	} else {
 		if (model_chance(M.faults.store_short))
 			n = MODEL_PAGE_BYTES;

@@ -51,16 +51,16 @@ MUTATIONS = [
         "		if (!claimed || g->idle_looks >= LOOKS_MAX)\n",
     ),
     Mutation(
-        "error_of_a_sync_is_only_of_whoever_sees_it",  # rule 5: two batches, one descriptor
+        "two_batches_write_to_a_file_at_once",  # rule 5: the descriptor tells an error to one of them
         "store.c",
-        "	else if (atomic_load(&g->settle_failures[tier]) != failures)",
-        "	else if (failures == UINT64_MAX)",
+        "	while (!(g->tiers[tier].flags & TIERD_SPACE_DIRECT) && atomic_exchange(&g->filing[tier], true))",
+        "	while (atomic_exchange(&g->filing[tier], true) && g->pages > UINT32_MAX)",
     ),
     Mutation(
-        "two_syncs_at_once",  # rule 5: the error was taken, and is not told yet
-        "store.c",
-        "	while (atomic_exchange(&g->settling[tier], true))",
-        "	while (atomic_exchange(&g->settling[tier], true) && g->pages > UINT32_MAX)",
+        "file_left_to_the_other_batch_before_the_sync",  # rule 5
+        "evict.c",
+        "	if (!error)\n		error = store_settle(",
+        "	store_leave(b->g, tier);\n	if (!error)\n		error = store_settle(",
     ),
     Mutation(
         "page_of_the_other_batch_is_taken",

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose call of a store comes next: tierd.parking.Turns."""
+"""Whose call of a store comes next: tierd.parking.Turns; and that none does any more."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import trio
 import trio.testing
 
-from tierd.parking import Rank, Turns
+from tierd.parking import Parking, Rank, Turns
 
 
 def in_trio(check: Callable[[], Awaitable[None]]) -> None:
@@ -87,5 +89,18 @@ def test_no_turn_is_lost_or_made(seed: int) -> None:
             await trio.testing.wait_all_tasks_blocked()
             assert len(log) == 3
             gate.set()
+
+    in_trio(check)
+
+
+def test_no_call_begins_after_a_guest_was_cut_off() -> None:
+    """Its worker may just have been on the way."""
+
+    async def check() -> None:
+        guest = cast("Any", SimpleNamespace(spec=SimpleNamespace(name="web", pid=1), tiers={}))
+        parking = Parking(guest, "1-1", {}, lambda store: Turns(1))
+        parking.cut()
+        with pytest.raises(OSError, match="nobody stores its pages"):
+            await trio.to_thread.run_sync(parking.each, 1, None, [(0, [])])
 
     in_trio(check)

@@ -392,6 +392,26 @@ def test_what_the_kernel_has_in_memory_is_read_at_once(given: Given, monkeypatch
     run(test)
 
 
+def test_a_segment_that_was_put_right_is_read_again(given: Given) -> None:
+    """By whoever had the damaged file open, too."""
+
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 64))
+        assert await space.read(0, 64) == pages(0, 64)
+        path = Path(given.options["root"]) / sorted(stored(given))[0]
+        good = path.read_bytes()
+        damage(given, lambda data: bytes(len(data)))
+        with pytest.raises(OSError, match="is damaged"):
+            await space.read(1, 1)
+        path.unlink()
+        path.write_bytes(good)
+        assert await space.read(1, 1) == pages(1, 1)
+        await space.aclose()
+
+    run(test)
+
+
 def test_damage_is_not_cleaned_away(given: Given) -> None:
     """The damaged segment stays for a repair, the other sparse ones go."""
 

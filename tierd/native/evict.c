@@ -797,7 +797,6 @@ int tierd_batch_write(struct tierd_batch *b, const uint32_t *tiers, uint32_t cou
 
 static int store_in_file(struct tierd_batch *b, unsigned int tier)
 {
-	uint64_t failures = atomic_load(&b->g->settle_failures[tier]);
 	uint32_t n, first = UINT32_MAX, end = 0;
 	int error = 0;
 
@@ -805,11 +804,18 @@ static int store_in_file(struct tierd_batch *b, unsigned int tier)
 		n = alike_run(b, i);
 		if (b->to[i] != tier)
 			continue;
+		if (!end)
+			store_enter(b->g, tier);
 		first = first < i ? first : i;
 		end = i + n;
 		error = store_write(b->g, tier, b->pages[i], n, b->bytes + i * b->page_bytes);
 	}
-	return error || !end ? error : store_settle(b->g, tier, b->pages[first], b->pages[end - 1] + 1, failures);
+	if (!end)
+		return 0;
+	if (!error)
+		error = store_settle(b->g, tier, b->pages[first], b->pages[end - 1] + 1);
+	store_leave(b->g, tier);
+	return error;
 }
 
 /* Everything here is the batch's own, or atomic: the worker may be busy with another one. */
@@ -904,21 +910,25 @@ static page_word arrived_word(struct tierd_batch *b, uint32_t slot, enum page_st
 	return word_with_copy(w, b->to[slot] != TIER_ZERO);
 }
 
-/* Of the slots [first, first + n): those that are DROPPING now are the first ones, this many. */
+/* Of the slots [first, first + n): those that are DROPPING now are the first ones, this many; then come those that a fault has taken,
+ * with their page and tier. No I/O: guest threads wait for pages that are DROPPING. */
 static uint32_t claim_dropping(struct tierd_batch *b, uint32_t first, uint32_t n)
 {
 	uint32_t kept = first;
 
 	for (uint32_t i = first; i < first + n; i++) {
 		page_word to = arrived_word(b, i, DROPPING);
+		uint64_t taken = b->pages[kept];
+		uint8_t tier = b->to[kept];
 
-		if (!page_move(b->g, b->pages[i], b->words[i], to)) {
-			if (moving(b))
-				forget_written(b, i);
+		if (!page_move(b->g, b->pages[i], b->words[i], to))
 			continue;
-		}
 		b->words[i] = to;
-		keep(b, kept++, i);
+		keep(b, kept, i);
+		if (kept++ == i)
+			continue;
+		b->pages[i] = taken;
+		b->to[i] = tier;
 	}
 	count_add(&b->g->count.pages_cancelled, first + n - kept);
 	return kept - first;
@@ -1059,10 +1069,10 @@ static int drop_staged(struct tierd_batch *b, struct tierd_batch_result *ret)
 	struct tierd_guest *g = b->g;
 	uint64_t waits = waits_now(g), stopped_ns = 0;
 	struct sys_inside_call calls[SYS_INSIDE_MAX];
-	uint32_t n, count = 0, done;
+	uint32_t n, count = 0, done, all = b->count;
 	int error = 0, failed;
 
-	b->count = claim_dropping(b, 0, b->count);
+	b->count = claim_dropping(b, 0, all);
 	for (uint32_t i = 0; i < b->count && !error; i += n) {
 		n = run_length(g, b->pages + i, b->count - i);
 		calls[count++] = drop_of(g, b->pages[i], n);
@@ -1080,6 +1090,8 @@ static int drop_staged(struct tierd_batch *b, struct tierd_batch_result *ret)
 		if (!error)
 			error = failed;
 	}
+	for (uint32_t i = b->count; i < all; i++)
+		forget_written(b, i);
 	return error;
 }
 

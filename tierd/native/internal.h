@@ -293,10 +293,9 @@ struct tierd_guest {
 	int idle_fd; /* idle page tracking, where reads are not seen otherwise; -1: the kernel has none */
 	uint8_t *
 		idle_asked; /* one a page, the worker's own: after which pass the kernel was asked to watch it; 0: never */
-	uint8_t idle_round;                 /* of passes: 1 to 255 */
-	uint32_t idle_looks;                /* in this call */
-	_Atomic bool settling[TIERD_TIERS]; /* somebody is inside of a sync of the file */
-	_Atomic uint64_t settle_failures[TIERD_TIERS];
+	uint8_t idle_round;               /* of passes: 1 to 255 */
+	uint32_t idle_looks;              /* in this call */
+	_Atomic bool filing[TIERD_TIERS]; /* a batch is being written to the file, and not synced yet */
 	_Atomic uint64_t worker_io_since_ns;
 	_Atomic uint64_t storing_since_ns
 		[STORING_LANES];     /* of batches: what they write to files is written by threads of their own */
@@ -504,7 +503,9 @@ int tier_read(struct tierd_guest *g, struct pool_reader *reader, unsigned int ti
 int tier_discard(struct tierd_guest *g, unsigned int tier, uint64_t page, uint64_t count);
 /* of a file */
 int store_write(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_t count, const void *from);
-int store_settle(struct tierd_guest *g, unsigned int tier, uint64_t first_page, uint64_t end_page, uint64_t failures);
+void store_enter(struct tierd_guest *g, unsigned int tier);
+void store_leave(struct tierd_guest *g, unsigned int tier);
+int store_settle(struct tierd_guest *g, unsigned int tier, uint64_t first_page, uint64_t end_page);
 
 static inline bool tier_is_pool(const struct tierd_guest *g, unsigned int tier)
 {

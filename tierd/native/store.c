@@ -5,7 +5,7 @@
  */
 #include "internal.h"
 
-enum { SETTLE_PAUSE_US = 50 }; /* a sync takes longer */
+enum { FILING_PAUSE_US = 50 }; /* a batch takes longer */
 
 /* --- a store that misbehaves, for tests --------------------------------------------------------------------------------- */
 
@@ -112,31 +112,29 @@ int store_write(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_
 	return 0;
 }
 
-/* The kernel tells an error of the device once to a descriptor, whoever's pages it was about. So what failed since before the first
- * write of a batch is its own, too: `failures` is what settle_failures was then. One at a time, or the other would not know yet. */
-static int sync_alone(struct tierd_guest *g, unsigned int tier, uint64_t failures)
+/*
+ * An error of the device comes when the kernel writes back, and is told once to a descriptor: to a sync or (NFS) to a write,
+ * whoever's pages it was about. So one batch at a time is between its first write and the end of its sync. O_DIRECT has no such errors.
+ */
+void store_enter(struct tierd_guest *g, unsigned int tier)
 {
-	int error;
+	while (!(g->tiers[tier].flags & TIERD_SPACE_DIRECT) && atomic_exchange(&g->filing[tier], true))
+		sys_pause_us(FILING_PAUSE_US);
+}
 
-	while (atomic_exchange(&g->settling[tier], true))
-		sys_pause_us(SETTLE_PAUSE_US);
-	error = sys_store_sync(g->tiers[tier].fd);
-	if (error)
-		atomic_fetch_add(&g->settle_failures[tier], 1);
-	else if (atomic_load(&g->settle_failures[tier]) != failures)
-		error = -EIO;
-	atomic_store(&g->settling[tier], false);
-	return error;
+void store_leave(struct tierd_guest *g, unsigned int tier)
+{
+	atomic_store(&g->filing[tier], false);
 }
 
 /* A write that returned is not stored: O_DIRECT, or a sync before anything depends on it. */
-int store_settle(struct tierd_guest *g, unsigned int tier, uint64_t first_page, uint64_t end_page, uint64_t failures)
+int store_settle(struct tierd_guest *g, unsigned int tier, uint64_t first_page, uint64_t end_page)
 {
 	struct tierd_tier *t = &g->tiers[tier];
 	int error = 0;
 
 	if (!(t->flags & TIERD_SPACE_DIRECT))
-		error = sync_alone(g, tier, failures);
+		error = sys_store_sync(t->fd);
 	if (!error && (t->flags & TIERD_SPACE_DROP_CACHE))
 		error = sys_store_drop_cache(t->fd, first_page * g->page_bytes,
 					     (end_page - first_page) * g->page_bytes);

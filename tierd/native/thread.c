@@ -338,7 +338,7 @@ void tierd_guest_stop(struct tierd_guest *g)
 
 void tierd_guest_health(struct tierd_guest *g, uint64_t hung_ns, struct tierd_health *ret)
 {
-	uint64_t io_since_ns = atomic_load(&g->worker_io_since_ns), now_ns = sys_now_ns(), answered_ns;
+	uint64_t io_since_ns = atomic_load(&g->worker_io_since_ns), now_ns, answered_ns;
 
 	for (unsigned int lane = 0; lane < STORING_LANES; lane++) {
 		uint64_t since_ns = atomic_load(&g->storing_since_ns[lane]);
@@ -346,6 +346,7 @@ void tierd_guest_health(struct tierd_guest *g, uint64_t hung_ns, struct tierd_he
 		if (since_ns && (!io_since_ns || since_ns < io_since_ns))
 			io_since_ns = since_ns;
 	}
+	now_ns = sys_now_ns(); /* after that of whoever began just now */
 	*ret = (struct tierd_health){.parked_pages = atomic_load(&g->parked_pages),
 				     .asked_pages = atomic_load(&g->asked_pages),
 				     .overdue_ns = parking_overdue_ns(g, now_ns),

@@ -147,10 +147,6 @@ class Bucket:
             return None
         return bytes(data) if done == size_bytes else None
 
-    def close(self) -> None:
-        """What is kept open for `get_now`."""
-        self._let_go("")
-
     def _keep_open(self, path: str) -> None:
         try:
             file = _File(os.open(self._root / path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
@@ -161,7 +157,8 @@ class Bucket:
             while len(self._files) > FILES_MAX:
                 del self._files[next(iter(self._files))]
 
-    def _let_go(self, prefix: str) -> None:
+    def forget(self, prefix: str) -> None:
+        """What is kept open of objects whose paths begin so."""
         with self._keeping:
             for path in [path for path in self._files if path.startswith(prefix)]:
                 del self._files[path]
@@ -177,13 +174,15 @@ class Bucket:
 
     def delete(self, path: str) -> None:
         """It may be gone already. OSError."""
+        self.forget(path)  # on NFS a file that is open is there still
         _call(f"delete {path}", self._operator.delete, path)
-        self._let_go(path)
+        self.forget(path)  # or somebody has just read it
 
     def remove(self, path: str) -> None:
         """A directory and all in it, which may be nothing. OSError: some of it is left."""
+        self.forget(path)
         _call(f"delete {path}", self._operator.remove_all, path)
-        self._let_go(path)
+        self.forget(path)
 
     def partial(self) -> list[Listed]:
         """Of a directory: what this host is writing, or was when it was killed, under names that start with the object's."""

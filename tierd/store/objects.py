@@ -154,7 +154,7 @@ class ObjectStore:
                 await self.in_thread(self.bucket.delete, path)
 
     async def aclose(self) -> None:
-        self.bucket.close()
+        self.bucket.forget("")
 
     async def in_thread(self, call: Callable[..., R], *args: object) -> R:
         """Anything but a read of a page. Not cancelled while it runs: its deadlines and retries bound it."""
@@ -328,12 +328,16 @@ class ObjectSpace:
     async def _read_runs(self, wanted: Sequence[Run]) -> list[list[tuple[int, bytes]]]:
         if len(wanted) == 1 and wanted[0].length <= NOW_BYTES_MAX:
             (run,) = wanted
-            data = self._store.bucket.get_now(self._name(run.number), run.offset, run.length)
+            name = self._name(run.number)
+            data = self._store.bucket.get_now(name, run.offset, run.length)
             if data is not None:
                 self._read_now = (self._read_now + 1) % NOW_IN_A_ROW
                 if not self._read_now:  # others want trio's thread, too; each time would be a round of its loop
                     await trio.lowlevel.checkpoint()
-                return [self._records(run, data)]
+                try:
+                    return [self._records(run, data)]
+                except segments.DamagedError:  # the object has been put right since, maybe: another file by that name
+                    self._store.bucket.forget(name)
         return await self._store.each(self._read_run, wanted, reading=True)
 
     def _read_run(self, run: Run) -> list[tuple[int, bytes]]:
