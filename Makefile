@@ -25,8 +25,8 @@ demo: setup
 	@$(if $(findstring redis,$(TIERS)),tests/setup.sh stores)
 	@$(VENV)/bin/tierd --config config/tierd.yaml demo --directory build/vm $(if $(JSON),--json) $(if $(filter anon,$(MEMORY)),--backing anonymous) $(if $(TIERS),--tiers $(TIERS))
 
-test: setup lint
-	@tests/setup.sh libvirt metrics stores disks boot
+test: setup
+	@tests/beside.sh 0 "$(MAKE) lint" tests/setup.sh libvirt metrics stores disks boot
 	@tests/beside.sh 19 "$(MAKE) test-beside" $(MAKE) --no-print-directory test-machine
 	@$(MAKE) --no-print-directory test-kernels
 

@@ -71,10 +71,10 @@ MUTATIONS = [
     Mutation(
         "leaving_after_the_hold_is_not_leaving",  # rule 1: a fault between scan and LEAVING must cancel
         "evict.c",
-        "		if (!page_move(b->g, b->pages[i], b->words[i], to)) {",
-        "		if (!page_move(b->g, b->pages[i], b->words[i], to) && !b->g->anon) {\n"
+        "		if (!page_move(b->g, b->pages[i], b->words[i], to))\n			continue;\n		b->words",
+        "		if (!page_move(b->g, b->pages[i], b->words[i], to) && !b->g->anon)\n"
         "			atomic_store(&b->g->words[b->pages[i]], to);\n"
-        "		} else if (word_state(page_load(b->g, b->pages[i])) != DROPPING) {",
+        "		else if (word_state(page_load(b->g, b->pages[i])) != DROPPING)\n			continue;\n		b->words",
     ),
     Mutation(
         "resolver_does_not_own_its_page",  # rule 2
@@ -99,8 +99,8 @@ MUTATIONS = [
     Mutation(
         "written_is_taken_for_stored",  # rule 5: no sync before DROPPING
         "store.c",
-        "	error = sys_store_sync(g->tiers[tier].fd);",
-        "	error = 0;",
+        "		error = sys_store_sync(t->fd);",
+        "		error = 0;",
     ),
     Mutation(
         "checksum_not_verified_and_no_sync",  # rule 5: only the checksum turns stale into an error
@@ -158,8 +158,8 @@ MUTATIONS = [
     Mutation(
         "short_write_ignored",
         "store.c",
-        "		done += (size_t)n;\n	}\n	return 0;\n}\n\n/* The kernel tells",
-        "		done = bytes;\n	}\n	return 0;\n}\n\n/* The kernel tells",
+        "		done += (size_t)n;\n	}\n	return 0;\n}\n\n/*\n * An error of the device",
+        "		done = bytes;\n	}\n	return 0;\n}\n\n/*\n * An error of the device",
     ),
     Mutation(
         "copy_that_said_enomem_is_resident",  # rule 12
@@ -740,7 +740,7 @@ MORE = {
         "4001",
     ),  # the kernel must refuse the drop
     "huge_hold_taken_for_poison": ("--engine", "rfc", "--hugetlb"),
-    "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--often"),
+    "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--often", "--from", "20001"),
     "rwp_absence_is_taken_for_protection": ("--engine", "rwp", "--remap"),
 }
 # Two walls stand behind each other here: one alone holds, so both are broken.
@@ -808,7 +808,7 @@ ALSO = {
         "		    page_move(b->g, b->pages[first + i], w, b->words[first + i]))\n",
     ),
     "checksum_not_verified_and_no_sync": Mutation(
-        "no_sync", "store.c", "	error = sys_store_sync(g->tiers[tier].fd);", "	error = 0;"
+        "no_sync", "store.c", "		error = sys_store_sync(t->fd);", "		error = 0;"
     ),
     "rwp_absence_is_taken_for_protection": Mutation(
         "not_touched_is_enough",
