@@ -421,18 +421,6 @@ def test_a_restart_that_would_lose_sight_of_a_store_restores(daemon: Daemon, web
     web.verify()
 
 
-def test_without_a_daemon_it_is_refused(daemon: Daemon, web: Vmm, redis: Server) -> None:
-    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
-    daemon.start()
-    evicted(daemon, "web", web)
-    daemon.kill()
-    done = daemon.tierd("detach", "--pid", f"{web.pid}")
-    assert done.returncode != 0
-    assert "are in the store redis" in done.stdout + done.stderr
-    daemon.start()
-    web.verify()
-
-
 def test_a_guest_that_ends_while_an_order_waits_for_its_store(daemon: Daemon, boot: Boot, redis: Server) -> None:
     """Nobody brings pages any more then; who waited for them must not keep the guest from its end."""
     web = boot("web", 16 * MIB, "compressible")
