@@ -732,6 +732,7 @@ static void continue_dontwake(enum kind kind)
 	struct touch t;
 	touch(&t, unit(&m, 1));
 	EXPECT_FAULT(uffd, unit(&m, 1), ON_MINOR);
+	EXPECT_BLOCKED(&t); // its message comes before it sleeps, and it looks once more in between
 	EQUAL(try_continue(uffd, unit(&m, 1), m.page, UFFDIO_CONTINUE_MODE_DONTWAKE, NULL), 0);
 	EXPECT_BLOCKED(&t);
 	CHECK(!is_cold(&m, 1));
