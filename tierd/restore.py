@@ -48,7 +48,8 @@ async def restore_all(served: Served, parking: Parking | None, in_worker: InWork
         elif stored_pages >= before:
             raise OSError(
                 errno.EIO,
-                f"{stored_pages} pages of guest {served.spec.name} (process {served.spec.pid}) cannot be read from the store",
+                f"{stored_pages} pages of guest {served.spec.name} (process {served.spec.pid}) cannot be read from the store: "
+                "see to it (tierd's log has its errors), and try again",
             )
     return done
 

@@ -30,8 +30,8 @@ STORED, LOST = STATES.index("stored"), STATES.index("lost")
 
 
 def put_right(config_path: Path, runtime_dir: Path, pid: int, progress: Progress) -> int:
-    """Bytes that were brought back. Blocks for as long as that takes. The configuration is read only where pages are in stores
-    that are asked. AlreadyRunning: a daemon serves this directory, ask it. ConfigErrors, StateError, Stale, StoreError,
+    """Bytes that were brought back. Blocks for as long as that takes. The configuration is read only where the guest has
+    tiers that are asked. AlreadyRunning: a daemon serves this directory, ask it. ConfigErrors, StateError, Stale, StoreError,
     EngineUnavailable, OSError: why it cannot be done; whatever is still stored stays so, and the next tierd serves it."""
     guests_dir = prepare_runtime_dir(runtime_dir)
     lock = lock_runtime_dir(runtime_dir)
@@ -74,7 +74,7 @@ async def _put_right(served: Served, key: str, config_path: Path, runtime_dir: P
                     failure = error  # by itself, and not as one of a nursery's
                 nursery.cancel_scope.cancel()
         finally:
-            await parking.close(delete=failure is None)  # else they are the next tierd's
+            await parking.close(delete=not served.state_path.exists())  # else they are the next tierd's
     if failure is not None:
         raise failure
     return restored
@@ -90,7 +90,9 @@ async def _bring_back_and_leave(served: Served, parking: Parking | None, progres
             "the store, start tierd and `tierd retry`, or end the VM"
         )
     if not await trio.to_thread.run_sync(served.leave):
-        raise StateError(f"every page of process {pid} is back; what we kept in it stays: it could not be entered")
+        raise StateError(
+            f"every page of process {pid} is back; what we kept in it stays, which hurts nobody: it could not be entered"
+        )
     return restored
 
 

@@ -6,9 +6,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.daemon.process import Boot, Daemon, evicted, tiers, with_tiers
 from tests.kernel.vmm import MIB, userfaultfds, wait_for
 from tests.store.servers import Server
+from tierd.guest import no_progress
+from tierd.salvage import put_right
+from tierd.serve import StateError
 
 
 def test_a_guest_whose_tierd_is_gone_for_good(daemon: Daemon, boot: Boot) -> None:
@@ -70,6 +75,27 @@ def test_the_configuration_has_no_such_store_any_more(daemon: Daemon, boot: Boot
     with_tiers(daemon, "objects", stores={"objects": objects})
     assert daemon.tierd("detach", "--pid", str(vmm.pid)).returncode == 0
     vmm.verify()
+
+
+def test_its_vmm_cannot_be_entered(daemon: Daemon, boot: Boot, disk_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A userfaultfd is left in it; no page is left in a store, nor the key to one, because nobody would look for them."""
+    (disk_dir / "bucket").mkdir(mode=0o700)
+    objects = {"scheme": "fs", "options": {"root": str(disk_dir / "bucket")}}
+    vmm = boot("web", 8 * MIB, "compressible")
+    with_tiers(daemon, "objects", stores={"objects": objects})
+    daemon.start()
+    evicted(daemon, "web", vmm)
+    daemon.kill()
+
+    def refused(pid: int, number: int) -> None:
+        raise PermissionError(f"process {pid} is traced")
+
+    monkeypatch.setattr("tierd.serve.close_in_vmm", refused)
+    with pytest.raises(StateError, match=r"is back; .* could not be entered"):
+        put_right(daemon.config, daemon.runtime_dir, vmm.pid, no_progress)
+    vmm.verify()
+    assert not list((disk_dir / "bucket").rglob("*.000*"))
+    assert not list((daemon.runtime_dir / "keys").iterdir())
 
 
 def test_nothing_of_it_is_there(daemon: Daemon, boot: Boot) -> None:
