@@ -19,8 +19,8 @@ from tierd.native._native import ffi, lib
 TIERS = int(lib.TIERD_TIERS)
 REGIONS_MAX = int(lib.TIERD_REGIONS_MAX)
 READAHEAD_PAGES_MAX = 512
-# locked in memory for a guest: a batch of 2 MiB, buffers, stacks of fault threads; its page table and bitmaps; where its pages
-# are huge, instead a batch of 8, one to compare, one of zeros, and one for each of 3 threads
+# locked in memory for a guest: two batches of 2 MiB, buffers, stacks of fault threads; its page table and bitmaps; where its
+# pages are huge, instead two batches of 4, one to compare, one of zeros, and one for each of 3 threads
 GUEST_LOCKED_BYTES, TABLE_BYTES_A_PAGE, HUGE_BUFFER_PAGES = 5 << 20, 9, 13
 CAP_IPC_LOCK = 14  # who has it may lock any amount
 READ_DEADLINE_S_MAX = 366 * 86400.0
