@@ -13,7 +13,7 @@
 
 enum { VECTOR = 256, ENTRIES = 512, INSIDE_CALLS_MAX = 64 };
 /* In epochs. Every so many a pass looks at all words of its chunk, for ages that would wrap. */
-enum { PASS_NS = 10000000 }; /* of one call: Python asks in between whether to go on */
+enum { PASS_NS = 20000000 }; /* of one call: Python asks in between whether to go on */
 enum { AGE_KEPT = 0xf000, AGE_MAX = 0xf800, AGE_EVERY = 0x100 };
 
 static void region_mark(uint64_t *bits, uint64_t base, uint64_t page_bytes, const struct sys_page_region *found)
