@@ -27,8 +27,7 @@ demo: setup
 
 test: setup
 	@tests/beside.sh 0 "$(MAKE) lint" tests/setup.sh libvirt metrics stores disks boot
-	@tests/beside.sh 19 "$(MAKE) test-beside" $(MAKE) --no-print-directory test-machine
-	@$(MAKE) --no-print-directory test-kernels
+	@tests/beside.sh 19 "$(MAKE) test-beside" $(MAKE) --no-print-directory test-machine test-kernels
 
 # tests/kernel changes what the machine is set to (huge pages, large folios, swap), one test after the other and no guest of another's
 # beside it. Of the rest, those with real guests run beside those without: much of the time both wait.
@@ -56,8 +55,8 @@ kernels:
 bench-kernels: build kernels
 	$(PY) -m tests.kernels.bench $(ARGS)
 
-# The tests that boot them: two at once, all of one class by one process. Nothing else beside them:
-# their guests have clocks. Those of arm64 are in `make soak`.
+# The tests that boot them: two at once, all of one class by one process. Beside them nothing that is not at
+# niceness 19: their guests have clocks. Those of arm64 are in `make soak`.
 test-kernels: setup kernels
 	$(PY) -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder --ignore=tests/kernels/test_arm64.py tests/kernels $(ARGS)
 
@@ -69,6 +68,7 @@ lint: build
 		gcc -std=gnu11 -fsyntax-only -Wall -Wextra -Werror $(addprefix -I,tierd/native $(wildcard tests/*/)) $$source || exit 1; done
 
 bench: setup
+	@tests/setup.sh stores
 	$(PY) -m tests.bench.bench $(ARGS)
 
 # tierd is killed KILLS times at random moments under guests that check every byte; writes build/torture.json.

@@ -24,9 +24,9 @@ class Section:
     output: str
 
 
-def pytest_in_there(tests: Sequence[str], python: str = sys.executable) -> str:
-    """The command. Only the plugin that is needed: there the import of the others takes ten seconds."""
-    options = "-q --color=no -p no:cacheprovider -p pytest_timeout --durations=8"
+def pytest_in_there(tests: Sequence[str], python: str = sys.executable, *, plugin: str = "pytest_timeout") -> str:
+    """The command. Only the plugins that are needed: there the import of the others takes ten seconds."""
+    options = f"-q --color=no -p no:cacheprovider -p pytest_timeout -p {plugin} --durations=8"
     return f"PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 {shlex.quote(python)} -m pytest {options} {shlex.join(tests)}"
 
 

@@ -7,12 +7,12 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.kernels.machine import ROOT, Section, check_selftest, on_one_cpu, pytest_in_there, sections_of
+from tests.kernels.suite import RACES, REST
 from tests.need import need
 from tierd.demo.guest import GuestError, find_kernel
 
@@ -25,37 +25,6 @@ HUGETLB_POOL = "/proc/sys/vm/nr_hugepages"
 LARGE = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 KILLS = 4
 DEMO = "/var/tmp/demo"  # in there: the scratch disk
-# Tests of the kernel layer: all that is about an engine, and the torture; the rest does not differ from what runs outside. And a
-# daemon that is an ordinary user. In few calls of pytest: there its start takes half a minute. Where threads race, on two CPUs.
-RACES = (
-    "kernel/test_windows.py",
-    "kernel/test_kill.py::test_torture",
-    "kernel/test_hugetlb.py::test_torture",
-    "kernel/test_life.py::test_a_busy_guest_reads_what_it_wrote[default]",
-    "kernel/test_rules.py::test_a_balloon_under_eviction",
-)
-SUITE = (
-    "kernel/test_large_folios.py",
-    "kernel/test_hugetlb.py::test_everything_leaves_and_comes_back",
-    "kernel/test_hugetlb.py::test_only_touched_pages_stay",
-    "kernel/test_hugetlb.py::test_adoption",
-    "kernel/test_hugetlb.py::test_what_the_vmm_has_unmapped_goes_back_into_its_file",
-    "kernel/test_hugetlb.py::test_a_page_that_cannot_be_punched_stays",
-    "kernel/test_swap.py",
-    "kernel/test_anonymous.py::test_what_is_only_read_stays_where_the_kernel_tracks_idle_pages",
-    "kernel/test_life.py::test_everything_leaves_and_comes_back[default]",
-    "kernel/test_life.py::test_only_idle_pages_leave",
-    "kernel/test_life.py::test_a_balloon_reads_zeros_or_what_was_there",
-    "kernel/test_life.py::test_an_orderly_keep_and_an_adoption",
-    "kernel/test_life.py::test_two_daemons_cannot_serve_one_guest",
-    "kernel/test_life.py::test_a_real_vcpu[default]",
-    "kernel/test_rules.py::test_missing_comes_with_write_protection_and_by_chunk",
-    "kernel/test_rules.py::test_a_vmm_that_dies_after_a_step",
-    "kernel/test_kill.py::test_a_page_that_does_not_verify_is_a_memory_error",
-    "kernel/test_kill.py::test_faults_wait_for_the_successor",
-    "kernel/test_kill.py::test_disarm_is_refused_while_a_page_is_stored",
-    "daemon/test_unprivileged.py",
-)
 
 
 @pytest.fixture(scope="class")
@@ -72,9 +41,8 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
     # one tier: to compress takes an emulated CPU too long for the guest's own clock
     demo = f"{python} -m tierd --config config/tierd.yaml demo --json --directory {DEMO} --accel kvm --tiers file"
 
-    def tests(wanted: Sequence[str]) -> str:
-        return f"(cd {HERE}; {pytest_in_there([f'tests/{test}' for test in wanted], str(theirs))})"
-
+    tests = [*REST, *RACES] if request.cls.rest_first else [*RACES, *REST]
+    suite = f"(cd {HERE}; {pytest_in_there(tests, str(theirs), plugin='tests.kernels.suite')})"
     races = {
         "driver": f"{children}/real --engine {name} --slowness 25 --seeds {SEEDS} --store /var/tmp",
         "large": f"echo always >{LARGE}; {children}/real --engine {name} --slowness 25 --seeds {LARGE_SEEDS} "
@@ -83,18 +51,16 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
         # a page takes long to leave, so its daemons live longer
         "hugetlb": f"echo {HUGETLB_PAGES} >{HUGETLB_POOL}; {children}/real --engine {name} --slowness 250 --seeds "
         f"{HUGETLB_SEEDS} --store /var/tmp --hugetlb; status=$?; echo 0 >{HUGETLB_POOL}; (exit $status)",
-        "races": tests(RACES),
     }
     rest = {
         "check": f"{python} -m tierd check --json",
-        "suite": tests(SUITE),
         # KVM: the emulator emulates SVM, and so the guest is emulated once and not twice
         "demo": f"mkdir {DEMO} && ln -s {guest_kernel} {DEMO} && {demo} --memory 128MiB",
         "demo_anonymous": f"{demo} --memory 192MiB --backing anonymous",
     }
     rest = {section: on_one_cpu(command) for section, command in rest.items()}
     # the other kernel's machine runs beside this one, and has one CPU while this one has two
-    commands = rest | races if request.cls.rest_first else races | rest
+    commands = rest | {"suite": suite} | races if request.cls.rest_first else races | {"suite": suite} | rest
     commands["selftest"] = f"{selftest} --system {name}"  # the last one: it changes what the system is set to
     variables = {
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -181,9 +147,8 @@ class Engine:
         assert result["tiers"]["file"] > 32 << 20, "of these not only zeros"
         assert result["faults"] > 100, "and came back"
 
-    @pytest.mark.parametrize("section", ["races", "suite"])
-    def test_the_kernel_layer_and_an_ordinary_user(self, sections: dict[str, Section], section: str) -> None:
-        said = sections[section]
+    def test_the_kernel_layer_and_an_ordinary_user(self, sections: dict[str, Section]) -> None:
+        said = sections["suite"]
         print(said.output)
         assert said.status == 0, said.output
 
