@@ -36,6 +36,7 @@ from tierd.native import GUEST_TIER, STAGING_TIER, BatchResult, KernelError, Nat
 BATCH_BYTES = 2 << 20  # a large folio, which leaves whole; of anonymous memory, a stop of a thread of the VMM
 BATCH_PAGES_MIN = 4  # huge ones
 BATCHES = 2  # of an eviction, at a time: their memory is locked (GUEST_LOCKED_BYTES)
+ASKED_BATCHES = 4  # to a store that may be far away, where as much more may be locked
 PHASES = ("scan", "deactivate", "stage", "select", "hold", "copy", "write", "drop", "release", "demote", "discard")
 GARBAGE_PAGES, GARBAGE_RUNS = 1 << 16, 256  # told to a store at a time
 COMPACT_PAGES, COMPACT_CALLS = 4096, 16  # of a pool, at a time; and so often in a cycle
@@ -261,8 +262,11 @@ def evict(
     storing: deque[_Storing] = deque()
     with ExitStack() as stack:
         batches = [stack.enter_context(guest.batch(batch_pages)) for _ in range(BATCHES)]
+        with suppress(KernelError):  # no more may be locked
+            while guest.asked_tiers.intersection(tiers) and len(batches) < ASKED_BATCHES:
+                batches.append(stack.enter_context(guest.batch(batch_pages)))
         free = list(batches)
-        threads = stack.enter_context(ThreadPoolExecutor(BATCHES))
+        threads = stack.enter_context(ThreadPoolExecutor(len(batches)))
         try:
             while True:
                 check()

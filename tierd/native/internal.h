@@ -41,7 +41,7 @@ void tierd_model_yield(void);
 #define TIERD_YIELD() ((void)0)
 #endif
 
-enum { STORING_LANES = 2 }; /* batches whose stores are watched each by itself */
+enum { STORING_LANES = 4 }; /* batches whose stores are watched each by itself */
 enum page_state { RESIDENT, RESOLVING, LEAVING, DROPPING, STORED, MOVING, ARRIVING, LOST, STAGING, PAGE_STATES };
 _Static_assert((int)PAGE_STATES == TIERD_STATES, "counters");
 

@@ -23,6 +23,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -278,10 +279,11 @@ class ObjectSpace:
     async def _write_segment(self, first_page: int, records: Sequence[bytes]) -> None:
         self._index.reserve(first_page, len(records))
         number = self._index.take_number()
-        rows = await self._put(number, [Record(first_page + n, number, record) for n, record in enumerate(records)])
+        pages = range(first_page, first_page + len(records))
+        rows = await self._put(number, map(Record, pages, repeat(number), records))
         self._point(first_page, segments.words_of(number, rows))
 
-    async def _put(self, number: int, records: Sequence[Record]) -> list[Row]:
+    async def _put(self, number: int, records: Iterable[Record]) -> list[Row]:
         """Make segment `number` durable. One that failed is dead, and deleted with the dead ones."""
 
         def put() -> list[Row]:

@@ -29,10 +29,12 @@ LIVE_FRACTION_MIN = 0.5  # a segment of which less is live is sparse
 SMALL_FRACTION = 1 / 16  # a segment smaller than this part of a full one is merged with others
 
 _HEADER = struct.Struct("<IIII")  # crc of the rest and the data, page, generation, bytes of data
+_CRC, _REST = struct.Struct("<I"), struct.Struct("<III")  # its two parts
 _ROW = struct.Struct("<IIII")  # page, generation, offset, length
 _TRAILER = struct.Struct("<8sIIQ")  # magic, crc of the table, rows, bytes of the whole segment
 ROW_BYTES, TRAILER_BYTES = _ROW.size, _TRAILER.size
 _MAGIC = b"tierdSG1"
+_PADDING = bytes(UNIT_BYTES)
 
 
 class DamagedError(OSError):
@@ -94,13 +96,14 @@ def build(name: str, records: Iterable[Record]) -> tuple[bytes, list[Row]]:
     rows: list[Row] = []
     offset = 0
     for page, generation, data in records:
-        rest = _HEADER.pack(0, page, generation, len(data))[4:]
-        padding = -(_HEADER.size + len(data)) % UNIT_BYTES
-        length = _HEADER.size + len(data) + padding
-        parts += (zlib.crc32(data, zlib.crc32(rest, seed)).to_bytes(4, "little"), rest, data, bytes(padding))
+        rest = _REST.pack(page, generation, len(data))
+        length = _HEADER.size + len(data)
+        padding = -length % UNIT_BYTES
+        length += padding
+        parts += (_CRC.pack(zlib.crc32(data, zlib.crc32(rest, seed))), rest, data, _PADDING[:padding])
         rows.append(Row(page, generation, offset, length))
         offset += length
-    table = b"".join(_ROW.pack(*row) for row in rows)
+    table = b"".join([_ROW.pack(*row) for row in rows])
     total = offset + len(table) + _TRAILER.size
     parts += (table, _TRAILER.pack(_MAGIC, zlib.crc32(table, seed), len(rows), total))
     return b"".join(parts), rows
