@@ -125,6 +125,7 @@ class Parking:
         self._opened = {number: trio.Event() for number in self._tiers}
         self._troubles: dict[int, str] = {}
         self._broken: set[int] = set()
+        self._wrong: set[int] = set()
         self._over = self._is_cut = False
         self._token = trio.lowlevel.current_trio_token()
         self._calls: set[trio.CancelScope] = set()  # of workers
@@ -233,11 +234,24 @@ class Parking:
                     f"the configuration has no store {store.second}, which holds second copies of {store.name}"
                 )
             other = await self._one_space_of(second, tier, is_second=True)
-            return MirroredSpace(first, other, min(store.deadline_s / 2, PATIENCE_S))
+            patience_s = min(store.deadline_s / 2, PATIENCE_S)
+            return MirroredSpace(first, other, patience_s, self._served.native.is_right, partial(self._tell_wrong, tier))
         except BaseException:
             with trio.CancelScope(shield=True):
                 await first.aclose()
             raise
+
+    def _tell_wrong(self, tier: ServedTier, page: int) -> None:
+        """Once for each store: there may be many."""
+        if tier.number not in self._wrong:
+            self._wrong.add(tier.number)
+            self._log.error(
+                "copy_is_wrong",
+                store=tier.name,
+                second=self._store(tier.number).second,
+                page=page,
+                action="the other copy is taken; see who else can write to the two stores",
+            )
 
     async def _one_space_of(self, store: AskedStore, tier: ServedTier, *, is_second: bool = False) -> PageSpace:
         served = self._served

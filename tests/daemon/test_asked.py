@@ -258,6 +258,26 @@ def test_two_copies(daemon: Daemon, web: Vmm, redis: Server, disk_dir: Path) -> 
     assert not list((daemon.runtime_dir / "keys").iterdir())
 
 
+def test_a_second_copy_for_what_the_first_store_has_wrong(
+    daemon: Daemon, web: Vmm, redis: Server, disk_dir: Path
+) -> None:
+    """No seal tells: these are records of tierd, of other pages."""
+    (disk_dir / "bucket").mkdir(mode=0o700)
+    objects = {"scheme": "fs", "options": {"root": str(disk_dir / "bucket")}}
+    first = {"addresses": [redis.address], "second": "objects", "encrypt": False}
+    with_tiers(daemon, "redis", stores={"redis": first, "objects": objects})
+    daemon.start()
+    evicted(daemon, "web", web)
+    swapped = 0
+    for key in redis.ask("KEYS", "*/*"):
+        pages = sorted(redis.ask("HGETALL", key).items())
+        swapped += len(pages)
+        redis.ask("HSET", key, *(word for n, (page, _) in enumerate(pages) for word in (page, pages[n - 1][1])))
+    assert swapped > 15 * MIB // 4096
+    web.verify()
+    assert not daemon.guests()["web"]["counters"]["pages_lost"]
+
+
 def test_encryption_turned_off_later(daemon: Daemon, web: Vmm, redis: Server) -> None:
     """What was sealed is read with its key, and what is added is sealed as well."""
     with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})

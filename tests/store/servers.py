@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -22,17 +23,19 @@ from redis.exceptions import ConnectionError, RedisError, TimeoutError
 # Debian has one binary that is server, sentinel and checker, by the name it is called; package redis-tools starts no service
 BINARY = shutil.which("redis-check-rdb") or "redis-server"
 READY_IN_S = 60.0
+FIRST_PORT = 10000
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in sockets]
-    finally:
-        for sock in sockets:
-            sock.close()
+    """None of those that the kernel gives to connections: a server that was killed comes back to its port."""
+    end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    found: set[int] = set()
+    while len(found) < count:
+        port = FIRST_PORT + secrets.randbelow(end - FIRST_PORT)
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            found.add(port)
+    return list(found)
 
 
 def wait_for(condition: Callable[[], bool], otherwise: Callable[[], str]) -> None:

@@ -682,6 +682,10 @@ class NativeGuest:
             self._answers.pop(request.number, None)
         return requests
 
+    def is_right(self, page: int, record: bytes) -> bool:
+        """Whether this is what was stored of a page, which is stored or on its way back. Any thread."""
+        return len(record) == self.page_bytes and bool(lib.tierd_guest_is_right(self._g, page, record))
+
     def answer(self, number: int, content: bytes, pages: int, error: int) -> None:
         """The first `pages` pages of a request, or an errno (positive) that says why there are none. Any thread; cheap."""
         self._answers[number] = content

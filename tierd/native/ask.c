@@ -159,6 +159,11 @@ int tierd_guest_answer(struct tierd_guest *g, uint32_t number, const void *bytes
 	return taken ? 0 : -EINVAL;
 }
 
+int tierd_guest_is_right(struct tierd_guest *g, uint64_t page, const void *bytes)
+{
+	return page < g->pages && checksum(bytes, g->page_bytes) == g->checksums[page];
+}
+
 bool answer_take(struct tierd_guest *g, struct request *ret)
 {
 	struct asking *a = g->asking;

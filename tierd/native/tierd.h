@@ -355,6 +355,9 @@ int tierd_guest_asked(struct tierd_guest *g, struct tierd_request *requests, uin
  * such request. */
 int tierd_guest_answer(struct tierd_guest *g, uint32_t number, const void *bytes, uint32_t good, int32_t error);
 
+/* Whether these are the bytes that were stored of a page, which is stored or on its way back. From any thread; cheap. */
+int tierd_guest_is_right(struct tierd_guest *g, uint64_t page, const void *bytes);
+
 /* The calls below belong to the guest's one worker: a second one at the same time gets -EBUSY. All block. */
 
 /* How pages are deactivated from the next pass on: TIERD_ZAP_*, and the thread of the VMM that runs TIERD_ZAP_INJECT. */

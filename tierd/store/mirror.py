@@ -16,11 +16,20 @@ SILENT_S = 10.0
 
 class MirroredSpace:
     """Implements store.PageSpace over two of them. A write or discard is done when both have done it. A page is read from the
-    first; if that fails, does not have it, has something else (a seal tells), or takes `patience_s`, from the second. One that
-    did not answer is asked last for a while."""
+    first; if that fails, does not have it, has something else (a seal tells, or `is_right`), or takes `patience_s`, from the
+    second. One that did not answer or has something else is asked last for a while; the latter is told."""
 
-    def __init__(self, first: PageSpace, second: PageSpace, patience_s: float) -> None:
+    def __init__(
+        self,
+        first: PageSpace,
+        second: PageSpace,
+        patience_s: float,
+        is_right: Callable[[int, bytes], bool],
+        tell_wrong: Callable[[int], None],
+    ) -> None:
+        """`tell_wrong`: of a page, that one of the two has it wrong."""
         self._first, self._second, self._patience_s = first, second, patience_s
+        self._is_right, self._tell_wrong = is_right, tell_wrong
         self._silent_until = {first: -math.inf, second: -math.inf}
 
     async def write(self, first_page: int, records: Sequence[bytes]) -> None:
@@ -38,7 +47,12 @@ class MirroredSpace:
                 if not isinstance(error, StoreError):
                     self._silent_until[space] = trio.current_time() + SILENT_S
                 continue
-            records = [other if record is None else record for record, other in zip(records, found, strict=True)]
+            for page, record in enumerate(found, first_page):
+                if record is not None and not self._is_right(page, record):
+                    self._silent_until[space] = trio.current_time() + SILENT_S
+                    self._tell_wrong(page)
+                elif records[page - first_page] is None:
+                    records[page - first_page] = record
             if None not in records:
                 return records
         if errors and records[:1] in ([], [None]):
