@@ -96,8 +96,11 @@ def bind_unix(
     try:
         sock.bind(str(path))
         if group is not None:
-            os.chown(path, -1, grp.getgrnam(group).gr_gid)
+            _give_to_group(path, group, section)
         os.chmod(path, mode)  # nobody can have connected meanwhile: it does not listen yet
+    except SocketUnusable:
+        sock.close()
+        raise
     except KeyError as error:
         sock.close()
         path.unlink()
@@ -110,6 +113,18 @@ def bind_unix(
             f"cannot listen on {path}: {error.strerror}; set {section}.socket to another path"
         ) from error
     return sock
+
+
+def _give_to_group(path: Path, group: str, section: str) -> None:
+    """KeyError: there is none of that name."""
+    try:
+        os.chown(path, -1, grp.getgrnam(group).gr_gid)
+    except PermissionError as error:
+        path.unlink()
+        raise SocketUnusable(
+            f"{path} cannot be given to group {group}, of which tierd is no member: add SupplementaryGroups={group} to its "
+            f"unit, or remove {section}.group"
+        ) from error
 
 
 def _remove_stale(path: Path, kind: int, section: str) -> None:

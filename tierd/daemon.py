@@ -45,7 +45,7 @@ from tierd.serve import (
 )
 from tierd.store import Store, StoreError
 from tierd.store.asked import AskedStore
-from tierd.stores import ANSWERS_S, asked_or_errors, memory_or_errors, open_stores, probe
+from tierd.stores import ANSWERS_S, asked_or_errors, errors_of_stores, memory_or_errors, open_stores, probe
 from tierd.systemd import Notifier, watchdog_interval_s
 from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused, StoreStatus
 
@@ -100,10 +100,12 @@ class Daemon:
         self._kept: set[str] = set()  # by key: what a VMM brought and the service manager has, too
         self._offers: dict[str, _Offer] = {}  # by key: for the next try at an adoption
         self._left: set[str] = set()  # detached by an operator: not picked up again
+        self._discovery = Discovery()
+        self._picked: set[int] = set()  # by pid: VMMs that are to be attached
         self._began = trio.current_time()
         self._engine_notes = [finding.says for finding in engine_findings(host.engine.found, config.engine)]
         self._nursery: trio.Nursery
-        self._stopping = self._manager_deaf = False
+        self._stopping = self._manager_deaf = self._reload_failed = False
         self._unseen_told = False
         self._fds_to_remove: set[str] = set()  # by key: of the manager's, of guests that are gone or were left
         self._asked_at = dict.fromkeys(host.stores, trio.current_time())  # by store: when it answered last
@@ -263,6 +265,9 @@ class Daemon:
             new = await trio.to_thread.run_sync(load, self.config_path)
         except ConfigErrors as errors:
             return f"the next tierd will not start: {errors.errors[0]}"
+        of_stores = await trio.to_thread.run_sync(partial(errors_of_stores, new, self.config_path, probe=False))
+        if of_stores:
+            return f"the next tierd will not have a store: {of_stores[0]}"
         ours = self.host.guests_dir.parent
         if ours != new.runtime_dir:
             return (
@@ -470,17 +475,23 @@ class Daemon:
         )
 
     async def _discover(self) -> None:
-        """Look for new VMMs. One pass over /proc reads only the processes that are new."""
-        discovery = Discovery()
+        """Look for new VMMs. One pass over /proc reads only the processes that are new; after a reload, all."""
         while True:
-            for pid, name, cmdline in await trio.to_thread.run_sync(lambda: list(discovery.new())):
+            for pid, name, cmdline in await trio.to_thread.run_sync(lambda: list(self._discovery.new())):
                 policy = self.config.match(name, pid, cmdline)
-                known = any(guest.pid == pid for guest in self._guests.values())
+                known = pid in self._picked or any(guest.pid == pid for guest in self._guests.values())
                 if policy is not None and policy.enabled and not known and not self._stopping:
+                    self._picked.add(pid)
                     self._nursery.start_soon(self._pick_up, pid, name, policy)
             await trio.sleep(self.config.discover_interval_s)
 
     async def _pick_up(self, pid: int, name: str, policy: Any) -> None:
+        try:
+            await self._attach_in_time(pid, name, policy)
+        finally:
+            self._picked.discard(pid)
+
+    async def _attach_in_time(self, pid: int, name: str, policy: Any) -> None:
         """Attach a guest that the configuration names; try again while its VMM lives and it is not left by an operator."""
         told = ""
         for delay_s in (*RETRY_S, *[RETRY_S_MAX] * 1_000_000):
@@ -767,6 +778,8 @@ class Daemon:
                 self._nursery.start_soon(self._detach_unmatched, guest)
         for event in self._waiting.values():
             event.set()
+        self._reload_failed = False
+        self._discovery.forget()  # a rule may be for a VM that none was for
         return told
 
     def _add_store(self, store: Store) -> None:
@@ -810,6 +823,7 @@ class Daemon:
             for error in errors.errors:
                 log.error("config_error", error=str(error))
             log.error("reload_failed", action="the old configuration stays in force")
+            self._reload_failed = True
         else:
             log.info("reloaded", changes=list(told))
         await self._tell_ready()
@@ -827,7 +841,14 @@ class Daemon:
             uptime_s=trio.current_time() - self._began,
             guests=[guest.status() for guest in self._guests.values()],
             stores=[self._store_status(store) for store in self.host.stores.values()],
+            unserved=self._unserved(),
+            reload_failed=self._reload_failed,
         )
+
+    def _unserved(self) -> list[str]:
+        served = {guest.key for guest in self._guests.values() if guest.served}
+        tables = self.host.guests_dir.glob(f"*{SUFFIX}")
+        return sorted(str(path) for path in tables if path.name.removesuffix(SUFFIX) not in served)
 
 
 def _policy_of(guest: Guest, config: Config) -> Policy | None:

@@ -715,7 +715,7 @@ class Guest:
         if self._state == "refused" or self.policy.dry_run or not self.policy.enabled:
             raise RequestRefused(
                 f"guest {self.name} does not evict: {self._reason or 'dry_run or enabled: false'}",
-                "change its policy and `tierd reload`, or see `tierd status` for why it is refused",
+                "change its policy and `systemctl reload tierd`, or see `tierd status` for why it is refused",
             )
         floor = policies.clamp_min_idle(self.policy, min_idle_s)
         async with self._order(served):
@@ -806,7 +806,7 @@ class Guest:
             raise RequestRefused(
                 f"bringing back {needed_bytes >> 20} MiB of guest {self.name} does not fit into the {available >> 20} MiB of "
                 "memory that the host has left",
-                "free memory on the host, or stop tierd with on_stop: keep and start it again",
+                "free memory on the host, and try again; until then its pages stay stored and are served",
             )
 
     async def _in_worker(self, function: Callable[..., Any], *args: Any) -> Any:

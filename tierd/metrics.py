@@ -14,9 +14,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from tierd.native import STATES as PAGE_STATES
 from tierd.view import STATES, DaemonStatus, GuestStatus, TierStatus
 
 LABELS = ("guest", "pid")
+LOST = PAGE_STATES.index("lost")
 # latency buckets of struct tierd_counters that are shown: below 1 us (2^10 ns) ... below 17 s (2^34 ns)
 LATENCY_FIRST, LATENCY_LAST = 10, 34
 
@@ -125,6 +127,12 @@ _GAUGES: tuple[_Family, ...] = (
         "1 for the state that the guest is in, 0 for the others.",
         ("state",),
         lambda g: (((state,), float(state == g.state)) for state in STATES),
+    ),
+    (
+        "lost_bytes",
+        "Guest memory that could not be brought back: the guest gets memory errors there, or waits (on_lost: hold).",
+        (),
+        lambda g: _nothing_more(g.counters["state_pages"][LOST] * g.page_bytes) if g.counters else (),
     ),
     ("parked_pages", "Faults that wait for a read of the store.", (), _counter("parked_pages")),
     ("fault_threads", "Threads that serve faults; more than one where the store hangs.", (), _counter("fault_threads")),
@@ -239,6 +247,16 @@ class TierdCollector(Collector):
         build = GaugeMetricFamily("tierd_build_info", "1; the labels say what runs.", labels=("version", "engine"))
         build.add_metric((status.version, status.engine), 1)
         yield build
+        yield GaugeMetricFamily(
+            "tierd_unserved_guests",
+            "VMs that a tierd has served and nobody serves now: they wait where they touch a stored page.",
+            len(status.unserved),
+        )
+        yield GaugeMetricFamily(
+            "tierd_reload_failed",
+            "1 if the configuration was refused at the last reload: the old one is in force.",
+            float(status.reload_failed),
+        )
         yield from _guests(status.guests)
         yield from _stores(status)
 

@@ -235,7 +235,9 @@ class Parking:
                 )
             other = await self._one_space_of(second, tier, is_second=True)
             patience_s = min(store.deadline_s / 2, PATIENCE_S)
-            return MirroredSpace(first, other, patience_s, self._served.native.is_right, partial(self._tell_wrong, tier))
+            return MirroredSpace(
+                first, other, patience_s, self._served.native.is_right, partial(self._tell_wrong, tier)
+            )
         except BaseException:
             with trio.CancelScope(shield=True):
                 await first.aclose()

@@ -753,7 +753,8 @@ def _read_state(fd: int, path: Path, boot_id: str) -> Left:
         check_name(path, identity)
     except KernelError as error:
         other = error.errno == errno.EPROTONOSUPPORT
-        why = "was written by another version of tierd: start that one" if other else f"is broken ({error})"
+        broken = f"is broken ({error}), so its guest waits: end that VM, then remove the file"
+        why = "was written by another version of tierd: start that one" if other else broken
         raise StateError(f"{path} {why}; nothing was touched") from error
     if identity.boot_id != boot_id or start_ticks(identity.pid) != identity.start_ticks:
         text = f"{path}: its VMM, process {identity.pid} ({identity.name}), is gone"

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -15,8 +16,8 @@ from tierd.config import AskedStoreConfig, Config, named_stores
 from tierd.document import ConfigError, ConfigErrors
 from tierd.native import Codec
 from tierd.serve import SUFFIX, Stale, StateError, read_state
-from tierd.store import PageStore, Store, StoreContext, StoreError
-from tierd.store.asked import AskedStore
+from tierd.store import PageSpace, PageStore, Store, StoreContext, StoreError
+from tierd.store.asked import UNLIMITED, AskedStore
 from tierd.store.file import FileStore
 from tierd.store.memory import MemoryStore
 from tierd.systemd import Notifier
@@ -79,7 +80,8 @@ def _needed_stores(states: Sequence[Path]) -> set[str]:
 async def open_asked(name: str, config: AskedStoreConfig, runtime_dir: Path, *, needed: bool = False) -> AskedStore:
     """A store that is asked, tried once. StoreError: it cannot be used; with `needed`, because guests are served, that is its
     trouble: none is written there, and who has pages in it waits."""
-    pages = await _made(name, config, runtime_dir)
+    make = partial(_made, name, config, runtime_dir)
+    pages = _MadeLater(make) if needed else await make()
     keys_dir = runtime_dir / "keys"
     keys_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     store = AskedStore(
@@ -106,6 +108,39 @@ async def probe(store: AskedStore, seconds: float = PROBE_S_MAX) -> None:
         store.trouble = f"the store {store.name} cannot be used: {why}"
     else:
         store.trouble = ""
+
+
+class _MadeLater:
+    """Implements store.PageStore: of one that must not keep tierd from starting. What is wrong with its keys or its files is told
+    whenever it is asked, until that was put right."""
+
+    def __init__(self, make: Callable[[], Awaitable[PageStore]]) -> None:
+        self._make = make
+        self._made: PageStore | None = None
+        self._making = trio.Lock()
+
+    async def _store(self) -> PageStore:
+        async with self._making:
+            if self._made is None:
+                self._made = await self._make()
+        return self._made
+
+    @property
+    def piece_bytes(self) -> int:
+        return int(getattr(self._made, "piece_bytes", UNLIMITED))
+
+    async def open(self, key: str, pages: int, page_bytes: int) -> PageSpace:
+        return await (await self._store()).open(key, pages, page_bytes)
+
+    async def probe(self) -> None:
+        await (await self._store()).probe()
+
+    async def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
+        return await (await self._store()).sweep(may_be_needed)
+
+    async def aclose(self) -> None:
+        if self._made is not None:
+            await self._made.aclose()
 
 
 async def _made(name: str, config: AskedStoreConfig, runtime_dir: Path) -> PageStore:

@@ -75,6 +75,8 @@ class DaemonStatus:
     uptime_s: float
     guests: Sequence[GuestStatus] = ()
     stores: Sequence[StoreStatus] = ()
+    unserved: Sequence[str] = ()  # page tables of VMs that nobody serves: these wait where they touch a stored page
+    reload_failed: bool = False  # the configuration was refused the last time, and the old one is in force
     engine_notes: Sequence[str] = ()  # what it is, why no other, what becomes of NUMA balancing; for people
 
 

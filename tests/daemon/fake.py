@@ -9,6 +9,7 @@ from typing import Any
 
 import trio
 
+from tierd.native import STATES
 from tierd.view import DaemonStatus, GuestStatus, Progress, RequestRefused, State, StoreStatus, TierStatus
 
 GIB = 1 << 30
@@ -29,6 +30,7 @@ def counters(**given: int | tuple[int, ...]) -> dict[str, Any]:
         "latency_buckets": (0,) * 40,
         "window_buckets": (0,) * 40,
         "stop_buckets": (0,) * 40,
+        "state_pages": (0,) * len(STATES),
         **given,
     }
 

@@ -409,6 +409,16 @@ def test_another_file_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "s").read_text() == "precious"
 
 
+def test_a_group_that_is_not_ours_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", refused)
+    with pytest.raises(SocketUnusable, match=r"SupplementaryGroups=.* or remove api.group"):
+        bind_unix(tmp_path / "s", 0o660, grp.getgrgid(os.getegid()).gr_name)
+    assert not (tmp_path / "s").exists()
+
+
 def test_an_unknown_group_or_directory_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(SocketUnusable, match="groupadd --system no-such-group"):
         bind_unix(tmp_path / "s", 0o660, "no-such-group")

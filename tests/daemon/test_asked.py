@@ -333,6 +333,32 @@ def test_a_store_that_loses_pages_by_now_is_given_none(daemon: Daemon, web: Vmm,
     web.verify()
 
 
+def test_a_store_that_cannot_even_be_made_keeps_no_guest_waiting(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    """A file that its keys name is gone. Whoever has no page there is served; when it is put right, all are."""
+    good = {"redis": {"addresses": [redis.address]}}
+    bad = {"redis": {"addresses": [redis.address], "tls": {"ca_file": "/nonexistent/ca.pem"}}}
+    with_tiers(daemon, "redis", stores=good)
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    with_tiers(daemon, "redis", stores=bad)
+    daemon.start()
+    daemon.wait_active("web")
+    (store,) = (store for store in daemon.status()["stores"] if store["name"] == "redis")
+    assert "/nonexistent/ca.pem" in store["reason"]
+    assert daemon.stored_bytes("web") > 12 * MIB
+    daemon.kill()
+    with_tiers(daemon, "redis", stores=good)
+    daemon.start()
+    web.verify()
+    evicted(daemon, "web", web)
+    with_tiers(daemon, "redis", stores=bad)
+    daemon.signal(signal.SIGUSR1)  # a restart: nobody would bring these pages
+    assert daemon.wait() == 0
+    assert daemon.logged("restart_restores")
+    web.verify()
+
+
 def test_an_order_does_not_wait_for_a_store_that_is_not_there(daemon: Daemon, web: Vmm, redis: Server) -> None:
     """Nor does it keep the guest from anything else."""
     with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})

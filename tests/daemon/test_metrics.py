@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.daemon.fake import GIB, FakeDaemon, FakeGuest, counters
 from tests.need import need
 from tierd.metrics import create_registry, exposition
+from tierd.native import STATES
 
 LATENCIES = tuple(1 if i in (3, 14, 15, 39) else 0 for i in range(40))
 
@@ -29,6 +30,7 @@ def two_guests() -> FakeDaemon:
         latency_buckets=LATENCIES,
         faults_window=7,
         large_folios_split=3,
+        state_pages=tuple(3 * (name == "lost") for name in STATES),
         window_sum_ns=2_000_000,
         window_buckets=(*(0,) * 20, 3, *(0,) * 19),
     )
@@ -63,11 +65,13 @@ def test_every_name_that_is_promised() -> None:
         "large_folios_split_total sync_window_seconds_count sync_window_seconds_sum staged_bytes pages_staged_total "
         "pages_unmovable_total stop_seconds_bucket stop_seconds_count stop_seconds_sum tier_used_bytes tier_compressed_bytes "
         "tier_healthy tier_pages_total tier_errors_total pages_demoted_total pages_refused_total tier_read_seconds_bucket "
-        "pages_unwritten_total "
+        "pages_unwritten_total lost_bytes "
         "tier_read_seconds_count tier_read_seconds_sum"
     )
     promised = {f"tierd_guest_{name}" for name in guest.split()} | {
         "tierd_build_info",
+        "tierd_unserved_guests",
+        "tierd_reload_failed",
         "tierd_store_capacity_bytes",
         "tierd_store_used_bytes",
         "tierd_store_healthy",
@@ -85,6 +89,7 @@ def test_values_and_labels() -> None:
     assert found[of("tier_errors_total", "web", 10, tier="file", kind="read")] == 1
     assert found[of("tier_read_seconds_count", "web", 10, tier="file")] == 3
     assert found[of("tier_healthy", "web", 10, tier="file")] == 1
+    assert found[of("lost_bytes", "web", 10)] == 3 * 4096
     assert found[of("idle_bytes", "web", 10, age_s="120")] == GIB // 4
     assert found[of("faults_total", "web", 10, kind="fetch", outcome="served")] == 5
     assert found[of("faults_total", "web", 10, kind="any", outcome="failed")] == 2

@@ -99,6 +99,8 @@ def test_a_broken_reload_changes_nothing(daemon: Daemon, boot: Boot) -> None:
     daemon.wait_told("RELOADING=1")
     daemon.wait_told("READY=1")
     assert daemon.logged("reload_failed")
+    assert daemon.status()["reload_failed"]
+    assert "refused at the last reload" in daemon.tierd("status").stdout
     assert daemon.guests()["web"]["state"] == "active"
     daemon.write(guests=[{"name": f"*{OURS}", **POLICY, "dry_run": True}])
     daemon.signal(signal.SIGHUP)
@@ -108,6 +110,10 @@ def test_a_broken_reload_changes_nothing(daemon: Daemon, boot: Boot) -> None:
     daemon.signal(signal.SIGHUP)
     wait_for(lambda: not daemon.guests(), "a guest that no rule names is left")
     assert not userfaultfds(vmm.pid)
+    assert not daemon.status()["reload_failed"]
+    daemon.write()
+    daemon.signal(signal.SIGHUP)
+    evicted(daemon, "web", vmm)  # a rule for a VM that runs already
     vmm.verify()
 
 

@@ -100,7 +100,8 @@ def seccomp(s: Subject) -> None:
         "seccomp",
         "the VMM runs under a seccomp filter that may kill it for a call of ours",
         f"pid {s.spec.pid}: Seccomp 2, not QEMU's -sandbox",
-        "run the VMM without the filter",
+        "run the VMM without the filter (cloud-hypervisor --seccomp false, firecracker --no-seccomp), which is a line of "
+        "defence less, or let it connect to handshake.socket",
     )
 
 

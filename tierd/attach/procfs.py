@@ -394,6 +394,10 @@ class Discovery:
     def __init__(self) -> None:
         self._seen: dict[int, int] = {}  # pid -> inode of /proc/PID, which is not the same for a later process
 
+    def forget(self) -> None:
+        """The next look is the first one."""
+        self._seen = {}
+
     def new(self) -> Iterator[tuple[int, str, str]]:
         """(pid, guest's name, command line in one string) of VMMs that were not there at the last look."""
         now: dict[int, int] = {}
