@@ -42,8 +42,8 @@ test-guests: build
 test-daemon: build
 	$(PY) -m pytest -q $(filter-out $(GUESTS) $(BESIDE) tests/kernel tests/kernels,$(patsubst %/,%,$(dir $(wildcard tests/*/__init__.py)))) $(ARGS)
 
-# What computes, or waits for servers of its own: no test in there minds how long it takes.
-BESIDE := tests/native tests/pure tests/store
+# What waits for servers of its own, and then what only computes: no test in there minds how long it takes.
+BESIDE := tests/store tests/pure tests/native
 test-beside: build
 	$(PY) -m pytest -q $(BESIDE) $(ARGS)
 

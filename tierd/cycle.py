@@ -248,12 +248,14 @@ def evict(
     hold_ms_max: float,
     phases: Phases,
     check: Callable[[], None],
+    keep: Collection[int] = (),
     bytes_per_s: float | None = None,
     asked: Asked | None = None,
 ) -> int:
     """Evict pages idle at least `min_idle_s`, at most `max_bytes` of them, at `bytes_per_s`, to the first of `tiers` that takes
-    each. Returns bytes evicted. `hold_ms_max`: of a sync window, where the engine has any. On KernelError what was being stored
-    has left, if it could; whatever else is raised: batches under way are cancelled, nothing that was not yet dropped leaves."""
+    each, or to that of `keep` which has a copy of it that is right still. Returns bytes evicted. `hold_ms_max`: of a sync window,
+    where the engine has any. On KernelError what was being stored has left, if it could; whatever else is raised: batches under
+    way are cancelled, nothing that was not yet dropped leaves."""
     page_bytes = guest.page_bytes
     max_pages = max_bytes // page_bytes
     batch_pages = max(BATCH_BYTES // page_bytes, BATCH_PAGES_MIN)
@@ -277,7 +279,7 @@ def evict(
                     if not taken.pages:
                         continue
                     batch = free.pop()
-                    written = batch.write(tiers)  # each page to the first of `tiers` that takes it
+                    written = batch.write(tiers, keep)  # each page to the first of `tiers` that takes it
                     phases.add_batch(written)
                     if written.offered_pages:
                         storing.append(_Storing(batch, taken.pages, _begin(threads, _store, batch, tiers, asked)))

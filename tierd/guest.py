@@ -519,10 +519,8 @@ class Guest:
         )
 
     async def _evict(self, min_idle_s: float, max_bytes: int, check: Callable[[], None]) -> int:
-        evicted, asked = await self._in_worker(
-            self._tiers.evict, self.policy, min_idle_s, max_bytes, self.phases, check
-        )
-        for name in asked if evicted else ():
+        evicted, took = await self._in_worker(self._tiers.evict, self.policy, min_idle_s, max_bytes, self.phases, check)
+        for name in took:
             self._tiers.well_again(name)
             self._host.store_trouble.pop((name, self.key), None)
         if evicted:
@@ -680,8 +678,9 @@ class Guest:
         return self._served
 
     def _must_still_serve(self, served: Served) -> None:
-        """After waiting for the worker: the guest may have ended meanwhile, and its tables with it."""
-        if self._served is not served:
+        """After waiting for the worker: the guest may have ended meanwhile, and its tables with it; or it is about to be left,
+        with every page back."""
+        if self._served is not served or self._ending is not None:
             raise RequestRefused(f"guest {self.name} has ended", "see `tierd status`")
 
     def set_policy(self, policy: Policy) -> None:
@@ -718,14 +717,18 @@ class Guest:
                 "change its policy and `systemctl reload tierd`, or see `tierd status` for why it is refused",
             )
         floor = policies.clamp_min_idle(self.policy, min_idle_s)
+
+        def check() -> None:
+            trio.from_thread.check_cancelled()
+            if self._state == "detaching":
+                raise RequestRefused(f"guest {self.name} is being left", "evict it after it was attached again")
+
         async with self._order(served):
             await self._in_worker(self._recheck)
-            await self._in_worker(
-                cycle.scan_and_deactivate, served.native, self.phases, trio.from_thread.check_cancelled
-            )
+            await self._in_worker(cycle.scan_and_deactivate, served.native, self.phases, check)
             wanted = sum(n for edge, n in self._idle(served) if edge >= floor)
             total = min(wanted, max_bytes) if max_bytes is not None else wanted
-            evicted = await self._evict(floor, total, trio.from_thread.check_cancelled)
+            evicted = await self._evict(floor, total, check)
             progress(evicted, max(total, evicted))
             return evicted
 

@@ -261,7 +261,9 @@ class Parking:
         try:
             if self._keys.get(store.name) is None:  # else of a try before
                 new = served.adoption is None
-                anything = not new and (await space.used_bytes() if is_second else _stored_bytes(served, tier.number))
+                anything = not new and _stored_bytes(served, tier.number)  # else of what is there nothing counts
+                if anything and is_second:
+                    anything = await space.used_bytes()
                 self._keys[store.name] = await trio.to_thread.run_sync(self._seal_key, store, bool(anything))
         except BaseException:
             with trio.CancelScope(shield=True):

@@ -67,27 +67,32 @@ class Tiers:
     def evict(
         self, policy: Policy, min_idle_s: float, max_bytes: int, phases: cycle.Phases, check: Callable[[], None]
     ) -> tuple[int, set[str]]:
-        """The oldest pages first, which more tiers may take. Bytes, and the tiers that were asked. KernelError, whose `tier`
+        """The oldest pages first, which more tiers may take. Bytes, and the tiers that took some. KernelError, whose `tier`
         did not take pages: they stay with the guest."""
-        evicted = 0
-        asked: set[str] = set()
+        evicted, before = 0, self._written()
         for age_s in policies.classes(policy, min_idle_s):
             tiers = self._may_take(policy, age_s)
             if not tiers or evicted >= max_bytes:
                 continue
+            numbers = [tier.number for tier in tiers]
             evicted += cycle.evict(
                 self._served.native,
                 min_idle_s=age_s,
                 max_bytes=max_bytes - evicted,
-                tiers=[tier.number for tier in tiers],
+                tiers=numbers,
+                keep=set(numbers).intersection(self._relied_on(policy)),
                 hold_ms_max=policy.hold_ms_max,
                 phases=phases,
                 check=check,
                 bytes_per_s=policy.evict_rate_max,
                 asked=self._asked,
             )
-            asked.update(tier.name for tier in tiers)
-        return evicted, asked
+        return evicted, {name for name, pages in self._written().items() if pages > before[name]}
+
+    def _written(self) -> dict[str, int]:
+        """Pages that each tier has taken, by name."""
+        tiers = self._served.tiers.values()
+        return {tier.name: self._served.native.tier_counters(tier.number)["written_pages"] for tier in tiers}
 
     def sink(self, policy: Policy, phases: cycle.Phases, check: Callable[[], None]) -> list[tuple[str, int]]:
         """From each tier to those below it: what has become old enough for them, and the oldest of what is too much. By tier,
@@ -101,20 +106,25 @@ class Tiers:
                 moved.append((above.name, self._demote(above, demotion, policy, phases, check)))
         return [(name, size) for name, size in moved if size]
 
-    def tidy(self, policy: Policy, phases: cycle.Phases, check: Callable[[], None]) -> None:
-        """What came back takes no room in its tier any more; but what was not written since is kept where there is room, and need
-        not be written again. Not in compressed memory: that is the host's; nor where writes may land late: to a successor it
-        would look like one that was on its way. KernelError."""
-        native = self._served.native
-        keep = [
+    def _relied_on(self, policy: Policy) -> list[int]:
+        """Tiers where what was fetched and not written since is kept, as long as there is room, and need not be written again.
+        Not in compressed memory: that is the host's; nor where writes may land late: to a successor it would look like one that
+        was on its way; nor where something failed: it must take a page first; nor where a copy may be all that is left of two."""
+        return [
             tier.number
-            for tier in self._served.tiers.values()
+            for tier in self.usable(policy)
             if tier.space.kind is not TierKind.MEMORY
             and not tier.space.late
-            and tier.space.ready
+            and tier.name not in self._failures
+            and getattr(self._stores.get(tier.name), "second", None) is None
             and tier.space.used_bytes() < policies.HIGH_WATER * self.capacity(tier, policy)
         ]
-        cycle.discard_fetched(native, phases, check, keep)
+
+    def tidy(self, policy: Policy, phases: cycle.Phases, check: Callable[[], None]) -> None:
+        """What came back takes no room in its tier any more; but what was not written since is kept where that is relied on.
+        KernelError."""
+        native = self._served.native
+        cycle.discard_fetched(native, phases, check, self._relied_on(policy))
         cycle.compact(native, check)
         for tier in self._served.tiers.values():
             if tier.number in native.asked_tiers and self._asked is not None and self._may_be_written(tier):

@@ -244,6 +244,8 @@ def test_two_copies(daemon: Daemon, web: Vmm, redis: Server, disk_dir: Path) -> 
     web.verify()
     assert not daemon.guests()["web"]["counters"]["pages_lost"]
     evicted(daemon, "web", web)
+    copies = sum(redis.ask("HLEN", key) for key in redis.ask("KEYS", "*/*"))
+    assert copies * 4096 >= daemon.stored_bytes("web") - MIB, "there are two copies again"
     redis.kill()
     web.verify()
     redis.start()

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -167,6 +168,31 @@ def test_orders(daemon: Daemon, boot: Boot) -> None:
     done = daemon.tierd("pause", "nobody")
     assert done.returncode != 0
     assert len(done.stderr.strip().splitlines()) == 1
+    vmm.verify()
+
+
+def test_an_order_to_evict_does_not_hold_up_a_stop(daemon: Daemon, boot: Boot) -> None:
+    vmm = boot("web", 32 * MIB)
+    patient = {**POLICY, "interval_s": 3600, "idle_intervals": 1, "evict_rate_max": "1MiB/s"}
+    daemon.write(guests=[{"name": f"*{OURS}", **patient}])
+    daemon.start()
+    daemon.wait_active("web")
+    told: list[subprocess.CompletedProcess[str]] = []
+    order = threading.Thread(target=lambda: told.append(daemon.tierd("evict", f"web{OURS}")))
+    wait_for(
+        lambda: daemon.tierd("evict", f"web{OURS}", "--max", "1MiB") and daemon.stored_bytes("web"), "it is idle"
+    )
+    before = daemon.stored_bytes("web")
+    order.start()
+    wait_for(lambda: daemon.stored_bytes("web") > before, "it evicts, for half a minute")
+    began = time.monotonic()
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    assert time.monotonic() - began < 15
+    order.join()
+    assert told[0].returncode != 0
+    assert not daemon.logged("restore_failed")
+    assert not userfaultfds(vmm.pid)
     vmm.verify()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.kernel.vmm import MIB, Host, Tiered, Vmm
+from tests.kernel.vmm import MIB, Host, Tiered, Vmm, wait_for
 from tierd.engine import choose
 
 Start = Callable[..., Vmm]
@@ -71,6 +71,25 @@ def test_a_copy_that_is_not_kept_is_made_again(start_vmm: Start, host: Host) -> 
         assert tiered.native.discard(1 << 20) == once
         tiered.evict_all()
         assert _written(tiered) == 2 * once
+        vmm.verify()
+
+
+def test_a_copy_that_is_not_relied_on_is_made_elsewhere(start_vmm: Start, host: Host) -> None:
+    """Its tier fails, say, or is for older pages: what is right in the guest must not leave on the word of that copy."""
+    vmm = start_vmm(f"bytes={4 * MIB}", "compressible")
+    vmm.ask("fill")
+
+    def leave(tier: str) -> int:
+        tiered.scan()
+        tiered.evict(tiers=[tier])
+        return int(tiered.counters()["tier_pages"][tiered.served.tiers[tier].number])
+
+    with host.attached(vmm, tiers=("memory", "file")) as tiered:
+        wait_for(lambda: leave("file") > 900, "all is in the file")
+        vmm.verify()
+        wait_for(lambda: leave("memory") > 700, "what compresses is in memory")
+        assert not tiered.counters()["pages_unwritten"]
+        assert not tiered.counters()["tier_pages"][tiered.served.tiers["file"].number]
         vmm.verify()
 
 

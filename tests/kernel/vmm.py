@@ -223,15 +223,17 @@ class Tiered:
         """Pages evicted of those that are idle so long. Of anonymous memory: everything is staged before. `tiers`: None: all."""
         if self.native.anonymous and stage:
             self.stage()
+        numbers = [tier.number for name, tier in self.served.tiers.items() if tiers is None or name in tiers]
         return (
             cycle.evict(
                 self.native,
                 min_idle_s=min_idle_s,
                 max_bytes=max_bytes,
-                tiers=[tier.number for name, tier in self.served.tiers.items() if tiers is None or name in tiers],
+                tiers=numbers,
                 hold_ms_max=20,
                 phases=self.options.phases,
                 check=lambda: None,
+                keep=numbers,
                 bytes_per_s=bytes_per_s,
             )
             // self.native.page_bytes

@@ -131,11 +131,13 @@ def one_cycle(served: Served, options: Options, report: Callable[[], None]) -> N
     with contextlib.suppress(KernelError):  # a write that failed: the pages stay
         if served.native.anonymous:
             stage_all(served, options)
+        numbers = [tier.number for tier in served.tiers.values()]
         cycle.evict(
             served.native,
             min_idle_s=0.0,
             max_bytes=1 << 40,
-            tiers=[tier.number for tier in served.tiers.values()],
+            tiers=numbers,
+            keep=numbers,
             hold_ms_max=20,
             phases=options.phases,
             check=report,

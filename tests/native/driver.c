@@ -793,6 +793,8 @@ static void set_up(void)
 						 .store_eio = below(100),
 						 .store_short = below(100),
 						 .sync_loses = below(300)};
+	if (faulty)
+		M.faults.discard_fails = 2 + M.faults.store_eio % 4;
 	if (!below(4) && !anon)
 		M.faults.punch_stays = below(300);
 	if (faulty && engine != TIERD_ENGINE_STOCK) {

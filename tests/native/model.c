@@ -1165,9 +1165,13 @@ int sys_store_sync(int fd)
 int sys_store_discard(int fd, uint64_t offset, uint64_t bytes)
 {
 	struct model_store *s = store_of(fd);
+	uint64_t first = offset / MODEL_PAGE_BYTES, end = first + bytes / MODEL_PAGE_BYTES;
+	bool fails = M.faults.discard_fails && !(++s->discards % M.faults.discard_fails);
 
 	model_enter();
-	for (uint64_t page = offset / MODEL_PAGE_BYTES; page < (offset + bytes) / MODEL_PAGE_BYTES; page++) {
+	if (fails) /* after a part of it was done */
+		end = first + (end - first) / 2;
+	for (uint64_t page = first; page < end; page++) {
 		if (outlives(fd, page, NULL))
 			continue;
 		made_anew(s, page);
@@ -1177,7 +1181,7 @@ int sys_store_discard(int fd, uint64_t offset, uint64_t bytes)
 		model_pause();
 	}
 	model_exit();
-	return 0;
+	return fails ? -EIO : 0;
 }
 
 int sys_store_drop_cache(int fd, uint64_t offset, uint64_t bytes)

@@ -38,6 +38,7 @@ enum { MODEL_STAGING = 0x80000, MODEL_CALLS_MAX = 64 }; /* from a region's addre
 
 struct model_faults { /* how often what goes wrong, in 1/1000 of the calls */
 	/* punch_stays: zeroed and cached, as a large folio may; of hugetlbfs the punch is refused */
+	uint32_t discard_fails; /* each so many-th */
 	uint32_t copy_nomem, copy_again, protect_fails, store_eio, store_short, sync_loses, punch_stays;
 	uint32_t read_eio, read_short, read_flip;
 	uint32_t pool_refuses, pool_full;
@@ -57,6 +58,7 @@ struct model_region {
 struct model_store {
 	uint64_t bytes[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8], device[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
 	bool dirty[MODEL_PAGES_MAX], sync_error;
+	uint32_t discards;
 	bool destroyed[MODEL_PAGES_MAX], unreadable[MODEL_PAGES_MAX];
 	uint64_t intact[MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
 };

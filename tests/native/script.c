@@ -218,10 +218,19 @@ static int store_offered(struct tierd_batch *b, struct tierd_batch_result *r)
 	return error ? error : store_elsewhere(b, r);
 }
 
+static uint32_t mask_of(const uint32_t *tiers, uint32_t count)
+{
+	uint32_t mask = 0;
+
+	while (count--)
+		mask |= 1u << tiers[count];
+	return mask;
+}
+
 /* Each page to the first of some tiers; the batch is WRITTEN then. */
 static int write_batch(struct tierd_batch *b, const uint32_t *tiers, uint32_t count, struct tierd_batch_result *r)
 {
-	int error = tierd_batch_write(b, tiers, count, r);
+	int error = tierd_batch_write(b, tiers, count, mask_of(tiers, count), r);
 
 	return error || !r->offered_pages ? error : store_offered(b, r);
 }
@@ -342,20 +351,22 @@ static void drop_batch(struct tierd_guest *g, struct tierd_batch *b, int error, 
 /* While one batch is stored, the other one may be on its way there: of the pages behind it, or of any. */
 static void evict(struct tierd_guest *g, struct tierd_batch *one, struct tierd_batch *other)
 {
-	uint32_t tiers[TIERD_LADDER_MAX];
+	uint32_t tiers[TIERD_LADDER_MAX], count;
 	struct tierd_batch_result r, others;
 	int error, failure;
 
 	for (uint64_t page = 0, any; page < g->pages;) {
 		if (!take_batch(g, one, &page))
 			continue;
-		error = tierd_batch_write(one, tiers, ladder(0, tiers), &r);
+		count = ladder(0, tiers);
+		error = tierd_batch_write(one, tiers, count, mask_of(tiers, count), &r);
 		any = below(g->pages);
 		if (error || !r.offered_pages || below(2) || !take_batch(g, other, below(2) ? &page : &any)) {
 			drop_batch(g, one, error || !r.offered_pages ? error : store_offered(one, &r), &r);
 			continue;
 		}
-		failure = tierd_batch_write(other, tiers, ladder(0, tiers), &others);
+		count = ladder(0, tiers);
+		failure = tierd_batch_write(other, tiers, count, mask_of(tiers, count), &others);
 		if (failure || !others.offered_pages) {
 			error = store_offered(one, &r);
 		} else if (below(2)) { /* each by a thread of its own */

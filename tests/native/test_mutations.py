@@ -33,6 +33,12 @@ class Mutation:
 
 MUTATIONS = [
     Mutation(
+        "copy_whose_discard_failed_is_relied_on",
+        "evict.c",
+        "		unclean(g, page, n);\n",
+        "",
+    ),
+    Mutation(
         "page_that_is_somebodys_is_deactivated",  # rule 8: nobody dates it
         "scan.c",
         "	else\n		bit_clear(g->touched, i);\n",

@@ -307,7 +307,7 @@ static bool take_batch(struct tierd_batch *b, uint64_t *page)
 	if (!r.selected_pages)
 		return false;
 	if (!(!M.anon && tierd_batch_hold(b, &r)) && !tierd_batch_copy(b, &r) &&
-	    !tierd_batch_write(b, (uint32_t[]){1}, 1, &r))
+	    !tierd_batch_write(b, (uint32_t[]){1}, 1, UINT32_MAX, &r))
 		return true;
 	tierd_batch_cancel(b, &r);
 	return false;

@@ -86,7 +86,7 @@ def names(server: Server) -> list[str]:
 
 def run(test: Callable[..., Awaitable[Any]], *args: object) -> Any:
     async def bounded() -> Any:
-        with trio.fail_after(60):
+        with trio.fail_after(240):
             return await test(*args)
 
     return trio.run(bounded)

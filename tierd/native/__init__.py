@@ -463,11 +463,12 @@ class NativeBatch:
         """Read the bytes; find zero pages; take checksums."""
         return self._done(lib.tierd_batch_copy(self._b, self._result), "copy out")
 
-    def write(self, tiers: Sequence[int]) -> BatchResult:
+    def write(self, tiers: Sequence[int], keep: Collection[int] = ()) -> BatchResult:
         """Give each page to the first of `tiers` that takes it; a page that none takes stays where it is. A pool has it then; for
-        what is only offered there are `store` and `stored`. KernelError ENOSPC: all are at capacity; others: its `tier` says
-        which one failed."""
-        return self._written(lib.tierd_batch_write(self._b, list(tiers), len(tiers), self._result))
+        what is only offered there are `store` and `stored`. In tiers of `keep` the copies of clean pages are relied on: these are
+        not written. KernelError ENOSPC: all are at capacity; others: its `tier` says which one failed."""
+        kept = sum(1 << tier for tier in keep)
+        return self._written(lib.tierd_batch_write(self._b, list(tiers), len(tiers), kept, self._result))
 
     def store(self) -> BatchResult:
         """Write what is offered to files, durably; must be called also if all is for tiers that are asked. In any thread: the

@@ -767,7 +767,16 @@ static void leave_refused(struct tierd_batch *b, struct tierd_batch_result *ret)
 	b->count = kept;
 }
 
-int tierd_batch_write(struct tierd_batch *b, const uint32_t *tiers, uint32_t count, struct tierd_batch_result *ret)
+/* What is clean and has its copy where that is not relied on, in a tier that fails, say, is written like the rest. */
+static void rely_on(struct tierd_batch *b, uint32_t keep)
+{
+	for (uint32_t i = 0; i < b->count; i++)
+		if (b->to[i] == UNCHANGED && !(keep >> word_tier(b->words[i]) & 1))
+			b->to[i] = word_refused(b->words[i]) ? NOT_THE_POOL : NOWHERE;
+}
+
+int tierd_batch_write(struct tierd_batch *b, const uint32_t *tiers, uint32_t count, uint32_t keep,
+		      struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
 	uint64_t began_ns = sys_now_ns();
@@ -776,6 +785,7 @@ int tierd_batch_write(struct tierd_batch *b, const uint32_t *tiers, uint32_t cou
 
 	if (error)
 		return error;
+	rely_on(b, keep);
 	for (uint32_t i = 0; !error && i < count; i++)
 		error = write_to(b, tiers[i], ret, &full);
 	if (!error) {
@@ -1414,6 +1424,17 @@ static uint64_t stale_run(struct tierd_guest *g, uint64_t page, uint64_t max_pag
 	return n;
 }
 
+/* A discard that fails may have been made in part: nobody must rely on these copies any more. */
+static void unclean(struct tierd_guest *g, uint64_t page, uint64_t n)
+{
+	for (uint64_t i = page; i < page + n; i++) {
+		page_word w = page_load(g, i);
+
+		if (word_state(w) == RESIDENT && word_clean(w)) /* else a fault is at it, and has taken that away */
+			page_move(g, i, w, word_with_clean(w, false));
+	}
+}
+
 /* A tier that fails is passed over from then on: what is stale in the others takes room, of the pool the host's memory. */
 int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint32_t keep, uint64_t *discarded)
 {
@@ -1430,6 +1451,7 @@ int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint32_t keep
 		n = failed >> tier & 1 ? 0 : stale_run(g, page, max_pages - *discarded, keep);
 		if (!n)
 			continue;
+		unclean(g, page, n);
 		worker_io_begin(g);
 		error = tier_discard(g, tier, page, n);
 		worker_io_end(g);

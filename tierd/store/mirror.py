@@ -38,9 +38,11 @@ class MirroredSpace:
     async def read(self, first_page: int, count: int) -> list[bytes | None]:
         records: list[bytes | None] = [None] * count
         errors: list[Exception] = []
-        for space in sorted((self._first, self._second), key=self._silent_until.__getitem__):
+        spaces = sorted((self._first, self._second), key=self._silent_until.__getitem__)
+        for space in spaces:
+            last = space is spaces[-1]  # that one has as long as the caller has
             try:
-                with trio.fail_after(self._patience_s):
+                with trio.fail_after(math.inf if last else self._patience_s):
                     found = await space.read(first_page, count)
             except Exception as error:  # a plug-in's may be any
                 errors.append(error)
