@@ -27,7 +27,7 @@ demo: setup
 
 test: setup
 	@tests/beside.sh 0 "$(MAKE) lint" tests/setup.sh libvirt metrics stores disks boot
-	@tests/beside.sh 19 "$(MAKE) test-beside" $(MAKE) --no-print-directory test-machine test-kernels
+	@tests/beside.sh 19 "$(MAKE) test-beside" $(MAKE) -j1 --no-print-directory test-machine test-kernels
 
 # tests/kernel changes what the machine is set to (huge pages, large folios, swap), one test after the other and no guest of another's
 # beside it. Of the rest, those with real guests run beside those without: much of the time both wait.

@@ -45,7 +45,7 @@ from tierd.serve import (
 )
 from tierd.store import Store, StoreError
 from tierd.store.asked import AskedStore
-from tierd.stores import ANSWERS_S, asked_or_errors, errors_of_stores, memory_or_errors, open_stores, probe
+from tierd.stores import ANSWERS_S, asked_or_errors, made, memory_or_errors, open_stores, probe
 from tierd.systemd import Notifier, watchdog_interval_s
 from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused, StoreStatus
 
@@ -265,9 +265,6 @@ class Daemon:
             new = await trio.to_thread.run_sync(load, self.config_path)
         except ConfigErrors as errors:
             return f"the next tierd will not start: {errors.errors[0]}"
-        of_stores = await trio.to_thread.run_sync(partial(errors_of_stores, new, self.config_path, probe=False))
-        if of_stores:
-            return f"the next tierd will not have a store: {of_stores[0]}"
         ours = self.host.guests_dir.parent
         if ours != new.runtime_dir:
             return (
@@ -285,6 +282,18 @@ class Daemon:
                 return (
                     f"the next tierd will not have the store {name}, in which are {pages} pages: see {self.config_path}"
                 )
+            if pages and isinstance(store, AskedStore) and (why := await self._why_not_made(name, new)):
+                return f"the next tierd cannot use the store {name}, in which are {pages} pages: {why}"
+        return ""
+
+    async def _why_not_made(self, name: str, config: Config) -> str:
+        """By its keys and the files that they name, and those of its second; nobody is asked."""
+        both = [each for each in (name, config.asked[name].second) if each is not None]
+        for each in both:
+            try:
+                await (await made(each, config.asked[each], config.runtime_dir)).aclose()
+            except Exception as error:  # a plug-in's may be any
+                return str(error) or repr(error)
         return ""
 
     async def _restore_for_stop(self, guest: Guest) -> None:
@@ -482,21 +491,22 @@ class Daemon:
                 known = pid in self._picked or any(guest.pid == pid for guest in self._guests.values())
                 if policy is not None and policy.enabled and not known and not self._stopping:
                     self._picked.add(pid)
-                    self._nursery.start_soon(self._pick_up, pid, name, policy)
+                    self._nursery.start_soon(self._pick_up, pid, name, cmdline)
             await trio.sleep(self.config.discover_interval_s)
 
-    async def _pick_up(self, pid: int, name: str, policy: Any) -> None:
+    async def _pick_up(self, pid: int, name: str, cmdline: str) -> None:
         try:
-            await self._attach_in_time(pid, name, policy)
+            await self._attach_in_time(pid, name, cmdline)
         finally:
             self._picked.discard(pid)
 
-    async def _attach_in_time(self, pid: int, name: str, policy: Any) -> None:
-        """Attach a guest that the configuration names; try again while its VMM lives and it is not left by an operator."""
+    async def _attach_in_time(self, pid: int, name: str, cmdline: str) -> None:
+        """Attach a guest that the configuration names; try again while it does, its VMM lives and no operator has left it."""
         told = ""
         for delay_s in (*RETRY_S, *[RETRY_S_MAX] * 1_000_000):
             ticks = start_ticks(pid)
-            if ticks is None or self._stopping or f"{pid}-{ticks}" in self._left:
+            policy = self.config.match(name, pid, cmdline)
+            if ticks is None or self._stopping or f"{pid}-{ticks}" in self._left or not (policy and policy.enabled):
                 break
             reason = await self._try_attach(pid, name, policy)
             if reason is None:
@@ -760,6 +770,15 @@ class Daemon:
 
     async def reload(self) -> Sequence[str]:
         """Read the configuration again: whole, or ConfigErrors and nothing."""
+        try:
+            told = await self._reload()
+        except ConfigErrors:
+            self._reload_failed = True
+            raise
+        self._reload_failed = False
+        return told
+
+    async def _reload(self) -> Sequence[str]:
         new = await trio.to_thread.run_sync(load, self.config_path)
         policies = {key: _policy_of(guest, new) for key, guest in self._guests.items()}
         self._must_keep_its_tiers(policies)
@@ -778,7 +797,6 @@ class Daemon:
                 self._nursery.start_soon(self._detach_unmatched, guest)
         for event in self._waiting.values():
             event.set()
-        self._reload_failed = False
         self._discovery.forget()  # a rule may be for a VM that none was for
         return told
 
@@ -814,6 +832,7 @@ class Daemon:
         log.info("guest_unmatched", guest=guest.name, pid=guest.pid, action="bringing it back and leaving it")
         await self._restore_for_stop(guest)
         self._left.discard(guest.key)
+        self._discovery.forget()  # its rule may be back
 
     async def _reload_and_tell(self) -> None:
         self._tell(self.notifier.reloading)
@@ -823,7 +842,6 @@ class Daemon:
             for error in errors.errors:
                 log.error("config_error", error=str(error))
             log.error("reload_failed", action="the old configuration stays in force")
-            self._reload_failed = True
         else:
             log.info("reloaded", changes=list(told))
         await self._tell_ready()

@@ -520,16 +520,22 @@ class Guest:
 
     async def _evict(self, min_idle_s: float, max_bytes: int, check: Callable[[], None]) -> int:
         evicted, took = await self._in_worker(self._tiers.evict, self.policy, min_idle_s, max_bytes, self.phases, check)
-        for name in took:
-            self._tiers.well_again(name)
-            self._host.store_trouble.pop((name, self.key), None)
+        self._well_again(took)
         if evicted:
             self._log.debug("evicted", bytes=evicted, min_idle_s=min_idle_s)
         return int(evicted)
 
     async def _sink(self) -> None:
-        for name, moved in await self._in_worker(self._tiers.sink, self.policy, self.phases, self._check):
+        sunk, took = await self._in_worker(self._tiers.sink, self.policy, self.phases, self._check)
+        self._well_again(took)
+        for name, moved in sunk:
             self._log.debug("demoted", tier=name, bytes=moved)
+
+    def _well_again(self, tiers: Collection[str]) -> None:
+        """They took pages."""
+        for name in tiers:
+            self._tiers.well_again(name)
+            self._host.store_trouble.pop((name, self.key), None)
 
     def _back_off_s(self, failures: int) -> float:
         """Guests that failed together do not try again together."""

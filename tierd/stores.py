@@ -80,7 +80,7 @@ def _needed_stores(states: Sequence[Path]) -> set[str]:
 async def open_asked(name: str, config: AskedStoreConfig, runtime_dir: Path, *, needed: bool = False) -> AskedStore:
     """A store that is asked, tried once. StoreError: it cannot be used; with `needed`, because guests are served, that is its
     trouble: none is written there, and who has pages in it waits."""
-    make = partial(_made, name, config, runtime_dir)
+    make = partial(made, name, config, runtime_dir)
     pages = _MadeLater(make) if needed else await make()
     keys_dir = runtime_dir / "keys"
     keys_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -143,7 +143,8 @@ class _MadeLater:
             await self._made.aclose()
 
 
-async def _made(name: str, config: AskedStoreConfig, runtime_dir: Path) -> PageStore:
+async def made(name: str, config: AskedStoreConfig, runtime_dir: Path) -> PageStore:
+    """StoreError: its keys are wrong, or files that they name."""
     from tierd.store.plugins import make_store  # only where one is named: it imports what the store needs
 
     context = StoreContext(runtime_dir, config.concurrency, config.deadline_s)
@@ -200,5 +201,5 @@ def errors_of_stores(config: Config, path: Path, *, probe: bool) -> list[ConfigE
 
 
 async def _try_asked(name: str, config: AskedStoreConfig, runtime_dir: Path, probe: bool) -> None:
-    store = await (open_asked(name, config, runtime_dir) if probe else _made(name, config, runtime_dir))
+    store = await (open_asked(name, config, runtime_dir) if probe else made(name, config, runtime_dir))
     await (store.pages if isinstance(store, AskedStore) else store).aclose()

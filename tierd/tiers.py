@@ -28,6 +28,7 @@ class Tiers:
     ) -> None:
         self._served, self._stores, self._sharing, self._asked = served, stores, sharing, asked
         self._failures: dict[str, tuple[int, float]] = {}  # by name: how often in a row, and when it is tried again
+        self._errors: dict[str, int] = {}  # by name: of its reads and writes, when its copies were relied on last
 
     def usable(self, policy: Policy) -> Sequence[ServedTier]:
         """Those that the policy still names and that are not to be left alone for a while."""
@@ -70,6 +71,7 @@ class Tiers:
         """The oldest pages first, which more tiers may take. Bytes, and the tiers that took some. KernelError, whose `tier`
         did not take pages: they stay with the guest."""
         evicted, before = 0, self._written()
+        self._look_at_errors()
         for age_s in policies.classes(policy, min_idle_s):
             tiers = self._may_take(policy, age_s)
             if not tiers or evicted >= max_bytes:
@@ -87,16 +89,22 @@ class Tiers:
                 bytes_per_s=policy.evict_rate_max,
                 asked=self._asked,
             )
-        return evicted, {name for name, pages in self._written().items() if pages > before[name]}
+        return evicted, self._took(before)
+
+    def _took(self, before: Mapping[str, int]) -> set[str]:
+        return {name for name, pages in self._written().items() if pages > before[name]}
 
     def _written(self) -> dict[str, int]:
         """Pages that each tier has taken, by name."""
         tiers = self._served.tiers.values()
         return {tier.name: self._served.native.tier_counters(tier.number)["written_pages"] for tier in tiers}
 
-    def sink(self, policy: Policy, phases: cycle.Phases, check: Callable[[], None]) -> list[tuple[str, int]]:
+    def sink(
+        self, policy: Policy, phases: cycle.Phases, check: Callable[[], None]
+    ) -> tuple[list[tuple[str, int]], set[str]]:
         """From each tier to those below it: what has become old enough for them, and the oldest of what is too much. By tier,
-        bytes of guest memory that went. KernelError as in `evict`: pages stay where they are."""
+        bytes of guest memory that went; and the tiers that took some. KernelError as in `evict`: pages stay where they are."""
+        before = self._written()
         named: dict[str, Tier] = {tier.name: tier for tier in policy.tiers}
         moved = []
         for above in self._served.tiers.values():
@@ -104,7 +112,16 @@ class Tiers:
             if below:
                 demotion = policies.sink(policy, named[below[0].name], self._sample(above, policy))
                 moved.append((above.name, self._demote(above, demotion, policy, phases, check)))
-        return [(name, size) for name, size in moved if size]
+        return [(name, size) for name, size in moved if size], self._took(before)
+
+    def _look_at_errors(self) -> None:
+        """Whatever a tier that failed says later, it may have lost what it had: no copy there is relied on any more."""
+        for tier in self._served.tiers.values():
+            counters = self._served.native.tier_counters(tier.number)
+            errors = sum(counters[name] for name in ("read_errors", "checksum_errors", "write_errors"))
+            if tier.name in self._failures or errors != self._errors.get(tier.name, 0):
+                self._served.native.unclean(tier.number)
+                self._errors[tier.name] = errors
 
     def _relied_on(self, policy: Policy) -> list[int]:
         """Tiers where what was fetched and not written since is kept, as long as there is room, and need not be written again.
@@ -124,6 +141,7 @@ class Tiers:
         """What came back takes no room in its tier any more; but what was not written since is kept where that is relied on.
         KernelError."""
         native = self._served.native
+        self._look_at_errors()
         cycle.discard_fetched(native, phases, check, self._relied_on(policy))
         cycle.compact(native, check)
         for tier in self._served.tiers.values():

@@ -9,6 +9,7 @@ import pytest
 
 from tests.kernel.vmm import MIB, Host, Tiered, Vmm, wait_for
 from tierd.engine import choose
+from tierd.tiers import Tiers
 
 Start = Callable[..., Vmm]
 
@@ -90,6 +91,27 @@ def test_a_copy_that_is_not_relied_on_is_made_elsewhere(start_vmm: Start, host: 
         wait_for(lambda: leave("memory") > 700, "what compresses is in memory")
         assert not tiered.counters()["pages_unwritten"]
         assert not tiered.counters()["tier_pages"][tiered.served.tiers["file"].number]
+        vmm.verify()
+
+
+def test_no_copy_is_relied_on_after_a_read_that_failed(start_vmm: Start, host: Host) -> None:
+    """Whoever loses one page may have lost all; what is in the guest is right still."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm, readahead_pages=1, read_deadline_s=60.0) as tiered:
+        tiers = Tiers(tiered.served, {}, lambda: 1, None)
+        tiered.evict_all()
+        once = _written(tiered)
+        vmm.verify()
+        tiers._look_at_errors()
+        tiered.evict_all()
+        assert _written(tiered) == once, "nothing has failed"
+        tiered.native.set_store_faults(seed=5, read_error=300)
+        vmm.verify()
+        tiered.native.set_store_faults(seed=0)
+        tiers._look_at_errors()
+        tiered.evict_all()
+        assert _written(tiered) == 2 * once
         vmm.verify()
 
 

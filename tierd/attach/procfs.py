@@ -393,13 +393,16 @@ class Discovery:
 
     def __init__(self) -> None:
         self._seen: dict[int, int] = {}  # pid -> inode of /proc/PID, which is not the same for a later process
+        self._forgotten = False
 
     def forget(self) -> None:
-        """The next look is the first one."""
-        self._seen = {}
+        """The next look is the first one. Any thread."""
+        self._forgotten = True
 
     def new(self) -> Iterator[tuple[int, str, str]]:
         """(pid, guest's name, command line in one string) of VMMs that were not there at the last look."""
+        if self._forgotten:
+            self._forgotten, self._seen = False, {}
         now: dict[int, int] = {}
         with os.scandir("/proc") as entries:
             for entry in entries:

@@ -1435,6 +1435,19 @@ static void unclean(struct tierd_guest *g, uint64_t page, uint64_t n)
 	}
 }
 
+int tierd_guest_unclean(struct tierd_guest *g, uint32_t tier)
+{
+	int error = guest_enter(g);
+
+	if (error)
+		return error;
+	for (uint64_t page = 0; page < g->pages && g->copies[tier % TIERD_TIERS]; page++)
+		if (word_tier(page_load(g, page)) == tier)
+			unclean(g, page, 1);
+	guest_leave(g);
+	return 0;
+}
+
 /* A tier that fails is passed over from then on: what is stale in the others takes room, of the pool the host's memory. */
 int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint32_t keep, uint64_t *discarded)
 {
