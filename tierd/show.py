@@ -202,10 +202,13 @@ def summary_text(status: Mapping[str, Any]) -> str:
     )
     guests = len(status["guests"])
     notes = [
-        *(f"nobody serves the guest of {path}: it waits where it touches a stored page" for path in status["unserved"]),
-        *(["the configuration was refused at the last reload; see the log"] if status["reload_failed"] else []),
-        *status["engine_notes"],
-    ]
+        *(
+            f"nobody serves the guest of {path}: it waits where it touches a stored page"
+            for path in status.get("unserved", ())
+        ),
+        *(["the configuration was refused at the last reload; see the log"] if status.get("reload_failed") else []),
+        *status.get("engine_notes", ()),
+    ]  # a daemon that was started before an upgrade does not say all of them
     return (
         f"tierd {status['version']}, engine {status['engine']}, {guests} guest{'' if guests == 1 else 's'}"
         f"{', ' if stores else ''}{stores}" + "".join(f"\n{safe_text(note)}" for note in notes)
