@@ -105,6 +105,7 @@ class Tiers:
         """From each tier to those below it: what has become old enough for them, and the oldest of what is too much. By tier,
         bytes of guest memory that went; and the tiers that took some. KernelError as in `evict`: pages stay where they are."""
         before = self._written()
+        self._look_at_errors()
         named: dict[str, Tier] = {tier.name: tier for tier in policy.tiers}
         moved = []
         for above in self._served.tiers.values():

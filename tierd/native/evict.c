@@ -1437,11 +1437,11 @@ static void unclean(struct tierd_guest *g, uint64_t page, uint64_t n)
 
 int tierd_guest_unclean(struct tierd_guest *g, uint32_t tier)
 {
-	int error = guest_enter(g);
+	int error = tier < TIERD_TIERS ? guest_enter(g) : -EINVAL;
 
 	if (error)
 		return error;
-	for (uint64_t page = 0; page < g->pages && g->copies[tier % TIERD_TIERS]; page++)
+	for (uint64_t page = 0; page < g->pages && g->copies[tier]; page++)
 		if (word_tier(page_load(g, page)) == tier)
 			unclean(g, page, 1);
 	guest_leave(g);
