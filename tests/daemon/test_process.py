@@ -23,7 +23,7 @@ from tests.daemon.process import OURS, POLICY, Boot, Daemon, evicted
 from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
 from tests.kernel.vmm import MIB, userfaultfds, vm_flags, wait_for
 from tests.need import need
-from tierd.client import Client, guest_path
+from tierd.client import Client, Declined, guest_path
 from tierd.config import Config
 from tierd.guest import no_progress
 
@@ -112,9 +112,30 @@ def test_a_broken_reload_changes_nothing(daemon: Daemon, boot: Boot) -> None:
     wait_for(lambda: not daemon.guests(), "a guest that no rule names is left")
     assert not userfaultfds(vmm.pid)
     assert not daemon.status()["reload_failed"]
+    daemon.config.write_text(good + "\nstor: {}\n")
+    with Client(daemon.socket) as client, pytest.raises(Declined):
+        client.post("/reload")
+    assert daemon.status()["reload_failed"], "also when it was asked for over the API"
     daemon.write()
     daemon.signal(signal.SIGHUP)
     evicted(daemon, "web", vmm)  # a rule for a VM that runs already
+    vmm.verify()
+
+
+def test_a_vm_that_is_tried_again_has_the_rule_of_now(daemon: Daemon, boot: Boot) -> None:
+    """It was refused; then the cause goes, and its rule with it."""
+    vmm = boot("web")
+    vmm.ask("lock")
+    daemon.start()
+    wait_for(lambda: daemon.guests().get("web", {}).get("state") == "refused", "locked memory is refused")
+    vmm.ask("unlock")
+    daemon.write(guests=[{"name": f"*{OURS}", **POLICY, "enabled": False}])
+    daemon.signal(signal.SIGHUP)
+    wait_for(lambda: not daemon.guests(), "nobody tries any more")
+    assert not daemon.logged("guest_attached")
+    daemon.write()
+    daemon.signal(signal.SIGHUP)
+    evicted(daemon, "web", vmm)
     vmm.verify()
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.daemon.process import Boot, Daemon, evicted, tiers, with_tiers
-from tests.kernel.vmm import MIB, userfaultfds, wait_for
+from tests.kernel.vmm import MIB, Vmm, userfaultfds, wait_for
 from tests.store.servers import Server
 from tierd.guest import no_progress
 from tierd.salvage import put_right
@@ -60,32 +61,35 @@ def test_its_pages_are_in_stores_that_are_asked(daemon: Daemon, boot: Boot, disk
     assert not list((daemon.runtime_dir / "keys").iterdir()), "nor its keys"
 
 
-def test_the_configuration_has_no_such_store_any_more(daemon: Daemon, boot: Boot, disk_dir: Path) -> None:
+def objects_in(disk_dir: Path) -> dict[str, Any]:
+    return {"scheme": "fs", "options": {"root": str(disk_dir / "bucket")}}
+
+
+def left_in_objects(daemon: Daemon, boot: Boot, disk_dir: Path) -> Vmm:
+    """Its daemon was killed."""
     (disk_dir / "bucket").mkdir(mode=0o700)
-    objects = {"scheme": "fs", "options": {"root": str(disk_dir / "bucket")}}
     vmm = boot("web", 8 * MIB, "compressible")
-    with_tiers(daemon, "objects", stores={"objects": objects})
+    with_tiers(daemon, "objects", stores={"objects": objects_in(disk_dir)})
     daemon.start()
     evicted(daemon, "web", vmm)
     daemon.kill()
+    return vmm
+
+
+def test_the_configuration_has_no_such_store_any_more(daemon: Daemon, boot: Boot, disk_dir: Path) -> None:
+    vmm = left_in_objects(daemon, boot, disk_dir)
     with_tiers(daemon, "file")
     refused = daemon.tierd("detach", "--pid", str(vmm.pid))
     assert refused.returncode == 1
     assert "no store objects" in refused.stderr
-    with_tiers(daemon, "objects", stores={"objects": objects})
+    with_tiers(daemon, "objects", stores={"objects": objects_in(disk_dir)})
     assert daemon.tierd("detach", "--pid", str(vmm.pid)).returncode == 0
     vmm.verify()
 
 
 def test_its_vmm_cannot_be_entered(daemon: Daemon, boot: Boot, disk_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A userfaultfd is left in it; no page is left in a store, nor the key to one, because nobody would look for them."""
-    (disk_dir / "bucket").mkdir(mode=0o700)
-    objects = {"scheme": "fs", "options": {"root": str(disk_dir / "bucket")}}
-    vmm = boot("web", 8 * MIB, "compressible")
-    with_tiers(daemon, "objects", stores={"objects": objects})
-    daemon.start()
-    evicted(daemon, "web", vmm)
-    daemon.kill()
+    vmm = left_in_objects(daemon, boot, disk_dir)
 
     def refused(pid: int, number: int) -> None:
         raise PermissionError(f"process {pid} is traced")

@@ -7,15 +7,18 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from tests.kernel.host_memory import huge_pages
 from tests.kernel.torture import torture
 from tests.kernel.vmm import MIB, PAGE, Host, Tiered, Vmm, wait_for
+from tierd.config import Policy, Tier
 from tierd.native import Codec, KernelError
-from tierd.store import StoreError
+from tierd.store import Store, StoreError
+from tierd.tiers import Tiers
 
 Start = Callable[..., Vmm]
 LADDER = ("memory", "file")
@@ -77,6 +80,21 @@ def test_only_what_is_old_enough_sinks(vmm: Vmm, host: Host) -> None:
         assert tiered.demote("memory", min_idle_s=3600.0) == 0
         ages = tiered.native.idle_pages((0.0, 3600.0), tiered.served.tiers["memory"].number)
         assert ages == (tiered.pages_in("memory"), 0)
+
+
+def test_a_tier_that_gets_pages_by_sinking_is_known_to_take_them(vmm: Vmm, host: Host) -> None:
+    """After a failure nothing else would say that it is well again."""
+    policy = Policy(tiers=(Tier(name="memory", capacity=0), Tier(name="file")))
+    with host.attached(vmm, tiers=LADDER) as tiered:
+        wide = cast(Store, SimpleNamespace(free_bytes=lambda: 1 << 40, used_bytes=lambda: 0))
+        tiers = Tiers(tiered.served, dict.fromkeys(LADDER, wide), lambda: 1, None)
+        tiered.evict_all()
+        tiers.failed(tiered.served.tiers["file"].number, lambda _: 0.0)
+        sunk, took = tiers.sink(policy, tiered.options.phases, lambda: None)
+        assert sunk[0][0] == "memory"
+        assert took == {"file"}
+        vmm.verify()
+        tiered.leave()
 
 
 def test_a_full_pool(vmm: Vmm, host: Host) -> None:
