@@ -90,7 +90,9 @@ class Daemon:
                 return text
 
     def log(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log_path.read_text().splitlines() if line.startswith("{")]
+        """Whole lines: the last one may be half written where a page of the file ends."""
+        lines = self.log_path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
 
     def logged(self, event: str) -> list[dict[str, Any]]:
         return [entry for entry in self.log() if entry["event"] == event]
