@@ -265,12 +265,12 @@ class Parking:
                 if anything and is_second:
                     anything = await space.used_bytes()
                 self._keys[store.name] = await trio.to_thread.run_sync(self._seal_key, store, bool(anything))
+            key = self._keys[store.name]
+            return CompressedSpace(space if key is None else SealedSpace(space, key), served.page_bytes)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await space.aclose()
             raise
-        key = self._keys[store.name]
-        return CompressedSpace(space if key is None else SealedSpace(space, key), served.page_bytes)
 
     async def _must_be_the_same(self, space: PageSpace, tier: ServedTier) -> None:
         """A place that knows nothing of the guest is another one than before: its pages wait for that, they are not lost."""

@@ -127,7 +127,7 @@ static uint64_t pack(struct compressor *compressor, const uint8_t *memory, uint6
 
 	for (uint64_t i = 0; i < pages; i++) {
 		const void *out;
-		int bytes = compress(compressor, memory + i * page_bytes, &out);
+		int bytes = compress(compressor, memory + i * page_bytes, page_bytes, &out);
 
 		if (bytes < 0)
 			die("compression");

@@ -70,7 +70,7 @@ static void pages_make(void)
 		int bytes;
 
 		fill_page(memory + i * PAGE, i, PAGE);
-		bytes = compress(compressor, memory + i * PAGE, &out);
+		bytes = compress(compressor, memory + i * PAGE, PAGE, &out);
 		if (bytes < 0)
 			die("compress", bytes);
 		memcpy(packed_memory + offset, out, (size_t)bytes);
@@ -90,7 +90,7 @@ static void pages_make(void)
 static void bare_write(uint64_t page)
 {
 	const void *out;
-	int bytes = compress(compressor, memory + page * PAGE, &out);
+	int bytes = compress(compressor, memory + page * PAGE, PAGE, &out);
 
 	if (bytes < 0)
 		die("compress", bytes);
@@ -100,7 +100,7 @@ static void bare_write(uint64_t page)
 static void bare_keep(uint64_t page)
 {
 	const void *out;
-	int bytes = compress(compressor, memory + page * PAGE, &out);
+	int bytes = compress(compressor, memory + page * PAGE, PAGE, &out);
 
 	if (bytes < 0)
 		die("compress", bytes);

@@ -4,20 +4,23 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tierd.native.records import Records
 from tierd.store import segments
-from tierd.store.segments import DamagedError, Place, Record, Usage, build, choose, read_table, record_at, records_of
+from tierd.store.segments import DamagedError, Place, Usage, build, choose, read_table, record_at, records_of
 
 NAME = "host/boot/1-1/1-1.0000007"
 
 
 def segment(records: list[bytes], name: str = NAME) -> bytes:
-    return build(name, [Record(100 + n, 7, record) for n, record in enumerate(records)])[0]
+    pages, generations = array("I", range(100, 100 + len(records))), array("I", [7]) * len(records)
+    return build(name, pages, generations, Records.of(records))[0]
 
 
 @given(st.lists(st.binary(max_size=300), min_size=1, max_size=20))
@@ -61,10 +64,11 @@ def test_a_bit_that_flips_is_noticed(position: int, bit: int) -> None:
 
 def test_a_record_of_another_segment_or_page_is_refused() -> None:
     data = segment([b"a" * 100, b"b" * 100])
+    first = data[: read_table(NAME, len(data), data)[0].length]
     with pytest.raises(DamagedError, match="page 101 was expected, page 100 is there"):
-        record_at(NAME, 101, data)
+        record_at(NAME, 101, first)
     with pytest.raises(DamagedError, match="checksum of page 100 is wrong"):
-        record_at(NAME.replace("7", "8"), 100, data)
+        record_at(NAME.replace("7", "8"), 100, first)
     with pytest.raises(DamagedError, match="checksum of its table"):
         read_table(NAME.replace("7", "8"), len(data), data)
 

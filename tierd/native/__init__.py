@@ -10,11 +10,15 @@ from __future__ import annotations
 import enum
 import errno
 import os
+from array import array
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tierd.native._native import ffi, lib
+from tierd.native.errors import KernelError as KernelError
+from tierd.native.errors import check
+from tierd.native.records import Records
 
 TIERS = int(lib.TIERD_TIERS)
 REGIONS_MAX = int(lib.TIERD_REGIONS_MAX)
@@ -48,22 +52,6 @@ LADDER_MAX = int(lib.TIERD_LADDER_MAX)
 
 
 STORE_WRITE = "store write"  # the noun of a KernelError when a store did not take a batch
-
-
-class KernelError(OSError):
-    """A call of the data plane failed: errno, and what was being done (to which guest is known to the caller). `tier`: the number
-    of the one that did not take pages; 0: it is not about one."""
-
-    tier = 0
-
-    def __str__(self) -> str:
-        return f"{self.strerror}: {os.strerror(self.errno or 0)} (errno {self.errno})"
-
-
-def check(result: int, noun: str) -> None:
-    """Raise KernelError unless `result` is 0 or positive."""
-    if result < 0:
-        raise KernelError(-result, noun)
 
 
 class EngineNumber(enum.IntEnum):
@@ -492,13 +480,13 @@ class NativeBatch:
             yield Run(run.slot, run.page, run.count)
             slot = run.slot + run.count
 
-    def pages_of(self, run: Run, tier: int) -> list[bytes]:
-        """The bytes of a run that is offered."""
+    def pages_of(self, run: Run, tier: int) -> Records:
+        """A run that is offered: its bytes where they are, until `stored` or `cancel`."""
         out = ffi.new("struct tierd_run *")
         check(lib.tierd_batch_run(self._b, tier, run.slot, out), "run of a batch")
         size = self.guest.page_bytes
-        view = memoryview(ffi.buffer(out.bytes, run.count * size))
-        return [bytes(view[i : i + size]) for i in range(0, run.count * size, size)]
+        bounds = array("I", range(0, (run.count + 1) * size, size))
+        return Records(ffi.buffer(out.bytes, run.count * size), bounds)
 
     def supply(self, slot: int, pages: Sequence[bytes]) -> None:
         """Bytes of what sinks out of a tier that is asked, before copy. What is not supplied stays there."""

@@ -162,7 +162,8 @@ static int context_create(struct compressor *z)
 	if (!z->context)
 		return -ENOMEM;
 	memset(z->out, 0, z->bytes);
-	return compress(z, z->out, &out) < 0 ? -ENOMEM : 0; /* Zstandard takes its memory at the first piece */
+	return compress(z, z->out, z->bytes, &out) < 0 ? -ENOMEM
+						       : 0; /* Zstandard takes its memory at the first piece */
 }
 
 int compressor_create(const struct codec *c, uint32_t bytes, struct compressor **ret)
@@ -202,19 +203,20 @@ void compressor_destroy(struct compressor *z)
 	free(z);
 }
 
-int compress(struct compressor *z, const void *from, const void **out)
+int compress(struct compressor *z, const void *from, uint32_t bytes, const void **out)
 {
 	const struct codec *c = z->codec;
 	size_t n;
 
 	*out = z->out;
+	if (bytes > z->bytes)
+		return -EINVAL;
 	if (c->kind == CODEC_LZ4) {
-		int bytes =
-			c->lz4.compress(z->context, from, (char *)z->out, (int)z->bytes, (int)z->out_bytes, c->level);
+		int done = c->lz4.compress(z->context, from, (char *)z->out, (int)bytes, (int)z->out_bytes, c->level);
 
-		return bytes > 0 ? bytes : -EIO;
+		return done > 0 ? done : -EIO;
 	}
-	n = c->zstd.compress(z->context, z->out, z->out_bytes, from, z->bytes, c->level);
+	n = c->zstd.compress(z->context, z->out, z->out_bytes, from, bytes, c->level);
 	return c->zstd.is_error(n) ? -EIO : (int)n;
 }
 

@@ -24,11 +24,12 @@ const char *codec_library(enum codec_kind kind);
 int codec_open(enum codec_kind kind, int level, struct codec **ret);
 void codec_close(struct codec *c); /* after all that was made of it */
 
-/* For pieces of exactly `bytes`. -ENOMEM */
+/* For pieces of at most `bytes`. -ENOMEM */
 int compressor_create(const struct codec *c, uint32_t bytes, struct compressor **ret);
 void compressor_destroy(struct compressor *z);
-/* The number of compressed bytes, which are at *out until the next call. -EIO: the library failed. */
-int compress(struct compressor *z, const void *from, const void **out);
+/* The number of compressed bytes, which are at *out until the next call. -EIO: the library failed; -EINVAL: the piece is longer than
+ * was said. */
+int compress(struct compressor *z, const void *from, uint32_t bytes, const void **out);
 
 int decompressor_create(const struct codec *c, struct decompressor **ret); /* -ENOMEM */
 void decompressor_destroy(struct decompressor *d);

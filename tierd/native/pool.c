@@ -25,7 +25,7 @@ static int object_make(struct pool *p, const void *from, struct object *o, const
 	o->bytes = OBJECT_FILLED;
 	if (is_filled(from, p->page_bytes))
 		return 0;
-	bytes = compress(p->compressor, from, data);
+	bytes = compress(p->compressor, from, p->page_bytes, data);
 	if (bytes < 0)
 		return bytes;
 	if ((uint32_t)bytes > p->packed_max)

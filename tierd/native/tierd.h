@@ -8,7 +8,7 @@
  */
 
 enum {
-	TIERD_TABLE_VERSION = 5,
+	TIERD_TABLE_VERSION = 6,
 	TIERD_REGIONS_MAX = 32,
 	TIERD_RANGES_MAX = 1024,
 	/* tier 0 is "all zeros", and needs no store; 1 to TIERD_LADDER_MAX are where pages are stored, in the order in which they sink; 14 is
@@ -508,6 +508,33 @@ int tierd_calls_run(int32_t tid, uint64_t area, struct tierd_inside_call *calls,
  * being made, or the area cannot be read just now. -ESRCH: no such process, or it is dying: a call that is being made ends with it.
  * -EFAULT: no area. */
 int tierd_calls_settle(int32_t pid, uint64_t area, uint32_t timeout_ms);
+
+/* --- records: what pages become on their way to a store that Python asks (records.c) ---------------------------------
+ *
+ * Records lie one behind the other in a buffer: record i from bounds[i] to bounds[i + 1], which are counted from the buffer's begin; so
+ * are to_bounds, of count + 1. Any thread. These compute and do not block; `to` holds anything after an error.
+ */
+enum { TIERD_TAG_BYTES = 16, TIERD_UNIT_BYTES = 64 /* a record in a segment is a multiple of it */ };
+
+/* Zstandard's work space for records of at most bytes_max, for one thread at a time. -ELIBACC: libzstd.so.1 is not installed; -ELIBBAD: it
+ * lacks a function; -ENOMEM */
+struct tierd_packer;
+int tierd_packer_create(uint32_t bytes_max, int32_t level, struct tierd_packer **packer);
+void tierd_packer_destroy(struct tierd_packer *packer);
+/* A byte that says which, and a Zstandard frame of the record or the record as it is. `to` has room for all of them and a byte each.
+ * -EINVAL: one is longer than bytes_max; -EIO: the library failed. */
+int tierd_pack(struct tierd_packer *packer, const void *from, const uint32_t *bounds, uint32_t count, void *to,
+	       uint32_t *to_bounds);
+/* AES-256-GCM: ciphertext and tag; nonce and page are 64-bit little-endian numbers, the latter is authenticated with the record. `to` has
+ * room for all of them and a tag each. -ELIBACC: neither libcrypto.so.3 nor .1.1 is installed; -ENOMEM; -EIO: the library failed. */
+int tierd_seal(const void *key, const uint64_t *nonces, uint64_t first_page, const void *from, const uint32_t *bounds,
+	       uint32_t count, void *to, uint32_t *to_bounds);
+/* Records of a segment, with headers, and its table: segments.py. `seed`: of all checksums. `to` has room for each record, its header, and a
+ * unit, and a row of the table each. Returns the length. */
+uint64_t tierd_segment(uint32_t seed, const uint32_t *pages, const uint32_t *generations, const void *from,
+		       const uint32_t *bounds, uint32_t count, void *to, uint32_t *to_bounds);
+/* The length of the data of a record as it is in a segment. -EBADMSG: it is not as it was written. */
+int64_t tierd_segment_record(uint32_t seed, const void *record, uint32_t length);
 
 /* --- what this kernel can do ---------------------------------------------------------------------------------------- */
 

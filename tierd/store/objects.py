@@ -23,7 +23,6 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -31,6 +30,7 @@ import trio
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tierd.attach.procfs import boot_id
+from tierd.native.records import Records
 from tierd.quantities import parse_size
 from tierd.store import StoreContext, StoreError, segment_index, segments
 from tierd.store.bucket import Bucket
@@ -266,31 +266,31 @@ class ObjectSpace:
 
     async def write(self, first_page: int, records: Sequence[bytes]) -> None:
         """One segment for each `segment_bytes`; then a round of cleaning, if one is worth it."""
-        longest = max(map(len, records), default=0)
+        run = Records.of(records)
         if first_page < 0 or first_page + len(records) > self._pages:
             raise ValueError(f"pages {first_page} to {first_page + len(records)} of {self._pages}")
-        if longest > self._record_bytes_max:
-            raise ValueError(f"a record of {longest} bytes, pages have {self._page_bytes}")
+        if run.longest_bytes > self._record_bytes_max:
+            raise ValueError(f"a record of {run.longest_bytes} bytes, pages have {self._page_bytes}")
         step = max(self._store.options.segment_bytes // self._page_bytes, 1)
         for n in range(0, len(records), step):
-            await self._write_segment(first_page + n, records[n : n + step])
+            await self._write_segment(first_page + n, run[n : n + step])
         await self._clean()
 
-    async def _write_segment(self, first_page: int, records: Sequence[bytes]) -> None:
-        self._index.reserve(first_page, len(records))
+    async def _write_segment(self, first_page: int, records: Records) -> None:
+        count = len(records)
+        self._index.reserve(first_page, count)
         number = self._index.take_number()
-        pages = range(first_page, first_page + len(records))
-        rows = await self._put(number, map(Record, pages, repeat(number), records))
-        self._point(first_page, segments.words_of(number, rows))
+        pages, generations = array("I", range(first_page, first_page + count)), array("I", [number]) * count
+        self._point(first_page, await self._put(number, pages, generations, records))
 
-    async def _put(self, number: int, records: Iterable[Record]) -> list[Row]:
-        """Make segment `number` durable. One that failed is dead, and deleted with the dead ones."""
+    async def _put(self, number: int, pages: array[int], generations: array[int], records: Records) -> array[int]:
+        """Make segment `number` durable; its index words. One that failed is dead, and deleted with the dead ones."""
 
-        def put() -> list[Row]:
-            data, rows = segments.build(self._name(number), records)
+        def put() -> array[int]:
+            data, bounds = segments.build(self._name(number), pages, generations, records)
             usage.total_bytes = len(data)
             self._store.bucket.put(self._name(number), data)
-            return rows
+            return segments.words_of(number, bounds)
 
         usage = self._usages[number] = Usage(0, busy=True)
         try:
@@ -404,10 +404,12 @@ class ObjectSpace:
         found = await self._store.in_thread(self._live_in, numbers)
         if found:
             number = self._index.take_number()
-            rows = await self._put(number, [record for _, record in found])
-            for (old, record), new in zip(found, segments.words_of(number, rows), strict=True):
-                if self._index.words(record.page, 1)[0] == old:
-                    self._point(record.page, array("Q", [new]))
+            pages = array("I", [record.page for _, record in found])
+            generations = array("I", [record.generation for _, record in found])
+            words = await self._put(number, pages, generations, Records.of([record.data for _, record in found]))
+            for (old, _), page, new in zip(found, pages, words, strict=True):
+                if self._index.words(page, 1)[0] == old:
+                    self._point(page, array("Q", [new]))
         for number in numbers:
             self._usages[number].damaged = self._usages[number].live_bytes > 0
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TypeVar
 
 import trio
 import zstandard
 
+from tierd.native.records import Packer, Records
 from tierd.store import IntegrityError, PageSpace
 
 LEVEL = 1  # of zstd
-KEPT_SHARE_MAX = 15 / 16  # less than that is saved: kept as it is, and no time is spent when it is read
 INLINE_BYTES = 64 << 10  # more is computed in a thread: 20 us of it are less than the way there
 AS_IT_IS, ZSTD = b"\0", b"\1"
 
@@ -59,11 +59,14 @@ class CompressedSpace(PassedOn):
     """
 
     def __init__(self, space: PageSpace, page_bytes: int) -> None:
+        """KernelError: Zstandard is not installed."""
         super().__init__(space)
         self._bytes_max = 2 * page_bytes  # of a record: more is not unpacked
+        self._packer = _packer(self._bytes_max)
 
     async def write(self, first_page: int, records: Sequence[bytes]) -> None:
-        await self._space.write(first_page, await computed(partial(_pack, records), sum(map(len, records))))
+        run = Records.of(records)
+        await self._space.write(first_page, await computed(partial(self._packer.pack, run), run.total_bytes))
 
     async def read(self, first_page: int, count: int) -> list[bytes | None]:
         packed = await self.stored(first_page, count)
@@ -71,27 +74,19 @@ class CompressedSpace(PassedOn):
         return await computed(work, sum(len(record or b"") for record in packed))
 
 
+@cache
+def _packer(bytes_max: int) -> Packer:
+    return Packer(bytes_max, LEVEL)
+
+
 class _Local(threading.local):
-    """These take longer to make than to use, and serve one thread."""
+    """This takes longer to make than to use, and serves one thread."""
 
     def __init__(self) -> None:
-        self.compressor = zstandard.ZstdCompressor(level=LEVEL)
         self.decompressor = zstandard.ZstdDecompressor()
 
 
 _local = _Local()
-
-
-def _pack(records: Sequence[bytes]) -> list[bytes]:
-    """All in one call, without the interpreter's lock: to wait for it after each page takes longer than the page."""
-    if not records:
-        return []
-    frames = _local.compressor.multi_compress_to_buffer([record or b"\0" for record in records])
-    return [_packed(record, frames[n]) for n, record in enumerate(records)]
-
-
-def _packed(record: bytes, frame: zstandard.BufferSegment) -> bytes:
-    return ZSTD + frame.tobytes() if len(frame) <= KEPT_SHARE_MAX * len(record) else AS_IT_IS + record
 
 
 def _unpack(jobs: Iterable[tuple[int, bytes | None]], bytes_max: int) -> list[bytes | None]:
@@ -110,6 +105,6 @@ def _unpacked(page: int, record: bytes, bytes_max: int) -> bytes:
     raise IntegrityError(f"the store's record of page {page} ({len(record)} bytes) is not one that tierd has written")
 
 
-async def computed(function: Callable[[], list[T]], size: int) -> list[T]:
+async def computed(function: Callable[[], T], size: int) -> T:
     """What `function` makes of `size` bytes, in a thread if these are many."""
     return function() if size <= INLINE_BYTES else await trio.to_thread.run_sync(function)

@@ -31,6 +31,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from tierd.native.records import Records, seal
 from tierd.store import IntegrityError, PageSpace, StoreError
 from tierd.store.directory import KEY, file_system_of, open_ours
 from tierd.store.records import PassedOn, computed
@@ -56,7 +57,7 @@ class SealKey:
         magic, key, _ = FILE.unpack(os.pread(fd, FILE.size, 0))
         if magic != MAGIC or not any(key):
             raise StoreError(f"{path} is no key of a guest; what was stored of the guest cannot be read without it")
-        self.cipher = AESGCM(key)
+        self.secret, self.cipher = key, AESGCM(key)
         self._next = self._end = 0
 
     @classmethod
@@ -188,23 +189,20 @@ class SealedSpace(PassedOn):
     """
 
     def __init__(self, space: PageSpace, key: SealKey) -> None:
+        """KernelError: OpenSSL's libcrypto is not installed."""
         super().__init__(space)
         self._key = key
+        seal(key.secret, array("Q"), 0, Records.of(()))
 
     async def write(self, first_page: int, records: Sequence[bytes]) -> None:
-        nonces = self._key.take(first_page, len(records))
-        jobs = zip(range(first_page, first_page + len(records)), nonces, records, strict=True)
-        sealed = await computed(partial(_seal, self._key.cipher, jobs), sum(map(len, records)))
-        await self._space.write(first_page, sealed)
+        run, nonces = Records.of(records), self._key.take(first_page, len(records))
+        work = partial(seal, self._key.secret, nonces, first_page, run)
+        await self._space.write(first_page, await computed(work, run.total_bytes))
 
     async def read(self, first_page: int, count: int) -> list[bytes | None]:
         sealed = await self.stored(first_page, count)
         jobs = zip(range(first_page, first_page + count), self._key.nonces(first_page, count), sealed, strict=True)
         return await computed(partial(_unseal, self._key.cipher, jobs), sum(len(record or b"") for record in sealed))
-
-
-def _seal(cipher: AESGCM, jobs: Iterable[tuple[int, int, bytes]]) -> list[bytes]:
-    return [cipher.encrypt(NONCE.pack(nonce), record, PAGE.pack(page)) for page, nonce, record in jobs]
 
 
 def _unseal(cipher: AESGCM, jobs: Iterable[tuple[int, int, bytes | None]]) -> list[bytes | None]:

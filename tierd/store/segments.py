@@ -15,11 +15,13 @@ import errno
 import struct
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
-UNIT_BYTES = 64  # records start and end at multiples of it
+from tierd.native.records import UNIT_BYTES, Records, segment, segment_record
+
 SEGMENT_BYTES_MAX = 64 << 20
 RECORD_BYTES_MAX = (1 << 16) * UNIT_BYTES - UNIT_BYTES
 NUMBER_MAX = (1 << 28) - 1  # of segments that one guest may ever write: some 500 TiB in batches of 2 MiB
@@ -28,13 +30,11 @@ GAP_BYTES_MAX = 64 << 10  # between two records that one read fetches: less than
 LIVE_FRACTION_MIN = 0.5  # a segment of which less is live is sparse
 SMALL_FRACTION = 1 / 16  # a segment smaller than this part of a full one is merged with others
 
-_HEADER = struct.Struct("<IIII")  # crc of the rest and the data, page, generation, bytes of data
-_CRC, _REST = struct.Struct("<I"), struct.Struct("<III")  # its two parts
+_HEADER = struct.Struct("<IIII")  # checksum of the rest, the data and padding; page, generation, bytes of data
 _ROW = struct.Struct("<IIII")  # page, generation, offset, length
 _TRAILER = struct.Struct("<8sIIQ")  # magic, crc of the table, rows, bytes of the whole segment
 ROW_BYTES, TRAILER_BYTES = _ROW.size, _TRAILER.size
-_MAGIC = b"tierdSG1"
-_PADDING = bytes(UNIT_BYTES)
+_MAGIC = b"tierdSG2"
 
 
 class DamagedError(OSError):
@@ -83,43 +83,34 @@ def size_of(word: int) -> tuple[int, int]:
     return word >> 36, (word & 0xFFFF) * UNIT_BYTES
 
 
-def words_of(number: int, rows: Iterable[Row]) -> array[int]:
-    """Index words of a segment's rows."""
+def words_of(number: int, bounds: Sequence[int]) -> array[int]:
+    """Index words of a segment whose records have these bounds."""
     top = number << 36
-    return array("Q", [top | row.offset // UNIT_BYTES << 16 | row.length // UNIT_BYTES for row in rows])
+    return array("Q", [top | at // UNIT_BYTES << 16 | (end - at) // UNIT_BYTES for at, end in pairwise(bounds)])
 
 
-def build(name: str, records: Iterable[Record]) -> tuple[bytes, list[Row]]:
-    """The segment that object `name` will be, and its table."""
-    seed = zlib.crc32(name.encode())
-    parts: list[bytes] = []
-    rows: list[Row] = []
-    offset = 0
-    for page, generation, data in records:
-        rest = _REST.pack(page, generation, len(data))
-        length = _HEADER.size + len(data)
-        padding = -length % UNIT_BYTES
-        length += padding
-        parts += (_CRC.pack(zlib.crc32(data, zlib.crc32(rest, seed))), rest, data, _PADDING[:padding])
-        rows.append(Row(page, generation, offset, length))
-        offset += length
-    table = b"".join([_ROW.pack(*row) for row in rows])
-    total = offset + len(table) + _TRAILER.size
-    parts += (table, _TRAILER.pack(_MAGIC, zlib.crc32(table, seed), len(rows), total))
-    return b"".join(parts), rows
+def build(name: str, pages: array[int], generations: array[int], records: Records) -> tuple[bytes, Sequence[int]]:
+    """The segment that object `name` will be, and the bounds of its records, of these pages and generations ("I")."""
+    seed = _seed(name)
+    content, bounds = segment(seed, pages, generations, records)
+    total, table_crc = len(content) + _TRAILER.size, zlib.crc32(content[bounds[-1] :], seed)
+    return b"".join((content, _TRAILER.pack(_MAGIC, table_crc, len(records), total))), bounds
+
+
+def _seed(name: str) -> int:
+    return zlib.crc32(name.encode())
 
 
 def record_at(name: str, page: int, stored: bytes | memoryview) -> Record:
     """The record that is stored in these bytes, which must be of `page`. DamagedError: they are not what was written."""
-    crc, at, generation, data_bytes = _HEADER.unpack_from(stored)
-    if data_bytes > len(stored) - _HEADER.size:
-        raise DamagedError(name, f"page {page} has {data_bytes} bytes, so its record is longer than it can be")
-    content = memoryview(stored)[4 : _HEADER.size + data_bytes]
-    if crc != zlib.crc32(content, zlib.crc32(name.encode())):
+    view = memoryview(stored)
+    data_bytes = segment_record(_seed(name), view)
+    if data_bytes is None:
         raise DamagedError(name, f"the checksum of page {page} is wrong")
+    _, at, generation, _ = _HEADER.unpack_from(view)
     if at != page:
         raise DamagedError(name, f"page {page} was expected, page {at} is there")
-    return Record(page, generation, bytes(content[_HEADER.size - 4 :]))
+    return Record(page, generation, bytes(view[_HEADER.size : _HEADER.size + data_bytes]))
 
 
 def table_bytes(name: str, segment_bytes: int, trailer: bytes) -> int:
@@ -135,7 +126,7 @@ def read_table(name: str, segment_bytes: int, tail: bytes | memoryview) -> list[
     """The rows in a segment's last bytes, at least as many as `table_bytes` says. DamagedError."""
     trailer = bytes(tail[-_TRAILER.size :])
     table = tail[-table_bytes(name, segment_bytes, trailer) : -_TRAILER.size]
-    if zlib.crc32(table, zlib.crc32(name.encode())) != _TRAILER.unpack(trailer)[1]:
+    if zlib.crc32(table, _seed(name)) != _TRAILER.unpack(trailer)[1]:
         raise DamagedError(name, "the checksum of its table is wrong")
     return [Row(*row) for row in _ROW.iter_unpack(table)]
 

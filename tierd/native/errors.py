@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call of the data plane that fails raises."""
+
+from __future__ import annotations
+
+import os
+
+
+class KernelError(OSError):
+    """A call of the data plane failed: errno, and what was being done (to which guest is known to the caller). `tier`: the number
+    of the one that did not take pages; 0: it is not about one."""
+
+    tier = 0
+
+    def __str__(self) -> str:
+        return f"{self.strerror}: {os.strerror(self.errno or 0)} (errno {self.errno})"
+
+
+def check(result: int, noun: str) -> None:
+    """Raise KernelError unless `result` is 0 or positive."""
+    if result < 0:
+        raise KernelError(-result, noun)
