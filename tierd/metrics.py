@@ -92,7 +92,7 @@ _GAUGES: tuple[_Family, ...] = (
     ),
     (
         "stored_bytes",
-        "Guest memory that is out of the host's memory, by tier (zero: all zeros, stored nowhere).",
+        "Guest memory that is out of the host's memory, by tier (zero: one 32-bit word again and again, stored nowhere).",
         ("tier",),
         lambda g: (((tier,), size) for tier, size in g.stored_bytes.items()),
     ),
@@ -144,10 +144,20 @@ _COUNTERS: tuple[_Family, ...] = (
         ("kind", "outcome"),
         _faults,
     ),
-    ("pages_evicted", "Pages moved out of the guest, all-zero ones included.", (), _counter("pages_evicted")),
+    (
+        "pages_evicted",
+        "Pages moved out of the guest, those that need no store included.",
+        (),
+        _counter("pages_evicted"),
+    ),
     ("pages_cancelled", "Pages whose eviction was called off: touched, or an error.", (), _counter("pages_cancelled")),
     ("pages_fetched", "Pages brought back by faults, read-ahead included.", (), _counter("pages_fetched")),
-    ("pages_zero", "Evicted pages that were all zeros and need no store.", (), _counter("pages_evicted_zero")),
+    (
+        "pages_zero",
+        "Evicted pages that were one 32-bit word again and again, zeros mostly, and need no store.",
+        (),
+        _counter("pages_evicted_zero"),
+    ),
     ("pages_lost", "Pages that could not be brought back.", (), _counter("pages_lost")),
     (
         "window_faults",

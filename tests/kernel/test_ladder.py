@@ -44,8 +44,8 @@ def test_everything_leaves_and_comes_back(vmm: Vmm, host: Host, codec: Codec) ->
         pool = pool_of(tiered)
         assert tiered.pages_in("memory") == pool["written_pages"] > vmm.pages / 2
         assert tiered.pages_in("file") == pool["refused_pages"] > vmm.pages / 8, "what does not compress well goes on"
-        assert tiered.counters()["tier_pages"][0] == ZEROS
-        assert pool["filled_pages"] > vmm.pages / 8, "one word, again and again"
+        assert tiered.counters()["tier_pages"][0] > ZEROS + vmm.pages / 10, "a word of 32 bits, again and again"
+        assert pool["filled_pages"] > vmm.pages / 10, "one of 64"
         assert 0 < pool["compressed_bytes"] < pool["used_bytes"] < tiered.pages_in("memory") * PAGE * 0.75
         assert tiered.counters()["pages_refused"] == 0
         vmm.verify()
@@ -68,7 +68,7 @@ def test_pages_sink(vmm: Vmm, host: Host) -> None:
         assert tiered.demote("memory") == before - 1000
         pool = pool_of(tiered)
         assert tiered.pages_in("memory") == pool["compressed_bytes"] == 0
-        assert tiered.pages_in("file") == vmm.pages - ZEROS
+        assert tiered.pages_in("file") == vmm.pages - tiered.counters()["tier_pages"][0]
         assert tiered.counters()["pages_demoted"] == before
         vmm.verify()
         tiered.leave()
@@ -104,7 +104,7 @@ def test_a_full_pool(vmm: Vmm, host: Host) -> None:
         tiered.evict_all()
         assert tiered.pages_in("memory") > 0
         assert tiered.served.tiers["memory"].space.used_bytes() <= 2 * MIB
-        assert tiered.pages_in("memory") + tiered.pages_in("file") == vmm.pages - ZEROS
+        assert tiered.pages_in("memory") + tiered.pages_in("file") == vmm.pages - tiered.counters()["tier_pages"][0]
         vmm.verify()
         tiered.native.set_capacity(1, 0)
         tiered.evict_all()
@@ -130,8 +130,9 @@ def test_nowhere_to_go(vmm: Vmm, host: Host) -> None:
         tiered.discard()
         tiered.native.set_capacity(1, 0)
         tiered.scan()
-        with pytest.raises(KernelError, match="No space left"):
-            tiered.evict(tiers=["memory"])
+        tiered.evict(tiers=["memory"])
+        assert not tiered.pages_in("memory")
+        assert tiered.counters()["tier_pages"][0] > 0, "what needs no store leaves all the same"
         vmm.verify()
         tiered.leave()
 

@@ -175,7 +175,7 @@ bool world_may_fail(uint32_t page)
 
 bool world_may_be_older(uint32_t page, uint64_t value)
 {
-	return kills_of_seed && value >> 32 == page + 1 && (uint32_t)value <= S.writes[page];
+	return kills_of_seed && script_may_have_written(page, value);
 }
 
 bool world_zeroed(uint32_t page)

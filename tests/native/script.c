@@ -75,12 +75,38 @@ void script_read(uint32_t thread, uint32_t page)
 	world_unlock(page);
 }
 
-static void write_page(uint32_t thread, uint32_t page, bool zeros)
+enum writing { ZEROS, FILLED /* with a word of 32 bits */, BYTES };
+
+static uint64_t filling(uint32_t page, uint32_t count)
 {
-	uint64_t value;
+	uint32_t word = (page + 1) << 16 | (count & 0xffff);
+
+	return (uint64_t)word << 32 | word;
+}
+
+static uint64_t content(uint32_t page, uint32_t count)
+{
+	return (page + 1ull) << 32 | count;
+}
+
+bool script_may_have_written(uint32_t page, uint64_t value)
+{
+	uint32_t count = (uint32_t)value;
+
+	if (value == filling(page, count & 0xffff))
+		count &= 0xffff;
+	else if (value != content(page, count))
+		return false;
+	return count <= S.writes[page];
+}
+
+static void write_page(uint32_t thread, uint32_t page, enum writing what)
+{
+	uint64_t value = 0;
 
 	world_lock(page);
-	value = zeros ? 0 : (page + 1ull) << 32 | ++S.writes[page];
+	if (what != ZEROS)
+		value = (what == FILLED ? filling : content)(page, ++S.writes[page]);
 	S.accesses++;
 	if (world_access(thread, page, true, &value) == MADE) {
 		S.last[page] = value;
@@ -116,9 +142,9 @@ void script_guest(uint32_t thread)
 			for (uint32_t i = 0; i < 6; i++)
 				script_read(thread, (page + i) % S.pages);
 		else if (what < 86)
-			write_page(thread, page, false);
+			write_page(thread, page, BYTES);
 		else if (what < 92)
-			write_page(thread, page, true);
+			write_page(thread, page, below(2) ? ZEROS : FILLED);
 		else if (what < 94 && !S.anon) /* of anonymous memory it is the other thing */
 			world_zap(page);
 		else

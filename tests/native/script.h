@@ -49,6 +49,7 @@ bool script_engine(const char *name, uint32_t *ret);
 void script_guest(uint32_t thread); /* until world_stopped */
 void script_read(uint32_t thread, uint32_t page);
 void script_read_all(uint32_t thread);
+bool script_may_have_written(uint32_t page, uint64_t value); /* some time; not zeros */
 
 /* --- the daemon's worker --- */
 void script_set_reads(struct tierd_guest *g); /* drawn anew */

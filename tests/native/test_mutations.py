@@ -236,8 +236,26 @@ MUTATIONS = [
     Mutation(
         "adoption_takes_zeros_left_by_a_punch",  # rule 6, and killed before the bytes are written back
         "guest.c",
-        "	if (!all_zero(bytes, g->page_bytes) || checksum(bytes, g->page_bytes) == g->checksums[page])",
+        "	if (!all_zero(bytes, g->page_bytes))",
         "	if (bytes)",
+    ),
+    Mutation(
+        "adoption_takes_zeros_left_by_a_punch_of_a_filled_page",  # the same of a page that no tier holds
+        "guest.c",
+        "(word_tier(w) != TIER_ZERO || g->checksums[page])",
+        "word_tier(w) != TIER_ZERO",
+    ),
+    Mutation(
+        "filled_page_comes_back_as_zeros",
+        "fault.c",
+        "	return any ? w->buffer : NULL;",
+        "	return any && !w->buffer ? w->buffer : NULL;",
+    ),
+    Mutation(
+        "page_that_begins_as_if_filled_is_filled",
+        "evict.c",
+        "	return !memcmp(page, page + sizeof(uint32_t), bytes - sizeof(uint32_t));",
+        "	return !memcmp(page, page + sizeof(uint64_t), bytes - sizeof(uint64_t));",
     ),
     Mutation(
         "younger_than_min_idle_leaves",  # rule 8

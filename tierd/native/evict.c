@@ -336,12 +336,15 @@ static int read_pages(struct tierd_batch *b, uint64_t page, uint32_t n, uint8_t 
 	return 0;
 }
 
-bool all_zero(const uint8_t *page, size_t bytes)
+bool same_filled(const uint8_t *page, size_t bytes)
 {
-	uint64_t first;
+	return !memcmp(page, page + sizeof(uint32_t), bytes - sizeof(uint32_t));
+}
 
-	memcpy(&first, page, sizeof(first));
-	return !first && !memcmp(page, page + sizeof(first), bytes - sizeof(first));
+void fill_with(uint8_t *page, size_t bytes, uint32_t word)
+{
+	for (size_t i = 0; i < bytes; i += sizeof(word))
+		memcpy(page + i, &word, sizeof(word));
 }
 
 /*
@@ -388,8 +391,8 @@ static int keep_mapped(struct tierd_batch *b, struct tierd_batch_result *ret)
 	return error;
 }
 
-/* What the slot's bytes are: all zeros, or the checksum of its page. That is ours to write: a fetch reads it only after we made the
- * page STORED. Of a page that sinks it is known: -EBADMSG, the tier did not give what it was given. */
+/* What the slot's bytes are: one word again and again, which then stands in the place of its checksum and is all that is kept of it; or
+ * the checksum of its page. That is ours to write: a fetch reads it only after we made the page STORED. Of a page that sinks it is known: -EBADMSG, the tier did not give what it was given. */
 static int look_at_copy(struct tierd_batch *b, uint32_t slot)
 {
 	const uint8_t *page = b->bytes + slot * b->page_bytes;
@@ -398,7 +401,8 @@ static int look_at_copy(struct tierd_batch *b, uint32_t slot)
 	b->to[slot] = word_refused(b->words[slot]) ? NOT_THE_POOL : NOWHERE;
 	if (moving(b) && b->from != TIER_STAGING)
 		return checksum(page, b->page_bytes) == *sum ? 0 : -EBADMSG;
-	if (all_zero(page, b->page_bytes)) {
+	if (same_filled(page, b->page_bytes)) {
+		memcpy(sum, page, sizeof(*sum));
 		b->to[slot] = TIER_ZERO;
 	} else {
 		uint32_t was = *sum;

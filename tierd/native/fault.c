@@ -417,6 +417,19 @@ static bool keeps_clean(struct tierd_guest *g, unsigned int tier, bool to_write)
 	       !tier_is_pool(g, tier) && !atomic_load(&g->holding);
 }
 
+/* What fills pages that no tier has to hold: NULL, for all of them zeros. */
+static const void *filled(struct tierd_worker *w, uint64_t page, uint32_t n)
+{
+	struct tierd_guest *g = w->g;
+	bool any = false;
+
+	for (uint32_t i = 0; i < n; i++)
+		any |= g->checksums[page + i];
+	for (uint32_t i = 0; any && i < n; i++)
+		fill_with(w->buffer + (size_t)i * g->page_bytes, g->page_bytes, g->checksums[page + i]);
+	return any ? w->buffer : NULL;
+}
+
 int64_t fetch_run(struct tierd_worker *w, unsigned int tier, uint64_t page, uint32_t count, bool to_write,
 		  uint32_t *claimed)
 {
@@ -435,6 +448,8 @@ int64_t fetch_run(struct tierd_worker *w, unsigned int tier, uint64_t page, uint
 		if (!n)
 			return UNREADABLE;
 		from = w->buffer;
+	} else {
+		from = filled(w, page, n);
 	}
 	clean = keeps_clean(g, tier, to_write);
 	placed = place(g, page, n, from, &clean, &error);

@@ -614,8 +614,13 @@ static bool in_flight(struct tierd_guest *g, page_word w)
 	return word_copy(w) && (word_state(w) == RESIDENT || word_state(w) == RESOLVING || word_state(w) == LEAVING);
 }
 
+static bool all_zero(const uint8_t *page, size_t bytes)
+{
+	return !*page && !memcmp(page, page + 1, bytes - 1);
+}
+
 /* A page that is DROPPING and still in the page cache was not punched yet, or in vain (evict.c, settle_dropped): then it holds
- * zeros, and its bytes are in the store. Anything else is the kernel's truth: so always with hugetlbfs, which punches a page
+ * zeros, and its bytes are in the store or, where one word fills it, in the table. Anything else is the kernel's truth: so always with hugetlbfs, which punches a page
  * as a whole or not at all. `bytes` is room for a page. -ENODATA: the store cannot give them. */
 static int repair_unpunched(struct tierd_guest *g, uint64_t page, page_word w, void *bytes)
 {
@@ -625,15 +630,21 @@ static int repair_unpunched(struct tierd_guest *g, uint64_t page, page_word w, v
 
 	if (sys_mem_read(r->memfd, bytes, g->page_bytes, offset) != (ssize_t)g->page_bytes)
 		return -EIO;
-	if (!all_zero(bytes, g->page_bytes) || checksum(bytes, g->page_bytes) == g->checksums[page])
+	if (!all_zero(bytes, g->page_bytes))
 		return 0;
-	error = tier_read(g, g->reader, word_tier(w), page, 1, bytes);
-	if (error)
-		count_error(g, &g->count.store_read_errors, error);
-	else if (checksum(bytes, g->page_bytes) != g->checksums[page])
-		count_error(g, &g->count.checksum_errors, error = -EBADMSG);
-	if (error)
-		return -ENODATA;
+	if (word_tier(w) == TIER_ZERO) {
+		fill_with(bytes, g->page_bytes, g->checksums[page]);
+	} else {
+		if (checksum(bytes, g->page_bytes) == g->checksums[page])
+			return 0;
+		error = tier_read(g, g->reader, word_tier(w), page, 1, bytes);
+		if (error)
+			count_error(g, &g->count.store_read_errors, error);
+		else if (checksum(bytes, g->page_bytes) != g->checksums[page])
+			count_error(g, &g->count.checksum_errors, error = -EBADMSG);
+		if (error)
+			return -ENODATA;
+	}
 	return sys_mem_write(r->memfd, bytes, g->page_bytes, offset) == (ssize_t)g->page_bytes ? 0 : -EIO;
 }
 
@@ -726,7 +737,7 @@ static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct 
 
 	if (in_flight(g, w))
 		to = adopt_in_flight(g, page, to, ret);
-	if (word_state(w) == DROPPING && cached && word_tier(w) != TIER_ZERO) {
+	if (word_state(w) == DROPPING && cached && (word_tier(w) != TIER_ZERO || g->checksums[page])) {
 		error = adopt_unpunched(g, page, w);
 		if (error == -ENODATA) { /* one page, not the guest: the punch again, and then it waits for its bytes */
 			error = punch_again(g, page);

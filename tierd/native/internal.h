@@ -276,7 +276,8 @@ struct tierd_guest {
 	/* when every page of a group was last seen touched: one store for all of them */
 	_Atomic uint16_t *groups;
 	_Atomic uint8_t *heat; /* by group: staged pages were read, so often (stage.c) */
-	uint32_t *checksums; /* of stored pages; written by the worker before DROPPING, read by the owner of ARRIVING */
+	/* of stored pages, or what fills them (TIER_ZERO); written by the worker before DROPPING, read by the owner of ARRIVING */
+	uint32_t *checksums;
 	uint64_t epoch_ns, epoch_zero_ns;
 
 	_Atomic bool worker_busy;
@@ -351,7 +352,9 @@ uint64_t table_bytes(uint64_t pages);
 uint32_t checksum(const void *page, size_t bytes);
 
 /* evict.c */
-bool all_zero(const uint8_t *page, size_t bytes);
+/* A page that is one word again and again, zeros mostly. */
+bool same_filled(const uint8_t *page, size_t bytes);
+void fill_with(uint8_t *page, size_t bytes, uint32_t word);
 
 /* guest.c */
 struct region *region_of_page(struct tierd_guest *g, uint64_t page);

@@ -19,6 +19,7 @@ from tierd.native.errors import check
 TAG_BYTES, UNIT_BYTES = int(lib.TIERD_TAG_BYTES), int(lib.TIERD_UNIT_BYTES)
 ROW_BYTES = HEADER_BYTES = 16  # of a record in a segment
 
+
 class _Buffers:
     """Memory that is used again: to get 2 MiB from the system takes longer than to encrypt them."""
 
