@@ -223,6 +223,7 @@ class FileStoreConfig(Frozen):
     path: SomePath = Path("/var/lib/tierd")
     capacity: Size | None = None  # of all guests together; None: what the file system has
     direct: Annotated[Literal["auto", "on", "off"], BeforeValidator(_parse_switch)] = "auto"
+    encrypt: bool = False  # files of guests that are attached from then on
 
 
 class MemoryStoreConfig(Frozen):

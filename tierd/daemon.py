@@ -154,7 +154,7 @@ class Daemon:
             log.info("store_swept", store=store.name, guests=swept)
 
     async def _sweep_asked(self, store: AskedStore) -> None:
-        from tierd.store.seal import sweep as sweep_keys  # only where there is such a store
+        from tierd.store.keys import sweep as sweep_keys  # only where there is such a store
 
         while True:
             try:

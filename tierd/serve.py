@@ -52,6 +52,8 @@ from tierd.native import (
     CAP_IPC_LOCK,
     GUEST_LOCKED_BYTES,
     HUGE_BUFFER_PAGES,
+    HUGE_SEALED_PAGES,
+    SEALED_LOCKED_BYTES,
     STAGING_TIER,
     STATES,
     TABLE_BYTES_A_PAGE,
@@ -78,10 +80,12 @@ from tierd.native import (
 from tierd.store import Space, Store, StoreError, memory
 from tierd.store.asked import AskedSpace
 from tierd.store.directory import file_system_of, open_ours
-from tierd.store.file import reopen
+from tierd.store.file import FileStore, reopen
+from tierd.store.keys import FileKey
 
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 SUFFIX = ".state"
+KEYS = "keys"  # in runtime_dir: a directory
 EPOCH_S_MAX, EPOCH_S_MIN = 8.0, 0.05
 LEAVE_S_MAX = 10.0
 
@@ -328,7 +332,16 @@ def _table_regions(regions: tuple[Region, ...]) -> list[TableRegion]:
 
 
 def _tier_of(space: Space, capacity_bytes: int) -> Tier:
-    return Tier(space.fd, capacity_bytes, space.kind, space.direct, space.drop_cache, space.late, space.codec)
+    return Tier(
+        space.fd,
+        capacity_bytes,
+        space.kind,
+        space.direct,
+        space.drop_cache,
+        space.late,
+        space.codec,
+        space.secret,
+    )
 
 
 def _add_tier(served: Served, name: str, space: Space) -> None:
@@ -374,8 +387,9 @@ def _open_guest(
     served.native.set_reads(tuning.read_deadline_s, tuning.hold_lost)
 
 
-def _must_be_lockable(served: Served) -> None:
-    """A guest that was served must be adopted as long as it can be; a new one must also have room for what comes later."""
+def _must_be_lockable(served: Served, *, sealed: bool) -> None:
+    """A guest that was served must be adopted as long as it can be; a new one must also have room for what comes later. `sealed`:
+    it has a file that is encrypted."""
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     held = Path("/proc/self/status").read_text().partition("CapEff:")[2].split(None, 1)[0]
     if limit == resource.RLIM_INFINITY or int(held, 16) >> CAP_IPC_LOCK & 1:
@@ -383,6 +397,10 @@ def _must_be_lockable(served: Served) -> None:
     needed = GUEST_LOCKED_BYTES + TABLE_BYTES_A_PAGE * served.pages
     if served.page_bytes != PAGE_BYTES:
         needed += HUGE_BUFFER_PAGES * served.page_bytes
+    if sealed:
+        needed += max(
+            SEALED_LOCKED_BYTES, HUGE_SEALED_PAGES * served.page_bytes if served.page_bytes != PAGE_BYTES else 0
+        )
     locked = status_field(os.getpid(), "VmLck") << 10
     if locked + needed > limit:
         raise StateError(
@@ -481,7 +499,7 @@ def attach(
         on_error.callback(unfinished.unlink, missing_ok=True)
         _take_descriptors(served, handed)
         served.page_bytes = _page_bytes(served)
-        _must_be_lockable(served)
+        _must_be_lockable(served, sealed=any(isinstance(store, FileStore) and store.keys_dir for store in stores))
         if handed is not None:
             assert handed.uffd_in_vmm is not None
             served.uffd, served.uffd_in_vmm = served._own(os.dup(handed.uffd)), handed.uffd_in_vmm
@@ -652,7 +670,8 @@ def _fill_state(served: Served, tuning: Tuning) -> None:
         uffd_in_vmm=served.uffd_in_vmm,
         epoch_ns=tuning.epoch_ns,
         places=tuple(
-            Place(tier.space.kind, tier.name, str(tier.space.path), tier.space.direct) for tier in served.tiers.values()
+            Place(tier.space.kind, tier.name, str(tier.space.path), tier.space.direct, bool(tier.space.secret))
+            for tier in served.tiers.values()
         ),
         page_bytes=served.page_bytes,
     )
@@ -834,7 +853,9 @@ def _reopened(served: Served, place: Place) -> Space:
         return memory.reopen(Path(place.path))
     if place.kind is TierKind.ASKED:
         return AskedSpace(place.name)
-    return reopen(Path(place.path), served.pages, served.page_bytes, direct=place.direct)
+    keys_dir = served.state_path.parent.parent / KEYS
+    key = FileKey.reopen(keys_dir, place.name, key_of(served.spec)) if place.sealed else None
+    return reopen(Path(place.path), served.pages, served.page_bytes, direct=place.direct, key=key)
 
 
 def _memory_gone(served: Served) -> bool:

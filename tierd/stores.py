@@ -15,7 +15,7 @@ from tierd.attach.procfs import boot_id
 from tierd.config import AskedStoreConfig, Config, named_stores
 from tierd.document import ConfigError, ConfigErrors
 from tierd.native import Codec
-from tierd.serve import SUFFIX, Stale, StateError, read_state
+from tierd.serve import KEYS, SUFFIX, Stale, StateError, read_state
 from tierd.store import PageSpace, PageStore, Store, StoreContext, StoreError
 from tierd.store.asked import UNLIMITED, AskedStore
 from tierd.store.file import FileStore
@@ -45,7 +45,8 @@ async def open_stores(config: Config, notifier: Notifier) -> dict[str, Store]:
     file = config.store
     async with trio.open_nursery() as nursery:
         nursery.start_soon(tell)
-        store = await trio.to_thread.run_sync(FileStore, file.path, file.capacity, file.direct, abandon_on_cancel=True)
+        make = partial(FileStore, file.path, file.capacity, file.direct, _keys_of_files(config))
+        store = await trio.to_thread.run_sync(make, abandon_on_cancel=True)
         nursery.cancel_scope.cancel()
     stores: dict[str, Store] = {store.name: store}
     named = named_stores(config)
@@ -82,10 +83,15 @@ async def open_asked(name: str, config: AskedStoreConfig, runtime_dir: Path, *, 
     trouble: none is written there, and who has pages in it waits."""
     make = partial(made, name, config, runtime_dir)
     pages = _MadeLater(make) if needed else await make()
-    keys_dir = runtime_dir / "keys"
-    keys_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     store = AskedStore(
-        name, pages, keys_dir, config.capacity, config.encrypt, config.second, config.concurrency, config.deadline_s
+        name,
+        pages,
+        _keys_dir(runtime_dir),
+        config.capacity,
+        config.encrypt,
+        config.second,
+        config.concurrency,
+        config.deadline_s,
     )
     await probe(store, PROBE_NEEDED_S_MAX if needed else PROBE_S_MAX)
     if store.trouble and not needed:
@@ -165,6 +171,17 @@ def memory_or_errors(config: Config, path: Path) -> MemoryStore:
         raise ConfigErrors([ConfigError(path, 0, "memory", str(error))]) from error
 
 
+def _keys_dir(runtime_dir: Path) -> Path:
+    """Where keys of guests are; made if it is not there."""
+    path = runtime_dir / KEYS
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def _keys_of_files(config: Config) -> Path | None:
+    return _keys_dir(config.runtime_dir) if config.store.encrypt else None
+
+
 def _pools_of(config: Config) -> Path:
     return config.memory.path if config.memory.path is not None else config.runtime_dir / "pools"
 
@@ -189,7 +206,7 @@ def errors_of_stores(config: Config, path: Path, *, probe: bool) -> list[ConfigE
             tell(f"stores.{name}", error)
     if probe:
         try:
-            FileStore(config.store.path, config.store.capacity, config.store.direct)
+            FileStore(config.store.path, config.store.capacity, config.store.direct, _keys_of_files(config))
         except StoreError as error:
             tell("store", error)
     if probe and "memory" in named:

@@ -41,6 +41,31 @@ def test_pages_enter_sink_and_come_back(daemon: Daemon, web: Vmm) -> None:
     assert not list((daemon.runtime_dir / "pools").iterdir())
 
 
+@pytest.mark.parametrize("above", [(), (SMALL,)], ids=["file", "memory"])
+def test_a_file_that_is_encrypted(daemon: Daemon, web: Vmm, above: tuple[object, ...]) -> None:
+    """Pages go there at once, or sink to it out of compressed memory."""
+    with open(f"/proc/{web.pid}/mem", "rb", buffering=0) as memory:
+        memory.seek(web.addresses[0])
+        some = [page[:32] for page in (memory.read(4096) for _ in range(512)) if page[:4] != page[4:8]]
+    store = {"path": str(daemon.store_dir), "encrypt": True}
+    with_tiers(daemon, *above, "file", store=store)
+    daemon.start()
+    evicted(daemon, "web", web)
+    wait_for(lambda: tiers(daemon)["file"]["stored_bytes"] > 4 * MIB, "the file has what is to be in it")
+    (path,) = daemon.store_dir.glob("*.pages")
+    stored = path.read_bytes()
+    assert len(some) > 400
+    assert not [page for page in some if page in stored]
+    daemon.kill()
+    with_tiers(daemon, *above, "file", store={**store, "encrypt": False})
+    daemon.start()
+    web.verify()
+    evicted(daemon, "web", web)
+    assert daemon.tierd("detach", f"web{OURS}").returncode == 0
+    web.verify()
+    assert not list((daemon.runtime_dir / "keys").iterdir()), "the key is destroyed with what it is for"
+
+
 def test_pages_sink_with_age(daemon: Daemon, web: Vmm) -> None:
     with_tiers(daemon, "memory", {"name": "file", "min_age_s": 4})
     daemon.start()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from tierd import cycle
 from tierd.engine import choose, fitting
 from tierd.native import Codec, Zap
-from tierd.serve import Tuning
+from tierd.serve import KEYS, Tuning
 from tierd.store import Store
 from tierd.store.file import FileStore
 from tierd.store.memory import MemoryStore
@@ -28,6 +28,7 @@ class Options:
     capacity_bytes: int = 1 << 50
     tiers: Sequence[str] = ("file",)  # memory; names of file stores: each in a directory of this name beside `store`
     codec: Codec = Codec.LZ4
+    encrypt: bool = False  # the files
     readahead_pages: int = 16
     read_deadline_s: float = 0.0  # no second chance for a page that cannot be read
     hold_lost: bool = False
@@ -44,7 +45,10 @@ def stores_of(options: Options, tmpfs_dir: Path, disk_dir: Path) -> list[Store]:
         if name == "memory":
             stores.append(MemoryStore(tmpfs_dir / "pools", None, options.codec))
             continue
-        store = FileStore(disk_dir / ("store" if name == "file" else name), None, options.direct)
+        keys_dir = tmpfs_dir / KEYS
+        keys_dir.mkdir(mode=0o700, exist_ok=True)
+        place = disk_dir / ("store" if name == "file" else name)
+        store = FileStore(place, None, options.direct, keys_dir if options.encrypt else None)
         store.name = name
         stores.append(store)
     return stores

@@ -170,6 +170,7 @@ def main() -> None:
         zap=Zap.INJECT if chance.random() < 0.3 else None,
         readahead_pages=chance.choice([1, 4, 16]),
         tiers=("memory", "file", "slow") if "compressible" in cmdline_of(pid) else ("file",),
+        encrypt=chance.random() < 0.5,
     )
     stay_s = chance.random() * 0.3 if order == "leave" else float("inf")
     with serve(pid, tmpfs_dir, disk_dir, options) as served:

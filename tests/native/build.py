@@ -14,7 +14,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "tierd" / "native"
 HERE = ROOT / "tests" / "native"
-DATA_PLANE = ("table.c", "guest.c", "engine.c", "fault.c", "scan.c", "evict.c", "stage.c", "store.c", "park.c", "ask.c")
+DATA_PLANE = (
+    "table.c",
+    "guest.c",
+    "engine.c",
+    "fault.c",
+    "scan.c",
+    "evict.c",
+    "stage.c",
+    "store.c",
+    "park.c",
+    "ask.c",
+    "crypto.c",
+)
 POOL = ("pool*.c", "codec.c", "table.c", "sys.c", "calls.c", "inject*.c")
 # swapcontext is a longjmp in gcc's eyes
 FLAGS = ("-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-clobbered", "-DTIERD_MODEL")

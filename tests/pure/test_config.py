@@ -159,7 +159,7 @@ def test_everything(loaded: Load) -> None:
         api: {socket: /dev/shm/tierd/api.sock, mode: 0600, group: kvm}
         handshake: {socket: /dev/shm/tierd/handshake.sock, mode: 0660, group: kvm}
         metrics: {listen: "[::1]:9464"}
-        store: {path: /srv/pages, capacity: 10GiB, direct: off}
+        store: {path: /srv/pages, capacity: 10GiB, direct: off, encrypt: true}
         memory: {path: /dev/shm/pools, capacity: 1GiB, codec: zstd}
         stores: {redis: {addresses: ["here:6379"], capacity: 1GiB, encrypt: false, deadline_s: 2s}, other: }
         log: {level: debug, format: json}
@@ -194,7 +194,7 @@ def test_everything(loaded: Load) -> None:
         "api": {"socket": Path("/dev/shm/tierd/api.sock"), "mode": 0o600, "group": "kvm"},
         "handshake": {"socket": Path("/dev/shm/tierd/handshake.sock"), "mode": 0o660, "group": "kvm"},
         "metrics": {"listen": "[::1]:9464"},
-        "store": {"path": Path("/srv/pages"), "capacity": 10 << 30, "direct": "off"},
+        "store": {"path": Path("/srv/pages"), "capacity": 10 << 30, "direct": "off", "encrypt": True},
         "memory": {"path": Path("/dev/shm/pools"), "capacity": 1 << 30, "codec": "zstd"},
         "log": {"level": "debug", "format": "json"},
         "engine": "stock",
@@ -343,7 +343,7 @@ def test_guests_dir(tmp_path: Path) -> None:
         # unknown
         ("defalts: {}", "defalts", "is not a known key (did you mean defaults?)"),
         ("store: {pth: /x}", "store.pth", "did you mean path?"),
-        ("store: {zzz: 1}", "store.zzz", "known keys: capacity, direct, path"),
+        ("store: {zzz: 1}", "store.zzz", "known keys: capacity, direct, encrypt, path"),
         ("interval_s: 5", "interval_s", "it belongs under defaults: or into a guest rule"),
         ("listen: ':1'", "listen", "it belongs under metrics:"),
         ("guests: [{name: a, resident_mx: 5}]", "guests[0].resident_mx", "did you mean resident_max?"),

@@ -26,6 +26,7 @@ READAHEAD_PAGES_MAX = 512
 # locked in memory for a guest: two batches of 2 MiB, buffers, stacks of fault threads; its page table and bitmaps; where its
 # pages are huge, instead two batches of 4, one to compare, one of zeros, and one for each of 3 threads
 GUEST_LOCKED_BYTES, TABLE_BYTES_A_PAGE, HUGE_BUFFER_PAGES = 5 << 20, 9, 13
+SEALED_LOCKED_BYTES, HUGE_SEALED_PAGES = 4 << 20, 8  # more, where a file is encrypted: two batches as they are there
 CAP_IPC_LOCK = 14  # who has it may lock any amount
 READ_DEADLINE_S_MAX = 366 * 86400.0
 # of tierd_trial_step
@@ -106,6 +107,7 @@ class Place:
     name: str  # of the store
     path: str
     direct: bool = False
+    sealed: bool = False  # encrypted: a successor needs the key
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ class Tier:
     drop_cache: bool = False
     late: bool = False  # what a killed process had in flight may still land
     codec: Codec | None = None  # a new pool's: `fd` is an empty file
+    secret: bytes = b""  # a file's that is encrypted: the key, of AES-256-XTS
 
 
 @dataclass(frozen=True)
@@ -306,7 +309,9 @@ def table_create(fd: int, identity: Identity, regions: Sequence[TableRegion]) ->
         if len(path) >= lib.TIERD_PATH_BYTES:
             raise KernelError(errno.ENAMETOOLONG, f"store path {place.path}")
         c_place.kind, c_place.name, c_place.path = int(place.kind), place.name.encode(), path
-        c_place.flags = lib.TIERD_SPACE_DIRECT if place.direct else 0
+        c_place.flags = (lib.TIERD_SPACE_DIRECT if place.direct else 0) | (
+            lib.TIERD_SPACE_SEALED if place.sealed else 0
+        )
     check(lib.tierd_table_create(fd, c, _c_regions(regions, [-1] * len(regions)), len(regions)), "state file")
 
 
@@ -340,6 +345,7 @@ def _places(c: Any) -> tuple[Place, ...]:
             ffi.string(place.name).decode(errors="replace"),
             os.fsdecode(ffi.string(place.path)),
             bool(place.flags & lib.TIERD_SPACE_DIRECT),
+            bool(place.flags & lib.TIERD_SPACE_SEALED),
         )
         for place in c.places
         if place.kind
@@ -561,12 +567,16 @@ class NativeGuest:
                 | (lib.TIERD_SPACE_DROP_CACHE if tier.drop_cache else 0)
                 | (lib.TIERD_SPACE_LATE if tier.late else 0)
                 | (lib.TIERD_SPACE_NEW if tier.codec else 0)
+                | (lib.TIERD_SPACE_SEALED if tier.secret else 0)
             )
+            ffi.memmove(c.key, tier.secret, len(tier.secret))
         out = ffi.new("struct tierd_guest **")
         error = lib.tierd_guest_create(args, out)
         if -error in (errno.ELIBACC, errno.ELIBBAD):
             raise KernelError(
-                -error, "compressed memory needs liblz4.so.1 or libzstd.so.1 (Debian: liblz4-1, libzstd1)"
+                -error,
+                "compressed memory needs liblz4.so.1 or libzstd.so.1, encryption libcrypto.so.3 (Debian: liblz4-1, libzstd1, "
+                "libssl3)",
             )
         check(error, "guest tables (is RLIMIT_MEMLOCK high enough?)")
         self._g = out[0]

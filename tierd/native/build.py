@@ -18,7 +18,9 @@ ffi.set_source(
     '#include "tierd.h"',
     sources=SOURCES,
     include_dirs=["tierd/native"],
-    depends=[f"tierd/native/{name}.h" for name in ("tierd", "internal", "sys", "pool", "pool_inside", "codec")],
+    depends=[
+        f"tierd/native/{name}.h" for name in ("tierd", "internal", "sys", "pool", "pool_inside", "codec", "crypto")
+    ],
     extra_compile_args=[
         "-std=gnu11",
         "-O2",

@@ -45,6 +45,7 @@ struct tierd_batch {
 	page_word *words; /* what we expect the page's word to be */
 	uint8_t *to;      /* the tier it goes to; TIER_ZERO: it needs no store */
 	uint8_t *bytes;   /* the copy: slot i belongs to pages[i] */
+	uint8_t *sealed;  /* the same as a file has it that is encrypted; NULL: the guest has no such tier */
 	struct held_run *held;
 	uint64_t *touched,
 		*other;   /* bitmaps of a run; out of a tier that is asked, `touched` says whose bytes were supplied */
@@ -52,6 +53,15 @@ struct tierd_batch {
 	uint8_t *again;   /* a page, read once more */
 	size_t page_bytes;
 };
+
+static bool tiers_are_sealed(const struct tierd_guest *g)
+{
+	bool any = false;
+
+	for (int tier = 0; tier < TIERD_TIERS; tier++)
+		any |= g->ciphers[tier] != NULL;
+	return any;
+}
 
 int tierd_batch_create(struct tierd_guest *g, uint32_t max_pages, struct tierd_batch **ret)
 {
@@ -71,8 +81,10 @@ int tierd_batch_create(struct tierd_guest *g, uint32_t max_pages, struct tierd_b
 	b->before = sys_alloc(bitmap_bytes(max_pages));
 	b->bytes = sys_alloc((size_t)max_pages * b->page_bytes);
 	b->again = sys_alloc(b->page_bytes);
-	if (!b->again || !b->pages || !b->words || !b->to || !b->held || !b->touched || !b->other || !b->before ||
-	    !b->bytes) {
+	if (tiers_are_sealed(g))
+		b->sealed = sys_alloc((size_t)max_pages * b->page_bytes);
+	if ((tiers_are_sealed(g) && !b->sealed) || !b->again || !b->pages || !b->words || !b->to || !b->held ||
+	    !b->touched || !b->other || !b->before || !b->bytes) {
 		tierd_batch_destroy(b);
 		return -ENOMEM;
 	}
@@ -110,6 +122,7 @@ void tierd_batch_destroy(struct tierd_batch *b)
 	release_memory(b->other, bitmap_bytes(b->max_pages));
 	release_memory(b->before, bitmap_bytes(b->max_pages));
 	release_memory(b->again, b->page_bytes);
+	release_memory(b->sealed, (size_t)b->max_pages * b->page_bytes);
 	release_memory(b->bytes, (size_t)b->max_pages * b->page_bytes);
 	sys_free(b, sizeof(*b));
 }
@@ -809,6 +822,22 @@ int tierd_batch_write(struct tierd_batch *b, const uint32_t *tiers, uint32_t cou
 	return error;
 }
 
+/* The slots [i, i + n), neighbours. */
+static int store_run(struct tierd_batch *b, unsigned int tier, uint32_t i, uint32_t n)
+{
+	struct page_cipher *cipher = b->g->ciphers[tier];
+	const uint8_t *from = b->bytes + i * b->page_bytes;
+	int error = 0;
+
+	if (cipher) {
+		uint8_t *sealed = b->sealed + i * b->page_bytes;
+
+		error = page_cipher_run(cipher, true, b->pages[i], n, (uint32_t)b->page_bytes, from, sealed);
+		from = sealed;
+	}
+	return error ? error : store_write(b->g, tier, b->pages[i], n, from);
+}
+
 static int store_in_file(struct tierd_batch *b, unsigned int tier)
 {
 	uint32_t n, first = UINT32_MAX, end = 0;
@@ -822,7 +851,7 @@ static int store_in_file(struct tierd_batch *b, unsigned int tier)
 			store_enter(b->g, tier);
 		first = first < i ? first : i;
 		end = i + n;
-		error = store_write(b->g, tier, b->pages[i], n, b->bytes + i * b->page_bytes);
+		error = store_run(b, tier, i, n);
 	}
 	if (!end)
 		return 0;

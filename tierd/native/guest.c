@@ -199,6 +199,19 @@ static int asked_open(struct tierd_guest *g, uint32_t tier, int asked_fd)
 	return g->garbage[tier] ? 0 : -ENOMEM;
 }
 
+/* The key is the cipher's from then on. */
+static int open_file(struct tierd_guest *g, uint32_t tier)
+{
+	struct tierd_tier *t = &g->tiers[tier];
+	int error;
+
+	if (!(t->flags & TIERD_SPACE_SEALED))
+		return 0;
+	error = page_cipher_create(t->key, &g->ciphers[tier]);
+	explicit_bzero(t->key, sizeof(t->key));
+	return error;
+}
+
 /* Only the last tier may be one where a killed process's writes and discards may still land: what sinks from it would be given back
  * there, and nothing says so of a page that has sunk. */
 static int tiers_open(struct tierd_guest *g, int asked_fd)
@@ -217,7 +230,7 @@ static int tiers_open(struct tierd_guest *g, int asked_fd)
 		late = t->flags & TIERD_SPACE_LATE;
 		error = t->kind == TIERD_KIND_MEMORY  ? open_pool(g, i)
 			: t->kind == TIERD_KIND_ASKED ? asked_open(g, i, asked_fd)
-						      : 0;
+						      : open_file(g, i);
 		if (error)
 			return error;
 	}
@@ -362,6 +375,8 @@ void tierd_guest_destroy(struct tierd_guest *g)
 	if (g->quarantine)
 		sys_free(g->quarantine, bitmap_bytes(g->pages));
 	parking_destroy(g);
+	for (int tier = 0; tier < TIERD_TIERS; tier++)
+		page_cipher_destroy(g->ciphers[tier]);
 	asking_destroy(g);
 	if (g->asked_fd >= 0)
 		sys_close(g->asked_fd);

@@ -30,6 +30,7 @@
 #include <stdint.h>
 #include <stddef.h>
 
+#include "crypto.h"
 #include "pool.h"
 #include "sys.h"
 #include "tierd.h"
@@ -263,8 +264,9 @@ struct tierd_guest {
 	struct tierd_range mapped[TIERD_RANGES_MAX]; /* of the regions: where the VMM maps them still */
 	uint32_t mapped_count;
 	struct tierd_tier tiers[TIERD_TIERS];
-	unsigned int pool_tier; /* the one that is a pool; 0: none is */
-	struct pool *pool;      /* NULL also where its file is damaged: what is in there cannot be had */
+	struct page_cipher *ciphers[TIERD_TIERS]; /* of files that are encrypted; NULL: others */
+	unsigned int pool_tier;                   /* the one that is a pool; 0: none is */
+	struct pool *pool; /* NULL also where its file is damaged: what is in there cannot be had */
 	_Atomic uint64_t capacity_bytes[TIERD_TIERS];
 	_Atomic uint64_t copies[TIERD_TIERS]; /* words with the copy bit; written by the worker only */
 	struct pool_reader *reader;           /* the worker's own; NULL: there is no pool */

@@ -6,13 +6,11 @@
  *
  * Records lie one behind the other in a buffer: record i from bounds[i] to bounds[i + 1]. Nothing here blocks, and nothing is kept.
  */
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "codec.h"
+#include "crypto.h"
 #include "internal.h"
 
 /* --- compressing --- */
@@ -77,83 +75,50 @@ int tierd_pack(struct tierd_packer *p, const void *from, const uint32_t *bounds,
 	return 0;
 }
 
-/* --- sealing: AES-256-GCM of the system's OpenSSL, whose functions are declared here, so that building takes no headers of it --- */
+/* --- sealing: AES-256-GCM --- */
 
 enum { GET_TAG = 0x10 }; /* EVP_CTRL_AEAD_GET_TAG */
 
-static struct crypto { /* openssl/evp.h, the same in 1.1 and 3 */
-	const void *(*aes_256_gcm)(void);
-	void *(*context_new)(void);
-	void (*context_free)(void *context);
-	int (*init)(void *context, const void *cipher, void *engine, const uint8_t *key, const uint8_t *nonce);
-	int (*update)(void *context, uint8_t *to, int *to_bytes, const uint8_t *from, int bytes);
-	int (*final)(void *context, uint8_t *to, int *to_bytes);
-	int (*control)(void *context, int what, int bytes, void *at);
-	bool there;
-} crypto;
-
-static void *symbol(void *library, const char *name)
-{
-	return library ? dlsym(library, name) : NULL;
-}
-
-static void crypto_open(void)
-{
-	void *library = dlopen("libcrypto.so.3", RTLD_NOW | RTLD_LOCAL);
-
-	if (!library)
-		library = dlopen("libcrypto.so.1.1", RTLD_NOW | RTLD_LOCAL);
-	crypto.aes_256_gcm = symbol(library, "EVP_aes_256_gcm");
-	crypto.context_new = symbol(library, "EVP_CIPHER_CTX_new");
-	crypto.context_free = symbol(library, "EVP_CIPHER_CTX_free");
-	crypto.init = symbol(library, "EVP_EncryptInit_ex");
-	crypto.update = symbol(library, "EVP_EncryptUpdate");
-	crypto.final = symbol(library, "EVP_EncryptFinal_ex");
-	crypto.control = symbol(library, "EVP_CIPHER_CTX_ctrl");
-	crypto.there = crypto.aes_256_gcm && crypto.context_new && crypto.context_free && crypto.init &&
-		       crypto.update && crypto.final && crypto.control;
-}
-
-static bool seal_one(void *context, uint64_t nonce, uint64_t page, const uint8_t *from, int bytes, uint8_t *to)
+static bool seal_one(const struct crypto *l, void *context, uint64_t nonce, uint64_t page, const uint8_t *from,
+		     int bytes, uint8_t *to)
 {
 	uint8_t iv[12] = {0};
 	int done, rest;
 
 	memcpy(iv, &nonce, sizeof(nonce));
-	return crypto.init(context, NULL, NULL, NULL, iv) == 1 &&
-	       crypto.update(context, NULL, &done, (const uint8_t *)&page, sizeof(page)) == 1 &&
-	       crypto.update(context, to, &done, from, bytes) == 1 && done == bytes &&
-	       crypto.final(context, to + done, &rest) == 1 && !rest &&
-	       crypto.control(context, GET_TAG, TIERD_TAG_BYTES, to + done) == 1;
+	return l->init(context, NULL, NULL, NULL, iv, -1) == 1 &&
+	       l->update(context, NULL, &done, (const uint8_t *)&page, sizeof(page)) == 1 &&
+	       l->update(context, to, &done, from, bytes) == 1 && done == bytes &&
+	       l->final(context, to + done, &rest) == 1 && !rest &&
+	       l->control(context, GET_TAG, TIERD_TAG_BYTES, to + done) == 1;
 }
 
 int tierd_seal(const void *key, const uint64_t *nonces, uint64_t first_page, const void *from, const uint32_t *bounds,
 	       uint32_t count, void *to, uint32_t *to_bounds)
 {
-	static pthread_once_t once = PTHREAD_ONCE_INIT;
+	const struct crypto *l = crypto_open();
 	uint8_t *out = to;
 	void *context;
 	int error = 0;
 
-	pthread_once(&once, crypto_open);
-	if (!crypto.there)
+	if (!l)
 		return -ELIBACC;
-	context = crypto.context_new();
+	context = l->context_new();
 	if (!context)
 		return -ENOMEM;
-	if (crypto.init(context, crypto.aes_256_gcm(), NULL, key, NULL) != 1)
+	if (l->init(context, l->aes_256_gcm(), NULL, key, NULL, 1) != 1)
 		error = -EIO;
 	for (uint32_t i = 0; i < count && !error; i++) {
 		uint32_t bytes = bounds[i + 1] - bounds[i];
 
 		to_bounds[i] = (uint32_t)(out - (uint8_t *)to);
-		if (seal_one(context, nonces[i], first_page + i, (const uint8_t *)from + bounds[i], (int)bytes, out))
+		if (seal_one(l, context, nonces[i], first_page + i, (const uint8_t *)from + bounds[i], (int)bytes, out))
 			out += bytes + TIERD_TAG_BYTES;
 		else
 			error = -EIO;
 	}
 	to_bounds[count] = (uint32_t)(out - (uint8_t *)to);
-	crypto.context_free(context);
+	l->context_free(context);
 	return error;
 }
 

@@ -90,7 +90,7 @@ static int store_read(struct tierd_guest *g, unsigned int tier, uint64_t page, u
 			return -EIO; /* the file is shorter than what was written to it */
 		done += (size_t)n;
 	}
-	return 0;
+	return g->ciphers[tier] ? page_cipher_run(g->ciphers[tier], false, page, count, g->page_bytes, to, to) : 0;
 }
 
 int store_write(struct tierd_guest *g, unsigned int tier, uint64_t page, uint32_t count, const void *from)

@@ -46,7 +46,8 @@ enum {
 	TIERD_SPACE_DIRECT = 1,
 	TIERD_SPACE_DROP_CACHE = 2,
 	TIERD_SPACE_LATE = 4,
-	TIERD_SPACE_NEW = 8 /* an empty file, to become a pool */
+	TIERD_SPACE_NEW = 8,    /* an empty file, to become a pool */
+	TIERD_SPACE_SEALED = 16 /* a file whose pages are encrypted: its tier has the key */
 };
 
 /* Where a tier's pages are, for a successor. */
@@ -105,6 +106,7 @@ struct tierd_tier {
 	uint32_t flags; /* TIERD_SPACE_*; LATE: only of the last one */
 	uint32_t codec; /* TIERD_CODEC_*, of a new pool */
 	uint64_t capacity_bytes;
+	uint8_t key[64]; /* SEALED: for AES-256-XTS */
 };
 
 struct tierd_guest_args {

@@ -55,6 +55,11 @@ class Space(Protocol):
         ...
 
     @property
+    def secret(self) -> bytes:
+        """The key of a file whose pages are encrypted; else empty."""
+        ...
+
+    @property
     def ready(self) -> bool:
         """Pages may be written to it."""
         ...

@@ -22,7 +22,7 @@ UNLIMITED = 1 << 60
 class AskedSpace:
     """One guest's pages there. Implements store.Space, without a file."""
 
-    kind, fd, codec = TierKind.ASKED, -1, None
+    kind, fd, codec, secret = TierKind.ASKED, -1, None, b""
     direct = drop_cache = late = False  # what was in flight when tierd died is over when the space is opened again
 
     def __init__(self, name: str) -> None:

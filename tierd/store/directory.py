@@ -25,6 +25,7 @@ class GuestFile:
     """One guest's file: what all of store.Space's have in common."""
 
     ready = True
+    secret = b""
 
     def __init__(self, fd: int, path: Path) -> None:
         self.fd, self.path = fd, path

@@ -11,12 +11,14 @@ import contextlib
 import errno
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from tierd.native import TierKind
-from tierd.store import StoreError
+from tierd.store import StoreError, keys
 from tierd.store.directory import DirectoryStore, GuestFile, file_system_of, open_ours, refuse_memory
+from tierd.store.keys import FileKey
 
 RESERVE_BYTES = 256 << 20  # of the file system, for others; and so that a full disk is our decision, not an error
 # where a thread that is killed in a read or write is gone only when the I/O is: on others (FUSE, NFS) a request that the
@@ -29,21 +31,36 @@ class FileSpace(GuestFile):
 
     kind, codec = TierKind.FILE, None
 
-    def __init__(self, fd: int, path: Path, direct: bool) -> None:
+    def __init__(self, fd: int, path: Path, direct: bool, key: FileKey | None = None) -> None:
+        """`key`: its pages are encrypted."""
         super().__init__(fd, path)
+        self._key, self.secret = key, key.secret if key else b""
         self.direct, self.drop_cache = direct, not direct
         self.late = file_system_of(path.parent) not in LOCAL_FILE_SYSTEMS
 
+    def delete(self) -> None:
+        if self._key:
+            self._key.destroy()  # first of all: whatever becomes of the file, nobody can read it
+        super().delete()
+
 
 class FileStore(DirectoryStore):
-    """Implements store.Store in directory `path`. `capacity_bytes`: of all guests together, None: what the disk has."""
+    """Implements store.Store in directory `path`. `capacity_bytes`: of all guests together, None: what the disk has. `keys_dir`,
+    on a tmpfs: new files are encrypted."""
 
     name, suffix, setting = "file", ".pages", "store"
 
-    def __init__(self, path: Path, capacity_bytes: int | None, direct: Literal["auto", "on", "off"]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        capacity_bytes: int | None,
+        direct: Literal["auto", "on", "off"],
+        keys_dir: Path | None = None,
+    ) -> None:
         """StoreError: the directory cannot hold guests' pages; the text says why and what to do."""
         super().__init__(path, capacity_bytes)
         refuse_memory(path, "store.path")
+        self.keys_dir = keys_dir
         self.direct = self._choose_direct(direct)
 
     def _choose_direct(self, wanted: Literal["auto", "on", "off"]) -> bool:
@@ -102,21 +119,29 @@ class FileStore(DirectoryStore):
         fd, path = self.create_file(key, os.O_DIRECT if self.direct else 0)
         try:
             os.ftruncate(fd, pages * page_bytes)
-        except OSError as error:
+            file_key = FileKey.create(self.keys_dir, self.name, key) if self.keys_dir else None
+        except (OSError, StoreError) as error:
             os.close(fd)
             path.unlink(missing_ok=True)
+            if isinstance(error, StoreError):
+                raise
             raise StoreError(
                 f"{path} cannot be sized: {error.strerror}; does the file system take sparse files?"
             ) from error
-        return FileSpace(fd, path, self.direct)
+        return FileSpace(fd, path, self.direct, file_key)
+
+    def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
+        if self.keys_dir:
+            keys.sweep(self.keys_dir, may_be_needed)
+        return super().sweep(may_be_needed)
 
     def reserve_bytes(self, size: int) -> int:
         return RESERVE_BYTES
 
 
-def reopen(path: Path, pages: int, page_bytes: int, *, direct: bool) -> FileSpace:
-    """The space that a predecessor made at `path`, wherever new ones are made now. StoreError: it is not what was left
-    there. Blocks."""
+def reopen(path: Path, pages: int, page_bytes: int, *, direct: bool, key: FileKey | None = None) -> FileSpace:
+    """The space that a predecessor made at `path`, wherever new ones are made now, and encrypted with `key`. StoreError: it is
+    not what was left there. Blocks."""
     o_direct = os.O_DIRECT if direct else 0
     try:
         try:
@@ -136,4 +161,4 @@ def reopen(path: Path, pages: int, page_bytes: int, *, direct: bool) -> FileSpac
     except BaseException:
         os.close(fd)
         raise
-    return FileSpace(fd, path, direct)
+    return FileSpace(fd, path, direct, key)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encryption at rest: what leaves for a store is AES-256-GCM, and what comes back is what was sealed last, or an error.
 
-Each guest has a random key for each store, in a file on tmpfs: a crash of tierd keeps it, a detach or a boot destroys it, and
-with it everything that the store has of the guest. (Where the host swaps, tmpfs does too: encrypt the swap.)
+Each guest has a random key for each store, in a file on tmpfs (keys.py):
 
     magic, key, the first nonce that is not taken; from ARRAY_AT on, 8 bytes a page of the guest:
     the nonce of its newest record (0: none). What was never written is a hole.
@@ -24,7 +23,7 @@ import fcntl
 import os
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,19 +31,16 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tierd.native.records import Records, seal
-from tierd.store import IntegrityError, PageSpace, StoreError
-from tierd.store.directory import KEY, file_system_of, open_ours
+from tierd.store import IntegrityError, PageSpace, StoreError, keys
 from tierd.store.records import PassedOn, computed
 
 KEY_BYTES, TAG_BYTES = 32, 16
-SUFFIX = ".key"
 FILE = struct.Struct("<8s32sQ")  # magic, key, the first nonce that is not taken
 NONCE_AT, ARRAY_AT = 40, 4096
 MAGIC = b"tierdk2\0"
 NONCES = 1 << 20  # taken at once
 NONCE = struct.Struct("<Q4x")
 PAGE = struct.Struct("<Q")  # what is authenticated with a page
-TMPFS = frozenset({"tmpfs", "ramfs"})
 
 
 class SealKey:
@@ -64,49 +60,20 @@ class SealKey:
     def create(cls, directory: Path, store: str, guest: str, pages: int) -> SealKey:
         """A new key for what `store` will have of `guest` (PID-STARTTICKS), in `directory` and in place of a leftover.
         StoreError: the directory is not on a tmpfs, or cannot be written."""
-        kind = file_system_of(directory)
-        if kind not in TMPFS:
-            raise StoreError(
-                f"{directory} is on {kind}: keys would outlive a boot; set runtime_dir to a directory on a tmpfs"
-            )
-        path = _path(directory, store, guest)
-        path.unlink(missing_ok=True)
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise StoreError(f"{path} cannot be made: {error.strerror}; see the directory's owner and mode") from error
-        try:
-            os.ftruncate(fd, _size(pages))
-            _write(fd, FILE.pack(MAGIC, os.urandom(KEY_BYTES), 1))
-            return cls(fd, path)
-        except BaseException as error:
-            os.close(fd)
-            path.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise StoreError(f"{path} cannot be written: {error.strerror}; make room in {directory}") from error
-            raise
+        fd, path = keys.create(directory, store, guest, FILE.pack(MAGIC, os.urandom(KEY_BYTES), 1), _size(pages))
+        return cls(fd, path)
 
     @staticmethod
     def exists(directory: Path, store: str, guest: str) -> bool:
         """Whether a predecessor has sealed what it stored there."""
-        return os.path.lexists(_path(directory, store, guest))
+        return os.path.lexists(keys.path_of(directory, store, guest))
 
     @classmethod
     def reopen(cls, directory: Path, store: str, guest: str, pages: int) -> SealKey:
         """The key that a predecessor made. StoreError: it is not there any more, or not one that only we can have made."""
-        path = _path(directory, store, guest)
+        path = keys.path_of(directory, store, guest)
+        fd = keys.reopen(path, _size(pages))
         try:
-            fd = open_ours(path, os.O_RDWR)
-        except OSError as error:
-            raise StoreError(
-                f"{path} cannot be opened: {error.strerror}; what is sealed with it cannot be read"
-            ) from error
-        try:
-            info = os.fstat(fd)
-            if info.st_size != _size(pages) or info.st_mode & 0o077:
-                raise StoreError(
-                    f"{path} has {info.st_size} bytes and mode {info.st_mode & 0o777:04o}: it is no key of ours"
-                )
             return cls(fd, path)
         except BaseException:
             os.close(fd)
@@ -141,39 +108,14 @@ class SealKey:
 
     def destroy(self) -> None:
         """Nobody can read what was sealed with it any more: not even who has the file open. Then close."""
-        _destroy(self._fd)
-        self.path.unlink(missing_ok=True)
+        keys.destroy(self._fd, self.path)
 
     def close(self) -> None:
         os.close(self._fd)
 
 
-def sweep(directory: Path, may_be_needed: Callable[[str], bool]) -> list[str]:
-    """Destroy the keys of guests that are gone, which `may_be_needed` says by key; the guests. Blocks."""
-    swept = set()
-    for path in sorted(directory.glob(f"*{SUFFIX}")):
-        guest = path.name.partition(".")[0]
-        if KEY.fullmatch(guest) and path.is_file() and not path.is_symlink() and not may_be_needed(guest):
-            with path.open("r+b") as file:
-                _destroy(file.fileno())
-            path.unlink()
-            swept.add(guest)
-    return sorted(swept)
-
-
-def _path(directory: Path, store: str, guest: str) -> Path:
-    return directory / f"{guest}.{store}{SUFFIX}"
-
-
 def _size(pages: int) -> int:
     return ARRAY_AT + 8 * pages
-
-
-def _destroy(fd: int) -> None:
-    size = os.fstat(fd).st_size
-    _write(fd, bytes(FILE.size))  # in place: a page that is given back keeps its bytes until somebody gets it
-    os.ftruncate(fd, 0)
-    os.ftruncate(fd, size)
 
 
 def _write(fd: int, content: bytes, at: int = 0) -> None:
