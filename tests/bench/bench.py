@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ from tierd.store.memory import MemoryStore
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 LOAD_CPU, OTHER_CPU = 0, 1
+CHANGED = 20  # of so many pages one is written to
 Style = Literal["spin", "sleep", "follow"]
 # how the fault thread of tierd waits, and where the bare handler is put: (spin_us_max, follow, CPU of the bare handler)
 STYLES: dict[Style, tuple[int, bool, int]] = {
@@ -166,20 +167,21 @@ class Bench:
         self.rows.append(Row(name, unit, round(measured, 3), round(limit, 3), round(ratio, 3), f"{sign} {bound:g}", ok))
 
 
-def evict(served: Served) -> int:
-    """One pass over what was not touched since the last scan. Bytes."""
+def evict(served: Served, keep: Sequence[int] = ()) -> int:
+    """One pass over what was not touched since the last scan. Bytes. `keep`: tiers whose copies of clean pages are relied on."""
     return cycle.evict(
         served.native,
         min_idle_s=0,
         max_bytes=1 << 50,
         tiers=[1],
+        keep=keep,
         hold_ms_max=20,
         phases=cycle.Phases(),
         check=lambda: None,
     )
 
 
-def evict_all(served: Served) -> None:
+def evict_all(served: Served, keep: Sequence[int] = ()) -> None:
     phases = cycle.Phases()
 
     def done() -> bool:
@@ -187,7 +189,7 @@ def evict_all(served: Served) -> None:
             with on_cpu(cpu):
                 cycle.scan_and_deactivate(served.native, phases, lambda: None)
         with contextlib.suppress(KernelError):
-            evict(served)
+            evict(served, keep)
         c = served.native.counters()
         return bool(c["state_pages"][0] <= c["untouched_pages"])
 
@@ -341,22 +343,32 @@ def row_c(bench: Bench) -> None:
 
 
 def row_d(bench: Bench) -> None:
-    size, ours, bare = (256 if bench.quick else 1024) * MIB, [], []
+    bare = evictions(bench, "d eviction")
+    keys = bench.shm / "keys"
+    keys.mkdir(exist_ok=True)
+    evictions(bench, "d eviction, encrypted", FileStore(bench.disk / "store", None, "on", keys), bare)
+
+
+def evictions(bench: Bench, row: str, store: Store | None = None, limits: Sequence[float] = ()) -> list[float]:
+    """Of a whole guest; with the bare program between them, unless its `limits` are known. Returns them. MiB/s."""
+    size, ours, bare = (256 if bench.quick else 1024) * MIB, [], list(limits)
     with bench.load(size) as load:
         load.ask("fill")
-        with bench.served(load, readahead=64, direct="on") as served:
+        with bench.served(load, readahead=64, direct="on", store=store) as served:
             for i in range(3):
-                bench.tell(f"d: pair {i + 1} of 3")
+                bench.tell(f"{row}: {i + 1} of 3")
                 phases = cycle.Phases()
                 cycle.scan_and_deactivate(served.native, phases, lambda: None)
                 began = time.monotonic_ns()
                 moved = evict(served)
                 ours.append(moved / MIB / ((time.monotonic_ns() - began) / 1e9))
-                took = bench.bare("evict", size, bench.disk / "bare")[0]
-                bare.append(size / MIB / (took / 1e9))
+                if not limits:
+                    took = bench.bare("evict", size, bench.disk / "bare")[0]
+                    bare.append(size / MIB / (took / 1e9))
                 load.ask("walk")
                 cycle.discard_fetched(served.native, phases, lambda: None)
-    bench.add("d eviction", "MiB/s", median(ours), median(bare), 0.8, at_least=True)
+    bench.add(row, "MiB/s", median(ours), median(bare), 0.8, at_least=True)
+    return bare
 
 
 def row_j(bench: Bench) -> None:
@@ -658,9 +670,29 @@ def row_n(bench: Bench) -> None:
             bench.add(f"n refault {name}, beside zram", "us", median(ours), median(theirs), bound)
 
 
+def row_q(bench: Bench) -> None:
+    """A guest that reads all of its memory and writes to a twentieth of its pages, three times, and leaves each time: what is
+    written of it, beside what would be if no copy were relied on."""
+    size = (32 if bench.quick else 256) * MIB
+    written = {}
+    for keep in ([1], []):
+        with bench.load(size) as load, bench.served(load, readahead=64, direct="on") as served:
+            load.ask("fill")
+            evict_all(served)
+            before = served.native.tier_counters(1)["written_pages"]
+            for i in range(3):
+                bench.tell(f"q: {i + 1} of 3, {'with' if keep else 'without'} copies")
+                load.ask("walk")
+                load.ask("change", CHANGED)
+                cycle.discard_fetched(served.native, cycle.Phases(), lambda: None, keep)
+                evict_all(served, keep)
+            written[bool(keep)] = (served.native.tier_counters(1)["written_pages"] - before) * PAGE / MIB
+    bench.add("q written of a read-mostly guest", "MiB", written[True], written[False], 0.1)
+
+
 ROWS: dict[str, Callable[[Bench], None]] = {
     "a": row_a, "b": row_b, "c": row_c, "d": row_d, "e": row_e, "f": row_f, "g": row_g, "h": row_h, "i": row_i,
-    "j": row_j, "k": row_k, "l": row_l, "m": row_m, "n": row_n, "o": asked.row_o, "p": asked.row_p,
+    "j": row_j, "k": row_k, "l": row_l, "m": row_m, "n": row_n, "o": asked.row_o, "p": asked.row_p, "q": row_q,
 }  # fmt: skip
 
 
@@ -675,7 +707,7 @@ def show(rows: list[Row], console: Console) -> None:
 
 
 @click.command()
-@click.option("--rows", default="a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p", show_default=True)
+@click.option("--rows", default="a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q", show_default=True)
 @click.option("--quick", is_flag=True, help="Smaller and fewer: for a look, not for a figure.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON instead of a table.")
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "build" / "bench.json")

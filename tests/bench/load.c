@@ -5,7 +5,7 @@
  *   load BYTES CPU [anonymous ...]  one memfd of that size, or anonymous memory; the thread that touches is pinned to CPU (-1: nowhere)
  *
  * Commands on stdin, one answer a line: fill | fill-half | random COUNT -> p50 p99 | walk COUNT -> ns | touch -> ns | fresh COUNT -> ns |
- * stride PAGES -> ns | work SECONDS -> ns stalled, touches
+ * stride PAGES -> ns | change PAGES (each so many one is written to) -> ns | work SECONDS -> ns stalled, touches
  */
 #include "load.h"
 
@@ -120,6 +120,9 @@ int main(int argc, char **argv)
 		else if (!strcmp(name, "stride"))
 			for (uint64_t i = 0; i < bytes / page_bytes; i += count)
 				(void)*(volatile uint64_t *)(memory + i * page_bytes);
+		else if (!strcmp(name, "change"))
+			for (uint64_t i = 0; i < bytes / page_bytes; i += count)
+				((volatile uint64_t *)(memory + i * page_bytes))[1] = began + i;
 		else if (!strcmp(name, "fresh"))
 			for (uint64_t i = 0; i < count; i++)
 				*(volatile uint64_t *)(memory + i * page_bytes) = 1;
