@@ -279,7 +279,8 @@ def evict(
                     if not taken.pages:
                         continue
                     batch = free.pop()
-                    written = batch.write(tiers, keep)  # each page to the first of `tiers` that takes it
+                    # each page to the first of `tiers` that takes it
+                    written = batch.write(tiers, [tier for tier in keep if _still_has(batch, tier, asked)])
                     phases.add_batch(written)
                     if written.offered_pages:
                         storing.append(_Storing(batch, taken.pages, _begin(threads, _store, batch, tiers, asked)))
@@ -300,6 +301,19 @@ def evict(
                     _drop(storing.popleft().wait(phases), hold_ms_max, phases)
             raise
     return evicted_pages * page_bytes
+
+
+def _still_has(batch: NativeBatch, tier: int, asked: Asked | None) -> bool:
+    """Whoever only relies on a store that is asked would not notice that it is gone: so one page of it is read."""
+    page = batch.unchanged(tier) if tier in batch.guest.asked_tiers else None
+    if page is None:
+        return True
+    assert asked is not None
+    try:
+        ((found,),) = asked.read(tier, [(page, 1)])
+    except KernelError:
+        found = None
+    return found is not None and batch.guest.is_right(page, found)
 
 
 def _begin(threads: ThreadPoolExecutor, call: Callable[..., float], *args: object) -> Future[float]:

@@ -281,6 +281,21 @@ def test_a_second_copy_for_what_the_first_store_has_wrong(
     assert not daemon.guests()["web"]["counters"]["pages_lost"]
 
 
+def test_a_store_that_is_empty_is_not_relied_on(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    """All that leaves is clean, so nothing would be written: nobody would ask the store anything."""
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    assert daemon.tierd("pause", f"web{OURS}").returncode == 0
+    web.verify()
+    wait_for(lambda: not daemon.guests()["web"]["stored_bytes"].get("redis"), "everything is with the guest")
+    redis.ask("FLUSHALL")
+    assert daemon.tierd("resume", f"web{OURS}").returncode == 0
+    evicted(daemon, "web", web)
+    web.verify()
+    assert not daemon.guests()["web"]["counters"]["pages_lost"]
+
+
 def test_encryption_turned_off_later(daemon: Daemon, web: Vmm, redis: Server) -> None:
     """What was sealed is read with its key, and what is added is sealed as well."""
     with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})

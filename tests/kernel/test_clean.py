@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -112,6 +113,26 @@ def test_no_copy_is_relied_on_after_a_read_that_failed(start_vmm: Start, host: H
         tiers._look_at_errors()
         tiered.evict_all()
         assert _written(tiered) == 2 * once
+        vmm.verify()
+
+
+@pytest.mark.parametrize("encrypt", [False, True])
+def test_no_copy_is_relied_on_in_a_store_that_is_gone(start_vmm: Start, host: Host, encrypt: bool) -> None:
+    """And nobody has asked it for anything since."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm, encrypt=encrypt, direct="off") as tiered:
+        tiered.evict_all()
+        once = _written(tiered)
+        vmm.verify()
+        os.truncate(tiered.served.tiers["file"].space.path, 0)
+        tiered.evict_all()
+        assert _written(tiered) == 2 * once
+        vmm.verify()
+        with open(tiered.served.tiers["file"].space.path, "r+b") as file:
+            file.write(bytes(4 * MIB))
+        tiered.evict_all()
+        assert _written(tiered) == 3 * once
         vmm.verify()
 
 

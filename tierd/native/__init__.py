@@ -27,6 +27,7 @@ READAHEAD_PAGES_MAX = 512
 # pages are huge, instead two batches of 4, one to compare, one of zeros, and one for each of 3 threads
 GUEST_LOCKED_BYTES, TABLE_BYTES_A_PAGE, HUGE_BUFFER_PAGES = 5 << 20, 9, 13
 SEALED_LOCKED_BYTES, HUGE_SEALED_PAGES = 4 << 20, 8  # more, where a file is encrypted: two batches as they are there
+NO_PAGE = (1 << 64) - 1
 CAP_IPC_LOCK = 14  # who has it may lock any amount
 READ_DEADLINE_S_MAX = 366 * 86400.0
 # of tierd_trial_step
@@ -460,9 +461,15 @@ class NativeBatch:
     def write(self, tiers: Sequence[int], keep: Collection[int] = ()) -> BatchResult:
         """Give each page to the first of `tiers` that takes it; a page that none takes stays where it is. A pool has it then; for
         what is only offered there are `store` and `stored`. In tiers of `keep` the copies of clean pages are relied on: these are
-        not written. KernelError ENOSPC: all are at capacity; others: its `tier` says which one failed."""
+        not written, when one of them could be read (in tiers that are asked the caller has done that). KernelError ENOSPC: all
+        are at capacity; others: its `tier` says which one failed."""
         kept = sum(1 << tier for tier in keep)
         return self._written(lib.tierd_batch_write(self._b, list(tiers), len(tiers), kept, self._result))
+
+    def unchanged(self, tier: int) -> int | None:
+        """After copy: one of the pages whose copy in `tier` would be relied on, another one each time; None: there is none."""
+        page = int(lib.tierd_batch_unchanged(self._b, tier))
+        return None if page == NO_PAGE else page
 
     def store(self) -> BatchResult:
         """Write what is offered to files, durably; must be called also if all is for tiers that are asked. In any thread: the

@@ -784,9 +784,52 @@ static void leave_refused(struct tierd_batch *b, struct tierd_batch_result *ret)
 	b->count = kept;
 }
 
+/* One of the pages whose copy in `tier` would be relied on, another one each time. NO_PAGE: there is none. */
+static uint64_t some_unchanged(const struct tierd_batch *b, unsigned int tier)
+{
+	uint32_t start = b->count ? (uint32_t)(sys_now_ns() >> 10) % b->count : 0;
+
+	for (uint32_t n = 0; n < b->count; n++) {
+		uint32_t i = (start + n) % b->count;
+
+		if (b->to[i] == UNCHANGED && word_tier(b->words[i]) == tier)
+			return b->pages[i];
+	}
+	return NO_PAGE;
+}
+
+uint64_t tierd_batch_unchanged(struct tierd_batch *b, uint32_t tier)
+{
+	return b->step == COPIED ? some_unchanged(b, tier) : NO_PAGE;
+}
+
+/* Whoever only relies on a store would not notice that it is gone: so one page of it is read. (Where Python asks, it does that.) */
+static bool still_has(struct tierd_batch *b, unsigned int tier)
+{
+	struct tierd_guest *g = b->g;
+	uint64_t page = tier_is_asked(g, tier) || !tier_exists(g, tier) ? NO_PAGE : some_unchanged(b, tier);
+	int error;
+
+	if (page == NO_PAGE)
+		return true;
+	worker_io_begin(g);
+	error = tier_read(g, g->reader, tier, page, 1, b->again);
+	worker_io_end(g);
+	if (!error && checksum(b->again, b->page_bytes) != g->checksums[page]) {
+		error = -EBADMSG;
+		count_add(&g->tier_counts[tier].checksum_errors, 1);
+	}
+	if (error)
+		count_error(g, error == -EBADMSG ? &g->count.checksum_errors : &g->count.store_read_errors, error);
+	return !error;
+}
+
 /* What is clean and has its copy where that is not relied on, in a tier that fails, say, is written like the rest. */
 static void rely_on(struct tierd_batch *b, uint32_t keep)
 {
+	for (unsigned int tier = 1; tier <= TIERD_LADDER_MAX; tier++)
+		if (keep >> tier & 1 && !still_has(b, tier))
+			keep &= ~(1u << tier);
 	for (uint32_t i = 0; i < b->count; i++)
 		if (b->to[i] == UNCHANGED && !(keep >> word_tier(b->words[i]) & 1))
 			b->to[i] = word_refused(b->words[i]) ? NOT_THE_POOL : NOWHERE;

@@ -423,7 +423,10 @@ int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret);
 /* Gives each page to the first of `tiers` that takes it. A page that none takes stays where it is. Any error: nothing of the batch
  * counts as written; cancel it. -ENOSPC: all are at capacity. To a pool it writes; to files and to tiers that Python asks it only offers
  * its pages (offered_pages): then comes tierd_batch_store, Python has each run of its tiers stored durably, and says so:
- * tierd_batch_stored. `keep`, bit i: the copies that tier i has of clean pages are relied on, these need not be written. */
+ * tierd_batch_stored. `keep`, bit i: the copies that tier i has of clean pages are relied on, these need not be written; but for one page,
+ * which is read: a store that is gone would not be noticed else. Of a tier that Python asks it reads that one. */
+uint64_t tierd_batch_unchanged(struct tierd_batch *b,
+			       uint32_t tier); /* after copy: such a page; UINT64_MAX: there is none */
 int tierd_batch_write(struct tierd_batch *b, const uint32_t *tiers, uint32_t count, uint32_t keep,
 		      struct tierd_batch_result *ret);
 /* Writes what is offered to files, durably; to be called also if nothing is. In whichever thread, while the worker is busy with another
