@@ -45,7 +45,16 @@ from tierd.serve import (
 )
 from tierd.store import Store, StoreError
 from tierd.store.asked import AskedStore
-from tierd.stores import ANSWERS_S, asked_or_errors, made, memory_or_errors, open_stores, probe
+from tierd.stores import (
+    ANSWERS_S,
+    asked_or_errors,
+    keep_swept,
+    made,
+    memory_or_errors,
+    open_stores,
+    probe,
+    sweep_asked,
+)
 from tierd.systemd import Notifier, watchdog_interval_s
 from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused, StoreStatus
 
@@ -61,7 +70,6 @@ STOP_GRACE_S = 5.0
 SOCKET_RETRY_S = 2.0
 WATCH_S = 0.25  # between looks at the fault threads
 STORE_ASK_S = 1.0
-SWEEP_AGAIN_S = 60.0
 PROBE_AGAIN_S = 5.0
 ADOPT_S_MAX = 5.0  # for the start to wait for a guest
 HAND_OVER_S_MAX = 60.0  # for an adoption with what a VMM brought
@@ -125,7 +133,10 @@ class Daemon:
                 await self._start_socket("handshake", self._start_handshake)  # soon: VMMs may wait to come again
                 for name, store in self.host.stores.items():
                     self._figures[name] = await trio.to_thread.run_sync(_ask, store)
-                    await self._sweep(store)
+                    if isinstance(store, AskedStore):
+                        self._nursery.start_soon(keep_swept, store, self._may_be_needed)
+                    else:
+                        await self._sweep(store)
                 await self._start_socket("api", self._start_api)
                 self._nursery.start_soon(self._watch_guests)
                 for store in self.host.stores.values():
@@ -149,24 +160,9 @@ class Daemon:
     async def _sweep(self, store: Store) -> None:
         """Pages of guests that are gone. A store that is asked takes its time, and may not answer."""
         if isinstance(store, AskedStore):
-            self._nursery.start_soon(self._sweep_asked, store)
+            self._nursery.start_soon(sweep_asked, store, self._may_be_needed)
         elif swept := await trio.to_thread.run_sync(store.sweep, self._may_be_needed):
             log.info("store_swept", store=store.name, guests=swept)
-
-    async def _sweep_asked(self, store: AskedStore) -> None:
-        from tierd.store.keys import sweep as sweep_keys  # only where there is such a store
-
-        while True:
-            try:
-                swept = await store.pages.sweep(self._may_be_needed)
-                swept += await trio.to_thread.run_sync(sweep_keys, store.keys_dir, self._may_be_needed)
-            except Exception as error:  # a plug-in's may be any; what is in a store may be anybody's
-                log.warning("store_not_swept", store=store.name, error=repr(error), action="trying again in a while")
-            else:
-                if swept:
-                    log.info("store_swept", store=store.name, guests=sorted(set(swept)))
-                return
-            await trio.sleep(SWEEP_AGAIN_S)
 
     async def _start_socket(self, name: str, start: Callable[[], Awaitable[None]]) -> None:
         """SocketUnusable ends a tierd that serves nobody. One that has adopted guests goes on without it: their faults are
@@ -805,6 +801,8 @@ class Daemon:
         self.host.stores[store.name] = store
         self._asked_at[store.name], self._figures[store.name] = trio.current_time(), (0, 0)
         self._nursery.start_soon(self._watch_store, store)
+        if isinstance(store, AskedStore):
+            self._nursery.start_soon(keep_swept, store, self._may_be_needed)
 
     def _must_keep_its_tiers(self, policies: Mapping[str, Policy | None]) -> None:
         """ConfigErrors: a tier would be taken from a guest that has pages in it."""

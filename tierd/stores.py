@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening the stores that a configuration names; and trying them, which `tierd config check --probe` does, too."""
+"""Opening the stores that a configuration names; trying them, which `tierd config check --probe` does, too; and sweeping
+those that are asked."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from tierd.systemd import Notifier
 
 ANSWERS_S = 5.0  # a store that is silent for longer hangs
 PROBE_S_MAX = 20.0
+SWEEP_EVERY_S = 60.0
 PROBE_NEEDED_S_MAX = 2.0  # guests wait for the others; it is tried again
 
 log = structlog.get_logger()
@@ -114,6 +116,31 @@ async def probe(store: AskedStore, seconds: float = PROBE_S_MAX) -> None:
         store.trouble = f"the store {store.name} cannot be used: {why}"
     else:
         store.trouble = ""
+
+
+async def keep_swept(store: AskedStore, may_be_needed: Callable[[str], bool]) -> None:
+    """For as long as tierd runs: that is how the store knows that this boot of the host lives, also when no guest writes; and
+    what another boot left can be removed only when that one has not been seen for a while."""
+    told = ""
+    while True:
+        told = await sweep_asked(store, may_be_needed, told)
+        await trio.sleep(SWEEP_EVERY_S)
+
+
+async def sweep_asked(store: AskedStore, may_be_needed: Callable[[str], bool], told: str = "") -> str:
+    """Once. What is wrong, which is told if it is not `told`; "": nothing."""
+    from tierd.store.keys import sweep as sweep_keys
+
+    try:
+        swept = await store.pages.sweep(may_be_needed)
+        swept += await trio.to_thread.run_sync(sweep_keys, store.keys_dir, may_be_needed)
+    except Exception as error:  # a plug-in's may be any; what is in a store may be anybody's
+        if repr(error) != told:
+            log.warning("store_not_swept", store=store.name, error=repr(error), action="trying again in a while")
+        return repr(error)
+    if swept:
+        log.info("store_swept", store=store.name, guests=sorted(set(swept)))
+    return ""
 
 
 class _MadeLater:

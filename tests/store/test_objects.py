@@ -21,7 +21,7 @@ import trio.testing
 
 from tierd.store import PageStore, StoreContext, StoreError, segments
 from tierd.store.bucket import Bucket
-from tierd.store.objects import ObjectOptions, ObjectSpace, ObjectStore, make
+from tierd.store.objects import LEASE, LEASE_S, ObjectOptions, ObjectSpace, ObjectStore, make
 from tierd.store.options import parse
 from tierd.testing import PageStoreContract
 
@@ -94,8 +94,10 @@ async def opened(given: Given, key: str = KEY) -> ObjectSpace:
 
 
 def stored(given: Given) -> dict[str, int]:
+    """But for leases."""
     root = Path(given.options["root"])
-    return {str(path.relative_to(root)): path.stat().st_size for path in root.rglob("*") if path.is_file()}
+    files = (path for path in root.rglob("*") if path.is_file() and path.name != LEASE)
+    return {str(path.relative_to(root)): path.stat().st_size for path in files}
 
 
 def test_what_was_written_is_read_by_whoever_comes_next(given: Given) -> None:
@@ -278,8 +280,16 @@ def test_a_predecessors_leftovers_are_removed(given: Given) -> None:
     run(test)
 
 
+def later(test: Callable[[Callable[[float], None]], Awaitable[None]]) -> None:
+    """Run it on a clock of its own, which it sets forward."""
+    clock = trio.testing.MockClock(rate=1.0)
+    trio.run(test, clock.jump, clock=clock)
+
+
 def test_sweep_asks_for_this_boot_and_leaves_other_hosts_alone(given: Given) -> None:
-    async def test() -> None:
+    """An earlier boot is swept once it has not been heard of for a while."""
+
+    async def test(jump: Callable[[float], None]) -> None:
         for host, boot in (("host-a", "boot-1"), ("host-a", "boot-0"), ("host-b", "boot-1")):
             for key in ("1-1", "2-2"):
                 space = await opened(replace(given, host=host, boot=boot), key)
@@ -293,16 +303,64 @@ def test_sweep_asks_for_this_boot_and_leaves_other_hosts_alone(given: Given) -> 
             return key == "2-2"
 
         store = given.store()
-        assert await store.sweep(may_be_needed) == ["1-1", "2-2", "3-3"]
+        assert await store.sweep(may_be_needed) == ["1-1", "3-3"]
         assert set(asked) == {"1-1", "2-2", "3-3"}
+        jump(LEASE_S - 60)
+        assert await store.sweep(may_be_needed) == []
+        jump(61)
+        assert await store.sweep(may_be_needed) == ["1-1", "2-2"]
         assert {path.rpartition("/")[0] for path in stored(given)} == {
             "host-a/boot-1/2-2",
             "host-b/boot-1/1-1",
             "host-b/boot-1/2-2",
         }
         assert [path.name for path in given.index_dir.iterdir()] == ["2-2.segments"]
+        assert not list((Path(given.options["root"]) / "host-a" / "boot-0").iterdir())
         assert await store.sweep(may_be_needed) == []
         await store.aclose()
+
+    later(test)
+
+
+def test_two_machines_of_one_host_id_do_not_sweep_each_other(given: Given) -> None:
+    """However long neither of them writes: whoever lives sweeps now and then."""
+    copy = replace(given, boot="the-copy")
+
+    async def test(jump: Callable[[float], None]) -> None:
+        for each in (given, copy):
+            space = await opened(each)
+            await space.write(0, pages(0, 4))
+            await space.aclose()
+            (given.index_dir / f"{KEY}.segments").unlink()  # each machine has its own
+        wanted, store, other = stored(given), given.store(), copy.store()
+        for _ in range(30):
+            jump(60)
+            assert await store.sweep(lambda _: True) == await other.sweep(lambda _: True) == []
+        assert stored(given) == wanted
+        for _ in range(12):
+            jump(60)
+            await store.sweep(lambda _: True)
+        assert {path.split("/")[1] for path in stored(given)} == {"boot-1"}, "the other one was seen no more"
+
+    later(test)
+
+
+def test_a_lease_that_cannot_be_written_keeps_nobody_from_its_pages(
+    given: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Bucket, path: str, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 4))
+        await space.aclose()
+        monkeypatch.setattr(Bucket, "put", full)
+        store = given.store()
+        again = await store.open(KEY, PAGES, PAGE)
+        assert await again.read(0, 4) == pages(0, 4)
+        await again.aclose()
+        assert await store.sweep(lambda _: False) == [KEY]
 
     run(test)
 

@@ -19,7 +19,7 @@ import trio.testing
 from tests.store.certificates import Authority
 from tests.store.servers import Server, Wire
 from tests.store.writers import Writer
-from tierd.store import PageStore, StoreContext, StoreError
+from tierd.store import PageStore, StoreContext, StoreError, redis
 from tierd.store.options import host_id
 from tierd.store.redis import RedisStore, make
 from tierd.store.redis_link import ACL, RedisOptions
@@ -315,7 +315,8 @@ def test_a_full_server_says_so_and_still_gives_pages_back() -> None:
         assert caught.value.errno == errno.ENOSPC
         await store.probe()  # it is no mistake of the operator's
         await left.aclose()
-        server.ask("DEL", "tierd:{test}:lease")
+        (lease,) = server.ask("KEYS", "tierd:{test}:lease:*")
+        server.ask("DEL", lease)
         async with made(options(server)) as successor:
             again = await successor.open(key, PAGES, PAGE)
             assert await again.read(0, 513) == [*records(0, 512), None]
@@ -532,18 +533,34 @@ def test_an_earlier_boot_is_swept_when_its_lease_is_over(server: Server) -> None
         async with space_of(store, ours) as mine:
             await mine.write(0, records(0, 1))
             assert await store.sweep(lambda key: True) == [], "another machine of the same host_id may still live"
-            server.ask("DEL", "tierd:{leased}:lease")  # as its end, ten minutes later
+            server.ask("DEL", "tierd:{leased}:lease:bootbefore")  # as its end, ten minutes later
             assert await store.sweep(lambda key: True) == [key]
-            server.ask("PEXPIRE", "tierd:{leased}:lease", 60_000)
-            await store.sweep(lambda key: True)
-            assert server.ask("PTTL", "tierd:{leased}:lease") > 60_000, "it is extended"
-            assert await before.sweep(lambda key: True) == [], "now it is ours"
-            await before.aclose()
             assert await mine.read(0, 1) == records(0, 1)
         assert server.ask("KEYS", "tierd:{leased/*") == []
         assert server.ask("HGETALL", "tierd:{leased}:spaces") == {}
 
     trio.run(with_store(options(server, host_id="leased"), run))
+
+
+def test_two_machines_of_one_host_id_do_not_sweep_each_other(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long neither of them writes: whoever lives sweeps now and then, and both may be started again."""
+    monkeypatch.setattr(redis, "LEASE_MS", 1000)
+
+    async def run(store: RedisStore) -> None:
+        async with made(options(server, host_id="cloned")) as again, space_of(store) as mine:
+            other = RedisStore(store.options, "the-copy")
+            async with space_of(other) as theirs:
+                await mine.write(0, records(0, 1))
+                await theirs.write(0, records(0, 1, 1))
+                for _ in range(6):
+                    await trio.sleep(0.25)
+                    for each in (store, other, again):
+                        assert await each.sweep(lambda key: True) == []
+                assert await mine.read(0, 1) == records(0, 1)
+                assert await theirs.read(0, 1) == records(0, 1, 1)
+            await other.aclose()
+
+    trio.run(with_store(options(server, host_id="cloned"), run))
 
 
 def test_guests_of_other_hosts_and_namespaces_are_not_swept(server: Server) -> None:
@@ -565,7 +582,9 @@ def test_nothing_of_a_guest_expires_and_nothing_stays(server: Server) -> None:
             keys = server.ask("KEYS", "clean:*")
             expiring = [key for key in keys if server.ask("PTTL", key) != -1]
             assert len(keys) > 50
-            assert expiring == [b"clean:{test}:lease"]
-        assert server.ask("KEYS", "clean:*") == [b"clean:{test}:lease"]
+            (lease,) = expiring
+            assert lease.startswith(b"clean:{test}:lease:")
+            assert 0 < server.ask("PTTL", lease) <= redis.LEASE_MS
+        assert server.ask("KEYS", "clean:*") == [lease]
 
     trio.run(with_store(options(server, namespace="clean"), run))

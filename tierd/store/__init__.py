@@ -157,7 +157,10 @@ class PageStore(Protocol):
 
     async def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
         """Remove the spaces of this host's guests that are gone: all from before the host was booted, and those whose key
-        `may_be_needed` does not know; the keys removed. It is called in trio's thread. OSError, StoreError."""
+        `may_be_needed` does not know; the keys removed. It is called in trio's thread. OSError, StoreError.
+
+        Called at the start and every minute while tierd runs. A store that several hosts can reach takes that as the sign
+        that this one lives: where another machine has the same host_id (a copy), what that one has is not removed."""
         ...
 
     async def aclose(self) -> None:

@@ -8,6 +8,9 @@ dead: overwritten, discarded, a write that failed, a predecessor's last one. It 
 next, so a guest's own traffic pays for it and bounds it (segments.choose).
 
     HOST/BOOT/KEY/KEY.NUMBER    one segment; a guest's key comes back after a reboot, its space must not
+    HOST/BOOT/lease             says something else every minute for as long as that boot lives. Another one of the same HOST
+                                (a copy of the machine, or the next boot) removes what is in HOST/BOOT when it has seen this
+                                stand still for ten minutes, by its own clock: that needs no conditional write of the service
 
 Durable is what outlives tierd: a directory is not synced when its host loses power, and its guests are gone then, too. Without
 its index a space is rebuilt from its segments' tables: then a discarded page may be there again, for whoever opened the
@@ -17,7 +20,9 @@ not queue behind an eviction.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import math
 import os
 import re
 from array import array
@@ -46,6 +51,7 @@ CLEAN_PAUSE_S = 30.0  # after cleaning failed
 DISCARD_WORDS = 4096  # at a time, so that trio's loop goes on
 # numbers that a rebuild leaves out: of writes that a predecessor had under way and that may still land
 REBUILT_NUMBERS_SKIPPED = 1 << 20
+LEASE, LEASE_BYTES, LEASE_S, LEASE_RENEW_S = "lease", 16, 600.0, 60.0
 TAIL_BYTES = 16 << 10  # of a segment, read first for its table
 
 _WHAT_TO_DO = {
@@ -101,6 +107,8 @@ class ObjectStore:
         self.reads = trio.CapacityLimiter(options.concurrency)
         self.writes = trio.CapacityLimiter(max(options.concurrency // 2, 1))
         self.directory = f"{host}/{boot}/"
+        self._renewed_at = -math.inf  # our lease; trio's time, as below
+        self._leases: dict[str, tuple[bytes, float]] = {}  # of other boots: what it said last, since when
 
     async def probe(self) -> None:
         try:
@@ -124,20 +132,26 @@ class ObjectStore:
 
     async def open(self, key: str, pages: int, page_bytes: int) -> ObjectSpace:
         """As PageStore says. Lists the guest's objects once; without an index, reads the end of each."""
+        if trio.current_time() - self._renewed_at >= LEASE_RENEW_S:
+            await self._renew_lease()
         space = ObjectSpace(self, key, pages, page_bytes)
         await space.restore()
         return space
 
     async def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
-        host = f"{self.host}/"
-        boots = [entry.path for entry in await self.in_thread(self.bucket.entries, host) if entry.path.endswith("/")]
-        found = [entry.path for paths in await self.each(self.bucket.entries, boots) for entry in paths]
+        """What another boot left, once its lease has not changed for LEASE_S. Renews ours."""
+        await self._renew_lease()
+        entries = await self.in_thread(self.bucket.entries, f"{self.host}/")
+        others = [entry.path for entry in entries if entry.path.endswith("/") and entry.path != self.directory]
+        over = await self._over(others)
+        found = await self.each(self.bucket.entries, [self.directory, *over])
         gone = []
-        for path in found:
+        for path in [entry.path for paths in found for entry in paths]:
             directory, _, key = path.removesuffix("/").rpartition("/")
             if KEY.fullmatch(key) and (f"{directory}/" != self.directory or not may_be_needed(key)):
                 gone.append(path)
         await self.each(self.bucket.remove, gone)
+        await self.each(self.bucket.delete, [directory + LEASE for directory in over])
         await self.drop_partial(may_be_needed)
         swept = {path.split("/")[-2] for path in gone}
         for index in self.index_dir.glob(f"*{INDEX_SUFFIX}"):
@@ -146,6 +160,26 @@ class ObjectStore:
                 index.unlink(missing_ok=True)
                 swept.add(key)
         return sorted(swept)
+
+    async def _renew_lease(self) -> None:
+        """Anything that is another one each time. What keeps it from being written is told where pages are."""
+        with contextlib.suppress(OSError):
+            await self.in_thread(self.bucket.put, self.directory + LEASE, os.urandom(LEASE_BYTES))
+            self._renewed_at = trio.current_time()
+
+    async def _over(self, directories: Sequence[str]) -> list[str]:
+        """Those of boots whose lease stands still."""
+        now = trio.current_time()
+        for directory, said in zip(directories, await self.each(self._lease, directories), strict=True):
+            if directory not in self._leases or self._leases[directory][0] != said:
+                self._leases[directory] = said, now
+        return [directory for directory in directories if now - self._leases[directory][1] >= LEASE_S]
+
+    def _lease(self, directory: str) -> bytes:
+        try:
+            return self.bucket.get(directory + LEASE, 0, LEASE_BYTES)
+        except FileNotFoundError:
+            return b""
 
     async def drop_partial(self, may_be_needed: Callable[[str], bool]) -> None:
         """What predecessors were writing when they were killed."""

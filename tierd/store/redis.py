@@ -3,7 +3,8 @@
 
 A run of neighbouring pages (256 KiB) is one hash, NAMESPACE:{HOST/BOOT/GUEST/RUN}, a field a page. So a run is one
 command and one slot, a cluster moves it as a whole, and a guest's runs are spread over all nodes. Nothing of it expires.
-NAMESPACE:{HOST}:spaces lists what there is, for the sweep; NAMESPACE:{HOST}:lease says which boot of HOST may sweep.
+NAMESPACE:{HOST}:spaces lists what there is, for the sweep; NAMESPACE:{HOST}:lease:BOOT is there while that boot lives, or until
+ten minutes after: two machines of one HOST (copies) do not sweep each other.
 
 What the loss of a node means. A write returns when the primary has it: on its disk with `appendfsync always` there, or with
 `fsync` here; in the memory of that many replicas with `replicas`. So a server that is killed, or its machine, loses nothing of
@@ -44,7 +45,7 @@ BATCH_BYTES = 4 << 20  # sent in one go
 BATCH_KEYS = 1024  # looked at or removed in one go
 WRITERS_MAX = 4  # guests at once
 REPLICA_WAIT_SHARE = 0.8  # of timeout_s: WAIT answers before we give up on the connection
-LEASE_MS = 600_000  # how long a host that was booted again waits until it sweeps
+LEASE_MS = 600_000  # of a boot; when it is over, any other of the same HOST sweeps what it left
 LEASE_RENEW_S = 60.0
 BACKOFF_S, BACKOFF_S_MAX = 0.05, 1.0
 
@@ -229,7 +230,7 @@ class RedisStore:
         self._boot = boot.replace("-", "")[:16]
         self._host = options.host_id or host_id()
         prefix = f"{options.namespace}:{{{self._host}}}"
-        self.spaces_key, self._lease_key = f"{prefix}:spaces", f"{prefix}:lease"
+        self.spaces_key, self._lease_key = f"{prefix}:spaces", f"{prefix}:lease:"
         self._link = Link(options, f"{options.namespace}:{self._host}", options.concurrency + WRITERS_MAX)
         self.nodes: Nodes = nodes_of(options, self._link)
         self.confirm = confirmation(options)
@@ -253,13 +254,16 @@ class RedisStore:
         await self.blocking(partial(probe, self.options, self.nodes, self._link, self.run_key(self._boot, "probe", 0)))
 
     async def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
-        """Those of an earlier boot only once the lease of that boot is over: another machine may have the same host_id."""
-        ours = await self.blocking(self._take_lease)
+        """Those of another boot only once its lease is over: another machine may have the same host_id. Renews ours."""
+        await self.blocking(self._take_lease)
         (found,) = await self.read([Command("HGETALL", self.spaces_key)])
+        boots = sorted({entry.decode().partition("/")[0] for entry in found} - {self._boot})
+        leases = await self.read([Command("GET", self._lease_key + boot) for boot in boots]) if boots else []
+        living = {boot for boot, lease in zip(boots, leases, strict=True) if lease is not None}
         swept = []
         for entry, size in sorted(found.items()):
             boot, _, key = entry.decode().partition("/")
-            if may_be_needed(key) if boot == self._boot else not ours:
+            if may_be_needed(key) if boot == self._boot else boot in living:
                 continue
             space = RedisSpace(self, boot, key, *json.loads(size))
             try:
@@ -335,26 +339,22 @@ class RedisStore:
                 self._link.call(address, "CLIENT KILL", "ID", client["id"])
 
     def renew_lease(self) -> None:
-        """Now and then: a host that writes is alive. Blocks. What goes wrong must not stop a write to another node."""
+        """Before the first write, and now and then; the sweep renews it where nobody writes. Blocks. What goes wrong must not
+        stop a write to another node."""
         if time.monotonic() - self._renewed_at > LEASE_RENEW_S:
             with contextlib.suppress(OSError):  # the next one is soon enough
                 self._take_lease()
 
-    def _take_lease(self) -> bool:
-        """Whether it is ours, this boot's, for LEASE_MS: not if a full server cannot take it. Blocks; OSError."""
+    def _take_lease(self) -> None:
+        """This boot lives, for LEASE_MS at least. A full server cannot take a new one. Blocks; OSError, StoreError."""
         self._renewed_at = time.monotonic()
-        ours, look = self._boot.encode(), Command("GET", self._lease_key)
-        (holder,) = self._run([look])
-        if holder is None:
+        ours = self._lease_key + self._boot
+        if self._run([Command("PEXPIRE", ours, (LEASE_MS,))]) == [0]:
             try:
-                self._run([Command("SET", self._lease_key, (ours, "NX", "PX", LEASE_MS))])
+                self._run([Command("SET", ours, (b"", "PX", LEASE_MS))])
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
-        elif holder == ours:
-            self._run([Command("PEXPIRE", self._lease_key, (LEASE_MS,))])
-        (holder,) = self._run([look])  # what we found may just have ended
-        return bool(holder == ours)
 
 
 def confirmation(options: RedisOptions) -> Words:
