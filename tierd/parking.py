@@ -126,6 +126,7 @@ class Parking:
         self._troubles: dict[int, str] = {}
         self._broken: set[int] = set()
         self._wrong: set[int] = set()
+        self._missing: set[str | None] = set()  # stores
         self._over = self._is_cut = False
         self._token = trio.lowlevel.current_trio_token()
         self._calls: set[trio.CancelScope] = set()  # of workers
@@ -235,9 +236,8 @@ class Parking:
                 )
             other = await self._one_space_of(second, tier, is_second=True)
             patience_s = min(store.deadline_s / 2, PATIENCE_S)
-            return MirroredSpace(
-                first, other, patience_s, self._served.native.is_right, partial(self._tell_wrong, tier)
-            )
+            tell_wrong, tell_missing = partial(self._tell_wrong, tier), partial(self._tell_missing, tier)
+            return MirroredSpace(first, other, patience_s, self._served.native.is_right, tell_wrong, tell_missing)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await first.aclose()
@@ -253,6 +253,21 @@ class Parking:
                 second=self._store(tier.number).second,
                 page=page,
                 action="the other copy is taken; see who else can write to the two stores",
+            )
+
+    def _tell_missing(self, tier: ServedTier, page: int, is_second: bool, why: str) -> None:
+        """Once for each store: there may be many."""
+        both = tier.name, self._store(tier.number).second
+        if both[is_second] not in self._missing:
+            self._missing.add(both[is_second])
+            self._log.error(
+                "copy_is_missing",
+                store=both[is_second],
+                other=both[not is_second],
+                page=page,
+                error=why,
+                action="the other copy is taken, and is the only one; see to this store before the other one fails, too. "
+                "There are two again of what leaves from now on, of the rest after `tierd restore`",
             )
 
     async def _one_space_of(self, store: AskedStore, tier: ServedTier, *, is_second: bool = False) -> PageSpace:

@@ -240,9 +240,12 @@ def test_two_copies(daemon: Daemon, web: Vmm, redis: Server, disk_dir: Path) -> 
     )
     daemon.start()
     evicted(daemon, "web", web)
+    assert not daemon.logged("copy_is_missing")
     redis.ask("FLUSHALL")
     web.verify()
     assert not daemon.guests()["web"]["counters"]["pages_lost"]
+    (told,) = daemon.logged("copy_is_missing")
+    assert (told["store"], told["other"], told["error"]) == ("redis", "objects", "it does not have it")
     evicted(daemon, "web", web)
     copies = sum(redis.ask("HLEN", key) for key in redis.ask("KEYS", "*/*"))
     stored = daemon.guests()["web"]["stored_bytes"]

@@ -17,7 +17,8 @@ SILENT_S = 10.0
 class MirroredSpace:
     """Implements store.PageSpace over two of them. A write or discard is done when both have done it. A page is read from the
     first; if that fails, does not have it, has something else (a seal tells, or `is_right`), or takes `patience_s`, from the
-    second. One that did not answer or has something else is asked last for a while; the latter is told."""
+    second. One that did not answer or has something else is asked last for a while. Where only one has a page, or has it right,
+    that is told."""
 
     def __init__(
         self,
@@ -26,10 +27,12 @@ class MirroredSpace:
         patience_s: float,
         is_right: Callable[[int, bytes], bool],
         tell_wrong: Callable[[int], None],
+        tell_missing: Callable[[int, bool, str], None],
     ) -> None:
-        """`tell_wrong`: of a page, that one of the two has it wrong."""
+        """`tell_wrong`: of a page, that one of the two has it wrong. `tell_missing`: of a page, that one does not give it and the
+        other does; whether it is the second one that does not, and what it says."""
         self._first, self._second, self._patience_s = first, second, patience_s
-        self._is_right, self._tell_wrong = is_right, tell_wrong
+        self._is_right, self._tell_wrong, self._tell_missing = is_right, tell_wrong, tell_missing
         self._silent_until = {first: -math.inf, second: -math.inf}
 
     async def write(self, first_page: int, records: Sequence[bytes]) -> None:
@@ -38,7 +41,10 @@ class MirroredSpace:
     async def read(self, first_page: int, count: int) -> list[bytes | None]:
         records: list[bytes | None] = [None] * count
         errors: list[Exception] = []
-        spaces = sorted((self._first, self._second), key=self._silent_until.__getitem__)
+        wrong: set[int] = set()
+        why = "it does not have it"  # the one that is asked before; "": it was only slow
+        now = trio.current_time()
+        spaces = sorted((self._first, self._second), key=lambda space: max(self._silent_until[space], now))
         for space in spaces:
             last = space is spaces[-1]  # that one has as long as the caller has
             try:
@@ -46,15 +52,19 @@ class MirroredSpace:
                     found = await space.read(first_page, count)
             except Exception as error:  # a plug-in's may be any
                 errors.append(error)
+                why = "" if isinstance(error, trio.TooSlowError) else str(error) or repr(error)
                 if not isinstance(error, StoreError):
                     self._silent_until[space] = trio.current_time() + SILENT_S
                 continue
             for page, record in enumerate(found, first_page):
                 if record is not None and not self._is_right(page, record):
+                    wrong.add(page)
                     self._silent_until[space] = trio.current_time() + SILENT_S
                     self._tell_wrong(page)
-                elif records[page - first_page] is None:
+                elif record is not None and records[page - first_page] is None:
                     records[page - first_page] = record
+                    if last and why and page not in wrong:
+                        self._tell_missing(page, space is self._first, why)
             if None not in records:
                 return records
         if errors and records[:1] in ([], [None]):
