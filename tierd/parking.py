@@ -16,9 +16,11 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import math
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -36,6 +38,7 @@ from tierd.store.seal import SealedSpace, SealKey
 TAKEN_MAX = 64  # requests at a time
 REOPEN_S, REOPEN_S_MAX = 0.5, 10.0
 PATIENCE_S = 1.0  # with the first of two copies
+READ_TOLD_S = 10.0  # between two errors of reads that are told, of one store
 CALL_S_MAX = 60.0  # for a call in the background, whatever its store's own deadlines are
 Work = Callable[[PageSpace, int, Any], Awaitable[Any]]  # on a run of pages
 DELETE_S_MAX = 10.0  # for the pages of a guest that is over; then the sweep has them
@@ -110,6 +113,14 @@ class _Turn:
         self._turns.give_back()
 
 
+@dataclass
+class _Told:
+    """What was told last, "" when it is over; and when."""
+
+    text: str = ""
+    at: float = -math.inf
+
+
 class Parking:
     """Of one guest that is served and has tiers that are asked. `stores`: of this daemon, by name; it may come to know more.
     `turns`: by store."""
@@ -126,6 +137,7 @@ class Parking:
         self._troubles: dict[int, str] = {}
         self._broken: set[int] = set()
         self._wrong: set[int] = set()
+        self._unread: dict[int, _Told] = {}  # by tier: reads that failed
         self._missing: set[str | None] = set()  # stores
         self._over = self._is_cut = False
         self._token = trio.lowlevel.current_trio_token()
@@ -358,15 +370,34 @@ class Parking:
             pages = await self._fetch(request)
         except Exception as error:  # a plug-in's may be any: the page waits, and the guest has others
             self._tell_broken(request.tier, error)
+            self._tell_unread(request.tier, error)
             self._served.native.answer(request.number, b"", 0, _errno_of(error))
         else:
             self._served.native.answer(request.number, b"".join(pages), len(pages), 0)
+            if request.tier in self._unread:
+                self._unread[request.tier].text = ""
 
     def _tell_broken(self, tier: int, error: Exception) -> None:
         """What no store may raise, once."""
         if not isinstance(error, OSError | StoreError | trio.TooSlowError) and tier not in self._broken:
             self._broken.add(tier)
             self._log.error("store_is_broken", store=self._tiers[tier].name, error=repr(error), exc_info=error)
+
+    def _tell_unread(self, tier: int, error: Exception) -> None:
+        """Why pages do not come, once until some do: the data plane learns an errno only. Of texts that differ in each try (the
+        number of a page, of a request) one now and then."""
+        if not isinstance(error, OSError | StoreError | trio.TooSlowError):
+            return
+        text = str(error) or f"it did not answer within {self._store(tier).deadline_s:g} s"
+        told, now = self._unread.setdefault(tier, _Told()), trio.current_time()
+        if told.text != text and now - told.at >= READ_TOLD_S:
+            told.text, told.at = text, now
+            self._log.error(
+                "store_read_failed",
+                store=self._tiers[tier].name,
+                error=text,
+                action="see to the store; the page is asked for again until the policy's read_deadline_s",
+            )
 
     async def _fetch(self, request: Request) -> list[bytes]:
         """Its first page, and as many of the others as there are and nobody has to wait for."""

@@ -191,6 +191,22 @@ def test_a_store_that_hangs_delays_nobody_else(daemon: Daemon, boot: Boot, web: 
     web.verify()
 
 
+def test_what_a_store_says_instead_of_pages_is_told(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    redis.ask("ACL SETUSER", "default", "-hmget")
+    web.send("verify")
+    wait_for(lambda: daemon.logged("store_read_failed"), "it is told")
+    time.sleep(1)
+    redis.ask("ACL SETUSER", "default", "+hmget")
+    wait_for(web.answered, "its pages have come")
+    (told,) = daemon.logged("store_read_failed")
+    assert told["store"] == "redis"
+    assert "no permissions to run the 'hmget' command" in told["error"]
+    assert "tierd's ACL user needs" in told["error"]
+
+
 def test_a_store_that_the_configuration_has_no_more(daemon: Daemon, web: Vmm, redis: Server) -> None:
     """Its pages wait, and it is told; they come when it is there again."""
     stores = {"redis": {"addresses": [redis.address]}}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose call of a store comes next: tierd.parking.Turns; and that none does any more."""
+"""Whose call of a store comes next: tierd.parking.Turns; that none does any more; and what is told of one that failed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import structlog.testing
 import trio
 import trio.testing
 
-from tierd.parking import Parking, Rank, Turns
+from tierd.native import Request
+from tierd.parking import READ_TOLD_S, Parking, Rank, Turns
+from tierd.store import StoreError
 
 
 def in_trio(check: Callable[[], Awaitable[None]]) -> None:
@@ -104,3 +107,45 @@ def test_no_call_begins_after_a_guest_was_cut_off() -> None:
             await trio.to_thread.run_sync(parking.each, 1, None, [(0, [])])
 
     in_trio(check)
+
+
+def test_why_pages_do_not_come_is_told_once_until_some_do() -> None:
+    refuses, other = StoreError("redis1:6379 refuses the credentials"), StoreError("page 7 is not what was sealed")
+    begins: list[tuple[float, Exception | None, str]] = [  # seconds later; what a read says; what is told
+        (0, refuses, str(refuses)),
+        (1, refuses, ""),
+        (READ_TOLD_S, refuses, ""),
+        (1, other, str(other)),
+        (1, refuses, ""),  # a text that is another one each time
+        (READ_TOLD_S, refuses, str(refuses)),
+        (1, None, ""),
+        (1, refuses, ""),  # some pages come, others do not
+        (READ_TOLD_S, refuses, str(refuses)),
+        (READ_TOLD_S, trio.TooSlowError(), "it did not answer within 5 s"),
+        (READ_TOLD_S, KeyError("of a plug-in"), ""),
+    ]
+
+    async def check() -> None:
+        guest = cast("Any", SimpleNamespace(spec=SimpleNamespace(name="web", pid=1), tiers={}, native=native))
+        parking = cast("Any", Parking(guest, "1-1", {}, lambda store: Turns(1)))
+        parking._opened, parking._tiers = {1: trio.Event()}, {1: SimpleNamespace(name="redis")}
+        parking._opened[1].set()
+        parking._store = lambda tier: SimpleNamespace(deadline_s=5.0)
+        for later_s, says, tells in begins:
+
+            async def fetch(request: Request, says: Exception | None = says) -> list[bytes]:
+                if says:
+                    raise says
+                return [b"page"]
+
+            await trio.sleep(later_s)
+            parking._fetch = fetch
+            with structlog.testing.capture_logs() as told:
+                parking._log = structlog.get_logger()
+                await parking._serve(SimpleNamespace(tier=1, number=3))
+            assert [entry["error"] for entry in told if entry["event"] == "store_read_failed"] == (
+                [tells] if tells else []
+            )
+
+    native = SimpleNamespace(answer=lambda *answer: None)
+    trio.run(check, clock=trio.testing.MockClock(autojump_threshold=0))
