@@ -314,6 +314,7 @@ class Guest:
         self._host.forget_trouble(self.key)
         self._host.forget_trouble(f"{self.key} hangs")
         self._host.forget_trouble(f"{self.key} not open")
+        self._host.forget_trouble(f"space of {self.key}")
 
     def _stop_cycle(self) -> None:
         """In trio's thread. What the worker has asked of a store is called off, too."""
@@ -644,8 +645,18 @@ class Guest:
         self._store_hangs = hangs
 
     def _tell_parking(self) -> None:
-        """Stores that are asked and cannot be had."""
+        """Stores that are asked: what is wrong with this guest's space there, and those that cannot be had."""
         troubles = self._parking.troubles if self._parking is not None else {}
+        spaces = self._parking.space_troubles if self._parking is not None else {}
+        for name, trouble in spaces.items():
+            which = name, f"space of {self.key}"
+            if trouble and trouble != self._host.store_trouble.get(which):
+                action = "see to the store; pages come and go all the same"
+                self._log.error("store_space_trouble", store=name, error=trouble, action=action)
+            if trouble:
+                self._host.store_trouble[which] = trouble
+            else:
+                self._host.store_trouble.pop(which, None)
         for name in self._served.tiers if self._served is not None else ():
             if name in troubles:
                 self._host.store_trouble[name, f"{self.key} not open"] = troubles[name]

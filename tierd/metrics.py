@@ -295,7 +295,7 @@ def _guests(guests: Sequence[GuestStatus]) -> Iterable[Metric]:
 def _stores(status: DaemonStatus) -> Iterable[Metric]:
     capacity = GaugeMetricFamily("tierd_store_capacity_bytes", "What the store may use.", labels=("store",))
     used = GaugeMetricFamily("tierd_store_used_bytes", "What the store uses.", labels=("store",))
-    healthy = GaugeMetricFamily("tierd_store_healthy", "1 if the store takes pages, else 0.", labels=("store",))
+    healthy = GaugeMetricFamily("tierd_store_healthy", "1 if nothing is wrong with the store, else 0.", labels=("store",))
     for store in status.stores:
         capacity.add_metric((store.name,), store.capacity_bytes)
         used.add_metric((store.name,), store.used_bytes)

@@ -137,6 +137,7 @@ class Parking:
         self._troubles: dict[int, str] = {}
         self._broken: set[int] = set()
         self._wrong: set[int] = set()
+        self._as_opened: dict[str, PageSpace] = {}  # by store
         self._unread: dict[int, _Told] = {}  # by tier: reads that failed
         self._missing: set[str | None] = set()  # stores
         self._over = self._is_cut = False
@@ -150,6 +151,11 @@ class Parking:
     def troubles(self) -> Mapping[str, str]:
         """By name of the store: why its pages cannot be had at all now."""
         return {self._tiers[number].name: why for number, why in self._troubles.items()}
+
+    @property
+    def space_troubles(self) -> Mapping[str, str]:
+        """By name of the store, second ones included: what is wrong though pages come and go; "": nothing."""
+        return {name: getattr(space, "trouble", "") for name, space in self._as_opened.items()}
 
     def must_bring(self) -> None:
         """OSError: what is asked for does not come now: nobody brings it any more, or a store that has pages cannot be had."""
@@ -293,6 +299,7 @@ class Parking:
                     anything = await space.used_bytes()
                 self._keys[store.name] = await trio.to_thread.run_sync(self._seal_key, store, bool(anything))
             key = self._keys[store.name]
+            self._as_opened[store.name] = space
             return CompressedSpace(space if key is None else SealedSpace(space, key), served.page_bytes)
         except BaseException:
             with trio.CancelScope(shield=True):

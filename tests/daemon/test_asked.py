@@ -141,6 +141,36 @@ class HangingStore(SqliteStore):
 """
 
 
+TROUBLED = """
+from tierd_sqlite import SqliteSpace, SqliteStore
+
+SqliteSpace.trouble = property(lambda self: "no room for rubbish" if (self.path.parent / "full").exists() else "")
+"""
+
+
+def test_a_store_that_is_in_trouble_and_gives_and_takes_pages(
+    daemon: Daemon, web: Vmm, disk_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told once, and in the status until it is over."""
+
+    def ill() -> list[str]:
+        return [store["reason"] for store in daemon.status()["stores"] if not store["healthy"]]
+
+    (install(disk_dir, monkeypatch, "troubled:SqliteStore") / "troubled.py").write_text(TROUBLED)
+    with_tiers(daemon, "sqlite", stores={"sqlite": {"path": str(disk_dir / "pages"), "encrypt": False}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    assert not ill()
+    (disk_dir / "pages" / "full").touch()
+    wait_for(lambda: ill() == ["no room for rubbish"], "it is in the status")
+    assert tiers(daemon)["sqlite"]["healthy"], "it takes pages"
+    web.verify()
+    evicted(daemon, "web", web)
+    assert [told["error"] for told in daemon.logged("store_space_trouble")] == ["no room for rubbish"]
+    (disk_dir / "pages" / "full").unlink()
+    wait_for(lambda: not ill(), "it is over")
+
+
 def test_a_guest_that_ends_while_it_is_evicted_into_a_store_that_hangs(
     daemon: Daemon, boot: Boot, disk_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,9 @@ class PageSpace(Protocol):
     not work this time (ENOSPC: it is full). StoreError: it will not work until somebody sees to it; the text says what to
     do. A call that is cancelled may have been carried out, in part or whole, but is over when the cancellation comes
     back: nothing of it lands later. The same after an error, or the next write, discard or open makes sure of it.
+
+    What is wrong though calls work (rubbish that cannot be removed, say) stands in `trouble`, if it has that: the operator is
+    told.
     """
 
     async def write(self, first_page: int, records: Sequence[bytes]) -> None:

@@ -421,7 +421,7 @@ class ObjectSpace:
             while any(chosen := segments.choose(self._usages, segment_bytes)):
                 await self._delete(chosen.dead)
                 await self._move(chosen.moved)
-            self.trouble = self._damage
+            self.trouble = self._damage if any(usage.damaged for usage in self._usages.values()) else ""
         except OSError as error:
             self.trouble = f"dead pages of {self._key} cannot be cleaned up: {error.strerror}"
             self._clean_again_at = trio.current_time() + CLEAN_PAUSE_S
