@@ -10,7 +10,9 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import trio
@@ -22,7 +24,7 @@ from tests.store.writers import Writer
 from tierd.store import PageStore, StoreContext, StoreError, redis
 from tierd.store.options import host_id
 from tierd.store.redis import RedisStore, make
-from tierd.store.redis_link import ACL, RedisOptions
+from tierd.store.redis_link import ACL, Link, RedisOptions
 from tierd.testing import PAGE, PAGES, PageStoreContract, new_key, records, space_of
 
 pytestmark = pytest.mark.usefixtures("redis_there")
@@ -61,6 +63,8 @@ async def use_everything(store: RedisStore) -> None:
         await space.write(0, records(0, 70))
         await space.discard(0, 10)
         assert await space.read(0, 70) == [None] * 10 + records(10, 60)
+        with mock.patch.object(store, "read", side_effect=AssertionError("the long way")):
+            assert await space.read(8, 4) == [None] * 2 + records(10, 2)
         assert await space.used_bytes() == 60 * PAGE
     await store.sweep(lambda key: True)
 
@@ -444,6 +448,25 @@ def test_connections_that_the_server_closed_when_idle(server: Server) -> None:
             await space.write(0, records(0, 1, 1))
             server.ask("CLIENT KILL", "TYPE", "normal", "SKIPME", "yes")
             assert await space.read(0, 1) == records(0, 1, 1)
+
+    trio.run(with_store(options(server), run))
+
+
+def test_without_the_sockets_of_redis_py_reads_take_the_long_way(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of it may hide them."""
+    connect, give_up = Link.connect, Link.give_up
+    monkeypatch.setattr(Link, "connect", lambda *args: SimpleNamespace(itself=connect(*args)))
+    monkeypatch.setattr(Link, "give_up", lambda link, address, hidden: give_up(link, address, hidden.itself))
+
+    async def run(store: RedisStore) -> None:
+        async with space_of(store) as space:
+            await space.write(0, records(0, 3))
+            before = server.ask("INFO", "stats")["total_connections_received"]
+            for _ in range(20):
+                assert await space.read(0, 3) == records(0, 3)
+            assert server.ask("INFO", "stats")["total_connections_received"] <= before + 3, "it is not tried each time"
 
     trio.run(with_store(options(server), run))
 

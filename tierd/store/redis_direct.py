@@ -29,31 +29,37 @@ class Direct:
     def __init__(self, options: RedisOptions, name: str) -> None:
         self._timeout_s = options.timeout_s
         self._link = Link(options, name, options.concurrency)
-        self._idle: dict[Address, list[Any]] = defaultdict(list)
+        self._idle: dict[Address, list[tuple[Any, socket.socket]]] = defaultdict(list)
+        self._possible = True  # redis-py lets us have its sockets
 
     def prepare(self, address: Address) -> None:
         """One more connection, for the next read, if there is none. Blocks; OSError, StoreError."""
-        if not self._idle[address]:
+        if not self._idle[address] and self._possible:
             connection = self._link.connect(address)
-            _socket(connection).setblocking(False)
-            self._idle[address].append(connection)
+            sock = _socket(connection)
+            if sock is None:
+                self._possible = False
+                self._link.give_up(address, connection)
+            else:
+                sock.setblocking(False)
+                self._idle[address].append((connection, sock))
 
     async def ask(self, address: Address, commands: Sequence[Sequence[bytes | str | int]]) -> list[Any] | None:
         """The answers; None: there is no connection, or it did not work. A cancellation is over at once."""
         idle, answers = self._idle[address], None
         if not idle:
             return None
-        connection = idle.pop()
+        connection, sock = idle.pop()
         try:
             with trio.move_on_after(self._timeout_s):
-                answers = await _exchange(_socket(connection), _packed(commands), len(commands))
+                answers = await _exchange(sock, _packed(commands), len(commands))
         except (OSError, hiredis.HiredisError):
             pass
         finally:
             if answers is None:  # an answer may still come
                 self._link.give_up(address, connection)
             else:
-                idle.append(connection)
+                idle.append((connection, sock))
         return None if answers is None or any(isinstance(answer, hiredis.ReplyError) for answer in answers) else answers
 
     def close(self) -> None:
@@ -65,9 +71,9 @@ def _packed(commands: Sequence[Sequence[bytes | str | int]]) -> bytes:
     return b"".join([hiredis.pack_command(tuple(command)) for command in commands])  # type: ignore[arg-type]
 
 
-def _socket(connection: Any) -> socket.socket:
-    found: socket.socket = connection._sock  # redis-py has no other name for it
-    return found
+def _socket(connection: Any) -> socket.socket | None:
+    """None: not any more. redis-py has no other name for it, and may take this one away."""
+    return getattr(connection, "_sock", None)
 
 
 async def _exchange(sock: socket.socket, question: bytes, count: int) -> list[Any]:
