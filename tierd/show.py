@@ -170,12 +170,12 @@ def status_table(status: Mapping[str, Any]) -> Table:
 
 
 def tiers_table(status: Mapping[str, Any]) -> Table | None:
-    """The tiers of the guests of GET /status that have more than one; None: there is no such guest."""
+    """Every tier of the guests of GET /status; None: no guest is served."""
     table = _table(
         "guest", "tier", "holds", "takes", "ratio", "written", "read", "refused", "errors", "p50", "p99", "", left=2
     )
     for guest in status["guests"]:
-        for tier in guest["tiers"] if len(guest["tiers"]) > 1 else ():
+        for tier in guest["tiers"]:
             c = tier["counters"]
             compressed = c["compressed_bytes"]
             table.add_row(

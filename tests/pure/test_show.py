@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierd.show import Top, latency_text, quantile_us, safe_text, size_text, sparkline
+from tests.daemon.fake import tier_counters
+from tierd.show import Top, latency_text, quantile_us, safe_text, size_text, sparkline, tiers_table
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,28 @@ def test_quantiles_ascend_and_stay_in_their_bucket(buckets: list[int], a: float,
 def test_sparkline() -> None:
     assert sparkline([0, 50, 100, 200], 100) == "▁▅██"
     assert sparkline([1, 2], 0) == "▁▁"
+
+
+def test_every_tier_of_every_guest_is_shown() -> None:
+    def tier(name: str, healthy: bool) -> dict[str, Any]:
+        return {
+            "name": name,
+            "stored_bytes": 1 << 20,
+            "used_bytes": 2 << 20,
+            "healthy": healthy,
+            "counters": tier_counters(),
+        }
+
+    guests = [
+        {"name": "refused", "tiers": []},
+        {"name": "one", "tiers": [tier("redis", False)]},
+        {"name": "two", "tiers": [tier("memory", True), tier("file", True)]},
+    ]
+    table = tiers_table({"guests": guests})
+    assert table is not None
+    shown = [list(column.cells) for column in (table.columns[0], table.columns[1], table.columns[-1])]
+    assert shown == [["one", "two", "two"], ["redis", "memory", "file"], ["[red]ILL[/red]", "", ""]]
+    assert tiers_table({"guests": guests[:1]}) is None
 
 
 def guest(faults: int, resident: int = 5, key: str = "1-1", empty: bool = False) -> dict[str, Any]:
