@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,53 @@ def test_a_store_that_hangs_delays_nobody_else(daemon: Daemon, boot: Boot, web: 
         redis.signal(signal.SIGCONT)
     wait_for(web.answered, "its pages have come")
     wait_for(lambda: daemon.logged("store_answers_again"), "it is well again")
+    web.verify()
+
+
+def touch(pid: int, address: int) -> None:
+    """Read a byte of a process's memory. Returns when its page is there."""
+    libc, byte = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(1)
+    ours, theirs = (ctypes.c_size_t * 2)(ctypes.addressof(byte), 1), (ctypes.c_size_t * 2)(address, 1)
+    if libc.process_vm_readv(pid, ours, ctypes.c_ulong(1), theirs, ctypes.c_ulong(1), ctypes.c_ulong(0)) != 1:
+        raise OSError(ctypes.get_errno(), "process_vm_readv")
+
+
+def test_of_two_stores_of_one_guest_the_one_that_hangs_does_not_delay_the_other(
+    daemon: Daemon, web: Vmm, redis: Server, disk_dir: Path
+) -> None:
+    """Both are asked by Python. Of pages at random those in the store that answers come, also when many wait for the other."""
+    (disk_dir / "bucket").mkdir(mode=0o700)
+    objects = {"scheme": "fs", "options": {"root": str(disk_dir / "bucket")}}
+    stores = {"redis": {"addresses": [redis.address], "deadline_s": 30}, "objects": objects}
+    with_tiers(daemon, {"name": "redis", "capacity": "6MiB"}, "objects", stores=stores)
+    daemon.start()
+    evicted(daemon, "web", web)
+    wait_for(lambda: tiers(daemon)["objects"]["stored_bytes"] > 6 * MIB, "the first one is full")
+    assert tiers(daemon)["redis"]["stored_bytes"] > 4 * MIB
+    pages = random.Random(1).sample(range(web.pages), 96)
+    readers, came = list[threading.Thread](), list[int]()
+
+    def read(page: int) -> None:
+        touch(web.pid, web.addresses[0] + page * web.page_bytes)
+        came.append(page)
+
+    def begin(pages: Sequence[int]) -> None:
+        for page in pages:
+            readers.append(threading.Thread(target=read, args=(page,)))
+            readers[-1].start()
+
+    redis.signal(signal.SIGSTOP)
+    try:
+        begin(pages[:48])
+        wait_for(lambda: daemon.logged("store_hangs"), "the other one hangs")
+        before = len(came)
+        assert before < 48
+        begin(pages[48:])
+        wait_for(lambda: len(came) > before + 12, "those of the store that answers have come", 5)
+    finally:
+        redis.signal(signal.SIGCONT)
+    for reader in readers:
+        reader.join()
     web.verify()
 
 
