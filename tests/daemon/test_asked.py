@@ -83,19 +83,19 @@ def test_a_ladder_of_four(daemon: Daemon, web: Vmm, redis: Server, disk_dir: Pat
 def install(disk_dir: Path, monkeypatch: pytest.MonkeyPatch, factory: str) -> Path:
     """A plug-in, by its metadata; where its modules may be, beside those of the example."""
     place = disk_dir / "plugin"
-    info = place / "tierd_sqlite-1.dist-info"
+    info = place / "tierd_plain-1.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tierd-sqlite\nVersion: 1\n")
-    (info / "entry_points.txt").write_text(f"[tierd.stores]\nsqlite = {factory}\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tierd-plain\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[tierd.stores]\nplain = {factory}\n")
     monkeypatch.setenv("PYTHONPATH", f"{place}:{PLUGIN}")
     (disk_dir / "pages").mkdir()
     return place
 
 
 BROKEN = """
-from tierd_sqlite import SqliteStore
+from tierd_plain import PlainStore
 
-class BrokenStore(SqliteStore):
+class BrokenStore(PlainStore):
     async def sweep(self, may_be_needed):
         raise KeyError("nobody may raise that")
 
@@ -116,7 +116,7 @@ class BrokenStore(SqliteStore):
 def test_a_plug_in_that_is_broken(daemon: Daemon, web: Vmm, disk_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages in it wait; neither the guest nor tierd ends of it."""
     (install(disk_dir, monkeypatch, "broken:BrokenStore") / "broken.py").write_text(BROKEN)
-    with_tiers(daemon, "sqlite", stores={"sqlite": {"path": str(disk_dir / "pages"), "encrypt": False}})
+    with_tiers(daemon, "plain", stores={"plain": {"path": str(disk_dir / "pages"), "encrypt": False}})
     daemon.start()
     evicted(daemon, "web", web)
     web.send("verify")
@@ -128,9 +128,9 @@ def test_a_plug_in_that_is_broken(daemon: Daemon, web: Vmm, disk_dir: Path, monk
 
 HANGING = """
 import trio
-from tierd_sqlite import SqliteStore
+from tierd_plain import PlainStore
 
-class HangingStore(SqliteStore):
+class HangingStore(PlainStore):
     async def open(self, key, pages, page_bytes):
         space = await super().open(key, pages, page_bytes)
 
@@ -144,9 +144,9 @@ class HangingStore(SqliteStore):
 
 
 TROUBLED = """
-from tierd_sqlite import SqliteSpace, SqliteStore
+from tierd_plain import PlainSpace, PlainStore
 
-SqliteSpace.trouble = property(lambda self: "no room for rubbish" if (self.path.parent / "full").exists() else "")
+PlainSpace.trouble = property(lambda self: "no room for rubbish" if (self.path.parent / "full").exists() else "")
 """
 
 
@@ -158,14 +158,14 @@ def test_a_store_that_is_in_trouble_and_gives_and_takes_pages(
     def ill() -> list[str]:
         return [store["reason"] for store in daemon.status()["stores"] if not store["healthy"]]
 
-    (install(disk_dir, monkeypatch, "troubled:SqliteStore") / "troubled.py").write_text(TROUBLED)
-    with_tiers(daemon, "sqlite", stores={"sqlite": {"path": str(disk_dir / "pages"), "encrypt": False}})
+    (install(disk_dir, monkeypatch, "troubled:PlainStore") / "troubled.py").write_text(TROUBLED)
+    with_tiers(daemon, "plain", stores={"plain": {"path": str(disk_dir / "pages"), "encrypt": False}})
     daemon.start()
     evicted(daemon, "web", web)
     assert not ill()
     (disk_dir / "pages" / "full").touch()
     wait_for(lambda: ill() == ["no room for rubbish"], "it is in the status")
-    assert tiers(daemon)["sqlite"]["healthy"], "it takes pages"
+    assert tiers(daemon)["plain"]["healthy"], "it takes pages"
     web.verify()
     evicted(daemon, "web", web)
     assert [told["error"] for told in daemon.logged("store_space_trouble")] == ["no room for rubbish"]
@@ -178,7 +178,7 @@ def test_a_guest_that_ends_while_it_is_evicted_into_a_store_that_hangs(
 ) -> None:
     """What its worker waits for is called off: the end does not wait for the call's own limit, a minute."""
     (install(disk_dir, monkeypatch, "hanging:HangingStore") / "hanging.py").write_text(HANGING)
-    with_tiers(daemon, "sqlite", stores={"sqlite": {"path": str(disk_dir / "pages"), "encrypt": False}})
+    with_tiers(daemon, "plain", stores={"plain": {"path": str(disk_dir / "pages"), "encrypt": False}})
     web = boot("web", 16 * MIB, "compressible")
     daemon.start()
     wait_for((disk_dir / "pages" / "asked").exists, "pages are on their way there")
@@ -188,8 +188,8 @@ def test_a_guest_that_ends_while_it_is_evicted_into_a_store_that_hangs(
 
 
 def test_a_plug_in(daemon: Daemon, web: Vmm, disk_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(disk_dir, monkeypatch, "tierd_sqlite:SqliteStore")
-    with_tiers(daemon, "sqlite", stores={"sqlite": {"path": str(disk_dir / "pages"), "encrypt": False}})
+    install(disk_dir, monkeypatch, "tierd_plain:PlainStore")
+    with_tiers(daemon, "plain", stores={"plain": {"path": str(disk_dir / "pages"), "encrypt": False}})
     daemon.start()
     evicted(daemon, "web", web)
     assert list((disk_dir / "pages").iterdir())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,24 +42,34 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
 
 @pytest.fixture
-def sqlite(install: Install, disk_dir: Path) -> Callable[[], PageStore]:
-    install("sqlite", "tierd_sqlite:SqliteStore", (PLUGIN / "tierd_sqlite.py").read_text())
-    return lambda: make_store("sqlite", {"path": str(disk_dir)}, CONTEXT)
+def plain(install: Install, disk_dir: Path) -> Callable[[], PageStore]:
+    install("plain", "tierd_plain:PlainStore", (PLUGIN / "tierd_plain.py").read_text())
+    return lambda: make_store("plain", {"path": str(disk_dir)}, CONTEXT)
 
 
 class TestExample(PageStoreContract):
     @pytest.fixture(autouse=True)
-    def _example(self, sqlite: Callable[[], PageStore]) -> None:
-        self.make_store = sqlite  # type: ignore[method-assign]
+    def _example(self, plain: Callable[[], PageStore]) -> None:
+        self.make_store = plain  # type: ignore[method-assign]
 
 
-def test_the_suite_can_be_run_without_pytest(sqlite: Callable[[], PageStore]) -> None:
-    check(sqlite)
+def test_the_example_stands_in_the_readme() -> None:
+    code = (PLUGIN / "tierd_plain.py").read_text().partition("\n")[2]
+    readme = (PLUGIN.parents[2] / "README.md").read_text()
+    assert f"\n\n{textwrap.indent(code, '    ')}\n" in readme
+    lines = [line for line in code.splitlines() if line and not line.startswith('"')]
+    assert f"`tests/store/plugin/tierd_plain.py` is one in {len(lines)} lines of code:" in readme
 
 
-def test_the_example_forgets_guests_of_an_earlier_boot(sqlite: Callable[[], PageStore], disk_dir: Path) -> None:
-    (disk_dir / f"an-earlier-boot.1-1.{PAGES}.{PAGE}.pages").touch()
-    assert trio.run(sqlite().sweep, lambda key: True) == ["1-1"]
+def test_the_suite_can_be_run_without_pytest(plain: Callable[[], PageStore]) -> None:
+    check(plain)
+
+
+def test_the_example_forgets_guests_of_an_earlier_boot(plain: Callable[[], PageStore], disk_dir: Path) -> None:
+    left = disk_dir / f"an-earlier-boot.1-1.{PAGES}.{PAGE}"
+    left.mkdir()
+    (left / "7").touch()
+    assert trio.run(plain().sweep, lambda key: True) == ["1-1"]
     assert not list(disk_dir.iterdir())
 
 
@@ -80,9 +91,9 @@ def test_a_name_that_nobody_has(install: Install) -> None:
         make_store("tape", {}, CONTEXT)
 
 
-def test_only_what_is_named_is_imported(install: Install, sqlite: Callable[[], PageStore]) -> None:
+def test_only_what_is_named_is_imported(install: Install, plain: Callable[[], PageStore]) -> None:
     install("broken", "broken_store:make", "raise RuntimeError('imported')")
-    trio.run(sqlite().probe)
+    trio.run(plain().probe)
     assert "broken_store" not in sys.modules
 
 
@@ -107,9 +118,9 @@ def test_a_plug_in_that_is_no_function(install: Install) -> None:
         make_store("tape", {}, CONTEXT)
 
 
-def test_a_plug_in_whose_keys_are_wrong(install: Install, sqlite: Callable[[], PageStore]) -> None:
-    with pytest.raises(StoreError, match=r"store 'sqlite'.*cannot be made: KeyError: 'path'"):
-        make_store("sqlite", {}, CONTEXT)
+def test_a_plug_in_whose_keys_are_wrong(install: Install, plain: Callable[[], PageStore]) -> None:
+    with pytest.raises(StoreError, match=r"store 'plain'.*cannot be made: KeyError: 'path'"):
+        make_store("plain", {}, CONTEXT)
     with pytest.raises(
         StoreError, match=r"^redis: addresses: Field required; adresses: .* no such key; did you mean addresses"
     ):

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An example of a plug-in: a directory for each guest, a file for each page. Its package names tierd_plain:PlainStore."""
+
+import shutil
+from pathlib import Path
+
+import trio
+
+from tierd.store import StoreError
+
+BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()  # a guest's key comes back after a boot
+
+
+class PlainSpace:
+    def __init__(self, path):
+        self.path = path
+
+    async def write(self, first_page, records):
+        def write():
+            for page, record in enumerate(records, first_page):
+                new = self.path / f"{page}.new"
+                new.write_bytes(record)
+                new.rename(self.path / str(page))  # a page has the old record or the new one
+
+        await trio.to_thread.run_sync(write)  # a cancellation waits: nothing is written after it
+
+    async def read(self, first_page, count):
+        files = [self.path / str(page) for page in range(first_page, first_page + count)]
+        return await trio.to_thread.run_sync(lambda: [f.read_bytes() if f.exists() else None for f in files])
+
+    async def discard(self, first_page, count):
+        files = [self.path / str(page) for page in range(first_page, first_page + count)]
+        await trio.to_thread.run_sync(lambda: [f.unlink(missing_ok=True) for f in files])
+
+    async def used_bytes(self):
+        return sum(file.stat().st_size for file in self.path.iterdir())
+
+    async def delete(self):
+        await trio.to_thread.run_sync(shutil.rmtree, self.path, True)
+
+    async def aclose(self): ...
+
+
+class PlainStore:
+    def __init__(self, options, context):
+        self.path = Path(options["path"])
+
+    async def open(self, key, pages, page_bytes):
+        path = self.path / f"{BOOT}.{key}.{pages}.{page_bytes}"
+        if any(other != path for other in self.path.glob(f"{BOOT}.{key}.*")):
+            raise StoreError(f"{self.path} has a space of {key} that is not {pages} pages of {page_bytes} bytes")
+        path.mkdir(0o700, exist_ok=True)
+        return PlainSpace(path)
+
+    async def probe(self):
+        if not self.path.is_dir():
+            raise StoreError(f"{self.path} is not a directory; make it, or set path")
+
+    async def sweep(self, may_be_needed):
+        spaces = [(path, *path.name.split(".")[:2]) for path in self.path.glob("*.*.*.*")]
+        gone = {path: key for path, boot, key in spaces if boot != BOOT or not may_be_needed(key)}
+        for path in gone:
+            await trio.to_thread.run_sync(shutil.rmtree, path, True)
+        return sorted(gone.values())
+
+    async def aclose(self): ...
