@@ -71,11 +71,13 @@ bench: setup
 	@tests/setup.sh stores
 	$(PY) -m tests.bench.bench $(ARGS)
 
-# tierd is killed KILLS times at random moments under guests that check every byte; writes build/torture.json.
+# tierd is killed KILLS times at random moments under guests that check every byte, and as often where they have three tiers; writes
+# build/torture.json and torture-ladder.json.
 KILLS ?= 1000
 SEED ?= 1
 torture: build
 	$(PY) -m tests.kernel.torture --kills $(KILLS) --seed $(SEED)
+	$(PY) -m tests.kernel.torture --kills $(KILLS) --seed $(SEED) --ladder
 
 # The long runs: more seeds, more kills.
 soak: setup

@@ -357,7 +357,8 @@ def main(kills: int, seed: int, guests: int, memory: Memory, ladder: bool) -> No
             tell=lambda line: print(line, flush=True),
         )
     (ROOT / "build").mkdir(exist_ok=True)
-    (ROOT / "build" / "torture.json").write_text(json.dumps(result, indent=2) + "\n")
+    name = "torture-ladder.json" if ladder else "torture.json"
+    (ROOT / "build" / name).write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
 
 
