@@ -563,9 +563,10 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, struct sys_s
 		bool swapped = M.marker[first + i] || M.poisoned[first + i], matches;
 		uint64_t is = M.present[first + i] ? SYS_PAGE_PRESENT : swapped ? SYS_PAGE_SWAPPED : 0;
 
-		if ((is || M.anon) && !M.marker[first + i] && !M.protected[first + i])
-			is |= SYS_PAGE_WRITTEN; /* of a hole, too, in anonymous memory */
-
+		/* of a hole, too, in anonymous memory; with rwp only where writes are what is looked for */
+		if ((is || M.anon) && !M.marker[first + i] && !M.protected[first + i] &&
+		    (M.wp[first + i] || M.generation != TIERD_ENGINE_RWP))
+			is |= SYS_PAGE_WRITTEN;
 		if (is && M.rwp[first + i] && !M.rwp_protected[first + i])
 			is |= SYS_RWP_ACCESSED;
 		if (M.generation == TIERD_ENGINE_RFC && M.anon && M.rwp_protected[first + i])

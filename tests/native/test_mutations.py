@@ -412,8 +412,14 @@ HUGETLBFS = [
     Mutation(
         "huge_hold_taken_for_poison",
         "guest.c",
-        "	const uint64_t poison = SYS_PAGE_SWAPPED | SYS_PAGE_WRITTEN;",
+        "	const uint64_t poison = SYS_PAGE_SWAPPED | (g->engine->holds_mapped ? 0 : SYS_PAGE_WRITTEN);",
         "	const uint64_t poison = SYS_PAGE_SWAPPED;",
+    ),
+    Mutation(
+        "huge_poison_is_called_written_by_every_kernel",  # with rwp nothing is
+        "guest.c",
+        "	const uint64_t poison = SYS_PAGE_SWAPPED | (g->engine->holds_mapped ? 0 : SYS_PAGE_WRITTEN);",
+        "	const uint64_t poison = SYS_PAGE_SWAPPED | SYS_PAGE_WRITTEN;",
     ),
     Mutation(
         "huge_page_that_cannot_be_seen_is_cached",

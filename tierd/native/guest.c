@@ -685,10 +685,11 @@ static int punch_again(struct tierd_guest *g, uint64_t page)
 }
 
 /* Whether the entry of a page that is not in the cache is poison. A hold's marker has bit 57; of a huge page /proc/PID/pagemap
- * shows no markers, and PAGEMAP_SCAN says of those that are no hold's that they are written. */
+ * shows no markers, and PAGEMAP_SCAN says of those that are no hold's that they are written. An engine that holds what is mapped
+ * has no markers, and kernels that have it say of nothing there that it is written. */
 static int look_for_poison(struct tierd_guest *g, uint64_t address, bool *ret)
 {
-	const uint64_t poison = SYS_PAGE_SWAPPED | SYS_PAGE_WRITTEN;
+	const uint64_t poison = SYS_PAGE_SWAPPED | (g->engine->holds_mapped ? 0 : SYS_PAGE_WRITTEN);
 	const struct sys_scan wanted = {.any_of = poison};
 	struct sys_page_region found = {0};
 	uint64_t entry = 0, end;
