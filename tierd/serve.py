@@ -69,11 +69,10 @@ from tierd.native import (
     TierKind,
     Zap,
     calls_destroy,
+    leave_window,
     page_bytes_of,
-    set_async,
     table_away,
     table_create,
-    table_dropping,
     table_lock,
     table_read,
 )
@@ -834,10 +833,19 @@ def adopt(
         if handed is not None and handed.uffd_in_vmm is not None:
             served.uffd_in_vmm = handed.uffd_in_vmm
         served.uffd = served._own(_userfaultfd_again(served, left.identity, kept_uffd, handed))
-        # before the store is looked for, which may take long: killed in a sync window, the predecessor left the guest waiting
-        if engine.holds_reads and not table_dropping(fd):
-            set_async(engine.number, served.uffd)
         served.page_bytes = left.identity.page_bytes
+        # before the stores are looked for, which may take long: killed in a sync window, the predecessor left the guest waiting
+        if engine.holds_reads and not spec.anonymous:
+            leave_window(
+                engine=engine.number,
+                table_fd=fd,
+                uffd=served.uffd,
+                pidfd=served.pidfd,
+                pagemap_fd=served.pagemap,
+                regions=_table_regions(spec.regions),
+                memfds=served.memfds,
+                page_bytes=served.page_bytes,
+            )
         for place in left.identity.places:
             _add_tier(served, place.name, _reopened(served, place))
         _open_guest(served, engine, tuning, swap_can_receive, [capacity_bytes] * len(served.tiers))

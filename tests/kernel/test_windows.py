@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
+import os
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +20,13 @@ from tests.kernel.vmm import PAGE, Host, Tiered, Vmm, wait_for
 from tests.need import need
 from tierd.engine import choose
 from tierd.native import GUEST_TIER, KernelError
+from tierd.store import StoreError
 
 Start = Callable[..., Vmm]
 MIB = 1 << 20
 # UFFDIO_SET_MODE, struct uffdio_set_mode {enable, disable}; RWP_ASYNC and MINOR_ASYNC have the same number
 SET_MODE, ASYNC = 0x4010AA0A, 1 << 18
+TABLE_HEADER_BYTES, DROPPING, COPY = 65536, 3, 1 << 8  # of a state file and its words: internal.h
 
 
 @pytest.fixture(autouse=True)
@@ -228,6 +232,46 @@ def test_killed_in_a_window(start_vmm: Start, host: Host, record_property: Calla
     with host.adopted(vmm) as tiered:
         wait_for(vmm.answered, "the guest goes on")
         record_property("stall_ms", round((time.monotonic() - began) * 1e3, 1))
+        vmm.verify()
+        tiered.leave()
+
+
+def as_if_dropping(tiered: Tiered, pages: range) -> None:
+    """Their words, as a daemon leaves them that is killed between DROPPING and STORED; in the file's tier."""
+    with tiered.served.state_path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as table:
+        for page in pages:
+            struct.pack_into("I", table, TABLE_HEADER_BYTES + 4 * page, DROPPING | 1 << 4 | COPY)
+
+
+def test_killed_in_a_window_and_the_store_is_away(start_vmm: Start, host: Host) -> None:
+    """Who touches what is stored waits for its bytes, and nobody else: pages that were being dropped are decided without."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.scan()
+        assert tiered.evict(max_bytes=64 * PAGE) == 64
+        store = tiered.served.tiers["file"].space.path
+        assert store is not None
+        away = store.with_suffix(".away")
+        tiered.native.stop()
+        set_async(tiered, False)
+        as_if_dropping(tiered, range(64, 80))  # not punched yet
+        as_if_dropping(tiered, range(16))  # punched
+        as_if_dropping(tiered, range(16, 32))  # punched in vain
+        os.pwrite(tiered.served.memfds[0], bytes(16 * PAGE), 16 * PAGE)
+    store.rename(away)
+    vmm.send("verify", 64, vmm.pages - 64)
+    time.sleep(0.2)
+    assert not vmm.answered()
+    with pytest.raises(StoreError), host.adopted(vmm):
+        pass
+    wait_for(vmm.answered, "the guest goes on")
+    vmm.send("verify", 0, 64)
+    time.sleep(0.2)
+    assert not vmm.answered()
+    away.rename(store)
+    with host.adopted(vmm) as tiered:
+        wait_for(vmm.answered, "the guest has its pages")
         vmm.verify()
         tiered.leave()
 

@@ -286,6 +286,10 @@ void model_free(void *memory, size_t bytes)
 static void free_everything(void)
 {
 	for (int i = 0; i < ALLOCATIONS_MAX; i++) {
+		struct tierd_guest *g = allocations[i].memory;
+
+		if (g && allocations[i].bytes == sizeof(*g)) /* the daemon's, or the one by which it left a window */
+			munmap(g->header, g->table_bytes);
 		free(allocations[i].memory);
 		allocations[i].memory = NULL;
 	}
@@ -562,6 +566,21 @@ static uint64_t unreadable_pages(void)
 	return n;
 }
 
+static bool engine_has_windows(void)
+{
+	return engine != TIERD_ENGINE_STOCK && !anon;
+}
+
+static bool is_dropping(void);
+
+/* Sync mode outlives a death exactly as long as a page that was being dropped is undecided, whatever else fails. */
+static void check_left_window(void)
+{
+	if (engine_has_windows() && !M.gone && M.async == is_dropping())
+		model_fail(M.async ? "a page is undecided, and the guest is not held"
+				   : "the guest is held, and no page is being dropped");
+}
+
 static void serve(uint32_t adopted)
 {
 	struct tierd_adoption adoption;
@@ -571,7 +590,7 @@ static void serve(uint32_t adopted)
 				: tierd_guest_arm(guest)))
 		if (M.gone)
 			return;
-		else if ((error == -ETIMEDOUT && anon) || (error == -EBUSY && asked))
+		else if (check_left_window(), (error == -ETIMEDOUT && anon) || (error == -EBUSY && asked))
 			continue; /* the predecessor's batch is under way still; or a punch must be made again, and was not */
 		else if (!adopted || !S.failures) /* the daemon tries again for as long as the VMM lives */
 			model_fail("%s failed: error %d", adopted ? "adoption" : "arm", -error);
@@ -593,9 +612,36 @@ static void serve(uint32_t adopted)
 		check_lost();
 }
 
+static struct tierd_guest_args described(bool adopted);
+
+/* The part of an adoption that needs no store, and a time in which there is none, and nobody serves: who touches what does not leave goes on. */
+static void leave_window(void)
+{
+	struct tierd_guest_args args = described(true);
+	uint32_t stays = M.faults.punch_stays;
+	bool punches = !stays || below(2);
+	int error;
+
+	for (int i = 0; i < TIERD_TIERS; i++)
+		args.tiers[i] = (struct tierd_tier){.fd = -1};
+	M.faults.punch_stays = punches ? 0 : 800;
+	do
+		error = tierd_leave_window(&args);
+	while (error == -ENOMEM && hugetlb); /* for the look at a page */
+	M.faults.punch_stays = stays;
+	if (error && !M.gone)
+		model_fail("the window was not left: error %d", -error);
+	if (punches && engine_has_windows() && !M.async && !M.gone)
+		model_fail("the guest is held, and nothing but a store is wanted");
+	check_left_window();
+	world_rest(below(3) ? below(200) : 0);
+}
+
 static void run_worker(uint32_t adopted)
 {
 	worker_done = false;
+	if (adopted && engine_has_windows())
+		leave_window();
 	serve(adopted);
 	worker_done = true;
 }
@@ -682,7 +728,8 @@ int world_store_discard(uint32_t tier, uint64_t page, uint64_t count)
 	return sys_store_discard(store_file(tier), page * MODEL_PAGE_BYTES, count * MODEL_PAGE_BYTES);
 }
 
-static void daemon_start(bool adopted)
+/* What a daemon is told of the guest. */
+static struct tierd_guest_args described(bool adopted)
 {
 	struct tierd_guest_args args = {
 		.table_fd = table_fd,
@@ -709,6 +756,13 @@ static void daemon_start(bool adopted)
 	for (int i = 0; i < TIERD_TIERS; i++)
 		args.tiers[i].fd = -1;
 	set_tiers(&args, adopted);
+	return args;
+}
+
+static void daemon_start(bool adopted)
+{
+	struct tierd_guest_args args = described(adopted);
+
 	if (!adopted) {
 		struct tierd_identity identity = {.pid = 1, .epoch_ns = 1000000, .page_bytes = args.page_bytes};
 
@@ -754,7 +808,6 @@ static void daemon_kill(void)
 		if (looks_untouched(
 			    page)) /* by a pass that was to stamp it once more at its end: as old as the pass was long */
 			touched_ns[page] = 0;
-	munmap(guest->header, guest->table_bytes);
 	free_everything();
 	daemon_start(true);
 }

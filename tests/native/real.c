@@ -356,6 +356,18 @@ static int locked_table(void)
 	return fd;
 }
 
+/* A successor's first step, which knows of no store. */
+static void leave_window(struct tierd_guest_args args)
+{
+	int error;
+
+	for (int i = 0; i < TIERD_TIERS; i++)
+		args.tiers[i] = (struct tierd_tier){.fd = -1};
+	error = tierd_leave_window(&args);
+	if (error)
+		script_fail("the window was not left: error %d", -error);
+}
+
 static struct tierd_guest *create_guest(int table_fd)
 {
 	char path[64];
@@ -396,6 +408,8 @@ static struct tierd_guest *create_guest(int table_fd)
 		args.tiers[1].fd = -1;
 	}
 	args.asked_fd = -1;
+	if (shared->life)
+		leave_window(args);
 	if (tierd_guest_create(&args, &g))
 		script_fail("no guest");
 	return g;

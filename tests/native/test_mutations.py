@@ -362,8 +362,33 @@ NATIVE_ENGINES = [
     Mutation(
         "rwp_window_left_before_it_is_decided",  # a successor: zeros that the guest writes look like a punch that failed
         "guest.c",
-        "		error = leave_window(g, ret);",
-        "		error = g->engine->set_async(g->uffd, true);",
+        "		if (word_state(page_load(g, page)) != DROPPING)\n			continue;\n		r = ",
+        "		if (word_state(page_load(g, page)) != DROPPING || page < g->pages)\n			continue;\n		r = ",
+    ),
+    Mutation(
+        "rwp_window_left_with_its_store_only",  # whoever touches what does not leave waits for that store, too
+        "guest.c",
+        "	if (punch_again(g, page))",
+        "	if (page < g->pages || punch_again(g, page))",
+    ),
+    Mutation(
+        "rfc_window_left_with_a_page_undecided",  # zeros that a punch has left are mapped then
+        "guest.c",
+        "	return undecided ? -EBUSY : g->engine->set_async(g->uffd, true);",
+        "	return g->engine->set_async(g->uffd, true);",
+    ),
+    Mutation(
+        "rwp_window_left_after_its_registrations",  # which may fail, for as long as the VMM has too many mappings
+        "guest.c",
+        "		if (error && error != -EBUSY)\n			return error;\n		undecided |= error != 0;",
+        "		if (!error)\n			error = register_away(g, page);\n"
+        "		if (error && error != -EBUSY)\n			return error;\n		undecided |= error == -EBUSY;",
+    ),
+    Mutation(
+        "second_punch_is_believed",  # rule 6, of a successor
+        "guest.c",
+        "	return data < 0 ? (int)data : data == (int64_t)offset ? -EBUSY : 0;",
+        "	return data < 0 ? (int)data : 0;",
     ),
     Mutation(
         "rwp_minor_fault_not_resolved",
@@ -771,6 +796,7 @@ MORE = {
     ),  # the kernel must refuse the drop
     "huge_hold_taken_for_poison": ("--engine", "rfc", "--hugetlb"),
     "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--often", "--from", "20001"),
+    "rfc_window_left_with_a_page_undecided": ("--engine", "rfc", "--often"),
     "rwp_absence_is_taken_for_protection": ("--engine", "rwp", "--remap"),
 }
 # Two walls stand behind each other here: one alone holds, so both are broken.

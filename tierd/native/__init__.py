@@ -390,16 +390,27 @@ def table_away(fd: int) -> int:
     return int(out[0])
 
 
-def table_dropping(fd: int) -> int:
-    """Pages that were being dropped when the predecessor ended. With the lock held."""
-    out = ffi.new("uint64_t *")
-    check(lib.tierd_table_dropping(fd, out), "state file")
-    return int(out[0])
-
-
-def set_async(engine: EngineNumber, uffd: int) -> None:
-    """Async mode for a userfaultfd whose guest is not served yet. Wakes whoever waits; they fault again."""
-    check(lib.tierd_set_async(engine, uffd), "change to async mode")
+def leave_window(
+    *,
+    engine: EngineNumber,
+    table_fd: int,
+    uffd: int,
+    pidfd: int,
+    pagemap_fd: int,
+    regions: Sequence[TableRegion],
+    memfds: Sequence[int],
+    page_bytes: int,
+) -> None:
+    """The first part of an adoption, which needs no store: back to async mode, where the predecessor was killed in a window.
+    Wakes whoever waits; they fault again. With the lock held. Nothing where the engine has no modes."""
+    args = ffi.new("struct tierd_guest_args *")
+    args.engine, args.table_fd, args.page_bytes, args.region_count = int(engine), table_fd, page_bytes, len(regions)
+    args.uffd, args.pidfd, args.pagemap_fd, args.mem_fd, args.idle_fd = uffd, pidfd, pagemap_fd, -1, -1
+    c_regions = _c_regions(regions, memfds)
+    ffi.memmove(args.regions, c_regions, ffi.sizeof(c_regions))
+    for tier in args.tiers:
+        tier.fd = -1
+    check(lib.tierd_leave_window(args), "return to async mode")
 
 
 def table_lock(fd: int) -> bool:

@@ -260,10 +260,3 @@ const struct engine *engine_of(uint32_t number, bool anon)
 		return NULL;
 	}
 }
-
-int tierd_set_async(uint32_t number, int uffd)
-{
-	const struct engine *engine = engine_of(number, false);
-
-	return !engine ? -EINVAL : engine->set_async ? engine->set_async(uffd, true) : 0;
-}

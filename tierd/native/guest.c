@@ -253,7 +253,8 @@ static void copies_count(struct tierd_guest *g)
 		atomic_store(&g->copies[tier], copies[tier]);
 }
 
-static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args)
+/* Its memory, descriptors and table. */
+static int guest_take(struct tierd_guest *g, const struct tierd_guest_args *args)
 {
 	int error;
 
@@ -279,7 +280,16 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	error = descriptors_take(g, args);
 	if (error)
 		return error;
-	error = table_map(g);
+	return table_map(g);
+}
+
+static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args)
+{
+	int error = guest_take(g, args);
+
+	if (error)
+		return error;
+	error = table_pin(g);
 	if (error)
 		return error;
 	g->header->serving.engine = args->engine;
@@ -310,18 +320,27 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	return tierd_worker_create(g, &g->restorer);
 }
 
-int tierd_guest_create(const struct tierd_guest_args *args, struct tierd_guest **ret)
+static struct tierd_guest *guest_alloc(void)
 {
 	struct tierd_guest *g = sys_alloc(sizeof(*g));
-	int error;
 
 	if (!g)
-		return -ENOMEM;
+		return NULL;
 	g->bytes = sizeof(*g);
 	pthread_mutex_init(&g->threads_lock, NULL);
 	g->uffd = g->pidfd = g->pagemap = g->mem = g->idle_fd = g->stop_fd = g->asked_fd = g->answer_fd = -1;
 	for (int i = 0; i < TIERD_TIERS; i++)
 		g->tiers[i].fd = -1;
+	return g;
+}
+
+int tierd_guest_create(const struct tierd_guest_args *args, struct tierd_guest **ret)
+{
+	struct tierd_guest *g = guest_alloc();
+	int error;
+
+	if (!g)
+		return -ENOMEM;
 	error = guest_fill(g, args);
 	if (error) {
 		tierd_guest_destroy(g);
@@ -634,54 +653,65 @@ static bool all_zero(const uint8_t *page, size_t bytes)
 	return !*page && !memcmp(page, page + 1, bytes - 1);
 }
 
-/* A page that is DROPPING and still in the page cache was not punched yet, or in vain (evict.c, settle_dropped): then it holds
- * zeros, and its bytes are in the store or, where one word fills it, in the table. Anything else is the kernel's truth: so always with hugetlbfs, which punches a page
- * as a whole or not at all. `bytes` is room for a page. -ENODATA: the store cannot give them. */
-static int repair_unpunched(struct tierd_guest *g, uint64_t page, page_word w, void *bytes)
-{
-	struct region *r = region_of_page(g, page);
-	uint64_t offset = mem_offset_of(r, page);
-	int error;
-
-	if (sys_mem_read(r->memfd, bytes, g->page_bytes, offset) != (ssize_t)g->page_bytes)
-		return -EIO;
-	if (!all_zero(bytes, g->page_bytes))
-		return 0;
-	if (word_tier(w) == TIER_ZERO) {
-		fill_with(bytes, g->page_bytes, g->checksums[page]);
-	} else {
-		if (checksum(bytes, g->page_bytes) == g->checksums[page])
-			return 0;
-		error = tier_read(g, g->reader, word_tier(w), page, 1, bytes);
-		if (error)
-			count_error(g, &g->count.store_read_errors, error);
-		else if (checksum(bytes, g->page_bytes) != g->checksums[page])
-			count_error(g, &g->count.checksum_errors, error = -EBADMSG);
-		if (error)
-			return -ENODATA;
-	}
-	return sys_mem_write(r->memfd, bytes, g->page_bytes, offset) == (ssize_t)g->page_bytes ? 0 : -EIO;
-}
-
-static int adopt_unpunched(struct tierd_guest *g, uint64_t page, page_word w)
-{
-	void *bytes = g->huge ? NULL : sys_alloc(g->page_bytes);
-	int error = g->huge ? 0 : bytes ? repair_unpunched(g, page, w, bytes) : -ENOMEM;
-
-	if (bytes)
-		sys_free(bytes, g->page_bytes);
-	return error;
-}
-
 static int punch_again(struct tierd_guest *g, uint64_t page)
 {
 	struct region *r = region_of_page(g, page);
 	uint64_t offset = mem_offset_of(r, page);
 	int error = sys_mem_punch(r->memfd, offset, g->page_bytes);
+	int64_t data = error ? error : mem_next_data(g, r, page);
 
+	return data < 0 ? (int)data : data == (int64_t)offset ? -EBUSY : 0;
+}
+
+/* Bytes of a page that its tier has, back into the memory file. -EBUSY: the tier does not give them. */
+static int write_back(struct tierd_guest *g, uint64_t page, page_word w, void *bytes)
+{
+	struct region *r = region_of_page(g, page);
+	bool filled = word_tier(w) == TIER_ZERO;
+	int error = filled ? 0 : tier_read(g, g->reader, word_tier(w), page, 1, bytes);
+
+	if (filled)
+		fill_with(bytes, g->page_bytes, g->checksums[page]);
+	else if (error)
+		count_error(g, &g->count.store_read_errors, error);
+	else if (checksum(bytes, g->page_bytes) != g->checksums[page])
+		count_error(g, &g->count.checksum_errors, error = -EBADMSG);
 	if (error)
-		return error;
-	return mem_next_data(g, r, page) == (int64_t)offset ? -EBUSY : 0;
+		return -EBUSY;
+	return sys_mem_write(r->memfd, bytes, g->page_bytes, mem_offset_of(r, page)) == (ssize_t)g->page_bytes ? 0
+													       : -EIO;
+}
+
+/*
+ * A page that is DROPPING and still in the page cache was not punched yet, or in vain (evict.c, settle_dropped): then it holds
+ * zeros, and its bytes are in the store or, where one word fills it, in the table. It is punched again, and waits for them there: so no store need answer. Only
+ * where that is in vain, too, are they written back. Anything else is the kernel's truth: so always with hugetlbfs, which punches
+ * a page as a whole or not at all. `bytes` is room for a page.
+ */
+static int repair_unpunched(struct tierd_guest *g, uint64_t page, page_word w, void *bytes, page_word *to)
+{
+	struct region *r = region_of_page(g, page);
+
+	if (sys_mem_read(r->memfd, bytes, g->page_bytes, mem_offset_of(r, page)) != (ssize_t)g->page_bytes)
+		return -EIO;
+	if (!all_zero(bytes, g->page_bytes))
+		return 0;
+	if (word_tier(w) != TIER_ZERO && checksum(bytes, g->page_bytes) == g->checksums[page])
+		return 0;
+	if (punch_again(g, page))
+		return write_back(g, page, w, bytes);
+	*to = word_with_state(w, STORED);
+	return 0;
+}
+
+static int adopt_unpunched(struct tierd_guest *g, uint64_t page, page_word w, page_word *to)
+{
+	void *bytes = g->huge ? NULL : sys_alloc(g->page_bytes);
+	int error = g->huge ? 0 : bytes ? repair_unpunched(g, page, w, bytes, to) : -ENOMEM;
+
+	if (bytes)
+		sys_free(bytes, g->page_bytes);
+	return error;
 }
 
 /* Whether the entry of a page that is not in the cache is poison. A hold's marker has bit 57; of a huge page /proc/PID/pagemap
@@ -723,7 +753,7 @@ static page_word adopt_in_flight(struct tierd_guest *g, uint64_t page, page_word
 }
 
 /* The page is `to` from now on. */
-static int adopt_as(struct tierd_guest *g, uint64_t page, page_word w, page_word to, struct tierd_adoption *ret)
+static void adopt_as(struct tierd_guest *g, uint64_t page, page_word w, page_word to, struct tierd_adoption *ret)
 {
 	if (to != w) {
 		if (word_state(to) == RESIDENT ||
@@ -737,7 +767,12 @@ static int adopt_as(struct tierd_guest *g, uint64_t page, page_word w, page_word
 	ret->resident_pages += word_state(to) == RESIDENT;
 	ret->stored_pages += word_state(to) == STORED || word_state(to) == MOVING;
 	ret->lost_pages += word_state(to) == LOST;
-	return word_state(to) == RESIDENT ? 0 : missing_register(g, page);
+}
+
+/* Those that the predecessor registered are so still, but we do not know which. */
+static int register_away(struct tierd_guest *g, uint64_t page)
+{
+	return word_state(page_load(g, page)) == RESIDENT ? 0 : missing_register(g, page);
 }
 
 static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct tierd_adoption *ret)
@@ -753,16 +788,11 @@ static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct 
 
 	if (in_flight(g, w))
 		to = adopt_in_flight(g, page, to, ret);
-	if (word_state(w) == DROPPING && cached && (word_tier(w) != TIER_ZERO || g->checksums[page])) {
-		error = adopt_unpunched(g, page, w);
-		if (error == -ENODATA) { /* one page, not the guest: the punch again, and then it waits for its bytes */
-			error = punch_again(g, page);
-			to = word_with_state(w, STORED);
-		}
-		if (error)
-			return error;
-	}
-	return adopt_as(g, page, w, to, ret);
+	if (word_state(w) == DROPPING && cached && (word_tier(w) != TIER_ZERO || g->checksums[page]))
+		error = adopt_unpunched(g, page, w, &to);
+	if (!error)
+		adopt_as(g, page, w, to, ret);
+	return error;
 }
 
 /*
@@ -808,7 +838,8 @@ static int adopt_anon_page(struct tierd_guest *g, uint64_t page, bool with_guest
 		to = word_with_state(w, LOST);
 	if (in_flight(g, w) || (word_state(w) == DROPPING && staged)) /* that may be a discard */
 		to = adopt_in_flight(g, page, to, ret);
-	return adopt_as(g, page, w, to, ret);
+	adopt_as(g, page, w, to, ret);
+	return 0;
 }
 
 static int adopt_anon(struct tierd_guest *g, struct region *r, struct tierd_adoption *ret)
@@ -821,8 +852,11 @@ static int adopt_anon(struct tierd_guest *g, struct region *r, struct tierd_adop
 
 		if (!error)
 			error = scan_there(g, staging_of(r, first), n, g->other);
-		for (uint64_t i = 0; !error && i < n; i++)
+		for (uint64_t i = 0; !error && i < n; i++) {
 			error = adopt_anon_page(g, first + i, bit_get(g->touched, i), bit_get(g->other, i), ret);
+			if (!error)
+				error = register_away(g, first + i);
+		}
 		if (error)
 			return error;
 	}
@@ -897,6 +931,8 @@ static int adopt_region(struct tierd_guest *g, struct region *r, struct tierd_ad
 			cached = data == (int64_t)offset;
 		}
 		error = adopt_page(g, page, cached, ret);
+		if (!error)
+			error = register_away(g, page);
 		if (error)
 			return error;
 	}
@@ -906,11 +942,14 @@ static int adopt_region(struct tierd_guest *g, struct region *r, struct tierd_ad
 /*
  * First of all: killed in a window, the predecessor left the guest to wait at every page that it had not touched lately. But a
  * page that is DROPPING is decided while the guest waits still: what it writes to a page that is not punched yet would be
- * taken for a punch's doing if it wrote zeros. These are a batch at most.
+ * taken for a punch's doing if it wrote zeros, and what it reads of one that was punched in vain is zeros. These are a batch at most, and
+ * nothing else must come between: a hole is MISSING to the kernel, who was told so before the punch.
+ * -EBUSY: one of them cannot be decided without its store, and the guest waits still.
  */
 static int leave_window(struct tierd_guest *g, struct tierd_adoption *ret)
 {
 	struct tierd_adoption early = {0};
+	bool undecided = false;
 
 	for (uint64_t page = 0; page < g->pages; page++) {
 		struct region *r;
@@ -924,11 +963,24 @@ static int leave_window(struct tierd_guest *g, struct tierd_adoption *ret)
 		if (data < 0)
 			return (int)data;
 		error = adopt_page(g, page, data == (int64_t)mem_offset_of(r, page), &early);
-		if (error)
+		if (error && error != -EBUSY)
 			return error;
+		undecided |= error != 0;
 	}
 	ret->corrected_pages += early.corrected_pages;
-	return g->engine->set_async(g->uffd, true);
+	return undecided ? -EBUSY : g->engine->set_async(g->uffd, true);
+}
+
+int tierd_leave_window(const struct tierd_guest_args *args)
+{
+	struct tierd_adoption ignored = {0};
+	struct tierd_guest *g = guest_alloc();
+	int error = g ? guest_take(g, args) : -ENOMEM;
+
+	if (!error && g->engine->set_async)
+		error = leave_window(g, &ignored);
+	tierd_guest_destroy(g);
+	return error == -EBUSY ? 0 : error;
 }
 
 /* Before 6.4 WRITEPROTECT takes one mapping at a time, and chunks that are registered MISSING are mappings of their own. */

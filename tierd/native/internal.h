@@ -349,6 +349,7 @@ uint32_t epoch_age(uint16_t now, uint16_t epoch);
 /* Of a STORED page: since the guest touched it; of one in the staging area, since it is there. */
 uint32_t stored_age(const struct tierd_guest *g, uint64_t page, uint16_t now, page_word w);
 int table_map(struct tierd_guest *g);
+int table_pin(struct tierd_guest *g); /* in memory */
 void table_unmap(struct tierd_guest *g);
 uint64_t table_bytes(uint64_t pages);
 uint32_t checksum(const void *page, size_t bytes);

@@ -234,8 +234,9 @@ int tierd_table_read(int fd, struct tierd_identity *identity, struct tierd_regio
 	return 0;
 }
 
-static int count_pages(int fd, uint32_t states, uint64_t *pages)
+int tierd_table_away(int fd, uint64_t *pages)
 {
+	const uint32_t states = ~(uint32_t)(TO(RESIDENT) | TO(RESOLVING) | TO(LEAVING));
 	struct table_header *h;
 	const page_word *words;
 	struct stat st;
@@ -251,16 +252,6 @@ static int count_pages(int fd, uint32_t states, uint64_t *pages)
 		*pages += states >> word_state(words[i]) & 1;
 	munmap(h, (size_t)st.st_size);
 	return 0;
-}
-
-int tierd_table_away(int fd, uint64_t *pages)
-{
-	return count_pages(fd, ~(uint32_t)(TO(RESIDENT) | TO(RESOLVING) | TO(LEAVING)), pages);
-}
-
-int tierd_table_dropping(int fd, uint64_t *pages)
-{
-	return count_pages(fd, TO(DROPPING), pages);
 }
 
 int tierd_table_lock(int fd)
@@ -297,14 +288,17 @@ int table_map(struct tierd_guest *g)
 		g->header = NULL;
 		return -errno;
 	}
-	if (mlock(g->header, g->table_bytes))
-		return -errno;
 	g->words = (_Atomic page_word *)((char *)g->header + TABLE_HEADER_BYTES);
 	g->checksums = (uint32_t *)(g->words + pages);
 	g->groups = (_Atomic uint16_t *)(g->checksums + pages);
 	g->epoch_ns = h.identity.epoch_ns;
 	g->epoch_zero_ns = h.identity.created_ns;
 	return 0;
+}
+
+int table_pin(struct tierd_guest *g)
+{
+	return mlock(g->header, g->table_bytes) ? -errno : 0;
 }
 
 void table_unmap(struct tierd_guest *g)

@@ -294,10 +294,6 @@ int tierd_table_read(int fd, struct tierd_identity *identity, struct tierd_regio
 /* Pages that are not with the guest, by the table (which may lag behind the kernel): 0 means that nothing is needed to leave
  * it. With the lock held. */
 int tierd_table_away(int fd, uint64_t *pages);
-/* Pages that were being dropped when the predecessor ended. With the lock held. */
-int tierd_table_dropping(int fd, uint64_t *pages);
-/* Async mode for a userfaultfd that no guest here has yet; wakes everybody. Nothing where the engine has no modes. */
-int tierd_set_async(uint32_t engine, int uffd);
 /* flock(LOCK_EX|LOCK_NB) on fd: free only when the last thread of a predecessor is gone. -EWOULDBLOCK while it is held. */
 int tierd_table_lock(int fd);
 
@@ -315,6 +311,10 @@ int tierd_guest_arm(struct tierd_guest *g);
  * lock held and before tierd_guest_start. Blocks. */
 int tierd_guest_adopt(struct tierd_guest *g, const struct tierd_range *mapped, uint32_t count,
 		      struct tierd_adoption *ret);
+/* The first part of an adoption, before the stores are opened, of which `args` says nothing: back to async mode, where the predecessor was
+ * killed in a window. Pages that it was dropping are decided without a store; 0 also where one cannot be (it was punched in
+ * vain, and is so again): then the guest waits on, and tierd_guest_adopt does it. Nothing where the engine has no modes. With the lock held. */
+int tierd_leave_window(const struct tierd_guest_args *args);
 /* 1 when the VMM's memory is gone: it exited, or executed another program. */
 int tierd_guest_gone(struct tierd_guest *g, int32_t *ret);
 /* Unregisters every region. -EBUSY while a page is not RESIDENT: an evicted page would then read as zeros. Blocks. */
