@@ -590,6 +590,8 @@ static void serve(uint32_t adopted)
 				: tierd_guest_arm(guest)))
 		if (M.gone)
 			return;
+		else if (error == -EINTR)
+			continue; /* the mode could not be changed */
 		else if (check_left_window(), (error == -ETIMEDOUT && anon) || (error == -EBUSY && asked))
 			continue; /* the predecessor's batch is under way still; or a punch must be made again, and was not */
 		else if (!adopted || !S.failures) /* the daemon tries again for as long as the VMM lives */
@@ -627,7 +629,7 @@ static void leave_window(void)
 	M.faults.punch_stays = punches ? 0 : 800;
 	do
 		error = tierd_leave_window(&args);
-	while (error == -ENOMEM && hugetlb); /* for the look at a page */
+	while (error == -EINTR || (error == -ENOMEM && hugetlb)); /* of the mode, or for the look at a page */
 	M.faults.punch_stays = stays;
 	if (error && !M.gone)
 		model_fail("the window was not left: error %d", -error);
@@ -664,7 +666,8 @@ static void vmm_end(void)
 /* How long a window lasts must not depend on a disk. (rfc compares pages with their copies there.) */
 void model_swapped_in(void)
 {
-	if (engine == TIERD_ENGINE_RWP && current && current->run == run_worker && atomic_load(&guest->in_window))
+	if (engine == TIERD_ENGINE_RWP && !M.faults.mode_fails && current && current->run == run_worker &&
+	    atomic_load(&guest->in_window))
 		model_fail("a sync window reads from swap");
 }
 
@@ -853,6 +856,7 @@ static void set_up(void)
 	if (faulty && engine != TIERD_ENGINE_STOCK) {
 		M.faults.resolve_fails = below(200);
 		M.faults.register_fails = below(200);
+		M.faults.mode_fails = below(3) ? 0 : below(300);
 	}
 	M.late_io = late_io;
 	M.huge = hugetlb;
@@ -932,6 +936,8 @@ static bool pool_is_quiet(void)
 /* Every page was read at the end: it is RESIDENT again, or LOST, or cannot be read, because its stored copy is still destroyed. */
 static void check_end(void)
 {
+	if (!M.async)
+		model_fail("the guest is held still at the end");
 	for (uint32_t page = 0; page < S.pages; page++)
 		if (state_of(page) != RESIDENT && (repaired || state_of(page) != LOST || !M.may_fail[page]) &&
 		    (repaired || !unreadable(page)))

@@ -473,6 +473,8 @@ int sys_rwp_set_async(int uffd, bool async)
 {
 	if (M.gone)
 		return -ESRCH;
+	if (model_chance(M.faults.mode_fails))
+		return -EINTR;
 	(void)uffd;
 	model_enter();
 	M.async = async;
@@ -488,6 +490,8 @@ int sys_rfc_set_async(int uffd, bool async)
 {
 	if (M.gone)
 		return -ESRCH;
+	if (model_chance(M.faults.mode_fails))
+		return -EINTR;
 	(void)uffd;
 	model_enter();
 	M.async = async;

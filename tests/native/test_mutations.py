@@ -385,6 +385,12 @@ NATIVE_ENGINES = [
         "		if (error && error != -EBUSY)\n			return error;\n		undecided |= error == -EBUSY;",
     ),
     Mutation(
+        "rwp_sync_mode_that_was_not_left_is_forgotten",
+        "guest.c",
+        "	if (!error)\n		atomic_store(&g->in_window, false);",
+        "	atomic_store(&g->in_window, false);",
+    ),
+    Mutation(
         "second_punch_is_believed",  # rule 6, of a successor
         "guest.c",
         "	return data < 0 ? (int)data : data == (int64_t)offset ? -EBUSY : 0;",

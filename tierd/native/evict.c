@@ -1405,7 +1405,8 @@ static int window_run(struct tierd_batch *b, uint32_t first, uint32_t n, struct 
 /*
  * The one way out of sync mode. No page is DROPPING any more (but one whose bytes are gone from the cache and could not be written
  * back, for which there is no cause that we know), so nothing is punched after it; what is still LEAVING is looked at
- * again in the next window before anything is done to it.
+ * again in the next window before anything is done to it. Where the kernel refuses, whatever the worker does next tries it
+ * again.
  */
 static int window_end(struct tierd_batch *b, uint64_t began_ns)
 {
@@ -1413,8 +1414,7 @@ static int window_end(struct tierd_batch *b, uint64_t began_ns)
 	int first = release_runs(b), error;
 	uint64_t ns;
 
-	error = g->engine->set_async(g->uffd, true);
-	atomic_store(&g->in_window, false);
+	error = leave_sync(g);
 	ns = sys_now_ns() - began_ns;
 	count_add(&g->count.windows, 1);
 	count_add(&g->count.window_sum_ns, ns);

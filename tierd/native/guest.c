@@ -96,9 +96,22 @@ uint32_t run_length(struct tierd_guest *g, const uint64_t *pages, uint32_t count
 	return n;
 }
 
+int leave_sync(struct tierd_guest *g)
+{
+	int error = g->engine->set_async(g->uffd, true);
+
+	if (!error)
+		atomic_store(&g->in_window, false);
+	return error;
+}
+
 int guest_enter(struct tierd_guest *g)
 {
-	return atomic_exchange(&g->worker_busy, true) ? -EBUSY : 0;
+	if (atomic_exchange(&g->worker_busy, true))
+		return -EBUSY;
+	if (atomic_load(&g->in_window)) /* a window is over, and the kernel refused to leave sync mode */
+		leave_sync(g);
+	return 0;
 }
 
 void guest_leave(struct tierd_guest *g)

@@ -319,7 +319,7 @@ struct tierd_guest {
 	_Atomic bool store_faults_on;
 	_Atomic uint64_t store_faults_state;
 
-	_Atomic bool in_window;
+	_Atomic bool in_window; /* sync mode, that is */
 	_Atomic uint32_t
 		holding; /* batches; from before a hold until it is lifted, which unprotects what was fetched in between */
 	_Atomic uint64_t waits; /* faults that were left to the owner of their page: fault.c, wake_waiters */
@@ -373,6 +373,7 @@ int mem_exists(struct tierd_guest *g, uint64_t page);
 /* Writes a page that a live process does not map, or maps anew. 0 also when the file holds one already. For who owns the page. */
 int mem_put(struct tierd_guest *g, struct region *r, uint64_t page, const void *bytes);
 int guest_enter(struct tierd_guest *g); /* the worker's calls: -EBUSY when there is one */
+int leave_sync(struct tierd_guest *g);  /* the worker's: back to async mode */
 void guest_leave(struct tierd_guest *g);
 void count_error(struct tierd_guest *g, _Atomic uint64_t *which, int error);
 int missing_register(struct tierd_guest *g, uint64_t page);
