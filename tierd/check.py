@@ -118,7 +118,8 @@ _ENGINES = {
 # engine: what becomes of NUMA balancing where it is on
 _NUMA = {
     "rwp": "NUMA balancing is on and goes on: its hints and the protection of untouched pages know of each other",
-    "rfc": "NUMA balancing is on: a hint in shared memory may reach tierd as a fault while pages leave, and is answered",
+    "rfc": "NUMA balancing is on and goes on in shared memory, where a hint may reach tierd as a fault while pages leave, and "
+    "is answered; anonymous memory of guests gets none, so it stays on the node where it is",
     "stock": "NUMA balancing is on: its hints make no difference, an untouched page is not mapped",
 }
 

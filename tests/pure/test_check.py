@@ -204,7 +204,17 @@ def test_an_engine_that_is_forced_and_does_not_work(host: Path) -> None:
     assert "does not offer" in finding.says
 
 
-@pytest.mark.parametrize("trials", [{}, {"rfc": 0}, {"rwp": 0}])
-def test_what_becomes_of_numa_balancing(host: Path, trials: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("trials", "says"),
+    [
+        ({}, ("make no difference",)),
+        ({"rfc": 0}, ("goes on", "shared memory", "is answered", "anonymous", "gets none")),
+        ({"rwp": 0}, ("goes on", "know of each other")),
+    ],
+    ids=["stock", "rfc", "rwp"],
+)
+def test_what_becomes_of_numa_balancing(host: Path, trials: dict[str, int], says: tuple[str, ...]) -> None:
     (host / "proc/sys/kernel/numa_balancing").write_text("1\n")
-    assert [finding.name for finding in engine(host, **trials)] == ["engine", "NUMA balancing"]
+    first, numa = engine(host, **trials)
+    assert (first.name, numa.name) == ("engine", "NUMA balancing")
+    assert [part for part in says if part not in numa.says] == []
