@@ -12,7 +12,7 @@
 //   nested guests, a VFIO device, a NUMA hint under process_vm_readv             not to be had on these machines
 //   reads of anonymous memory cannot be seen, no stock interface shows a pin     that something does not exist
 //   systemd's RuntimeDirectoryPreserve, a /run that is no tmpfs                  not the kernel's
-//   PAGE_IS_WRITTEN of holes, the fixes of 6.7                                   they changed in stable kernels; the engine reads neither
+//   PAGE_IS_WRITTEN of holes, the fixes of 6.7                                   they changed in stable kernels; the engine asks for what is PRESENT, too
 #include "selftest.h"
 #include <poll.h>
 #include <sched.h>
@@ -891,6 +891,45 @@ static void scan_guard_page(enum kind kind)
 	if (!(c & PAGE_IS_GUARD))
 		SKIP("this kernel's PAGEMAP_SCAN does not know guard pages");
 	EQUAL(c & (PAGE_IS_GUARD | PAGE_IS_SWAPPED | PAGE_IS_PRESENT), PAGE_IS_GUARD | PAGE_IS_SWAPPED);
+}
+
+// How the engine sees who writes to anonymous memory: what is protected is not WRITTEN until then.
+static void scan_written_of_anon(enum kind kind)
+{
+	struct memory m = memory(kind, 8);
+	bool which[8];
+	need_scan();
+	need_feature(UFFD_FEATURE_WP_ASYNC, "WP_ASYNC");
+	int uffd = uffd_open(FEATURES | UFFD_FEATURE_WP_ASYNC);
+	uffd_register(uffd, m.at, m.size, WP);
+	for (size_t i = 0; i < 6; i++)
+		*(volatile char *)unit(&m, i) = 1;
+	EQUAL(count(&m, PAGE_IS_PRESENT, 0, PAGE_IS_WRITTEN, NULL), 6); // no hole
+	EQUAL(try_writeprotect(uffd, m.at, 6 * m.page, PROTECT), 0);
+	EQUAL(count(&m, PAGE_IS_PRESENT, 0, PAGE_IS_WRITTEN, NULL), 0);
+	(void)*(volatile char *)unit(&m, 1); // a read does not count
+	*(volatile char *)unit(&m, 4) = 2;
+	*(volatile char *)unit(&m, 7) = 2; // a hole until now
+	EQUAL(count(&m, PAGE_IS_PRESENT, 0, PAGE_IS_WRITTEN, which), 2);
+	CHECK(which[4] && which[7]);
+	EXPECT_SILENCE(uffd);
+}
+
+// Of a huge page neither has an entry in /proc/PID/pagemap: that is what tells a memory error from a hold's marker.
+static void scan_poison_is_written(enum kind kind)
+{
+	struct memory m = memory(kind, 3);
+	const uint64_t both = PAGE_IS_SWAPPED | PAGE_IS_WRITTEN;
+	need_scan();
+	need_feature(UFFD_FEATURE_POISON, "POISON");
+	int uffd = uffd_open(FEATURES | UFFD_FEATURE_POISON);
+	struct uffdio_poison p = {.range = {(uintptr_t)m.at, m.page}};
+	uffd_register(uffd, m.at, m.size, MISSING | WP);
+	EQUAL(xioctl(uffd, UFFDIO_POISON, &p), 0);
+	EQUAL(try_writeprotect(uffd, unit(&m, 1), m.page, PROTECT), 0);
+	EQUAL(categories(unit(&m, 0)) & (both | PAGE_IS_PRESENT), both);
+	EQUAL(categories(unit(&m, 1)) & (both | PAGE_IS_PRESENT), PAGE_IS_SWAPPED);
+	EQUAL(categories(unit(&m, 2)) & (PAGE_IS_SWAPPED | PAGE_IS_PRESENT), 0);
 }
 
 // Between the scan and the hold a page may be touched: scanning again after the hold tells, also of what is read later.
@@ -2033,6 +2072,8 @@ const struct test stock_tests[] = {
 	{"stock.scan.of_the_dead", scan_of_the_dead, SHMEM, 0},
 	{"stock.scan.guard_page", scan_guard_page, ANON, 0},
 	{"stock.scan.again_after_the_hold", scan_again_after_the_hold, SHMEM, 0},
+	{"stock.scan.written_of_anon", scan_written_of_anon, ANON, 0},
+	{"stock.scan.poison_is_written", scan_poison_is_written, HUGETLB, 0},
 
 	{"stock.holes.were_never_touched", holes_were_never_touched, SHMEM, 0},
 
