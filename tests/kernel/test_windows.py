@@ -161,8 +161,8 @@ def test_a_window_does_not_wait_for_the_store(start_vmm: Start, host: Host) -> N
 
 
 def test_windows_are_cut(start_vmm: Start, host: Host) -> None:
-    """One run a window, where a window may last no time at all; the rest of the batch leaves in the next ones."""
-    vmm = start_vmm(f"bytes={MIB}", "regions=2")
+    """A look at the clock every 64 pages, where a window may last no time at all; the rest leaves in the next ones."""
+    vmm = start_vmm(f"bytes={2 * MIB}")
     vmm.ask("fill")
     with host.attached(vmm) as tiered:
         tiered.scan()
@@ -172,12 +172,30 @@ def test_windows_are_cut(start_vmm: Start, host: Host) -> None:
             batch.write([1])
             batch.store()
             batch.stored()
-            first = batch.window(0)
-            assert (first.evicted_pages, first.left_pages) == (256, 256)
-            second = batch.window(0)
-            assert (second.evicted_pages, second.left_pages) == (256, 0)
+            for left in range(512 - 64, -1, -64):
+                cut = batch.window(0)
+                assert (cut.evicted_pages, cut.left_pages) == (64, left)
         vmm.verify()
-        assert tiered.counters()["windows"] == 2
+        assert tiered.counters()["windows"] == 8
+
+
+def test_faults_in_a_window_are_counted(start_vmm: Start, host: Host) -> None:
+    """Of a guest that touches pages while others leave; outside of windows nobody waits."""
+    vmm = start_vmm(f"bytes={4 * MIB}", "threads=4")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        vmm.ask("run")
+
+        def counted() -> bool:
+            tiered.scan()
+            tiered.evict()
+            return bool(tiered.counters()["faults_window"])
+
+        wait_for(counted, "a fault in a window")
+        vmm.ask("stop")
+        c = tiered.counters()
+        assert c["faults_window"] <= c["faults_resolve"] + c["faults_cancel"] + c["faults_zero"]
+        vmm.verify()
 
 
 def resolved(tiered: Tiered, faults: int) -> None:

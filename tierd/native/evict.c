@@ -1422,6 +1422,24 @@ static int window_end(struct tierd_batch *b, uint64_t began_ns)
 	return first ? first : error;
 }
 
+/*
+ * Slots from b->first on between two looks at the clock: of a run, pages up to the next multiple of GROUP_PAGES in their file, so that
+ * no small folio is cut; of a large one that was seen, all that leaves; one huge page. A whole run may take several milliseconds.
+ */
+static uint32_t window_piece(struct tierd_batch *b)
+{
+	struct tierd_guest *g = b->g;
+	const uint64_t *pages = b->pages + b->first;
+	uint32_t run = run_length(g, pages, b->count - b->first), n;
+	uint64_t head = large_head(g, pages[0]), in_file = mem_offset_of(region_of_page(g, pages[0]), pages[0]);
+	uint64_t end = pages[0] + (g->huge ? 1 : GROUP_PAGES - in_file / g->page_bytes % GROUP_PAGES);
+
+	if (head != NO_PAGE && bit_get(g->large, head))
+		end = head + large_pages(g);
+	n = (uint32_t)(end - pages[0]);
+	return n < run ? n : run;
+}
+
 int tierd_batch_window(struct tierd_batch *b, uint64_t window_ns_max, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
@@ -1444,7 +1462,7 @@ int tierd_batch_window(struct tierd_batch *b, uint64_t window_ns_max, struct tie
 	if (!error)
 		error = failed;
 	for (; !error && b->first < b->count; b->first += n) {
-		n = run_length(g, b->pages + b->first, b->count - b->first);
+		n = window_piece(b);
 		error = window_run(b, b->first, n, ret);
 		if (sys_now_ns() - began_ns >= window_ns_max) {
 			b->first += n;
