@@ -68,6 +68,43 @@ static bool file_contains(const char *path, const char *what)
 	return strstr(text, what);
 }
 
+int zram_disk(char id[16])
+{
+	char path[64];
+
+	if (!may_change_system)
+		SKIP("a block device: needs --system");
+	memset(id, 0, 16);
+	int control = open("/sys/class/zram-control/hot_add", O_RDONLY | O_CLOEXEC);
+	if (control < 0 || read(control, id, 15) <= 0)
+		SKIP("no zram");
+	close(control);
+	snprintf(path, sizeof(path), "/sys/block/zram%d/disksize", atoi(id));
+	CHECK(set_system(path, "16M"));
+	snprintf(path, sizeof(path), "/dev/zram%d", atoi(id));
+	return (int)MUST(open(path, O_RDWR | O_DIRECT | O_CLOEXEC));
+}
+
+void zram_disk_gone(int fd, const char *id)
+{
+	close(fd);
+	set_system("/sys/class/zram-control/hot_remove", id);
+}
+
+long vmstat(const char *name)
+{
+	char line[128], key[96];
+	long value, found = -1;
+	FILE *f = fopen("/proc/vmstat", "re");
+
+	while (f && fgets(line, sizeof(line), f))
+		if (sscanf(line, "%95s %ld", key, &value) == 2 && !strcmp(key, name))
+			found = value;
+	if (f)
+		fclose(f);
+	return found;
+}
+
 void need_swap(void)
 {
 	if (file_contains("/proc/swaps", "zram"))

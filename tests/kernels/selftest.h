@@ -248,6 +248,11 @@ extern bool may_change_system; // --system: this is a throw-away machine (sysctl
 bool set_system(const char *path, const char *value); // writes a sysctl or sysfs file if --system allows it
 void need_swap(void);                                 // a zram swap device is on, or SKIP
 void need_root(void);
+// A new disk of 16 MiB, open for O_DIRECT, or SKIP; `id` is for when it is not needed any more.
+int zram_disk(char id[16]);
+void zram_disk_gone(int fd, const char *id);
+// A counter of /proc/vmstat; -1: this kernel has none of that name.
+long vmstat(const char *name);
 int numa_nodes(void);
 
 // ---- memory

@@ -1230,26 +1230,15 @@ static void gup_vmsplice(enum kind kind)
 static void gup_direct(enum kind kind)
 {
 	struct memory m = memory(kind, 2);
-	char path[64], id[16] = "";
-	if (!may_change_system)
-		SKIP("a block device: needs --system");
-	int control = open("/sys/class/zram-control/hot_add", O_RDONLY | O_CLOEXEC);
-	if (control < 0 || read(control, id, sizeof(id) - 1) <= 0)
-		SKIP("no zram");
-	int number = atoi(id);
-	snprintf(path, sizeof(path), "/sys/block/zram%d/disksize", number);
-	CHECK(set_system(path, "16M"));
-	snprintf(path, sizeof(path), "/dev/zram%d", number);
-	int fd = MUST(open(path, O_RDWR | O_DIRECT | O_CLOEXEC));
-	int uffd = tracked(&m, 0);
+	char id[16];
+	int fd = zram_disk(id), uffd = tracked(&m, 0);
 	char *back = buffer(SMALL);
 	EQUAL(pwrite(fd, unit(&m, 1), SMALL, 0), SMALL);
 	EQUAL(cold(&m, NULL), 2);
 	EXPECT_SILENCE(uffd);
 	EQUAL(pread(fd, back, SMALL, 0), SMALL);
 	EQUAL(*(uint64_t *)back, fill_word(&m, m.page));
-	close(fd);
-	set_system("/sys/class/zram-control/hot_remove", id);
+	zram_disk_gone(fd, id);
 }
 
 // ---- eviction (2.9; row 10; trap 5)

@@ -3,8 +3,8 @@
 //
 //  1, 2 rwp.foreign                           13 rwp.protect.misaligned
 //  3, 4 rwp.gup.*                             14 rwp.foreign: whoever holds the descriptor can answer; without, rwp.close
-//  5    rwp.gup.vmsplice (O_DIRECT needs a    15 rwp.unregister.wakes_not
-//       disk; it takes its pages alike)       16 rwp.set_mode.wakes_missing
+//  5    rwp.gup.vmsplice, rwp.gup.direct      15 rwp.unregister.wakes_not
+//                                             16 rwp.set_mode.wakes_missing
 //  6    rwp.move.*                            17 rwp.protect.errors
 //  7    rwp.swap*, migrate, compaction, ...   18 rwp.gup.user_mode_only
 //  8    rwp.protect.twice                     19 rwp.zero_page
@@ -748,6 +748,18 @@ static void scan_elsewhere(enum kind kind)
 	EQUAL(accessed(&wp), 0);
 }
 
+// Nothing else is SWAPPED of a huge page that is not in the cache: a memory error is told by that, and not by WRITTEN.
+static void scan_poison(enum kind kind)
+{
+	int uffd = open_rwp(UFFD_FEATURE_POISON);
+	struct memory m = tracked(kind, 2, uffd, MISSING);
+	struct uffdio_poison p = {.range = {(uintptr_t)m.at, m.page}};
+	EQUAL(punch(&m, 0, 2), 0);
+	EQUAL(xioctl(uffd, UFFDIO_POISON, &p), 0);
+	EQUAL(categories(m.at) & (PAGE_IS_SWAPPED | PRESENT | PAGE_IS_WRITTEN), PAGE_IS_SWAPPED);
+	EQUAL(categories(unit(&m, 1)) & (PAGE_IS_SWAPPED | PRESENT | PAGE_IS_WRITTEN), 0);
+}
+
 // There is no atomic scan and re-arm for RWP.
 static void scan_wp_matching(enum kind kind)
 {
@@ -863,6 +875,44 @@ static void gup_vmsplice(enum kind kind)
 	resolve(uffd, &m, 0, 1);
 	CHECK(call_done(&c, 5000));
 	EQUAL(c.answer, (long)fill_word(&m, 0));
+}
+
+struct direct {
+	int fd;
+	void *from;
+};
+
+static long write_directly(void *argument)
+{
+	struct direct *d = argument;
+	return pwrite(d->fd, d->from, 4096, 0);
+}
+
+// Both ways between a protected page and a disk.
+static void gup_direct(enum kind kind)
+{
+	char id[16], *back = MUST(mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+	int fd = zram_disk(id), uffd = open_rwp(ASYNC);
+	struct memory m = tracked(kind, 3, uffd, 0);
+	struct direct d = {fd, m.at};
+	struct call c;
+	EQUAL(pwrite(fd, unit(&m, 1), 4096, 0), 4096);
+	EQUAL(accessed(&m), 1);
+	EQUAL(pread(fd, unit(&m, 2), 4096, 0), 4096);
+	EQUAL(accessed(&m), 2);
+	EQUAL(load(unit(&m, 2)), fill_word(&m, m.page));
+	EXPECT_SILENCE(uffd);
+	protect(uffd, &m);
+	EQUAL(try_set_mode(uffd, 0, ASYNC), 0);
+	call(&c, write_directly, &d);
+	EXPECT_FAULT(uffd, m.at, FAULT);
+	CHECK(!call_done(&c, 100));
+	resolve(uffd, &m, 0, 1);
+	CHECK(call_done(&c, 5000));
+	EQUAL(c.answer, 4096);
+	EQUAL(pread(fd, back, 4096, 0), 4096);
+	EQUAL(load(back), fill_word(&m, 0));
+	zram_disk_gone(fd, id);
 }
 
 // In a mapping that was made inaccessible later, the stock rules: FOLL_FORCE reads through it.
@@ -1026,11 +1076,13 @@ static void minor(enum kind kind)
 static int touch_three(struct target *t)
 {
 	struct touch a, b, c;
-	// unit 2 is a hole
+	// units 2 and 3 are holes; of a file, 4 is cached and not mapped
 	if (t->m.fd >= 0)
-		EQUAL(punch(&t->m, 2, 1), 0);
+		EQUAL(punch(&t->m, 2, 2), 0);
 	else
-		MUST(madvise(unit(&t->m, 2), t->m.page, MADV_DONTNEED));
+		MUST(madvise(unit(&t->m, 2), 2 * t->m.page, MADV_DONTNEED));
+	if (t->m.fd >= 0)
+		MUST(madvise(unit(&t->m, 4), t->m.page, MADV_DONTNEED));
 	while (atomic_load(t->stage) < 3)
 		sleep_ms(1);
 	touch(&a, unit(&t->m, 0));
@@ -1049,7 +1101,8 @@ static void foreign(enum kind kind)
 	struct target t;
 	struct page_region r[8];
 	struct uffd_msg message;
-	target(&t, kind, 4, ASYNC, touch_three);
+	int64_t done;
+	target(&t, kind, 5, ASYNC, touch_three);
 	const struct memory *m = &t.m;
 	uffd_register(t.uffd, m->at, m->size, RWP | MISSING | (kind & FILES ? MINOR : 0));
 	protect(t.uffd, m);
@@ -1061,6 +1114,16 @@ static void foreign(enum kind kind)
 	EQUAL(r[0].start, (uintptr_t)m->at);
 	EQUAL(r[0].end, (uintptr_t)unit(m, 2));
 	EQUAL(try_set_mode(t.uffd, 0, ASYNC), 0);
+	if (kind != HUGETLB) { // which has no zero pages
+		EQUAL(try_zeropage(t.uffd, unit(m, 3), m->page, 0, &done), 0);
+		EQUAL(done, m->page);
+		EQUAL(scan(t.pagemap, unit(m, 3), m->page, PRESENT, 0, 0, PRESENT, r, 8, 0, NULL), 1);
+	}
+	if (kind & FILES) {
+		EQUAL(try_continue(t.uffd, unit(m, 4), m->page, 0, &done), 0);
+		EQUAL(done, m->page);
+		EQUAL(scan(t.pagemap, unit(m, 4), m->page, PRESENT, 0, 0, PRESENT, r, 8, 0, NULL), 1);
+	}
 	EQUAL(try_copy(t.uffd, unit(m, 2), page_of(4, m->page), m->page, 0, NULL), 0);
 	EQUAL(try_rwprotect(t.uffd, unit(m, 1), m->page, 0), 0);
 	EQUAL(try_wake(t.uffd, m->at, m->size), 0);
@@ -1721,11 +1784,17 @@ static void numa_hints(enum kind kind)
 	atomic_int stop = 0;
 	struct answer a = {.uffd = uffd, .m = &m, .stop = &stop};
 	pthread_create(&a.thread, NULL, answer, &a);
-	// a scan comes once a second
-	for (uint64_t until = now_ns() + 2 * LOAD_NS, round = 0; now_ns() < until; round++) {
+	long hints = vmstat("numa_pte_updates"), faults = vmstat("numa_hint_faults");
+	bool hinted = false;
+	// a scan comes once a second, of the time that the process runs
+	uint64_t began = now_ns();
+	for (uint64_t round = 0; now_ns() < began + 2 * LOAD_NS || (hints >= 0 && !hinted); round++) {
 		if (round % 16 == 0)
 			protect(uffd, &m);
 		check_fill(&m, m.at);
+		if (round % 64 == 0)
+			hinted = vmstat("numa_pte_updates") > hints && vmstat("numa_hint_faults") > faults;
+		CHECK(now_ns() < began + 20 * LOAD_NS);
 	}
 	// whatever hints are set now, protection is another thing
 	protect(uffd, &m);
@@ -1903,11 +1972,13 @@ const struct test rwp_tests[] = {
 	{"rwp.set_mode.load", toggle_load, BACKINGS, 30},
 	{"rwp.scan.polarity", scan_polarity, BACKINGS, 0},
 	{"rwp.scan.elsewhere", scan_elsewhere, ANON | SHMEM | HUGETLB, 0},
+	{"rwp.scan.poison", scan_poison, SHMEM | HUGETLB, 0},
 	{"rwp.scan.wp_matching", scan_wp_matching, ANON | SHMEM | HUGETLB, 0},
 	{"rwp.fault_around", fault_around, SHMEM, 0},
 	{"rwp.gup.async", gup_async, BACKINGS, 0},
 	{"rwp.gup.sync", gup_sync, BACKINGS, 0},
 	{"rwp.gup.vmsplice", gup_vmsplice, BACKINGS, 0},
+	{"rwp.gup.direct", gup_direct, BACKINGS, 0},
 	{"rwp.gup.inaccessible", gup_inaccessible, BACKINGS, 0},
 	{"rwp.gup.user_mode_only", user_mode_only, BACKINGS, 0},
 	{"rwp.gup.kernel_access", kernel_access, BACKINGS, 0},
