@@ -54,3 +54,11 @@ def children(programs: Path, bytecode: None) -> Path:
     compile_child(programs / "kvm_vcpu", "kvm_vcpu.c", "child.c")
     build_real(programs / "real", ["-O2"])
     return programs
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was measured on the way, and is no test's to judge."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, text in report.user_properties:
+            if name == "told":
+                terminalreporter.write_line(f"{report.nodeid}: {text}")

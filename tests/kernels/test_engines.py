@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -147,9 +148,13 @@ class Engine:
         assert result["tiers"]["file"] > 32 << 20, "of these not only zeros"
         assert result["faults"] > 100, "and came back"
 
-    def test_the_kernel_layer_and_an_ordinary_user(self, sections: dict[str, Section]) -> None:
+    def test_the_kernel_layer_and_an_ordinary_user(
+        self, sections: dict[str, Section], record_property: Callable[[str, object], None]
+    ) -> None:
         said = sections["suite"]
         print(said.output)
+        for line in re.findall("^killed in a window: .*", said.output, re.M):
+            record_property("told", line)
         assert said.status == 0, said.output
 
 
