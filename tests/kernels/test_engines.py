@@ -123,6 +123,7 @@ class Engine:
         said = sections["hugetlb"]
         assert said.status == 0, said.output
         figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
+        assert figures["pages evicted"] > 0, said.output
         assert figures["faults"] > 0, said.output
         assert figures["kills in service"] > 0, said.output
 
