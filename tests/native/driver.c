@@ -446,19 +446,21 @@ void world_selected(double min_idle_s, bool sinks)
 				   M.now_ns - touched_ns[page]);
 }
 
-/* Once, somewhere among the pages that may leave: a mapping made anew. Of one that is with the guest: what is stored is lost to it
- * with every engine, and what fills such a hole is the kernel. */
+/* Once, somewhere among the pages that may leave: a mapping made anew. Of one that is with the guest, or about to be moved: what is
+ * stored is lost to it with every engine, and what fills such a hole is the kernel. */
 static void run_remapper(uint32_t unused)
 {
+	enum page_state state = anon && below(2) ? STAGING : RESIDENT;
+
 	(void)unused;
 	for (int pauses = 0; pauses < 300; pauses++)
 		model_pause();
 	while (!guests_stop) {
 		uint32_t page = below(S.pages);
 
-		if (guest && guest->words && !adopting && state_of(page) == RESIDENT && M.missing[page]) {
+		if (guest && guest->words && !adopting && state_of(page) == state && !M.staged[page] &&
+		    M.missing[page] && model_remap(page)) {
 			S.maybe_zero[page] |= anon; /* new memory, and not the same file again */
-			model_remap(page);
 			remapped = page;
 			break;
 		}
@@ -858,6 +860,8 @@ static void set_up(void)
 		M.faults.register_fails = below(200);
 		M.faults.mode_fails = below(3) ? 0 : below(300);
 	}
+	if (anon && remap)
+		M.faults.register_fails = 0; /* nothing helps then */
 	M.late_io = late_io;
 	M.huge = hugetlb;
 	M.anon = S.anon = anon;

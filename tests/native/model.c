@@ -173,11 +173,14 @@ void model_reclaim(uint32_t page, bool swap_out)
 	M.swapped[page] = swap_out || M.swapped[page];
 }
 
-void model_remap(uint32_t page)
+bool model_remap(uint32_t page)
 {
+	if (M.no_remap)
+		return false;
 	unmap(page);
 	M.marker[page] = M.wp[page] = M.missing[page] = M.minor[page] = M.rwp[page] = false;
 	wake(page, 1);
+	return true;
 }
 
 bool model_unread(void)
@@ -230,22 +233,11 @@ void sys_free(void *memory, size_t bytes)
 
 /* --- userfaultfd -------------------------------------------------------------------------------------------------------- */
 
-int sys_uffd_register(int uffd, uint64_t address, uint64_t bytes, uint64_t mode)
+static void set_modes(uint32_t first, uint32_t count, uint64_t mode)
 {
-	uint32_t count, first = range(address, bytes, &count);
 	bool wp = mode & UFFDIO_REGISTER_MODE_WP, missing = mode & UFFDIO_REGISTER_MODE_MISSING;
 	bool minor = mode & UFFDIO_REGISTER_MODE_MINOR, rwp = mode & SYS_RWP_REGISTER_MODE;
 
-	if (M.gone)
-		return -ESRCH;
-	if (in_staging(address))
-		return mode == UFFDIO_REGISTER_MODE_MISSING ? 0 : -EINVAL;
-	if (rwp && (wp || M.generation != TIERD_ENGINE_RWP))
-		return -EINVAL;
-	if (missing && M.faults.register_fails && model_chance(M.faults.register_fails)) /* vm.max_map_count */
-		return model_chance(500) ? -ENOMEM : -EBUSY;
-	(void)uffd;
-	model_enter();
 	for (uint32_t p = first; p < first + count; p++) {
 		if ((M.wp[p] || !wp) && (M.missing[p] || !missing) && (M.minor[p] || !minor) && (M.rwp[p] || !rwp))
 			continue; /* has all of these modes: skipped, others stay */
@@ -254,6 +246,24 @@ int sys_uffd_register(int uffd, uint64_t address, uint64_t bytes, uint64_t mode)
 		M.minor[p] = minor;
 		M.rwp[p] = rwp;
 	}
+}
+
+int sys_uffd_register(int uffd, uint64_t address, uint64_t bytes, uint64_t mode)
+{
+	uint32_t count, first = range(address, bytes, &count);
+	bool rwp = mode & SYS_RWP_REGISTER_MODE, missing = mode & UFFDIO_REGISTER_MODE_MISSING;
+
+	if (M.gone)
+		return -ESRCH;
+	if (in_staging(address))
+		return mode == UFFDIO_REGISTER_MODE_MISSING ? 0 : -EINVAL;
+	if (rwp && (mode & UFFDIO_REGISTER_MODE_WP || M.generation != TIERD_ENGINE_RWP))
+		return -EINVAL;
+	if (missing && M.faults.register_fails && model_chance(M.faults.register_fails)) /* vm.max_map_count */
+		return model_chance(500) ? -ENOMEM : -EBUSY;
+	(void)uffd;
+	model_enter();
+	set_modes(first, count, mode);
 	model_exit();
 	return 0;
 }
@@ -760,6 +770,30 @@ static int64_t drop(const struct sys_inside_call *c)
 	return 0;
 }
 
+static int64_t make_call(const struct sys_inside_call *c)
+{
+	uint32_t count, first = range(c->from, c->bytes, &count);
+	int64_t result;
+
+	if (c->what == SYS_INSIDE_REGISTER) {
+		bool anew = false;
+
+		for (uint32_t p = first; p < first + count; p++)
+			anew |= !M.missing[p];
+		if (anew && model_chance(M.faults.register_fails))
+			return -ENOMEM; /* a mapping more */
+		set_modes(first, count, c->mode);
+		M.no_remap = true;
+		return 0;
+	}
+	if (c->what == SYS_INSIDE_DROP)
+		return drop(c);
+	M.no_remap = true; /* it holds the lock of the mappings */
+	result = move(c);
+	M.no_remap = false;
+	return result;
+}
+
 void model_inside(void)
 {
 	while (!M.calls_cancelled && M.calls_done < M.calls_count && !M.gone) {
@@ -769,9 +803,10 @@ void model_inside(void)
 			model_pause();
 		if (M.calls_cancelled)
 			break;
-		c->result = c->what == SYS_INSIDE_MOVE ? move(c) : drop(c);
+		c->result = make_call(c);
 		M.calls_done++;
 	}
+	M.no_remap = false;
 	M.calls_run = false;
 }
 

@@ -96,6 +96,7 @@ struct model {
 	struct sys_inside_call calls[MODEL_CALLS_MAX];
 	uint32_t calls_count, calls_done;
 	bool calls_run, calls_cancelled;
+	bool no_remap; /* a move is being made, or is the next call: that gap is not closed */
 	struct model_store store[MODEL_STORES];
 	uint32_t pool_index[MODEL_PAGES_MAX]; /* where in the pool the page is, counted from 1; 0: it is not there */
 	uint64_t pool_object[2 * MODEL_PAGES_MAX][MODEL_PAGE_BYTES / 8];
@@ -137,8 +138,9 @@ void model_give_back(
 void model_zap(uint32_t page); /* MADV_DONTNEED by the VMM itself: poison goes, markers of a hold stay */
 /* The host unmaps a page that the file holds: it swaps the page out, or splits a large folio that the page is in. */
 void model_reclaim(uint32_t page, bool swap_out);
-void model_inside(void);         /* the VMM's thread, while there is a batch: to its end */
-void model_remap(uint32_t page); /* the VMM maps the file there anew: not registered with anybody */
+void model_inside(void); /* the VMM's thread, while there is a batch: to its end */
+bool model_remap(
+	uint32_t page); /* the VMM maps the file there anew: not registered with anybody. False: not just now */
 bool model_unread(void);
 
 /* the store's side */

@@ -553,6 +553,12 @@ ANONYMOUS = [
         "	error = 0;",
     ),
     Mutation(
+        "anon_source_not_registered_before_the_move",  # it may be a mapping that the VMM has made anew
+        "stage.c",
+        "		calls[2 * i] = registration_of(g, &b->calls[i]);\n",
+        "		calls[2 * i] = b->calls[i];\n		(void)registration_of;\n",
+    ),
+    Mutation(
         "anon_batch_under_way_is_not_waited_for",  # it got no CPU in its time, and is made later
         "stage.c",
         "	if (error != -EINPROGRESS)\n		return error;\n",
@@ -795,6 +801,8 @@ MORE = {
     **{mutation.name: ("--engine", mutation.name[:3]) for mutation in NATIVE_ENGINES},
     **{mutation.name: ("--engine", "rwp", "--hugetlb") for mutation in HUGETLBFS},
     **{mutation.name: ("--anon",) for mutation in ANONYMOUS},
+    "anon_missing_not_registered_before_the_move": ("--anon", "--engine", "rfc"),
+    "anon_source_not_registered_before_the_move": ("--anon", "--remap"),
     "anon_adoption_forgets_a_page_that_was_not_dropped": (
         "--anon",
         "--from",

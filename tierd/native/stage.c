@@ -26,10 +26,11 @@
 enum { PAGES_MAX = 4096, HEAT_MAX = 8, SETTLE_PAUSE_US = 100, IN_VAIN_MAX = 100 };
 enum { RUN_WORDS = 128 }; /* a bitmap of what one call moves: 2 MiB of pages of 4 KiB, 512 MiB of 64 KiB */
 #ifdef TIERD_MODEL
-enum { CALLS_MAX = 4, LOOKS_MAX = 4 };
+enum { CALLS_MAX = 8, LOOKS_MAX = 4 };
 #else
 enum { CALLS_MAX = SYS_INSIDE_MAX, LOOKS_MAX = 8192 /* at pages, in a call: some 2 us each */ };
 #endif
+enum { MOVES_MAX = CALLS_MAX / 2 }; /* each is two calls */
 
 struct sys_inside inside_of(struct tierd_guest *g)
 {
@@ -254,7 +255,7 @@ static bool may_be_staged(struct tierd_guest *g, uint64_t page, page_word w)
 /* --- into the staging area ---------------------------------------------------------------------------------------------- */
 
 struct batch {
-	struct sys_inside_call calls[CALLS_MAX];
+	struct sys_inside_call calls[CALLS_MAX];     /* moves, or drops */
 	uint64_t first[CALLS_MAX], pages[CALLS_MAX]; /* of each */
 	uint32_t count, done;
 	uint64_t total;
@@ -325,7 +326,7 @@ static uint64_t add_cold(struct tierd_guest *g, struct batch *b, uint64_t first,
 
 		for (n = 1; bit_get(cold, i) && i + n < count && bit_get(cold, i + n);)
 			n++;
-		if (bit_get(cold, i) && b->count < CALLS_MAX) {
+		if (bit_get(cold, i) && b->count < MOVES_MAX) {
 			struct sys_inside_call call = move_of(g, first + i, n);
 
 			batch_add(b, first + i, &call, g->page_bytes);
@@ -351,7 +352,7 @@ static int collect_cold(struct tierd_guest *g, struct batch *b, uint64_t *page, 
 	int error = 0;
 
 	g->idle_looks = 0;
-	while (!error && b->count < CALLS_MAX && b->total < max_pages) {
+	while (!error && b->count < MOVES_MAX && b->total < max_pages) {
 		uint64_t first, n = 0, waits = waits_now(g);
 		struct region *r;
 		bool claimed = false;
@@ -405,17 +406,30 @@ static void settle_staged(struct tierd_guest *g, uint64_t page, bool with_guest,
 		abort();
 }
 
+static bool still_cold(struct tierd_guest *g, uint64_t first, uint64_t count)
+{
+	uint64_t cold[RUN_WORDS], hole[RUN_WORDS];
+
+	if (look_at_claimed(g, first, count, cold, hole))
+		return false;
+	for (uint64_t i = 0; i < count; i++)
+		if (!bit_get(cold, i))
+			return false;
+	return true;
+}
+
 /*
  * A call that was wrong as a whole may lie in two mappings, which cannot be seen from outside: the VMM's advice for a part makes two
  * of one. Its halves are tried, and theirs; so a border takes as many stops more as the call has bits, and what is wrong in itself
- * no more than fits into a batch.
+ * no more than fits into a batch. What was touched meanwhile is left alone, and what lies around it.
  */
 static bool halve(struct tierd_guest *g, const struct batch *b, uint32_t i, struct batch *halves)
 {
 	uint64_t first = b->first[i], n = b->pages[i];
 	struct sys_inside_call low, high;
 
-	if (i >= b->done || b->calls[i].result != -EINVAL || n == 1 || halves->count + 2 > CALLS_MAX)
+	if (i >= b->done || b->calls[i].result != -EINVAL || n == 1 || halves->count + 2 > MOVES_MAX ||
+	    !still_cold(g, first, n))
 		return false;
 	low = move_of(g, first, n / 2);
 	high = move_of(g, first + n / 2, n - n / 2);
@@ -445,6 +459,38 @@ static int settle_run(struct tierd_guest *g, const struct batch *b, uint32_t i, 
 	return error;
 }
 
+/*
+ * A move takes pages out of a mapping that is not registered, too: one that the VMM has made anew since it was looked at, and what the
+ * guest has written there. So the range is registered in the same stop, by the call before. Where it is already, that changes
+ * nothing; else what is moved from there is waited for as elsewhere. All of its pages are claimed: nobody's hole becomes a page of ours.
+ */
+static struct sys_inside_call registration_of(const struct tierd_guest *g, const struct sys_inside_call *move)
+{
+	return (struct sys_inside_call){
+		.what = SYS_INSIDE_REGISTER,
+		.mode = g->engine->mode_missing,
+		.from = move->from,
+		.bytes = move->bytes,
+	};
+}
+
+static int run_moves(struct tierd_guest *g, struct batch *b, uint64_t *stopped_ns)
+{
+	struct sys_inside_call calls[CALLS_MAX];
+	uint32_t done;
+	int error;
+
+	for (uint32_t i = 0; i < b->count; i++) {
+		calls[2 * i] = registration_of(g, &b->calls[i]);
+		calls[2 * i + 1] = b->calls[i];
+	}
+	error = run_once(g, calls, 2 * b->count, &done, stopped_ns);
+	b->done = done / 2;
+	for (uint32_t i = 0; i < b->done; i++)
+		b->calls[i].result = calls[2 * i + 1].result;
+	return error;
+}
+
 /* Makes the calls; each page of theirs is settled, also after an error. */
 static int move_and_settle(struct tierd_guest *g, struct batch *b, uint64_t waits, struct tierd_staged *ret)
 {
@@ -452,7 +498,7 @@ static int move_and_settle(struct tierd_guest *g, struct batch *b, uint64_t wait
 	int error = 0, failed;
 
 	for (; b->count; *b = halves) {
-		failed = run_once(g, b->calls, b->count, &b->done, &ret->stopped_ns);
+		failed = run_moves(g, b, &ret->stopped_ns);
 		if (!error)
 			error = failed;
 		if (b->done < b->count && b->first[b->done] < ret->next_page)

@@ -344,13 +344,18 @@ int sys_inside_create(int32_t tid, uint64_t *area)
 static struct tierd_inside_call inside_call(const struct sys_inside *in, const struct sys_inside_call *c)
 {
 	struct uffdio_move move = {.dst = c->to, .src = c->from, .len = c->bytes};
+	struct uffdio_register whole = {.range = {c->from, c->bytes}, .mode = c->mode};
 	struct tierd_inside_call call = {.number = SYS_madvise, .argument = {c->from, c->bytes, MADV_DONTNEED}};
 
+	if (c->what == SYS_INSIDE_DROP)
+		return call;
+	call = (struct tierd_inside_call){
+		.number = SYS_ioctl, .argument = {(uint64_t)in->uffd_in_vmm, UFFDIO_MOVE, 0}, .in_data = 1 << 2};
 	if (c->what == SYS_INSIDE_MOVE) {
-		call = (struct tierd_inside_call){.number = SYS_ioctl,
-						  .argument = {(uint64_t)in->uffd_in_vmm, UFFDIO_MOVE, 0},
-						  .in_data = 1 << 2};
 		memcpy(call.data, &move, sizeof(move));
+	} else {
+		call.argument[1] = UFFDIO_REGISTER;
+		memcpy(call.data, &whole, sizeof(whole));
 	}
 	return call;
 }

@@ -88,8 +88,9 @@ struct sys_inside {
 	uint64_t area; /* from sys_inside_create */
 };
 struct sys_inside_call {
-	enum { SYS_INSIDE_MOVE, SYS_INSIDE_DROP } what; /* UFFDIO_MOVE; MADV_DONTNEED */
-	uint64_t to;                                    /* of a move */
+	enum { SYS_INSIDE_MOVE, SYS_INSIDE_DROP, SYS_INSIDE_REGISTER } what; /* UFFDIO_MOVE; MADV_DONTNEED */
+	uint64_t to;                                                         /* of a move */
+	uint64_t mode;                                                       /* of UFFDIO_REGISTER */
 	uint64_t from, bytes;
 	int64_t result; /* bytes moved, 0, or -errno */
 };
