@@ -423,7 +423,7 @@ def _take_descriptors(served: Served, handed: Handed | None, maps: Sequence[Mapp
     path = f"/proc/{spec.pid}/pagemap"
     served.pagemap = served._own(os.dup(handed.pagemap) if handed else os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     if spec.anonymous:
-        served.mem = served._own(os.open(f"/proc/{spec.pid}/mem", os.O_RDONLY | os.O_CLOEXEC))
+        served.mem = served._own(os.open(f"/proc/{spec.pid}/mem", os.O_RDWR | os.O_CLOEXEC))
         served.memfds = [-1] * len(spec.regions)
         return
     for region in spec.regions:

@@ -11,6 +11,8 @@
  *   inject_killer TID stop AREA KIND     one batch; after its commit SIGSTOP to the whole victim, SIGKILL to itself
  *   inject_killer TID starve AREA        batches cancelled before the thread has the CPU; prints how much of its stack they took
  *   inject_killer TID settle AREA MS     prints the error of tierd_calls_settle()
+ *   inject_killer TID blind AREA ERRNO   a batch of the kind `long`; after its commit the victim's memory cannot be had by its number: ERRNO.
+ *                                        prints the errors of tierd_calls_run() and of tierd_calls_settle(), with /proc/PID/mem, tried till it is 0
  *   inject_killer TID destroy AREA       prints the error
  *
  * Compiled together with tierd/native/{inject*,calls}.c, whose steps it hooks.
@@ -18,6 +20,7 @@
 #define _GNU_SOURCE
 #include <elf.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdint.h>
@@ -39,6 +42,7 @@ enum { STOPPED = 3, COMMITTED = 5, STARVED = 1000, QUICK = 40, SLEEPS = 64, WRIT
 
 static int die_at;
 static pid_t stop_first, starved;
+static int blind, blind_errno; /* process_vm_readv() and its like fail so; from the commit on */
 static uint64_t stack_top, stack_low = UINT64_MAX;
 
 /* The traced thread stands already; that the others do shows the main one. */
@@ -84,11 +88,36 @@ void inject_step(int n)
 {
 	if (starved && n == STOPPED)
 		look_at_stack();
+	if (n == COMMITTED)
+		blind_errno = blind;
 	if (n != die_at)
 		return;
 	if (stop_first)
 		stop_all(stop_first);
 	kill(getpid(), SIGKILL);
+}
+
+ssize_t __real_process_vm_readv(pid_t pid, const struct iovec *to, unsigned long n, const struct iovec *from,
+				unsigned long m, unsigned long flags);
+ssize_t __real_process_vm_writev(pid_t pid, const struct iovec *from, unsigned long n, const struct iovec *to,
+				 unsigned long m, unsigned long flags);
+ssize_t __wrap_process_vm_readv(pid_t pid, const struct iovec *to, unsigned long n, const struct iovec *from,
+				unsigned long m, unsigned long flags);
+ssize_t __wrap_process_vm_writev(pid_t pid, const struct iovec *from, unsigned long n, const struct iovec *to,
+				 unsigned long m, unsigned long flags);
+
+ssize_t __wrap_process_vm_readv(pid_t pid, const struct iovec *to, unsigned long n, const struct iovec *from,
+				unsigned long m, unsigned long flags)
+{
+	errno = blind_errno;
+	return blind_errno ? -1 : __real_process_vm_readv(pid, to, n, from, m, flags);
+}
+
+ssize_t __wrap_process_vm_writev(pid_t pid, const struct iovec *from, unsigned long n, const struct iovec *to,
+				 unsigned long m, unsigned long flags)
+{
+	errno = blind_errno;
+	return blind_errno ? -1 : __real_process_vm_writev(pid, from, n, to, m, flags);
 }
 
 /* Points the thread at a system call, and would put its registers back afterwards. */
@@ -238,6 +267,28 @@ static int starve(pid_t tid, uint64_t area)
 	return error && error != -EBUSY;
 }
 
+static int run_blind(pid_t tid, pid_t process, uint64_t area, int error)
+{
+	struct tierd_inside_call calls[TIERD_CALLS_MAX];
+	uint64_t stopped_ns;
+	uint32_t done;
+	char path[64];
+	int mem;
+
+	snprintf(path, sizeof(path), "/proc/%d/mem", process);
+	mem = open(path, O_RDWR);
+	blind = error;
+	make_batch(&kinds[3], calls);
+	error = tierd_calls_run(tid, area, calls, kinds[3].count, 2000000, 50, &done, &stopped_ns);
+	printf("%d", error);
+	do {
+		error = tierd_calls_settle(process, mem, area, 10);
+		printf(" %d", error);
+	} while (error == -ETIMEDOUT);
+	printf("\n");
+	return mem < 0;
+}
+
 static int with_area(pid_t tid, const char *what, uint64_t area, const char *more)
 {
 	long process = process_of(tid);
@@ -245,7 +296,7 @@ static int with_area(pid_t tid, const char *what, uint64_t area, const char *mor
 	int error;
 
 	if (!strcmp(what, "settle")) {
-		printf("%d\n", tierd_calls_settle((int32_t)process, area, (uint32_t)atoi(more)));
+		printf("%d\n", tierd_calls_settle((int32_t)process, -1, area, (uint32_t)atoi(more)));
 		return 0;
 	}
 	if (!strcmp(what, "destroy")) {
@@ -254,8 +305,10 @@ static int with_area(pid_t tid, const char *what, uint64_t area, const char *mor
 	}
 	if (!strcmp(what, "starve"))
 		return starve(tid, area);
+	if (!strcmp(what, "blind"))
+		return run_blind(tid, (pid_t)process, area, atoi(more));
 	if (!strcmp(what, "for-ever")) {
-		error = tierd_calls_settle((int32_t)process, area, 2000);
+		error = tierd_calls_settle((int32_t)process, -1, area, 2000);
 		if (error)
 			fprintf(stderr, "tierd_calls_settle: %s\n", strerror(-error));
 		for (int i = 0; !error;

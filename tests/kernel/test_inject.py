@@ -32,6 +32,7 @@ HEADER_BYTES = 3 * HEADER_OFFSET if X86 else HEADER_OFFSET
 MPROTECT = 10 if X86 else 226
 RANDOM_KILLS = int(os.environ.get("TIERD_INJECT_KILLS", "1000"))
 ALIVE_S_MAX = 0.01
+WRAPPED = "-Wl,--wrap=process_vm_readv,--wrap=process_vm_writev"
 
 
 def _compile(output: Path, *arguments: str) -> Path:
@@ -49,7 +50,7 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     hooked = ["-include", str(HERE / "inject_step.h"), f"-I{NATIVE}"]
     return (
         _compile(directory / "victim", *vectors, str(HERE / "inject_victim.c")),
-        _compile(directory / "killer", *hooked, str(HERE / "inject_killer.c"), *sources),
+        _compile(directory / "killer", *hooked, WRAPPED, str(HERE / "inject_killer.c"), *sources),
     )
 
 
@@ -199,6 +200,10 @@ class Area:
 
     def destroy(self, name: str = "compute") -> int:
         return int(self._killer(name, "destroy", self.address).stdout)
+
+    def blind(self, name: str, error: int) -> list[int]:
+        """What run and settle say of a batch that cannot be seen by the victim's number from its commit on."""
+        return [int(word) for word in self._killer(name, "blind", self.address, str(error)).stdout.split()]
 
     def starve(self, name: str) -> int:
         """Bytes of stack that batches took which are cancelled at once."""
@@ -394,6 +399,26 @@ def test_an_area_that_cannot_be_read_is_not_gone(victim: Victim, area: Area) -> 
     assert area.destroy() == 0
     assert area.settle() == -errno.EFAULT
     assert area.run("compute", "quick")[:2] == (-errno.EFAULT, 0)
+    victim.assert_unharmed()
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ESRCH], ids=["forbidden", "the leader has ended"])
+def test_a_batch_that_cannot_be_seen_is_not_over(victim: Victim, area: Area, error: int) -> None:
+    """After the commit only its end, seen, is its end: ptrace may be forbidden meanwhile, and a process whose first thread has
+    ended is not found by its number."""
+
+    def blinded() -> bool:
+        said = area.blind("compute", error)
+        if said[0] == -errno.ETIMEDOUT:  # it did not stop in time: nothing was sent
+            return False
+        assert said[0] == -errno.EINPROGRESS
+        assert set(said[1:-1]) <= {-errno.ETIMEDOUT}
+        assert said[-1] == 0
+        return len(said) > 3  # else the thread got no CPU before
+
+    wait_for(blinded, "the thread is in the call")
+    assert area.bytes_written() == 0, "a call was made after the end"
+    assert area.run("compute", "quick")[:2] == (0, 40)
     victim.assert_unharmed()
 
 

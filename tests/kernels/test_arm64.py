@@ -37,7 +37,8 @@ def initramfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = [NATIVE / name for name in ("inject.c", "inject_aarch64.c", "calls.c", "sys.c")]
     run([*COMPILE, "-static", HERE / "inject_init.c", "-o", root / "init"])
     run([*COMPILE, "-static", KERNEL / "inject_victim.c", "-o", root / "victim"])
-    run([*COMPILE, "-static", *hooked, *sources, "-o", root / "killer"])
+    wrapped = "-Wl,--wrap=process_vm_readv,--wrap=process_vm_writev"
+    run([*COMPILE, "-static", *hooked, wrapped, *sources, "-o", root / "killer"])
     image = directory / "initramfs.cpio"
     run(["cpio", "--quiet", "-o", "-H", "newc", "-F", image], cwd=root, input="init\nvictim\nkiller\n")
     return image

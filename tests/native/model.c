@@ -862,7 +862,9 @@ int sys_inside_settle(const struct sys_inside *in)
 	for (int i = 0; i < 20 && M.calls_run && model_chance(900); i++)
 		model_pause();
 	model_exit();
-	return M.gone ? -ESRCH : M.calls_run ? -ETIMEDOUT : 0;
+	if (M.gone)
+		return -ESRCH;
+	return !M.calls_run ? 0 : model_chance(500) ? -ETIMEDOUT : -EPERM; /* it may not be looked at just now */
 }
 
 /* --- memory files ------------------------------------------------------------------------------------------------------- */

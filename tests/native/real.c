@@ -392,7 +392,7 @@ static struct tierd_guest *create_guest(int table_fd)
 	snprintf(path, sizeof(path), "/proc/%d/pagemap", getppid());
 	args.pagemap_fd = must(open(path, O_RDONLY | O_CLOEXEC), path);
 	snprintf(path, sizeof(path), "/proc/%d/mem", getppid());
-	args.mem_fd = must(open(path, O_RDONLY | O_CLOEXEC), path);
+	args.mem_fd = must(open(path, O_RDWR | O_CLOEXEC), path);
 	if (tierd_table_read(table_fd, &identity, args.regions, &args.region_count, &serving))
 		script_fail("the state file cannot be read");
 	for (uint32_t i = 0; i < args.region_count; i++)

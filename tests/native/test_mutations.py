@@ -565,6 +565,12 @@ ANONYMOUS = [
         "	if (error != -EINPROGRESS)\n		return error;\n	return 0;\n",
     ),
     Mutation(
+        "anon_batch_that_cannot_be_seen_is_taken_for_over",
+        "stage.c",
+        "	} while (error && error != -ESRCH && error != -EFAULT);\n",
+        "	} while (error == -ETIMEDOUT || error == -EINTR);\n",
+    ),
+    Mutation(
         "anon_drop_is_believed",
         "evict.c",
         "		failed = staged_look(g, b->pages[i], n, b->touched);\n",

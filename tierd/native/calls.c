@@ -56,6 +56,11 @@ enum { BEGIN_NS_MAX = 10000000 }; /* faults on the pages of a batch wait for it 
 _Static_assert(CODE_BYTES + ENTRIES + TIERD_CALLS_MAX * sizeof(struct inject_entry) <= AREA_BYTES, "the table fits");
 _Static_assert(sizeof(((struct tierd_inside_call *)0)->data) == sizeof(((struct inject_entry *)0)->data), "data");
 
+struct vmm {
+	pid_t pid; /* or of a thread of its */
+	int mem;   /* /proc/PID/mem, for reading and writing; -1: not at hand */
+};
+
 struct batch {
 	struct inject_excursion excursion; /* first: it is freed by that address */
 	uint64_t header, number, committed_ns;
@@ -89,51 +94,63 @@ static int outcome(pid_t pid, uint64_t address, ssize_t n, size_t bytes)
 	return n < 0 && errno != EFAULT && errno != ENOMEM ? -errno : not_reached(pid, address);
 }
 
-static int write_area(pid_t pid, uint64_t address, const void *from, size_t bytes)
+/* A process whose first thread has ended is not found by its number, and the right to look may be taken from us at any time. The
+ * descriptor of /proc/PID/mem is bound to the address space: it tells when that is gone, and only then. */
+static int outcome_by_mem(ssize_t n, size_t bytes)
 {
-	struct iovec local = {(void *)from, bytes}, remote = {(void *)(uintptr_t)address, bytes};
-
-	return outcome(pid, address, process_vm_writev(pid, &local, 1, &remote, 1, 0), bytes);
+	return n == (ssize_t)bytes ? 0 : n ? -EAGAIN : -ESRCH;
 }
 
-static int read_area(pid_t pid, uint64_t address, void *to, size_t bytes)
+static int write_area(struct vmm vmm, uint64_t address, const void *from, size_t bytes)
+{
+	struct iovec local = {(void *)from, bytes}, remote = {(void *)(uintptr_t)address, bytes};
+	int error = outcome(vmm.pid, address, process_vm_writev(vmm.pid, &local, 1, &remote, 1, 0), bytes);
+
+	return !error || error == -EFAULT || vmm.mem < 0
+		       ? error
+		       : outcome_by_mem(pwrite(vmm.mem, from, bytes, (off_t)address), bytes);
+}
+
+static int read_area(struct vmm vmm, uint64_t address, void *to, size_t bytes)
 {
 	struct iovec local = {to, bytes}, remote = {(void *)(uintptr_t)address, bytes};
+	int error = outcome(vmm.pid, address, process_vm_readv(vmm.pid, &local, 1, &remote, 1, 0), bytes);
 
-	return outcome(pid, address, process_vm_readv(pid, &local, 1, &remote, 1, 0), bytes);
+	return !error || error == -EFAULT || vmm.mem < 0
+		       ? error
+		       : outcome_by_mem(pread(vmm.mem, to, bytes, (off_t)address), bytes);
 }
 
 /* `running` is read last: what is concluded from its being 0 rests on what the other words said before. */
-static int read_header(pid_t pid, uint64_t header, struct inject_header *h)
+static int read_header(struct vmm vmm, uint64_t header, struct inject_header *h)
 {
 	enum { FIRST = offsetof(struct inject_header, running) };
-	struct iovec local = {h, FIRST + sizeof(h->running)};
-	struct iovec remote[2] = {{(void *)(uintptr_t)header, FIRST},
-				  {(void *)(uintptr_t)(header + FIRST), sizeof(h->running)}};
-	int error = outcome(pid, header, process_vm_readv(pid, &local, 1, remote, 2, 0), local.iov_len);
+	int error = read_area(vmm, header, h, FIRST);
 
+	if (!error)
+		error = read_area(vmm, header + FIRST, &h->running, sizeof(h->running));
 	return error ? error : h->magic == AREA_MAGIC ? 0 : -EFAULT;
 }
 
 /* No call of the batches so far will begin; *h as it was found after that. */
-static int cancel(pid_t pid, uint64_t header, struct inject_header *h)
+static int cancel(struct vmm vmm, uint64_t header, struct inject_header *h)
 {
 	uint64_t next;
-	int error = read_header(pid, header, h);
+	int error = read_header(vmm, header, h);
 
 	next = h->batch + 1;
 	if (!error)
-		error = write_area(pid, header + offsetof(struct inject_header, batch), &next, sizeof(next));
-	return error ? error : read_header(pid, header, h);
+		error = write_area(vmm, header + offsetof(struct inject_header, batch), &next, sizeof(next));
+	return error ? error : read_header(vmm, header, h);
 }
 
-static int wait_idle(pid_t pid, uint64_t header, uint32_t timeout_ms, struct inject_header *h)
+static int wait_idle(struct vmm vmm, uint64_t header, uint32_t timeout_ms, struct inject_header *h)
 {
 	uint64_t deadline_ns = sys_now_ns() + timeout_ms * 1000000ull;
 
 	for (;;) {
 		bool late = sys_now_ns() >= deadline_ns; /* before the look: we may be the one who was late */
-		int error = read_header(pid, header, h);
+		int error = read_header(vmm, header, h);
 
 		if (error ? error != -EAGAIN : !h->running)
 			return error;
@@ -145,15 +162,20 @@ static int wait_idle(pid_t pid, uint64_t header, uint32_t timeout_ms, struct inj
 
 /* For what must have the area for itself, under a number that no stub has. A batch that runs is left alone. A stub that was too
  * late for its batch may be passing through: it is given a moment. */
-static int take_over(pid_t pid, uint64_t header, struct inject_header *h)
+static int take_over(struct vmm vmm, uint64_t header, struct inject_header *h)
 {
-	int error = wait_idle(pid, header, PASS_MS, h);
+	int error = wait_idle(vmm, header, PASS_MS, h);
 
 	if (!error)
-		error = cancel(pid, header, h);
+		error = cancel(vmm, header, h);
 	if (!error)
-		error = wait_idle(pid, header, PASS_MS, h);
+		error = wait_idle(vmm, header, PASS_MS, h);
 	return error == -ETIMEDOUT || error == -EAGAIN ? -EBUSY : error;
+}
+
+static struct vmm by_number(pid_t tid)
+{
+	return (struct vmm){tid, -1};
 }
 
 static int inside(int32_t tid, struct tierd_call call, int64_t *result)
@@ -180,10 +202,10 @@ static int fill_area(int32_t tid, uint64_t area)
 	size_t bytes;
 	const uint8_t *stub = inject_stub(&bytes);
 	int64_t unused;
-	int error = write_area(tid, area, stub, bytes);
+	int error = write_area(by_number(tid), area, stub, bytes);
 
 	if (!error)
-		error = write_area(tid, area + CODE_BYTES, &h, ENTRIES);
+		error = write_area(by_number(tid), area + CODE_BYTES, &h, ENTRIES);
 	return error ? error : inside(tid, protect, &unused);
 }
 
@@ -298,7 +320,7 @@ static int wait_all_left(pid_t tid, uint64_t area)
 int tierd_calls_destroy(int32_t tid, uint64_t area)
 {
 	struct inject_header h;
-	int error = take_over(tid, area + CODE_BYTES, &h);
+	int error = take_over(by_number(tid), area + CODE_BYTES, &h);
 
 	if (!error)
 		error = wait_all_left(tid, area);
@@ -334,16 +356,16 @@ static int lay_out(struct batch *b, const struct tierd_inside_call *calls, uint3
 	uint64_t count_and_done[2] = {count, 0}, table = b->header + ENTRIES;
 	struct inject_header h;
 	pid_t tid = b->excursion.tid;
-	int error = take_over(tid, b->header, &h);
+	int error = take_over(by_number(tid), b->header, &h);
 
 	if (error)
 		return error;
 	b->number = h.batch;
 	for (uint32_t i = 0; i < count; i++)
 		make_entry(&entries[i], &calls[i], table + i * sizeof(entries[i]));
-	error = write_area(tid, table, entries, count * sizeof(entries[0]));
+	error = write_area(by_number(tid), table, entries, count * sizeof(entries[0]));
 	if (!error)
-		error = write_area(tid, b->header + offsetof(struct inject_header, count), count_and_done,
+		error = write_area(by_number(tid), b->header + offsetof(struct inject_header, count), count_and_done,
 				   sizeof(count_and_done));
 	TIERD_INJECT_STEP(11);
 	return error;
@@ -355,7 +377,7 @@ static int run_batch(struct inject_excursion *e)
 	uint64_t stub = b->header - CODE_BYTES;
 	struct inject_frame *frame = inject_has_frame(e->tid, stub, b->header) ? NULL : &b->frame;
 	struct inject_header h;
-	int error = read_header(e->tid, b->header,
+	int error = read_header(by_number(e->tid), b->header,
 				&h); /* stopped, it cannot become another program, or another process's, any more */
 
 	if (!error && frame)
@@ -387,7 +409,7 @@ static int wait_end(const struct batch *b, uint64_t budget_ns, uint32_t timeout_
 	for (;;) {
 		uint64_t passed_ns =
 			sys_now_ns() - b->committed_ns; /* before the look: we may be the one who was late */
-		int error = read_header(tid, b->header, h);
+		int error = read_header(by_number(tid), b->header, h);
 
 		TIERD_INJECT_STEP(13);
 		if (!error && !begun && (h->running || h->done)) {
@@ -395,18 +417,19 @@ static int wait_end(const struct batch *b, uint64_t budget_ns, uint32_t timeout_
 			end_ns = passed_ns + budget_ns;
 		}
 		if (!error && !cancelled && passed_ns >= (end_ns < timeout_ns ? end_ns : timeout_ns)) {
-			error = h->batch == b->number ? cancel(tid, b->header, h) : 0;
+			error = h->batch == b->number ? cancel(by_number(tid), b->header, h) : 0;
 			cancelled = !error;
 			TIERD_INJECT_STEP(14);
 		}
 		if (!error && !h->running && (h->done == h->count || h->batch != b->number)) {
-			error = read_header(tid, b->header, h); /* `done` was read before `running` */
+			error = read_header(by_number(tid), b->header, h); /* `done` was read before `running` */
 			if (!error)
 				return 0;
 		}
-		if (error && error != -EAGAIN)
+		if (error == -EFAULT)
 			return error;
-		if (passed_ns >= timeout_ns)
+		/* what cannot be seen, for whatever cause, may go on: that it has ended must be seen */
+		if ((error && error != -EAGAIN) || passed_ns >= timeout_ns)
 			return -EINPROGRESS;
 		sys_pause_us(POLL_US);
 	}
@@ -417,7 +440,8 @@ static int read_results(const struct batch *b, struct tierd_inside_call *calls, 
 {
 	struct inject_entry entries[TIERD_CALLS_MAX];
 	int error = done > count ? -EFAULT
-				 : read_area(b->excursion.tid, b->header + ENTRIES, entries, done * sizeof(entries[0]));
+				 : read_area(by_number(b->excursion.tid), b->header + ENTRIES, entries,
+					     done * sizeof(entries[0]));
 
 	for (uint64_t i = 0; !error && i < done; i++) {
 		calls[i].result = entries[i].result;
@@ -465,13 +489,14 @@ int tierd_calls_run(int32_t tid, uint64_t area, struct tierd_inside_call *calls,
 	return error;
 }
 
-int tierd_calls_settle(int32_t pid, uint64_t area, uint32_t timeout_ms)
+int tierd_calls_settle(int32_t pid, int32_t mem, uint64_t area, uint32_t timeout_ms)
 {
+	struct vmm vmm = {pid, mem};
 	uint64_t header = area + CODE_BYTES, deadline_ns = sys_now_ns() + timeout_ms * 1000000ull;
 	struct inject_header h;
 	int error;
 
-	while ((error = cancel(pid, header, &h)) == -EAGAIN && sys_now_ns() < deadline_ns)
+	while ((error = cancel(vmm, header, &h)) == -EAGAIN && sys_now_ns() < deadline_ns)
 		sys_pause_us(POLL_US);
-	return error == -EAGAIN ? -ETIMEDOUT : error ? error : wait_idle(pid, header, timeout_ms, &h);
+	return error == -EAGAIN ? -ETIMEDOUT : error ? error : wait_idle(vmm, header, timeout_ms, &h);
 }

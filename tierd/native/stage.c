@@ -39,6 +39,7 @@ struct sys_inside inside_of(struct tierd_guest *g)
 	return (struct sys_inside){
 		.pid = g->header->identity.pid,
 		.tid = g->inject_tid,
+		.mem = g->mem,
 		.uffd_in_vmm = s->uffd_moved ? s->uffd_moved - 1 : g->header->identity.uffd_in_vmm,
 		.area = s->calls,
 	};
@@ -85,7 +86,7 @@ static int run_once(struct tierd_guest *g, struct sys_inside_call *calls, uint32
 	do {
 		sys_pause_us(SETTLE_PAUSE_US);
 		error = sys_inside_settle(&in);
-	} while (error == -ETIMEDOUT || error == -EINTR);
+	} while (error && error != -ESRCH && error != -EFAULT);
 	return error;
 }
 

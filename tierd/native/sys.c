@@ -386,7 +386,7 @@ int sys_inside_run(const struct sys_inside *in, struct sys_inside_call *calls, u
 
 int sys_inside_settle(const struct sys_inside *in)
 {
-	return tierd_calls_settle(in->pid, in->area, SETTLE_TIMEOUT_MS);
+	return tierd_calls_settle(in->pid, in->mem, in->area, SETTLE_TIMEOUT_MS);
 }
 
 ssize_t sys_mem_read(int memfd, void *to, size_t bytes, uint64_t offset)

@@ -84,6 +84,7 @@ ssize_t sys_vmm_copy(int32_t pid, void *to, size_t bytes, uint64_t address);
 /* Batches of calls made by thread tid of the VMM, in one stop: calls.c. A batch goes on when we die. */
 struct sys_inside {
 	int32_t pid, tid;
+	int32_t mem; /* /proc/PID/mem */
 	int32_t uffd_in_vmm;
 	uint64_t area; /* from sys_inside_create */
 };
@@ -100,7 +101,7 @@ int sys_inside_create(int32_t tid, uint64_t *area);
  * the end of a call. On other errors none was made. */
 int sys_inside_run(const struct sys_inside *in, struct sys_inside_call *calls, uint32_t count, uint32_t *done,
 		   uint64_t *stopped_ns);
-/* Nothing of a batch will be made any more once this is 0; -ETIMEDOUT: it is under way still. By anybody: a successor, too. */
+/* Nothing of a batch will be made any more once this is 0, -ESRCH or -EFAULT; else it may be under way still. By anybody: a successor, too. */
 int sys_inside_settle(const struct sys_inside *in);
 
 /* the memory file */

@@ -501,7 +501,8 @@ int tierd_calls_destroy(int32_t tid, uint64_t area);
  * *stopped_ns: from the interrupt to the end, as we saw it. Blocks, at most twice timeout_ms and half a second.
  *
  * -EINPROGRESS: it does not come to its end (uninterruptible sleep, SIGSTOP), or what became of it cannot be read just now (the area
- * is swapped out, and there is no memory). calls[*done] and those after it may be made until tierd_calls_settle() has returned 0.
+ * is swapped out, and there is no memory; the thread has ended; we may not look any more). calls[*done] and those after it may be made
+ * until tierd_calls_settle() has returned 0.
  * -ESRCH, -EFAULT: the process is gone, or its area, as by execve(2). With any other error no call was or will be made: -EINVAL;
  * -EBUSY: traced by somebody else, or a batch still ran after 10 ms; -EAGAIN: stopped by a SIGSTOP; -ETIMEDOUT, -ENOTSUP: as
  * tierd_inject().
@@ -511,8 +512,9 @@ int tierd_calls_run(int32_t tid, uint64_t area, struct tierd_inside_call *calls,
 /* Cancels what runs, by whomever it was sent (us, a predecessor that was killed), and waits until no call is being made. After 0
  * none will be, also by a thread that was sent and has not run yet. Blocks, at most twice timeout_ms. -ETIMEDOUT: a call is still
  * being made, or the area cannot be read just now. -ESRCH: no such process, or it is dying: a call that is being made ends with it.
- * -EFAULT: no area. */
-int tierd_calls_settle(int32_t pid, uint64_t area, uint32_t timeout_ms);
+ * -EFAULT: no area. `mem`: its /proc/PID/mem, opened for reading and writing, which shows the area also where it is not found by its
+ * number, or may not be asked any more; then -ESRCH says that the address space is gone. -1: any other error tells nothing. */
+int tierd_calls_settle(int32_t pid, int32_t mem, uint64_t area, uint32_t timeout_ms);
 
 /* --- records: what pages become on their way to a store that Python asks (records.c) ---------------------------------
  *
