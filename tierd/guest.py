@@ -482,6 +482,8 @@ class Guest:
 
         try:
             await self._in_worker(work)
+        except Refused:
+            pass  # a filter that the VMM has installed: the cycle finds it, too, and says so
         except OSError as error:
             if not await self._is_over(served, error):
                 self._failed(error)

@@ -174,22 +174,30 @@ class Served:
         return sum(os.fstat(fd).st_blocks * 512 for fd in self.memfds if fd >= 0)
 
     def adapt(self, swap_can_receive: bool) -> None:
-        """Before every pass: swap may have come, or gone, since the last one. Worker."""
+        """Before every pass: swap may have come, or gone, since the last one; the VMM may have installed a seccomp filter.
+        Worker."""
         zap = self._zap(swap_can_receive)
-        if zap is Zap.INJECT and self.spec.handshake and filtered(self.spec.pid, self.spec.cmdline):
-            raise Refused(  # preflight asks only where calls inside the VMM are to be expected
-                "seccomp",
-                "swap is on by now, and the VMM runs under a seccomp filter that may kill it for a call of ours",
-                f"pid {self.spec.pid}: Seccomp 2, not QEMU's -sandbox",
-                "swapoff -a, or memory.swap.max=0 in the VM's control group, then detach and let it connect again",
-            )
-        if zap is not self.zap:
+        gone = self._inject_tid and not os.path.exists(f"/proc/{self.spec.pid}/task/{self._inject_tid}")
+        if zap is not self.zap or gone:
             self._inject_tid = self._pick_thread(zap)
-            self.native.set_zap(zap, self._inject_tid)
             self.zap = zap
-        elif self._inject_tid and not os.path.exists(f"/proc/{self.spec.pid}/task/{self._inject_tid}"):
-            self._inject_tid = pick_thread(self.spec.pid)
-            self.native.set_zap(zap, self._inject_tid)
+        self._refuse_filter()
+        self.native.set_zap(zap, self._inject_tid)  # enters from now on while the thread has so many filters as it has now
+        self._refuse_filter()  # that came just then
+
+    def _refuse_filter(self) -> None:
+        if not self._inject_tid or not filtered(self.spec.pid, self.spec.cmdline, self._inject_tid):
+            return
+        raise Refused(
+            "seccomp",
+            "swap is on by now, and the VMM runs under a seccomp filter that may kill it for a call of ours"
+            if self.spec.handshake  # preflight asks only where calls inside the VMM are to be expected
+            else "the VMM has installed a seccomp filter that may kill it for a call of ours",
+            f"pid {self.spec.pid}: Seccomp 2, not QEMU's -sandbox alone",
+            "swapoff -a, or memory.swap.max=0 in the VM's control group, then detach and let it connect again"
+            if self.spec.handshake
+            else "detach the guest; run the VMM without the filter, or with shared memory and no swap",
+        )
 
     def _pick_thread(self, zap: Zap) -> int:
         """The thread of the VMM that makes our calls; 0: none has to."""

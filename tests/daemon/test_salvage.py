@@ -10,17 +10,27 @@ from typing import Any
 import pytest
 
 from tests.daemon.process import Boot, Daemon, evicted, tiers, with_tiers
-from tests.kernel.vmm import MIB, Vmm, userfaultfds, wait_for
+from tests.kernel.vmm import MIB, Vmm, need_anonymous, userfaultfds, wait_for
 from tests.store.servers import Server
+from tierd.attach.procfs import maps_of
 from tierd.guest import no_progress
 from tierd.salvage import put_right
 from tierd.serve import StateError
 
 
-def test_a_guest_whose_tierd_is_gone_for_good(daemon: Daemon, boot: Boot) -> None:
-    vmm = boot("web")
+@pytest.mark.parametrize("kind", ["shared", "anonymous"])
+def test_a_guest_whose_tierd_is_gone_for_good(daemon: Daemon, boot: Boot, kind: str) -> None:
+    """Of anonymous memory some is in its staging area, and some in the store."""
+    if kind == "anonymous":
+        need_anonymous()
+        with_tiers(daemon, {"name": "file", "capacity": "8MiB"})
+    vmm = boot("web", 16 * MIB, f"kind={kind}")
+    before = mappings(vmm)
     daemon.start()
-    evicted(daemon, "web", vmm)
+    if kind == "anonymous":
+        wait_for(lambda: is_everywhere(daemon), "pages are everywhere")
+    else:
+        evicted(daemon, "web", vmm)
     refused = daemon.tierd("detach", "--pid", str(vmm.pid))
     assert refused.returncode == 1
     assert "another tierd" in refused.stderr
@@ -29,8 +39,19 @@ def test_a_guest_whose_tierd_is_gone_for_good(daemon: Daemon, boot: Boot) -> Non
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["restored_bytes"] > 0.9 * vmm.pages * vmm.page_bytes
     assert not userfaultfds(vmm.pid)
+    assert mappings(vmm) == before, "no staging area, no place for calls"
     assert not list(Path(daemon.runtime_dir, "guests").iterdir())
     vmm.verify()
+
+
+def is_everywhere(daemon: Daemon) -> bool:
+    guest = daemon.guests().get("web")
+    return bool(guest and guest["staged_bytes"] > 4 * MIB and guest["stored_bytes"]["file"] > 4 * MIB)
+
+
+def mappings(vmm: Vmm) -> int:
+    """Bytes of address space, but for what its own memory takes."""
+    return sum(m.end - m.start for m in maps_of(vmm.pid) if m.path not in ("[heap]", "[stack]"))
 
 
 def test_its_pages_are_in_stores_that_are_asked(daemon: Daemon, boot: Boot, disk_dir: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.daemon.process import OURS, Boot, Daemon, evicted
 from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
-from tests.kernel.vmm import MIB, Vmm, userfaultfds, wait_for
+from tests.kernel.vmm import MIB, Vmm, need_anonymous, userfaultfds, wait_for
 from tierd.attach.procfs import start_ticks
 
 
@@ -111,6 +111,21 @@ def test_a_hazard_that_appears(daemon: Daemon, boot: Boot, hazard: str, undo: st
     vmm.ask(undo)
     assert daemon.tierd("detach", str(vmm.pid)).returncode == 0
     assert not userfaultfds(vmm.pid)
+    vmm.verify()
+
+
+def test_a_filter_that_comes_later(daemon: Daemon, boot: Boot) -> None:
+    """It may kill a VMM of anonymous memory for a call of ours: none is made any more."""
+    need_anonymous()
+    vmm = boot("web", 16 * MIB, "kind=anonymous")
+    daemon.start()
+    evicted(daemon, "web", vmm)
+    vmm.ask("filter")
+    (entry,) = wait_for(lambda: daemon.logged("guest_refused"), "it is seen")
+    assert "seccomp filter" in entry["reason"]
+    wait_for(lambda: not daemon.stored_bytes("web"), "everything is back")
+    vmm.verify()
+    assert daemon.tierd("detach", str(vmm.pid)).returncode == 0
     vmm.verify()
 
 

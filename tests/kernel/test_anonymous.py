@@ -24,6 +24,7 @@ from tests.kernel.test_kill import check
 from tests.kernel.torture import torture
 from tests.kernel.vmm import MIB, PAGE, SAFE, Host, Tiered, Vmm, need_anonymous, userfaultfds, vm_flags, wait_for
 from tests.need import need
+from tierd import cycle
 from tierd.attach import Refused
 from tierd.attach.holders import HolderScan
 from tierd.attach.preflight import preflight, recheck
@@ -638,6 +639,48 @@ def test_a_foreign_seccomp_filter(vmm: Vmm) -> None:
     with pytest.raises(Refused) as caught:
         preflight(vmm.spec(), SAFE, HolderScan(), engine)
     assert caught.value.check == "seccomp"
+
+
+def test_a_filter_that_comes_later(vmm: Vmm, host: Host) -> None:
+    """From then on nothing is called inside; faults are served, and everything comes back."""
+    with host.attached(vmm) as tiered:
+        tiered.served.adapt(swap_can_receive=False)
+        tiered.stage()
+        assert tiered.staged_pages == vmm.pages
+        vmm.ask("verify", 0, 64)
+        vmm.ask("filter")
+        stops = tiered.counters()["inject_stops"]
+        for step in (tiered.stage, lambda: cycle.unstage(tiered.native, lambda: None)):
+            with pytest.raises(KernelError) as caught:
+                step()
+            assert caught.value.errno == errno.EPERM
+        with pytest.raises(Refused) as refused:
+            tiered.served.adapt(swap_can_receive=False)
+        assert refused.value.check == "seccomp"
+        tiered.native.restore(0, 1 << 40)
+        vmm.verify()
+        assert tiered.counters()["inject_stops"] == stops
+        assert not tiered.served.leave(), "its copy of the userfaultfd stays open there"
+    vmm.verify()
+
+
+def test_a_sandbox_that_comes_later(start_vmm: Start, host: Host) -> None:
+    """QEMU's own one does no harm, and there is one; what somebody else has put around it may."""
+    vmm = start_vmm(f"bytes={4 * MIB}", "kind=anonymous", "-sandbox", "on", arg0="/usr/bin/qemu-system-x86_64")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        vmm.ask("filter")
+        with pytest.raises(KernelError):  # it has not been looked at
+            tiered.stage()
+        tiered.served.adapt(swap_can_receive=False)
+        tiered.evict_all()
+        vmm.verify()
+        vmm.ask("filter")
+        with pytest.raises(Refused):
+            tiered.served.adapt(swap_can_receive=False)
+        tiered.native.restore(0, 1 << 40)
+        assert not tiered.served.leave()
+    vmm.verify()
 
 
 def test_a_qemu_in_its_own_sandbox(start_vmm: Start, host: Host) -> None:

@@ -99,7 +99,7 @@ def seccomp(s: Subject) -> None:
     raise Refused(
         "seccomp",
         "the VMM runs under a seccomp filter that may kill it for a call of ours",
-        f"pid {s.spec.pid}: Seccomp 2, not QEMU's -sandbox",
+        f"pid {s.spec.pid}: Seccomp 2, not QEMU's -sandbox alone",
         "run the VMM without the filter (cloud-hypervisor --seccomp false, firecracker --no-seccomp), which is a line of "
         "defence less, or let it connect to handshake.socket",
     )

@@ -127,17 +127,21 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def filtered(pid: int, cmdline: tuple[str, ...]) -> bool:
-    """Whether the VMM has a seccomp filter that may kill it for a call of ours. QEMU's own sandbox is a deny-list that allows
-    what tierd calls; other filters are unknown."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+def filtered(pid: int, cmdline: tuple[str, ...], tid: int | None = None) -> bool:
+    """Whether the VMM (its thread `tid`) has a seccomp filter that may kill it for a call of ours. QEMU's own sandbox is a
+    deny-list that allows what tierd calls, and one filter; others are unknown. (Before Linux 5.9 they are not counted.)"""
+    status = read_proc(f"/proc/{pid}/task/{tid or pid}/status")
     if not re.search(r"^Seccomp:\s+2", status, re.M):
         return False
+    count = re.search(r"^Seccomp_filters:\s+(\d+)", status, re.M)
     qemu = os.path.basename(cmdline[0] if cmdline else "").startswith("qemu")
-    return not (qemu and option_values(cmdline, "sandbox"))
+    return not (qemu and _sandboxed(cmdline) and (not count or int(count[1]) == 1))
+
+
+def _sandboxed(cmdline: tuple[str, ...]) -> bool:
+    """Whether QEMU was told to install its own filter: `-sandbox on,...`; the last one counts."""
+    values = option_values(cmdline, "sandbox")
+    return bool(values) and split_options(values[-1])[0].removeprefix("enable=") in ("on", "yes", "true", "y")
 
 
 def cmdline_of(pid: int) -> tuple[str, ...]:

@@ -63,13 +63,11 @@ static int map_cached(struct tierd_guest *g, uint64_t page)
 static ssize_t zap_inside(struct tierd_guest *g, const struct iovec *range)
 {
 	uint64_t stopped_ns = 0;
-	int32_t gone = 0;
-	int error = tierd_guest_gone(g, &gone);
+	int error = may_enter(g);
 
 	if (!error)
-		error = gone ? -ESRCH /* never in a program that the VMM has executed meanwhile */
-			     : sys_zap_inside(g->inject_tid, (uint64_t)(uintptr_t)range->iov_base, range->iov_len,
-					      &stopped_ns);
+		error = sys_zap_inside(g->inject_tid, (uint64_t)(uintptr_t)range->iov_base, range->iov_len,
+				       &stopped_ns);
 	count_add(&g->count.inject_stops, 1);
 	count_add(&g->count.inject_stopped_ns, stopped_ns);
 	return error ? error : (ssize_t)range->iov_len;

@@ -266,6 +266,12 @@ static void copies_count(struct tierd_guest *g)
 		atomic_store(&g->copies[tier], copies[tier]);
 }
 
+void use_thread(struct tierd_guest *g, int32_t tid)
+{
+	g->inject_tid = tid;
+	g->filters = tid ? sys_filters(tid) : 0;
+}
+
 /* Its memory, descriptors and table. */
 static int guest_take(struct tierd_guest *g, const struct tierd_guest_args *args)
 {
@@ -279,7 +285,7 @@ static int guest_take(struct tierd_guest *g, const struct tierd_guest_args *args
 	if (!g->engine || (g->anon && g->huge))
 		return -EPROTONOSUPPORT;
 	g->zap = g->engine->set_async ? 0 : args->zap;
-	g->inject_tid = args->inject_tid;
+	use_thread(g, args->inject_tid);
 	g->use_pagemap = args->use_pagemap && !g->engine->set_async;
 	g->spin_us_max = args->spin_us_max;
 	g->follow = args->follow;
@@ -467,6 +473,20 @@ static int register_mapped(struct tierd_guest *g, uint64_t address, uint64_t byt
 			return error;
 	}
 	return 0;
+}
+
+/* The VMM may have executed another program meanwhile; and a seccomp filter that it has installed may kill it for a call of ours:
+ * whether it is one of QEMU's, which does not, Python finds out (serve.py), and chooses the thread anew. */
+int may_enter(struct tierd_guest *g)
+{
+	int32_t gone = 0;
+	int error = tierd_guest_gone(g, &gone);
+	int64_t filters;
+
+	if (error || gone)
+		return error ? error : -ESRCH;
+	filters = sys_filters(g->inject_tid);
+	return filters < 0 ? (int)filters : filters == g->filters ? 0 : -EPERM;
 }
 
 /* MISSING for the chunk of `page`, before its first page may leave: a chunk nobody evicted from costs nothing on first

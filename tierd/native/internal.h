@@ -249,6 +249,7 @@ struct tierd_guest {
 	const struct engine *engine;
 	int uffd, pidfd, pagemap, mem, table_fd;
 	int zap, inject_tid;
+	int64_t filters; /* that this thread had when it was chosen: sys_filters */
 	bool use_pagemap;
 	uint32_t page_bytes, chunk_pages;
 	bool huge;      /* hugetlbfs */
@@ -415,6 +416,8 @@ static inline uint64_t staging_of(const struct region *r, uint64_t page)
 	return r->staging + (page - r->first_page) * (r->bytes / r->pages);
 }
 struct sys_inside inside_of(struct tierd_guest *g);
+void use_thread(struct tierd_guest *g, int32_t tid); /* for calls inside the VMM */
+int may_enter(struct tierd_guest *g);                /* 0, or why no call may be made there now */
 /* All of the calls, in as many stops as they take, and nothing of them is under way afterwards: how many were made. */
 int inside_run(struct tierd_guest *g, struct sys_inside_call *calls, uint32_t count, uint32_t *done,
 	       uint64_t *stopped_ns);

@@ -319,7 +319,7 @@ int tierd_guest_set_zap(struct tierd_guest *g, int32_t zap, int32_t inject_tid)
 	if (error)
 		return error;
 	g->zap = zap;
-	g->inject_tid = inject_tid;
+	use_thread(g, inject_tid);
 	guest_leave(g);
 	return 0;
 }

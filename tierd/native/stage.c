@@ -70,12 +70,11 @@ static int run_once(struct tierd_guest *g, struct sys_inside_call *calls, uint32
 {
 	struct sys_inside in = inside_of(g);
 	uint64_t ns = 0;
-	int32_t gone = 0;
-	int error = tierd_guest_gone(g, &gone);
+	int error = may_enter(g);
 
 	*done = 0;
-	if (error || gone) /* never in a program that the VMM has executed meanwhile */
-		return error ? error : -ESRCH;
+	if (error)
+		return error;
 	error = sys_inside_run(&in, calls, count, done, &ns);
 	count_add(&g->count.inject_stops, 1);
 	count_add(&g->count.inject_stopped_ns, ns);

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/magic.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -382,6 +383,23 @@ int sys_inside_run(const struct sys_inside *in, struct sys_inside_call *calls, u
 	for (uint32_t i = 0; i < *done; i++)
 		calls[i].result = inside_result(&calls[i], &batch[i]);
 	return error;
+}
+
+int64_t sys_filters(int32_t tid)
+{
+	unsigned int mode = 0, filters = 0; /* Seccomp_filters: Linux 5.9 */
+	char path[64], line[256];
+	FILE *status;
+
+	snprintf(path, sizeof(path), "/proc/%d/status", tid);
+	status = fopen(path, "re");
+	if (!status)
+		return errno == ENOENT ? -ESRCH : -errno;
+	while (fgets(line, sizeof(line), status))
+		if (!sscanf(line, "Seccomp: %u", &mode))
+			sscanf(line, "Seccomp_filters: %u", &filters);
+	fclose(status);
+	return (int64_t)mode << 32 | filters;
 }
 
 int sys_inside_settle(const struct sys_inside *in)
