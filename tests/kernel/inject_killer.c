@@ -11,6 +11,8 @@
  *   inject_killer TID stop AREA KIND     one batch; after its commit SIGSTOP to the whole victim, SIGKILL to itself
  *   inject_killer TID starve AREA        batches cancelled before the thread has the CPU; prints how much of its stack they took
  *   inject_killer TID settle AREA MS     prints the error of tierd_calls_settle()
+ *   inject_killer TID stuck AREA MS      a batch, or a single call (AREA 0); what is written into the victim's stack before the commit takes so
+ *                                        long, as where it waits for a page. Prints the error, and milliseconds
  *   inject_killer TID blind AREA ERRNO   a batch of the kind `long`; after its commit the victim's memory cannot be had by its number: ERRNO.
  *                                        prints the errors of tierd_calls_run() and of tierd_calls_settle(), with /proc/PID/mem, tried till it is 0
  *   inject_killer TID destroy AREA       prints the error
@@ -42,7 +44,8 @@ enum { STOPPED = 3, COMMITTED = 5, STARVED = 1000, QUICK = 40, SLEEPS = 64, WRIT
 
 static int die_at;
 static pid_t stop_first, starved;
-static int blind, blind_errno; /* process_vm_readv() and its like fail so; from the commit on */
+static unsigned int stuck_us, write_us; /* process_vm_writev() takes so long; while the thread is stopped */
+static int blind, blind_errno;          /* process_vm_readv() and its like fail so; from the commit on */
 static uint64_t stack_top, stack_low = UINT64_MAX;
 
 /* The traced thread stands already; that the others do shows the main one. */
@@ -88,6 +91,8 @@ void inject_step(int n)
 {
 	if (starved && n == STOPPED)
 		look_at_stack();
+	if (n == STOPPED)
+		write_us = stuck_us;
 	if (n == COMMITTED)
 		blind_errno = blind;
 	if (n != die_at)
@@ -116,6 +121,7 @@ ssize_t __wrap_process_vm_readv(pid_t pid, const struct iovec *to, unsigned long
 ssize_t __wrap_process_vm_writev(pid_t pid, const struct iovec *from, unsigned long n, const struct iovec *to,
 				 unsigned long m, unsigned long flags)
 {
+	usleep(write_us);
 	errno = blind_errno;
 	return blind_errno ? -1 : __real_process_vm_writev(pid, from, n, to, m, flags);
 }
@@ -289,6 +295,23 @@ static int run_blind(pid_t tid, pid_t process, uint64_t area, int error)
 	return mem < 0;
 }
 
+static int run_stuck(pid_t tid, uint64_t area, unsigned int ms)
+{
+	struct tierd_call call = {.number = SYS_getpid};
+	struct tierd_inside_call calls[TIERD_CALLS_MAX];
+	uint64_t stopped_ns, began_ns = now_ns();
+	uint32_t done;
+	int error;
+
+	stuck_us = ms * 1000;
+	make_batch(&kinds[0], calls);
+	error = area ? tierd_calls_run(tid, area, calls, kinds[0].count, 2000000000, 100, &done, &stopped_ns)
+		     : tierd_inject(tid, &call, NULL, 0, 100);
+	printf("%d %lu\n", error, (unsigned long)(now_ns() - began_ns) / 1000000);
+	usleep(stuck_us + 500000); /* it writes, and lets go */
+	return 0;
+}
+
 static int with_area(pid_t tid, const char *what, uint64_t area, const char *more)
 {
 	long process = process_of(tid);
@@ -305,6 +328,8 @@ static int with_area(pid_t tid, const char *what, uint64_t area, const char *mor
 	}
 	if (!strcmp(what, "starve"))
 		return starve(tid, area);
+	if (!strcmp(what, "stuck"))
+		return run_stuck(tid, area, (unsigned int)atoi(more));
 	if (!strcmp(what, "blind"))
 		return run_blind(tid, (pid_t)process, area, atoi(more));
 	if (!strcmp(what, "for-ever")) {

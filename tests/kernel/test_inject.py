@@ -205,6 +205,11 @@ class Area:
         """What run and settle say of a batch that cannot be seen by the victim's number from its commit on."""
         return [int(word) for word in self._killer(name, "blind", self.address, str(error)).stdout.split()]
 
+    def stuck(self, name: str, area: str, ms: int) -> tuple[int, int]:
+        """What a batch (or a single call: area 0) says that waits so long before its commit, and after how many ms."""
+        error, took_ms = self._killer(name, "stuck", area, ms).stdout.split()
+        return int(error), int(took_ms)
+
     def starve(self, name: str) -> int:
         """Bytes of stack that batches took which are cancelled at once."""
         return int(self._killer(name, "starve", self.address).stdout)
@@ -420,6 +425,18 @@ def test_a_batch_that_cannot_be_seen_is_not_over(victim: Victim, area: Area, err
     assert area.bytes_written() == 0, "a call was made after the end"
     assert area.run("compute", "quick")[:2] == (0, 40)
     victim.assert_unharmed()
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["batch", "single call"])
+def test_a_stack_that_waits_for_us(victim: Victim, area: Area, single: bool) -> None:
+    """It lies in memory that is taken for the guest's, and its page is just leaving: who makes it leave must not wait for it. And
+    what was given up is not sent later."""
+    error, took_ms = area.stuck("sleep", "0" if single else area.address, 3000)
+    assert error == -errno.ETIMEDOUT
+    assert took_ms < 2500
+    assert (area.made(), area.header().running) == (0, 0)
+    victim.assert_unharmed()
+    assert area.run("sleep", "quick")[:2] == (0, 40)
 
 
 def test_an_area_that_lies_is_not_believed(victim: Victim, area: Area) -> None:

@@ -385,7 +385,7 @@ static int run_batch(struct inject_excursion *e)
 	if (!error && frame)
 		error = inject_write_frame(e->tid, frame);
 	TIERD_INJECT_STEP(4);
-	if (!error && sys_now_ns() >= e->deadline_ns)
+	if (!error && (sys_now_ns() >= e->deadline_ns || !inject_may_commit(e)))
 		error = -ETIMEDOUT;
 	if (!error)
 		error = inject_commit_batch(e->tid, stub, b->header, b->number, frame);

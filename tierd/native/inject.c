@@ -384,6 +384,28 @@ static int start_thread(struct inject_excursion *e)
 	return -error;
 }
 
+bool inject_may_commit(struct inject_excursion *e)
+{
+	return !atomic_exchange(&e->decided, true);
+}
+
+/* False: it has not come so far as to commit, and will not. */
+static bool wait_done(struct inject_excursion *e, uint64_t ns)
+{
+	struct timespec until;
+
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	ns += (uint64_t)until.tv_nsec;
+	until.tv_sec += (time_t)(ns / 1000000000);
+	until.tv_nsec = (long)(ns % 1000000000);
+	while (sem_clockwait(&e->done, CLOCK_MONOTONIC, &until))
+		if (errno == ETIMEDOUT && !atomic_exchange(&e->decided, true))
+			return false;
+		else if (errno == ETIMEDOUT)
+			until.tv_sec = INT32_MAX;
+	return true;
+}
+
 int inject_excurse(struct inject_excursion *e)
 {
 	int error;
@@ -395,9 +417,7 @@ int inject_excurse(struct inject_excursion *e)
 		inject_release(e);
 		return error;
 	}
-	while (sem_wait(&e->done)) /* EINTR */
-		;
-	return e->error;
+	return wait_done(e, e->timeout_ms * 1000000ull + 2ull * LET_GO_NS) ? e->error : -ETIMEDOUT;
 }
 
 /* --- one call ----------------------------------------------------------------------------------------------------------- */
@@ -421,6 +441,8 @@ static int run_call(struct inject_excursion *e)
 		error = inject_write_frame(e->tid, &i->frame);
 	}
 	TIERD_INJECT_STEP(4);
+	if (!error && !inject_may_commit(e))
+		error = -ETIMEDOUT;
 	if (!error)
 		error = inject_commit(e->tid, &i->code, &i->call, &i->frame);
 	TIERD_INJECT_STEP(5);

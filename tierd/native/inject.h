@@ -101,10 +101,15 @@ struct inject_excursion {
 	int signal, error;
 	sem_t done;
 	_Atomic int users;
+	_Atomic bool decided; /* to commit, by run, or to give it up, by the caller: whoever sets it first */
 };
 
-/* From calloc(3). Blocks; 0, or the error of the stop or of run. The caller releases it in any case. */
+/* From calloc(3). Blocks, at most timeout_ms and a second, and a moment after a commit; 0, or the error of the stop or of run.
+ * -ETIMEDOUT: nothing was or will be committed; the thread may stand for as long as run does. The caller releases it in any case. */
 int inject_excurse(struct inject_excursion *e);
+/* Run asks directly before its commit. What is before it may wait for a page of the guest whose owner is the caller, where the
+ * stack of the thread lies in memory that is taken for the guest's. */
+bool inject_may_commit(struct inject_excursion *e);
 void inject_release(struct inject_excursion *e);
 int inject_write_frame(pid_t tid, const struct inject_frame *frame);
 /* Where the thread, not in a system call and about to go on at *pc, has to come back to: of a restartable sequence its abort

@@ -463,7 +463,7 @@ struct tierd_call {
 /*
  * Runs one system call in thread tid of the VMM. The thread restores itself: if we die at any instruction it goes on
  * unharmed. scratch (scratch_bytes <= 4096, may be NULL) is laid on its stack below the red zone before the call and read
- * back after it. Blocks, at most timeout_ms. -ESRCH: gone; -EBUSY: traced by somebody else; -ETIMEDOUT: the thread did not
+ * back after it. Blocks, at most timeout_ms and a second. -ESRCH: gone; -EBUSY: traced by somebody else; -ETIMEDOUT: the thread did not
  * stop; -ENOTSUP: shadow stack, AMX or SME state, or no `syscall; ret` found.
  */
 int tierd_inject(int32_t tid, struct tierd_call *call, void *scratch, uint32_t scratch_bytes, uint32_t timeout_ms);
@@ -498,7 +498,7 @@ int tierd_calls_destroy(int32_t tid, uint64_t area);
 /*
  * Runs calls[0..count) in thread tid, in that order, whatever they return. When budget_ns have passed since it began
  * (it is seen to, once it has a CPU), the thread goes on after the call that it is in; as when it does not begin within 10 ms. *done: how many were made; of those `result` and `data` are filled in.
- * *stopped_ns: from the interrupt to the end, as we saw it. Blocks, at most twice timeout_ms and half a second.
+ * *stopped_ns: from the interrupt to the end, as we saw it. Blocks, at most twice timeout_ms and a second.
  *
  * -EINPROGRESS: it does not come to its end (uninterruptible sleep, SIGSTOP), or what became of it cannot be read just now (the area
  * is swapped out, and there is no memory; the thread has ended; we may not look any more). calls[*done] and those after it may be made
