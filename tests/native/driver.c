@@ -80,6 +80,7 @@ static bool maybe_arrived[MODEL_PAGES_MAX];
 static uint64_t touched_ns[MODEL_PAGES_MAX]; /* when the guest last did */
 static bool touched_late[MODEL_PAGES_MAX];   /* it was leaving by then: the stock engine does not see who reads it */
 static bool moving_before[MODEL_PAGES_MAX];
+static bool watched, arriving[MODEL_PAGES_MAX]; /* since it is watched */
 
 static struct tierd_guest *guest;
 static int table_fd = -1;
@@ -113,6 +114,11 @@ _Noreturn void script_fail(const char *format, ...)
 
 	va_start(arguments, format);
 	fail(format, arguments);
+}
+
+static enum page_state state_of(uint32_t page)
+{
+	return word_state(atomic_load(&guest->words[page]));
 }
 
 /* --- coroutines --------------------------------------------------------------------------------------------------------- */
@@ -246,6 +252,8 @@ static bool schedule(void)
 	M.now_ns += 1000;
 	switch_to(&scheduler, &current->context);
 	current = NULL;
+	for (uint32_t page = 0; watched && page < S.pages; page++)
+		arriving[page] |= state_of(page) == ARRIVING;
 	return true;
 }
 
@@ -309,17 +317,15 @@ void ring(int eventfd)
 
 /* --- the script's world ------------------------------------------------------------------------------------------------- */
 
-static enum page_state state_of(uint32_t page)
-{
-	return word_state(atomic_load(&guest->words[page]));
-}
-
 enum outcome world_access(uint32_t thread, uint32_t page, bool write, uint64_t *value)
 {
 	enum model_access access;
 
-	while ((access = model_access(thread, page, write, value)) == ACCESS_WAITS)
+	while ((access = model_access(thread, page, write, value)) == ACCESS_WAITS) {
 		to_scheduler();
+		if (!write && state_of(page) == MOVING && model_chance(800))
+			return UNKNOWN; /* a signal: it does not touch the page again, which could not come back */
+	}
 	touched_ns[page] = M.now_ns;
 	touched_late[page] = state_of(page) == LEAVING || state_of(page) == DROPPING;
 	return access == ACCESS_MADE ? MADE : MEMORY_ERROR;
@@ -583,6 +589,19 @@ static void check_left_window(void)
 				   : "the guest is held, and no page is being dropped");
 }
 
+/* Between two cycles no page is on its way and left to nobody: its tier could never be emptied. One that a fault has in hand meanwhile
+ * may be so again. */
+static void check_sinks(void)
+{
+	memset(arriving, 0, sizeof(arriving));
+	watched = true;
+	script_select_all(guest);
+	for (uint32_t page = 0; page < S.pages; page++)
+		if (state_of(page) == MOVING && !arriving[page] && !quarantined(guest, page))
+			model_fail("page %u is moving, and in no batch", page);
+	watched = false;
+}
+
 static void serve(uint32_t adopted)
 {
 	struct tierd_adoption adoption;
@@ -608,6 +627,8 @@ static void serve(uint32_t adopted)
 	while (!guests_stop) {
 		check_lost();
 		script_cycle(guest);
+		if ((ladder || anon) && !M.gone)
+			check_sinks();
 	}
 	tierd_guest_set_reads(guest, S.losses ? 0 : UINT64_MAX, TIERD_LOST_POISON);
 	while (!stopping) /* whoever waits now must be served without a later cycle's help */
@@ -814,6 +835,7 @@ static void daemon_kill(void)
 			    page)) /* by a pass that was to stamp it once more at its end: as old as the pass was long */
 			touched_ns[page] = 0;
 	free_everything();
+	watched = false;
 	daemon_start(true);
 }
 
@@ -831,7 +853,7 @@ static void set_up(void)
 	memset(touched_ns, 0, sizeof(touched_ns));
 	memset(touched_late, 0, sizeof(touched_late));
 	remapped = MODEL_PAGES_MAX;
-	guests_stop = stopping = daemon_done = adopting = repaired = false;
+	guests_stop = stopping = daemon_done = adopting = repaired = watched = false;
 	M.now_ns = 1000000000;
 	M.regions = crowded ? 1 : 1 + below(MODEL_REGIONS_MAX);
 	for (uint32_t i = 0; i < M.regions; i++) {

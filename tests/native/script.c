@@ -500,6 +500,24 @@ void script_cycle(struct tierd_guest *g)
 		script_set_reads(g);
 }
 
+void script_select_all(struct tierd_guest *g)
+{
+	struct tierd_batch_result r;
+	struct tierd_batch *b;
+
+	if (tierd_batch_create(g, BATCH_PAGES_MAX, &b))
+		script_fail("no batch");
+	for (uint32_t tier = 1; tier <= TIER_STAGING; tier++)
+		for (uint64_t page = 0; (tier <= S.tiers || (S.anon && tier == TIER_STAGING)) && page < g->pages;) {
+			if (tierd_batch_select(b, tier, 0, page, 0, BATCH_PAGES_MAX, &r))
+				script_fail("select from tier %u failed", tier);
+			page = r.next_page;
+			if (r.selected_pages)
+				tierd_batch_cancel(b, &r);
+		}
+	tierd_batch_destroy(b);
+}
+
 uint64_t script_bring_back(struct tierd_guest *g, bool repaired)
 {
 	struct tierd_counters c;

@@ -54,6 +54,8 @@ bool script_may_have_written(uint32_t page, uint64_t value); /* some time; not z
 /* --- the daemon's worker --- */
 void script_set_reads(struct tierd_guest *g); /* drawn anew */
 void script_cycle(struct tierd_guest *g);
+/* Whatever is stored, of any age: it is selected to sink, and the batch cancelled. */
+void script_select_all(struct tierd_guest *g);
 /* One try at bringing everything back: how many pages are still away. With `repaired` these include the LOST ones. */
 uint64_t script_bring_back(struct tierd_guest *g, bool repaired);
 

@@ -605,6 +605,12 @@ MUTATIONS += ANONYMOUS
 # From tier to tier.
 LADDER = [
     Mutation(
+        "page_that_could_not_come_back_is_left_to_nobody",  # its batch has ended meanwhile
+        "evict.c",
+        "		if ((word_state(w) != STORED && word_state(w) != MOVING) || word_tier(w) != b->from ||",
+        "		if (word_state(w) != STORED || word_tier(w) != b->from ||",
+    ),
+    Mutation(
         "sinking_page_passed_on_unverified",  # rule 5: what a tier gives may not be what it was given
         "evict.c",
         "		return checksum(page, b->page_bytes) == *sum ? 0 : -EBADMSG;",

@@ -202,7 +202,8 @@ static void select_pages(struct tierd_batch *b, uint64_t page, uint32_t min_age,
 	*next_page = page < g->pages ? page : g->pages;
 }
 
-/* Out of a tier. Of the staging area: what has been there for long enough. */
+/* Out of a tier. Of the staging area: what has been there for long enough. A page that is MOVING, and in no batch, is nobody's: a fault
+ * had it in hand when its batch ended, and could not bring it back. */
 static void select_stored(struct tierd_batch *b, uint64_t page, uint32_t min_age, uint32_t max, uint64_t *next_page)
 {
 	struct tierd_guest *g = b->g;
@@ -215,9 +216,9 @@ static void select_stored(struct tierd_batch *b, uint64_t page, uint32_t min_age
 			page = end - 1;
 			continue;
 		}
-		if (word_state(w) != STORED || word_tier(w) != b->from ||
+		if ((word_state(w) != STORED && word_state(w) != MOVING) || word_tier(w) != b->from ||
 		    stored_age(g, page, epoch_now(g), w) < min_age || quarantined(g, page) ||
-		    (b->pool_only && word_refused(w)) || !page_move(g, page, w, to))
+		    (b->pool_only && word_refused(w)) || (w != to && !page_move(g, page, w, to)))
 			continue;
 		b->pages[b->count] = page;
 		b->words[b->count++] = to;
