@@ -29,7 +29,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tierd.native import GUEST_TIER, STAGING_TIER, BatchResult, KernelError, NativeBatch, NativeGuest, Staged
 
@@ -45,6 +45,8 @@ SAMPLE = 64  # one page in so many goes into the staging area in the first cycle
 SAMPLE_PAGES_MIN = 256
 STOPS_SHARE = 0.2  # of the time of the thread that is stopped
 STOPS_IN_VAIN_MAX = 20
+
+Done = TypeVar("Done", Staged, BatchResult)
 
 
 class CutShort(Exception):
@@ -159,7 +161,7 @@ def unstage(guest: NativeGuest, check: Callable[[], None]) -> None:
         page = _spaced(guest.unstage(page)).next_page
 
 
-def _spaced(done: Staged) -> Staged:
+def _spaced(done: Done) -> Done:
     """After a stop the thread has some time for itself."""
     if done.stopped_ns:
         time.sleep(done.stopped_ns / 1e9 * (1 / STOPS_SHARE - 1))
@@ -236,7 +238,7 @@ def _drop(batch: NativeBatch, hold_ms_max: float, phases: Phases) -> int:
         phases.add_batch(dropped)
     finally:
         phases.add_batch(batch.release())  # a punch wakes nobody, this does
-    return dropped.evicted_pages
+    return _spaced(dropped).evicted_pages
 
 
 def evict(

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import click
 from rich.console import Console
@@ -374,7 +375,7 @@ def evictions(bench: Bench, row: str, store: Store | None = None, limits: Sequen
 def row_j(bench: Bench) -> None:
     """Private anonymous memory: into the staging area, and out of it."""
     size, ours, bare = (256 if bench.quick else 1024) * MIB, [], []
-    with bench.load(size, anonymous=True) as load:
+    with bench.load(size, anonymous=True) as load, patch.object(cycle, "STOPS_SHARE", 1.0):  # no pauses between stops
         load.ask("fill")
         with bench.served(load, readahead=64, direct="on") as served:
             for i in range(3):

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -771,6 +772,23 @@ def test_what_looks_like_ram_and_is_none(start_vmm: Start, host: Host) -> None:
 
 
 # --- what it costs, what it leaves ------------------------------------------------------------------------------------------
+
+
+def test_stops_leave_the_thread_time_for_itself(vmm: Vmm, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth of its time at most, also those for drops."""
+    slept_s: list[float] = []
+    with host.attached(vmm) as tiered:
+        for step in (tiered.stage, lambda: tiered.evict(stage=False)):
+            before, slept_s[:] = tiered.counters(), []
+            with monkeypatch.context() as patch:
+                patch.setattr(time, "sleep", slept_s.append)
+                step()
+            after = tiered.counters()
+            stopped_s = (after["inject_stopped_ns"] - before["inject_stopped_ns"]) / 1e9
+            assert after["inject_stops"] > before["inject_stops"]
+            assert sum(slept_s) > 3.9 * stopped_s
+        vmm.verify()
+        tiered.leave()
 
 
 def test_a_guest_with_nothing_cold_is_not_stopped(vmm: Vmm, host: Host) -> None:

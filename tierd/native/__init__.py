@@ -186,6 +186,7 @@ class BatchResult:
     write_ns: int
     drop_ns: int
     release_ns: int
+    stopped_ns: int
 
 
 @dataclass(frozen=True)

@@ -1154,7 +1154,7 @@ static void settle_moved(struct tierd_batch *b, uint32_t i, bool there, struct t
 static int drop_staged(struct tierd_batch *b, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
-	uint64_t waits = waits_now(g), stopped_ns = 0;
+	uint64_t waits = waits_now(g);
 	struct sys_inside_call calls[SYS_INSIDE_MAX];
 	uint32_t n, count = 0, done, all = b->count;
 	int error = 0, failed;
@@ -1165,7 +1165,7 @@ static int drop_staged(struct tierd_batch *b, struct tierd_batch_result *ret)
 		calls[count++] = drop_of(g, b->pages[i], n);
 		if (count < SYS_INSIDE_MAX && i + n < b->count)
 			continue;
-		error = inside_run(g, calls, count, &done, &stopped_ns);
+		error = inside_run(g, calls, count, &done, &ret->stopped_ns);
 		count = 0;
 	}
 	for (uint32_t i = 0; i < b->count; i += n) {

@@ -242,6 +242,7 @@ struct tierd_batch_result {
 	uint64_t failed_tier;   /* write: after an error, which tier did not take the pages; 0: it is not known */
 	uint64_t offered_pages; /* write: to tiers that Python asks */
 	uint64_t select_ns, hold_ns, copy_ns, write_ns, drop_ns, release_ns;
+	uint64_t stopped_ns; /* drop: a thread of the VMM, 0: none was */
 };
 
 /* What one batch of moves into the staging area did. */
