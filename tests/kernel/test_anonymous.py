@@ -42,6 +42,7 @@ KSM = Path("/sys/kernel/mm/ksm")
 LARGE_PAGE = 2 * MIB
 PAGES = 1024  # of a region
 SHORT_S = 0.05  # an interval
+READ_S = 0.1  # after so long without a write it is looked whether a page is read
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -151,6 +152,31 @@ def test_a_staged_page_that_is_read_comes_back_without_the_store(vmm: Vmm, host:
         no_trouble(tiered)
         tiered.leave()
     vmm.verify()
+
+
+def test_what_is_read_again_and_again_is_left_alone_for_longer(vmm: Vmm, host: Host) -> None:
+    """Each time twice as long; that its neighbours leave takes back one of these times, not one for each of them."""
+
+    def until_staged(least: int) -> float:
+        began = time.monotonic()
+        wait_for(lambda: tiered.stage(READ_S / 2) >= least, "it is staged")
+        return time.monotonic() - began
+
+    with host.attached(vmm) as tiered:
+        until_staged(vmm.pages)
+        waited_s = []
+        for _ in range(3):
+            vmm.ask("verify", 0, 1)
+            waited_s.append(until_staged(1))
+        vmm.ask("verify", 0, 1)
+        assert tiered.evict(stage=False) == vmm.pages - 1
+        waited_s.append(until_staged(1))
+        assert waited_s[0] >= 2 * READ_S
+        assert waited_s[1] >= 4 * READ_S
+        assert waited_s[2] >= 8 * READ_S
+        assert waited_s[3] >= 8 * READ_S, "of sixteen"
+        vmm.verify()
+        tiered.leave()
 
 
 def test_room_in_the_staging_area_is_given_back(vmm: Vmm, host: Host) -> None:

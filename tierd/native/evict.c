@@ -1145,7 +1145,6 @@ static void settle_moved(struct tierd_batch *b, uint32_t i, bool there, struct t
 		ret->evicted_pages++;
 		count_add(&g->count.pages_evicted, 1);
 		count_add(&g->count.pages_evicted_zero, b->to[i] == TIER_ZERO);
-		heat_down(g, b->pages[i]);
 	}
 	if (!page_move(g, b->pages[i], b->words[i], to))
 		abort();
@@ -1154,7 +1153,7 @@ static void settle_moved(struct tierd_batch *b, uint32_t i, bool there, struct t
 static int drop_staged(struct tierd_batch *b, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
-	uint64_t waits = waits_now(g);
+	uint64_t waits = waits_now(g), cooled = UINT64_MAX;
 	struct sys_inside_call calls[SYS_INSIDE_MAX];
 	uint32_t n, count = 0, done, all = b->count;
 	int error = 0, failed;
@@ -1171,8 +1170,15 @@ static int drop_staged(struct tierd_batch *b, struct tierd_batch_result *ret)
 	for (uint32_t i = 0; i < b->count; i += n) {
 		n = run_length(g, b->pages + i, b->count - i);
 		failed = staged_look(g, b->pages[i], n, b->touched);
-		for (uint32_t k = 0; k < n; k++)
+		for (uint32_t k = 0; k < n; k++) {
+			uint64_t group = b->pages[i + k] / GROUP_PAGES;
+
 			settle_moved(b, i + k, bit_get(b->touched, k), ret);
+			if (!bit_get(b->touched, k) && group != cooled) { /* once, however many of its pages leave */
+				heat_down(g, b->pages[i + k]);
+				cooled = group;
+			}
+		}
 		wake_waiters(g, b->pages[i], n, waits);
 		if (!error)
 			error = failed;
