@@ -837,7 +837,8 @@ static page_word adopted_anon_word(page_word w, bool with_guest, bool staged)
 	enum page_state state = word_state(w);
 
 	if (staged && (state == STAGING || state == DROPPING))
-		return word_with_copy(word_with_tier(word_with_state(w, STORED), TIER_STAGING), true);
+		return word_with_copy(word_with_tier(word_with_state(w, with_guest ? RESIDENT : STORED), TIER_STAGING),
+				      true);
 	return adopted_word(w, with_guest);
 }
 
