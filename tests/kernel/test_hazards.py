@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.host_memory import THP, large_shmem, scratch_swap, swapped_kb
-from tests.kernel.vmm import MIB, PAGE, SAFE, Host, Vmm, wait_for
+from tests.kernel.vmm import MIB, PAGE, SAFE, Host, Vmm, need_anonymous, wait_for
 from tests.need import need
 from tierd.attach import GuestSpec, Refused
 from tierd.attach import preflight as checks
 from tierd.attach.holders import HolderScan
 from tierd.attach.preflight import CHECKS, findings, preflight, recheck, swap_can_receive
 from tierd.attach.procfs import read_spec
+from tierd.attach.ptrace import pick_thread
 from tierd.engine import choose
 from tierd.engine.stock import StockEngine
 from tierd.native import KernelError, Zap, probe
@@ -260,13 +261,48 @@ def test_no_such_process() -> None:
         read_spec(process.pid)
 
 
-def test_a_memory_cgroup_at_its_limit(start_vmm: Start) -> None:
+def test_anonymous_memory_that_is_locked(start_vmm: Start) -> None:
+    need_anonymous()
+    vmm = start_vmm(f"bytes={4 * MIB}", "kind=anonymous")
+    accepted(vmm.spec())
+    vmm.ask("lock", 0, 1)
+    found = refused(vmm.spec())
+    assert (found.check, "VmLck" in found.evidence) == ("mlock", True)
+    vmm.ask("unlock", 0, 1)
+    accepted(vmm.spec())
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_calls_are_not_made_by_a_vcpu_if_another_thread_is_there(other: bool) -> None:
+    """QEMU's first thread may bear such a name, too, and a vCPU that is stopped is the guest that stands."""
+    name = "worker" if other else "CPU 1/KVM"
+    script = (
+        "import threading, time; from pathlib import Path\n"
+        f"def run(): Path(f'/proc/self/task/{{threading.get_native_id()}}/comm').write_text('{name}'); "
+        "print(threading.get_native_id(), flush=True); time.sleep(1000)\n"
+        "Path('/proc/self/comm').write_text('CPU 0/KVM')\n"
+        "threading.Thread(target=run).start()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout is not None
+            tid = int(child.stdout.readline())
+            assert tid != child.pid
+            assert pick_thread(child.pid) == (tid if other else child.pid)
+        finally:
+            child.kill()
+
+
+@pytest.mark.parametrize("kind", ["memfd", "anonymous"])
+def test_a_memory_cgroup_at_its_limit(start_vmm: Start, kind: str) -> None:
+    if kind == "anonymous":
+        need_anonymous()
     root = Path("/sys/fs/cgroup/memory")
     need("kernel", (root / "memory.limit_in_bytes").exists(), "no memory cgroup (version 1) here")
     group = root / f"tierd-test-{os.getpid()}"
     group.mkdir()
     try:
-        vmm = start_vmm(f"bytes={256 * MIB}")
+        vmm = start_vmm(f"bytes={256 * MIB}", f"kind={kind}")
         (group / "memory.limit_in_bytes").write_text(str(128 * MIB))
         (group / "cgroup.procs").write_text(str(vmm.pid))
         vmm.ask("fill", 0, 80 * MIB // PAGE)
