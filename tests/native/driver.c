@@ -613,7 +613,8 @@ static void serve(uint32_t adopted)
 			return;
 		else if (error == -EINTR)
 			continue; /* the mode could not be changed */
-		else if (check_left_window(), ((error == -ETIMEDOUT || error == -EPERM) && anon) || (error == -EBUSY && asked))
+		else if (check_left_window(),
+			 ((error == -ETIMEDOUT || error == -EPERM) && anon) || (error == -EBUSY && asked))
 			continue; /* the predecessor's batch is under way still; or a punch must be made again, and was not */
 		else if (!adopted || !S.failures) /* the daemon tries again for as long as the VMM lives */
 			model_fail("%s failed: error %d", adopted ? "adoption" : "arm", -error);
