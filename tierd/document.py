@@ -34,7 +34,8 @@ class ConfigError:
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else str(self.file)
         key = f" {self.key}:" if self.key else ""
-        return f"{place}:{key} {self.message}" + (f" ({self.suggestion})" if self.suggestion else "")
+        text = f"{place}:{key} {self.message}" + (f" ({self.suggestion})" if self.suggestion else "")
+        return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
 
 
 class ConfigErrors(Exception):

@@ -573,6 +573,7 @@ def load_bytes(data: bytes) -> Config | None:
 
 
 @given(st.dictionaries(KEYS, VALUES, max_size=8))
+@example({"guests_dir": "\x1f"})
 def test_any_structure_is_a_configuration_or_config_errors(value: dict[str, object]) -> None:
     try:
         text = yaml.safe_dump(value, default_flow_style=True)
