@@ -362,6 +362,7 @@ static void *excursion_main(void *argument)
 			gone = let_go(e->tid, e->stopped, e->signal);
 		e->stopped_ns = sys_now_ns() - e->began_ns;
 	}
+	atomic_store(&e->over, true);
 	sem_post(&e->done);
 	if (!gone)
 		let_go_at_last(e->tid);
@@ -403,7 +404,7 @@ static bool wait_done(struct inject_excursion *e, uint64_t ns)
 			return false;
 		else if (errno == ETIMEDOUT)
 			until.tv_sec = INT32_MAX;
-	return true;
+	return atomic_load(&e->over);
 }
 
 int inject_excurse(struct inject_excursion *e)

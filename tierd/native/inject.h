@@ -100,6 +100,7 @@ struct inject_excursion {
 	bool stopped; /* kept by run, as is the signal that it is to be let go with */
 	int signal, error;
 	sem_t done;
+	_Atomic bool over; /* what run has written can be read (the thread sanitizer does not know sem_clockwait) */
 	_Atomic int users;
 	_Atomic bool decided; /* to commit, by run, or to give it up, by the caller: whoever sets it first */
 };
