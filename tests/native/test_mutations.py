@@ -889,6 +889,12 @@ ALSO = {
         "		if (bit_get(b->other, i) && !bit_get(b->touched, i) && word_state(w) == RESIDENT &&\n"
         "		    page_move(b->g, b->pages[first + i], w, b->words[first + i]))\n",
     ),
+    "huge_page_described_by_its_neighbours_entries": Mutation(
+        "window_looks_at_several_huge_pages",
+        "evict.c",
+        "(g->huge ? 1 : GROUP_PAGES - ",
+        "(g->huge ? run : GROUP_PAGES - ",
+    ),
     "checksum_not_verified_and_no_sync": Mutation(
         "no_sync", "store.c", "		error = sys_store_sync(t->fd);", "		error = 0;"
     ),
