@@ -878,8 +878,9 @@ static void set_up(void)
 		M.faults.discard_fails = 2 + M.faults.store_eio % 4;
 	if (!below(4) && !anon)
 		M.faults.punch_stays = below(300);
+	if (faulty)
+		M.faults.resolve_fails = below(engine == TIERD_ENGINE_STOCK ? 100 : 200);
 	if (faulty && engine != TIERD_ENGINE_STOCK) {
-		M.faults.resolve_fails = below(200);
 		M.faults.register_fails = below(200);
 		M.faults.mode_fails = below(3) ? 0 : below(300);
 	}

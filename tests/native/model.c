@@ -286,14 +286,27 @@ int sys_uffd_unregister(int uffd, uint64_t address, uint64_t bytes)
 	return 0;
 }
 
+/* What may be answered though nothing is wrong with the page: an event that is not read yet, a mapping that changes just now, another
+ * page of the range. */
+static int answer_at_random(void)
+{
+	static const int answers[] = {-EAGAIN, -EEXIST, -EFAULT, -ENOENT, -EBUSY};
+
+	for (size_t i = 0; i < sizeof(answers) / sizeof(answers[0]); i++)
+		if (model_chance(M.faults.resolve_fails / 4))
+			return answers[i];
+	return 0;
+}
+
 static int protect(uint64_t address, uint64_t bytes, bool on)
 {
 	uint32_t count, first = range(address, bytes, &count);
-	int error = 0;
+	int error;
 
 	if (M.gone)
 		return -ESRCH;
 	model_enter();
+	error = answer_at_random();
 	for (uint32_t p = first; p < first + count && !error; p++) {
 		if (on && model_chance(M.faults.protect_fails)) /* a prefix may be held */
 			error = model_chance(500) ? -ENOENT : -EAGAIN;
@@ -373,17 +386,6 @@ int sys_uffd_copy(int uffd, uint64_t address, const void *from, uint64_t bytes, 
 	wake(first, n);
 	model_exit();
 	return n == count ? 0 : n ? -EAGAIN : error;
-}
-
-/* What may be answered though nothing is wrong with the page: an event that is not read yet, a mapping that changes just now. */
-static int answer_at_random(void)
-{
-	static const int answers[] = {-EAGAIN, -EEXIST, -EFAULT, -ENOENT, -EBUSY};
-
-	for (size_t i = 0; i < sizeof(answers) / sizeof(answers[0]); i++)
-		if (model_chance(M.faults.resolve_fails / 4))
-			return answers[i];
-	return 0;
 }
 
 int sys_uffd_continue(int uffd, uint64_t address, uint64_t bytes)
@@ -514,12 +516,13 @@ int sys_rfc_set_async(int uffd, bool async)
 int sys_uffd_poison(int uffd, uint64_t address, uint64_t bytes)
 {
 	uint32_t count, first = range(address, bytes, &count);
-	int error = 0;
+	int error;
 
 	if (M.gone)
 		return -ESRCH;
 	(void)uffd;
 	model_enter();
+	error = answer_at_random();
 	for (uint32_t p = first; p < first + count && !error; p++) {
 		if (M.present[p] || M.marker[p] || M.poisoned[p]) /* any entry of the page table */
 			error = -EEXIST;
@@ -664,6 +667,8 @@ ssize_t sys_pageout(int pidfd, const struct iovec *ranges, size_t count)
 		return -ESRCH;
 	if (M.huge && pidfd == FD_PIDFD)
 		return -EINVAL;
+	if (model_chance(M.faults.resolve_fails / 4))
+		return model_chance(500) ? -EINTR : -EAGAIN;
 	model_enter();
 	for (size_t i = 0; i < count; i++) {
 		uint32_t pages, first = range((uintptr_t)ranges[i].iov_base, ranges[i].iov_len, &pages);

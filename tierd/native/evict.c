@@ -1274,6 +1274,8 @@ static int release_runs(struct tierd_batch *b)
 	for (uint32_t i = 0; i < b->held_runs; i++) {
 		int error = g->engine->release(g, b->held[i].page, b->held[i].count);
 
+		if (error) /* a part of it is not mapped any more, say: whoever waits at the others comes again, and lifts it there */
+			sys_uffd_wake(g->uffd, address_of(g, b->held[i].page), b->held[i].count * g->page_bytes);
 		if (error && !first)
 			first = error;
 	}
