@@ -33,6 +33,12 @@ class Mutation:
 
 MUTATIONS = [
     Mutation(
+        "hold_that_cannot_be_lifted_wakes_nobody",
+        "evict.c",
+        "		if (error) /* a part of it is not mapped any more",
+        "		if (error > 0) /* a part of it is not mapped any more",
+    ),
+    Mutation(
         "copy_whose_discard_failed_is_relied_on",
         "evict.c",
         "		unclean(g, page, n);\n",

@@ -567,7 +567,7 @@ def test_an_earlier_boot_is_swept_when_its_lease_is_over(server: Server) -> None
 
 def test_two_machines_of_one_host_id_do_not_sweep_each_other(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long neither of them writes: whoever lives sweeps now and then, and both may be started again."""
-    monkeypatch.setattr(redis, "LEASE_MS", 1000)
+    monkeypatch.setattr(redis, "LEASE_MS", 4000)
 
     async def run(store: RedisStore) -> None:
         async with made(options(server, host_id="cloned")) as again, space_of(store) as mine:
@@ -575,8 +575,8 @@ def test_two_machines_of_one_host_id_do_not_sweep_each_other(server: Server, mon
             async with space_of(other) as theirs:
                 await mine.write(0, records(0, 1))
                 await theirs.write(0, records(0, 1, 1))
-                for _ in range(6):
-                    await trio.sleep(0.25)
+                for _ in range(12):
+                    await trio.sleep(0.4)
                     for each in (store, other, again):
                         assert await each.sweep(lambda key: True) == []
                 assert await mine.read(0, 1) == records(0, 1)

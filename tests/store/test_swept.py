@@ -28,7 +28,7 @@ def asked(pages: PageStore, tmp_path: Path) -> AskedStore:
 def test_a_guest_that_is_idle_for_longer_than_the_lease_is_not_swept_by_another_boot(
     redis_there: None, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(redis, "LEASE_MS", 1000)
+    monkeypatch.setattr(redis, "LEASE_MS", 4000)
     monkeypatch.setattr(stores, "SWEEP_EVERY_S", 0.2)
     options = RedisOptions.model_validate({"addresses": [server.address], "host_id": "idle"})
 
@@ -41,13 +41,13 @@ def test_a_guest_that_is_idle_for_longer_than_the_lease_is_not_swept_by_another_
             await space.write(0, records(0, 1))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(keep_swept, asked(idle, tmp_path), lambda key: True)
-                await trio.sleep(2.5)
+                await trio.sleep(6)
                 assert await copy.sweep(lambda key: True) == []
                 nursery.cancel_scope.cancel()
             assert await space.read(0, 2) == [*records(0, 1), None]
             left = await idle.open("1-1", PAGES, PAGE)
             await left.aclose()
-            await trio.sleep(1.5)
+            await trio.sleep(5)
             assert "1-1" in await copy.sweep(lambda key: True), "with nobody there it is over"
 
     trio.run(test)
