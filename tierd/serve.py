@@ -421,6 +421,14 @@ def _still_has(maps: Sequence[Mapping], region: Region) -> bool:
     return any((m.device, m.inode) == (region.device, region.inode) for m in maps)
 
 
+def _open_memory(pid: int) -> int:
+    """To write as well, should the right to trace be taken from us; CAP_DAC_READ_SEARCH reads another user's VMM only."""
+    try:
+        return os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        return os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+
+
 def _take_descriptors(served: Served, handed: Handed | None, maps: Sequence[Mapping] = ()) -> None:
     """But for the userfaultfd. `maps`: in an adoption, by which memory that the VMM has given up since is told from what cannot
     be had."""
@@ -431,7 +439,7 @@ def _take_descriptors(served: Served, handed: Handed | None, maps: Sequence[Mapp
     path = f"/proc/{spec.pid}/pagemap"
     served.pagemap = served._own(os.dup(handed.pagemap) if handed else os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     if spec.anonymous:
-        served.mem = served._own(os.open(f"/proc/{spec.pid}/mem", os.O_RDWR | os.O_CLOEXEC))
+        served.mem = served._own(_open_memory(spec.pid))
         served.memfds = [-1] * len(spec.regions)
         return
     for region in spec.regions:
