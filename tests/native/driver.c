@@ -2,7 +2,7 @@
 /*
  * driver.c: the data plane against the model kernel, under a seeded scheduler.
  *
- *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--hugetlb] [--anon] [--ladder] [--asked] [--often] [--vmm-ends] [--engine stock|rwp|rfc] [-v]
+ *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--odd] [--hugetlb] [--anon] [--ladder] [--asked] [--often] [--vmm-ends] [--engine stock|rwp|rfc] [-v]
  *
  * --asked: of the ladder's files one or all are tiers that Python asks; without a ladder, the only tier is.
  * --often: it is killed often, while writes take long, and pages often cannot come back at once.
@@ -70,8 +70,8 @@ static uint32_t engine; /* TIERD_ENGINE_* */
 static uint32_t stall_chance, reclaim_chance, guest_threads;
 static void (*staller)(uint32_t); /* who stalls; NULL: anybody */
 static uint32_t remapped;         /* nobody sees what is touched there: MODEL_PAGES_MAX: none */
-static bool remap, verbose, vmm_ends, late_io, hugetlb, anon, ladder, asked, often, worker_done, guests_stop, stopping,
-	daemon_done, adopting, repaired;
+static bool odd, remap, verbose, vmm_ends, late_io, hugetlb, anon, ladder, asked, often, worker_done, guests_stop,
+	stopping, daemon_done, adopting, repaired;
 
 /* One corner is known and allowed: a daemon that is killed between the COPY of a fetch and the fetch's last move, and a page
  * that the VMM gives back before the successor has looked at it. The successor cannot tell whether the COPY was made, and
@@ -878,9 +878,10 @@ static void set_up(void)
 		M.faults.discard_fails = 2 + M.faults.store_eio % 4;
 	if (!below(4) && !anon)
 		M.faults.punch_stays = below(300);
-	if (faulty)
-		M.faults.resolve_fails = below(engine == TIERD_ENGINE_STOCK ? 100 : 200);
+	if (faulty && odd)
+		M.faults.odd_answers = below(25);
 	if (faulty && engine != TIERD_ENGINE_STOCK) {
+		M.faults.resolve_fails = below(200);
 		M.faults.register_fails = below(200);
 		M.faults.mode_fails = below(3) ? 0 : below(300);
 	}
@@ -1086,6 +1087,8 @@ int main(int count, char **arguments)
 			late_io = true;
 		else if (!strcmp(arguments[i], "--remap"))
 			remap = true;
+		else if (!strcmp(arguments[i], "--odd"))
+			odd = true;
 		else if (!strcmp(arguments[i], "--vmm-ends"))
 			vmm_ends = true;
 		else if (!strcmp(arguments[i], "--hugetlb"))
@@ -1108,7 +1111,7 @@ int main(int count, char **arguments)
 			steps = strtoull(arguments[++i], NULL, 10);
 		else
 			return fprintf(stderr,
-				       "usage: driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] "
+				       "usage: driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--odd] "
 				       "[--hugetlb] [--anon] [--ladder] [--asked] [--often] [--vmm-ends] [--engine "
 				       "stock|rwp|rfc] [-v]\n"),
 			       2;

@@ -288,14 +288,19 @@ int sys_uffd_unregister(int uffd, uint64_t address, uint64_t bytes)
 
 /* What may be answered though nothing is wrong with the page: an event that is not read yet, a mapping that changes just now, another
  * page of the range. */
-static int answer_at_random(void)
+static int answer_at(uint32_t thousandths)
 {
 	static const int answers[] = {-EAGAIN, -EEXIST, -EFAULT, -ENOENT, -EBUSY};
 
 	for (size_t i = 0; i < sizeof(answers) / sizeof(answers[0]); i++)
-		if (model_chance(M.faults.resolve_fails / 4))
+		if (model_chance(thousandths))
 			return answers[i];
 	return 0;
+}
+
+static int answer_at_random(void)
+{
+	return answer_at(M.faults.resolve_fails / 4);
 }
 
 static int protect(uint64_t address, uint64_t bytes, bool on)
@@ -306,7 +311,7 @@ static int protect(uint64_t address, uint64_t bytes, bool on)
 	if (M.gone)
 		return -ESRCH;
 	model_enter();
-	error = answer_at_random();
+	error = answer_at(M.faults.odd_answers);
 	for (uint32_t p = first; p < first + count && !error; p++) {
 		if (on && model_chance(M.faults.protect_fails)) /* a prefix may be held */
 			error = model_chance(500) ? -ENOENT : -EAGAIN;
@@ -522,7 +527,7 @@ int sys_uffd_poison(int uffd, uint64_t address, uint64_t bytes)
 		return -ESRCH;
 	(void)uffd;
 	model_enter();
-	error = answer_at_random();
+	error = answer_at(M.faults.odd_answers);
 	for (uint32_t p = first; p < first + count && !error; p++) {
 		if (M.present[p] || M.marker[p] || M.poisoned[p]) /* any entry of the page table */
 			error = -EEXIST;
@@ -667,7 +672,7 @@ ssize_t sys_pageout(int pidfd, const struct iovec *ranges, size_t count)
 		return -ESRCH;
 	if (M.huge && pidfd == FD_PIDFD)
 		return -EINVAL;
-	if (model_chance(M.faults.resolve_fails / 4))
+	if (model_chance(M.faults.odd_answers))
 		return model_chance(500) ? -EINTR : -EAGAIN;
 	model_enter();
 	for (size_t i = 0; i < count; i++) {

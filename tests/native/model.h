@@ -42,6 +42,7 @@ struct model_faults { /* how often what goes wrong, in 1/1000 of the calls */
 	uint32_t copy_nomem, copy_again, protect_fails, store_eio, store_short, sync_loses, punch_stays;
 	uint32_t read_eio, read_short, read_flip;
 	uint32_t pool_refuses, pool_full;
+	uint32_t odd_answers;                               /* of WRITEPROTECT, POISON, PAGEOUT */
 	uint32_t resolve_fails, register_fails, mode_fails; /* not of a stock kernel, whose seeds stay what they are */
 	uint32_t move_busy, miscounts, enter_fails, cut_short; /* of anonymous memory */
 };

@@ -144,7 +144,7 @@ void script_guest(uint32_t thread)
 		else if (what < 86)
 			write_page(thread, page, BYTES);
 		else if (what < 92)
-			write_page(thread, page, below(2) ? ZEROS : FILLED);
+			write_page(thread, page, what % 2 ? FILLED : ZEROS);
 		else if (what < 94 && !S.anon) /* of anonymous memory it is the other thing */
 			world_zap(page);
 		else

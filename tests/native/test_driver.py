@@ -49,6 +49,13 @@ def test_seeds_of_an_engine_with_a_sync_mode(driver: Path, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["stock", "rwp", "rfc"])
+def test_seeds_with_odd_answers(driver: Path, engine: str) -> None:
+    """EAGAIN, EEXIST, EFAULT, ENOENT, EBUSY of any WRITEPROTECT, POISON, PAGEOUT, though nothing is wrong with the page."""
+    figures = run_seeds(driver, max(SEEDS // 10, 100), "--engine", engine, "--odd")
+    assert figures["pages evicted"] > 0
+
+
+@pytest.mark.parametrize("engine", ["stock", "rwp", "rfc"])
 def test_seeds_with_a_mapping_made_anew(driver: Path, engine: str) -> None:
     """By the VMM, at the same addresses: it is not registered, and no page of it may leave."""
     figures = run_seeds(driver, max(SEEDS // 10, 100), "--engine", engine, "--remap")

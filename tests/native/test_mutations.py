@@ -150,12 +150,6 @@ MUTATIONS = [
         "	default: /* RESOLVING, DROPPING, ARRIVING, STAGING: whoever owns the page wakes its waiters */",
     ),
     Mutation(
-        "zero_page_by_its_first_word",
-        "evict.c",
-        "	return !first && !memcmp(page, page + sizeof(first), bytes - sizeof(first));",
-        "	return !(first & 0xf) && bytes;",
-    ),
-    Mutation(
         "late_discard",  # rule 11: the store space of a page that has left again
         "evict.c",
         "	return word_state(w) == RESIDENT && word_takes_space(w) && !quarantined(g, page) &&",
@@ -806,6 +800,8 @@ ASKED = [
 MUTATIONS += ASKED
 MORE = {
     "page_claimed_by_the_last_look_is_forgotten": ("--anon",),
+    "hold_that_cannot_be_lifted_wakes_nobody": ("--odd",),
+    "page_of_the_other_batch_is_taken": ("--anon", "--ladder"),
     "page_that_is_somebodys_is_not_dated_again": ("--often", "--from", "38001"),
     "two_holds_end_with_the_first_release": ("--from", "10001"),
     "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle
