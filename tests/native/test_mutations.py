@@ -51,12 +51,6 @@ MUTATIONS = [
         "",
     ),
     Mutation(
-        "page_that_is_somebodys_is_not_dated_again",  # rule 8, by a step
-        "scan.c",
-        "	if (deactivated)\n		atomic_store",
-        "	if (deactivated && g->pages > UINT32_MAX)\n		atomic_store",
-    ),
-    Mutation(
         "page_claimed_by_the_last_look_is_forgotten",
         "stage.c",
         "		if (!claimed)\n",
@@ -802,7 +796,6 @@ MORE = {
     "page_claimed_by_the_last_look_is_forgotten": ("--anon",),
     "hold_that_cannot_be_lifted_wakes_nobody": ("--odd",),
     "page_of_the_other_batch_is_taken": ("--anon", "--ladder"),
-    "page_that_is_somebodys_is_not_dated_again": ("--often", "--from", "38001"),
     "two_holds_end_with_the_first_release": ("--from", "10001"),
     "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle
     "late_write_lands_in_used_space": ("--late-io",),
