@@ -784,19 +784,12 @@ ASKED = [
         "		place_answer(w, &r);\n		request_end(g, &r);",
         "		request_end(g, &r);\n		place_answer(w, &r);",
     ),
-    Mutation(
-        "asked_answer_taken_twice",
-        "ask.c",
-        "		enter_state(a, s, PLACING);",
-        "		enter_state(a, s, s->request.count > 2 && a->order % 8 == 0 ? ANSWERED : PLACING);",
-    ),
 ]
 MUTATIONS += ASKED
 MORE = {
     "page_claimed_by_the_last_look_is_forgotten": ("--anon",),
     "hold_that_cannot_be_lifted_wakes_nobody": ("--odd",),
     "page_of_the_other_batch_is_taken": ("--anon", "--ladder"),
-    "two_holds_end_with_the_first_release": ("--from", "10001"),
     "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle
     "late_write_lands_in_used_space": ("--late-io",),
     "page_claimed_whatever_its_tier": ("--ladder",),
@@ -829,12 +822,6 @@ _CHECKSUM_NOT_COMPARED = Mutation(
 )
 # of pages that were fetched and not written since; two things say so, and each must hold by itself
 CLEAN = [
-    Mutation(
-        "two_holds_end_with_the_first_release",
-        "evict.c",
-        "		atomic_fetch_sub(&g->holding, 1);",
-        "		atomic_store(&g->holding, 0);",
-    ),
     Mutation(
         "fetched_under_a_hold_is_taken_for_clean",
         "fault.c",
