@@ -20,7 +20,7 @@ import pytest
 import trio
 
 from tests.kernel.test_kill import blocked
-from tests.kernel.vmm import PAGE, SLOWNESS, Host, Tiered, Vmm, wait_for
+from tests.kernel.vmm import PAGE, Host, Tiered, Vmm, wait_for
 from tests.need import need
 from tierd.engine import choose
 from tierd.native import GUEST_TIER, KernelError
@@ -30,8 +30,8 @@ Start = Callable[..., Vmm]
 MIB = 1 << 20
 # UFFDIO_SET_MODE, struct uffdio_set_mode {enable, disable}; RWP_ASYNC and MINOR_ASYNC have the same number
 SET_MODE, ASYNC = 0x4010AA0A, 1 << 18
-PAGES = 2048  # of a guest that leaves in several batches
-TABLE_HEADER_BYTES, DROPPING, COPY = 65536, 3, 1 << 8  # of a state file and its words: internal.h
+PAGES = 8192  # of a guest that leaves in many windows
+TABLE_HEADER_BYTES, RESIDENT, DROPPING, COPY = 65536, 0, 3, 1 << 8  # of a state file and its words: internal.h
 
 
 @pytest.fixture(autouse=True)
@@ -185,19 +185,26 @@ def test_windows_are_cut(start_vmm: Start, host: Host) -> None:
 
 
 def test_faults_in_a_window_are_counted(start_vmm: Start, host: Host) -> None:
-    """Of a guest that touches pages while others leave; outside of windows nobody waits."""
-    vmm = start_vmm(f"bytes={4 * MIB}", "threads=4")
+    """Of a guest that touches pages that stay while others leave; outside of windows nobody waits."""
+    vmm = start_vmm(f"bytes={64 * MIB}")
     vmm.ask("fill")
+    stay = vmm.pages // 2
     with host.attached(vmm) as tiered:
-        vmm.ask("run")
 
         def counted() -> bool:
             tiered.scan()
-            tiered.evict()
+            with tiered.native.batch(512) as batch:
+                assert batch.select(GUEST_TIER, 0, 0.0, 512, [1]).selected_pages
+                batch.copy()
+                batch.write([1])
+                batch.store()
+                batch.stored()
+                vmm.send("verify", stay, stay)
+                batch.window(1000)
+            wait_for(vmm.answered, "the guest goes on")
             return bool(tiered.counters()["faults_window"])
 
         wait_for(counted, "a fault in a window")
-        vmm.ask("stop")
         c = tiered.counters()
         assert c["faults_window"] <= c["faults_resolve"] + c["faults_cancel"] + c["faults_zero"]
         vmm.verify()
@@ -240,46 +247,59 @@ def test_a_page_in_the_cache_that_is_not_mapped(no_numa_hints: None, start_vmm: 
         vmm.verify()
 
 
-def pages_dropping(host: Host) -> bool:
-    """Whether any is, by the state file: the low bits of a word."""
+def states_of(host: Host) -> bytes:
+    """Of each page, by the state file: the low bits of a word. Nothing before there is one."""
     for path in (host.tmpfs_dir / "guests").glob("*.state"):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as table:
-            if any(byte & 15 == DROPPING for byte in set(table[TABLE_HEADER_BYTES : TABLE_HEADER_BYTES + 4 * PAGES : 4])):
-                return True
+            return bytes(byte & 15 for byte in table[TABLE_HEADER_BYTES : TABLE_HEADER_BYTES + 4 * PAGES : 4])
+    return b""
+
+
+def waits_at(vmm: Vmm, page: int) -> bool:
+    """When it reads this page; nobody serves it."""
+    vmm.send("verify", page, 1)
+    while not vmm.answered():
+        if blocked(vmm):
+            return True
     return False
 
 
-def kill_while_dropping(vmm: Vmm, host: Host) -> None:
-    """A daemon of its own process evicts the guest, which reads all of it again and again, and is killed within a window. It is
+def stopped_in_a_window(worker: subprocess.Popen[bytes], vmm: Vmm, host: Host) -> bool:
+    """The worker stands still while pages are DROPPING, and the guest waits at one that stays. False: all have left before."""
+    while True:
+        assert worker.poll() is None
+        states = states_of(host)
+        if states and not {RESIDENT, DROPPING}.intersection(states):
+            return False
+        if DROPPING not in states:
+            continue
+        worker.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, worker.pid, os.WSTOPPED)
+        states = states_of(host)
+        if DROPPING in states and RESIDENT in states and waits_at(vmm, states.rindex(RESIDENT)):
+            return True
+        worker.send_signal(signal.SIGCONT)
+
+
+def killed_in_a_window(vmm: Vmm, host: Host) -> bool:
+    """A daemon of its own process evicts the guest, which is at rest, and is killed, within a window or after the last one. It is
     stopped first: what is DROPPING then is so when it dies."""
     command = [sys.executable, "-m", "tests.kernel.worker", str(vmm.pid), str(host.tmpfs_dir), str(host.disk_dir)]
     with subprocess.Popen([*command, "1", "honest"], stdout=subprocess.DEVNULL) as worker:
         try:
-            vmm.send("verify")
-            until = time.monotonic() + 60 * SLOWNESS
-            while True:
-                assert worker.poll() is None
-                assert time.monotonic() < until, "no page leaves"
-                if vmm.answered():
-                    vmm.send("verify")
-                if not pages_dropping(host):
-                    continue
-                worker.send_signal(signal.SIGSTOP)
-                os.waitid(os.P_PID, worker.pid, os.WSTOPPED)
-                if pages_dropping(host):
-                    return
-                worker.send_signal(signal.SIGCONT)
+            return stopped_in_a_window(worker, vmm, host)
         finally:
             worker.kill()
 
 
 def test_killed_in_a_window(start_vmm: Start, host: Host, capsys: pytest.CaptureFixture[str]) -> None:
-    """By SIGKILL. The guest waits at its first untouched page until the successor is back in async mode."""
+    """By SIGKILL. The guest waits at a page that it had not touched lately until the successor is back in async mode."""
     vmm = start_vmm(f"bytes={PAGES * PAGE}")
     vmm.ask("fill")
-    kill_while_dropping(vmm, host)
-    assert pages_dropping(host)
-    wait_for(lambda: blocked(vmm), "the guest waits")
+    while not killed_in_a_window(vmm, host):
+        with host.adopted(vmm):
+            vmm.verify()
+    assert DROPPING in states_of(host)
     assert not vmm.answered()
     began = time.monotonic()
     with host.adopted(vmm) as tiered:
