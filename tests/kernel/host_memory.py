@@ -45,10 +45,35 @@ def huge_pages(count: int) -> Iterator[None]:
         pool.write_text(str(before))
 
 
+@contextlib.contextmanager
+def gigantic_pages(count: int) -> Iterator[None]:
+    """So many more pages of 1 GiB in their pool, where the host has memory in such pieces."""
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages")
+    need("gigantic", pool.exists(), "this CPU has no pages of 1 GiB")
+    before = int(pool.read_text())
+    pool.write_text(str(before + count))
+    try:
+        got = int(pool.read_text()) - before
+        need(
+            "gigantic",
+            got >= count,
+            f"the host has no memory for {count} pages of 1 GiB in one piece each, only for {got}",
+        )
+        yield
+    finally:
+        pool.write_text(str(before))
+
+
 def large_folios_kb(pid: int) -> int:
     """File memory that the process maps by large entries."""
     rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(row.split()[1]) for row in rows if row.startswith(("ShmemPmdMapped:", "FilePmdMapped:")))
+
+
+def large_shmem_kb() -> int:
+    """In large folios, of the whole machine."""
+    rows = Path("/proc/meminfo").read_text().splitlines()
+    return sum(int(row.split()[1]) for row in rows if row.startswith("ShmemHugePages:"))
 
 
 @contextlib.contextmanager

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.kernel.host_memory import large_folios_kb, large_shmem
+from tests.kernel.host_memory import large_folios_kb, large_shmem, large_shmem_kb
 from tests.kernel.vmm import MIB, PAGE, SLOWNESS, Host, Vmm, wait_for
 from tests.need import need
 from tierd.engine import choose
+from tierd.native import GUEST_TIER
 
 Start = Callable[..., Vmm]
 BUSY_S = 2.0
@@ -68,6 +69,27 @@ def test_single_pages(start: Start, host: Host) -> None:
         vmm.verify()
         tiered.leave()
     vmm.verify()
+
+
+def test_a_folio_that_is_made_after_the_copy(start_vmm: Start, host: Host) -> None:
+    """The kernel keeps the entries of its pages, whose marks say who was touched (and says EINVAL for that)."""
+    vmm = start_vmm(f"bytes={2 * MIB}")
+    with large_shmem("never"):
+        vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.scan()
+        with tiered.native.batch(512) as batch:
+            assert batch.select(GUEST_TIER, 0, 0.0, 512, [1]).selected_pages == 512
+            batch.copy()
+            batch.write([1])
+            batch.store()
+            batch.stored()
+            with pytest.raises(AssertionError, match="error 22 "):
+                vmm.ask("collapse", 0, 512)
+            assert large_shmem_kb() == 2048
+            vmm.ask("verify", 0, 128)
+            assert batch.window(1000).evicted_pages == 512 - 128
+        vmm.verify()
 
 
 def test_a_folio_that_cannot_be_split(start: Start, host: Host) -> None:

@@ -2,7 +2,8 @@
 /*
  * driver.c: the data plane against the model kernel, under a seeded scheduler.
  *
- *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--odd] [--hugetlb] [--anon] [--ladder] [--asked] [--often] [--vmm-ends] [--engine stock|rwp|rfc] [-v]
+ *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--odd] [--hugetlb] [--anon] [--ladder] [--asked] [--often]
+ *          [--vmm-ends] [--engine stock|rwp|rfc] [-v]
  *
  * --asked: of the ladder's files one or all are tiers that Python asks; without a ladder, the only tier is.
  * --often: it is killed often, while writes take long, and pages often cannot come back at once.
@@ -640,7 +641,8 @@ static void serve(uint32_t adopted)
 
 static struct tierd_guest_args described(bool adopted);
 
-/* The part of an adoption that needs no store, and a time in which there is none, and nobody serves: who touches what does not leave goes on. */
+/* The part of an adoption that needs no store, and a time in which there is none, and nobody serves: who touches what does not leave
+ * goes on. */
 static void leave_window(void)
 {
 	struct tierd_guest_args args = described(true);

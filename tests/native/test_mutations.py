@@ -51,6 +51,12 @@ MUTATIONS = [
         "",
     ),
     Mutation(
+        "page_that_is_somebodys_is_not_dated_again",  # rule 8, by a step
+        "scan.c",
+        "	if (deactivated)\n		atomic_store",
+        "	if (deactivated && g->pages > UINT32_MAX)\n		atomic_store",
+    ),
+    Mutation(
         "page_claimed_by_the_last_look_is_forgotten",
         "stage.c",
         "		if (!claimed)\n",
@@ -399,8 +405,8 @@ NATIVE_ENGINES = [
     Mutation(
         "rfc_no_marker",  # SET_MODE does not wait for faults that have seen async mode
         "evict.c",
-        "	if (bit_get(b->before, bit) || bit_get(b->touched, bit) || !bit_get(b->other, bit))\n		return 0;",
-        "	if (bit_get(b->before, bit) || bit_get(b->touched, bit))\n		return 0;",
+        "	if (bit_get(b->before, slot) || bit_get(b->touched, bit) || !bit_get(b->other, bit))\n		return 0;",
+        "	if (bit_get(b->before, slot) || bit_get(b->touched, bit))\n		return 0;",
     ),
     Mutation(
         "rfc_unmapped_page_not_compared",
@@ -784,6 +790,12 @@ ASKED = [
         "		place_answer(w, &r);\n		request_end(g, &r);",
         "		request_end(g, &r);\n		place_answer(w, &r);",
     ),
+    Mutation(
+        "asked_answer_taken_twice",
+        "ask.c",
+        "		enter_state(a, s, PLACING);",
+        "		enter_state(a, s, s->request.count > 2 && a->order % 8 == 0 ? ANSWERED : PLACING);",
+    ),
 ]
 MUTATIONS += ASKED
 MORE = {
@@ -795,6 +807,8 @@ MORE = {
     "page_claimed_whatever_its_tier": ("--ladder",),
     **{mutation.name: ("--ladder",) for mutation in LADDER},
     **{mutation.name: ("--asked", "--ladder") for mutation in ASKED},
+    "asked_answer_taken_twice": ("--asked", "--late-io"),
+    "page_that_is_somebodys_is_not_dated_again": ("--ladder", "--often", "--from", "18001"),
     "quarantine_forgotten_by_the_second_successor": ("--ladder", "--late-io", "--often"),
     "page_that_could_not_come_back_is_not_in_flight_any_more": ("--ladder", "--late-io", "--often"),
     "page_that_sinks_is_not_in_flight": ("--ladder", "--late-io", "--from", "5001"),
@@ -822,6 +836,12 @@ _CHECKSUM_NOT_COMPARED = Mutation(
 )
 # of pages that were fetched and not written since; two things say so, and each must hold by itself
 CLEAN = [
+    Mutation(
+        "two_holds_end_with_the_first_release",
+        "evict.c",
+        "		atomic_fetch_sub(&g->holding, 1);",
+        "		atomic_store(&g->holding, 0);",
+    ),
     Mutation(
         "fetched_under_a_hold_is_taken_for_clean",
         "fault.c",

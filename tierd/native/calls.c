@@ -132,6 +132,12 @@ static int read_header(struct vmm vmm, uint64_t header, struct inject_header *h)
 	return error ? error : h->magic == AREA_MAGIC ? 0 : -EFAULT;
 }
 
+/* All calls of the last batch have been made: a stub that comes later finds none to make. */
+static bool all_made(const struct inject_header *h)
+{
+	return !h->running && h->done == h->count;
+}
+
 /* No call of the batches so far will begin; *h as it was found after that. */
 static int cancel(struct vmm vmm, uint64_t header, struct inject_header *h)
 {
@@ -255,7 +261,7 @@ static int look_by_stop(pid_t tid, uint64_t *address)
 		return -ENOMEM;
 	l->excursion = (struct inject_excursion){.tid = tid, .timeout_ms = LOOK_MS, .run = run_look};
 	error = inject_excurse(&l->excursion);
-	*address = l->address;
+	*address = atomic_load(&l->excursion.over) ? l->address : 0; /* else there is an error */
 	inject_release(&l->excursion);
 	return error;
 }
@@ -473,7 +479,8 @@ int tierd_calls_run(int32_t tid, uint64_t area, struct tierd_inside_call *calls,
 		return error;
 	}
 	error = inject_excurse(&b->excursion);
-	*stopped_ns = b->excursion.stopped_ns;
+	if (atomic_load(&b->excursion.over))
+		*stopped_ns = b->excursion.stopped_ns;
 	TIERD_INJECT_STEP(12);
 	if (!error) {
 		error = wait_end(b, budget_ns, timeout_ms, &h);
@@ -496,7 +503,15 @@ int tierd_calls_settle(int32_t pid, int32_t mem, uint64_t area, uint32_t timeout
 	struct inject_header h;
 	int error;
 
-	while ((error = cancel(vmm, header, &h)) == -EAGAIN && sys_now_ns() < deadline_ns)
+	for (;;) {
+		error = read_header(vmm, header, &h);
+		if (!error && all_made(&h)) /* `mem` may be for reading only: that is seen, too */
+			return 0;
+		error = cancel(vmm, header, &h);
+		if (error != -EAGAIN)
+			return error ? error : wait_idle(vmm, header, timeout_ms, &h);
+		if (sys_now_ns() >= deadline_ns)
+			return -ETIMEDOUT;
 		sys_pause_us(POLL_US);
-	return error == -EAGAIN ? -ETIMEDOUT : error ? error : wait_idle(vmm, header, timeout_ms, &h);
+	}
 }

@@ -161,9 +161,8 @@ static int context_create(struct compressor *z)
 	z->context = c->zstd.create_compressor();
 	if (!z->context)
 		return -ENOMEM;
-	memset(z->out, 0, z->bytes);
-	return compress(z, z->out, z->bytes, &out) < 0 ? -ENOMEM
-						       : 0; /* Zstandard takes its memory at the first piece */
+	memset(z->out, 0, z->bytes); /* Zstandard takes its memory at the first piece */
+	return compress(z, z->out, z->bytes, &out) < 0 ? -ENOMEM : 0;
 }
 
 int compressor_create(const struct codec *c, uint32_t bytes, struct compressor **ret)

@@ -5,7 +5,6 @@
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "crypto.h"
@@ -51,8 +50,8 @@ const struct crypto *crypto_open(void)
 
 /* --- pages of a file ---------------------------------------------------------------------------------------------------- */
 
-/* A context serves one thread at a time; of one guest there are not as many as slots: fault threads, the worker, and batches that are
- * stored. */
+/* A context serves one thread at a time: of one guest fault threads, the worker, and batches that are stored. Where there are more than
+ * slots (fault_threads_max), the last ones wait while others encrypt a few pages. */
 enum { SLOTS = 16, SLOT_PAUSE_US = 10 };
 
 struct page_cipher {

@@ -49,7 +49,7 @@ struct tierd_batch {
 	struct held_run *held;
 	uint64_t *touched,
 		*other;   /* bitmaps of a run; out of a tier that is asked, `touched` says whose bytes were supplied */
-	uint64_t *before; /* rfc: touched before the hold */
+	uint64_t *before; /* rfc: touched before the window's first hold; by slot */
 	uint8_t *again;   /* a page, read once more */
 	size_t page_bytes;
 };
@@ -357,8 +357,9 @@ bool same_filled(const uint8_t *page, size_t bytes)
 
 void fill_with(uint8_t *page, size_t bytes, uint32_t word)
 {
-	for (size_t i = 0; i < bytes; i += sizeof(word))
-		memcpy(page + i, &word, sizeof(word));
+	memcpy(page, &word, sizeof(word));
+	for (size_t n = sizeof(word); n < bytes; n *= 2) /* a page has a power of two */
+		memcpy(page + n, page, n);
 }
 
 /*
@@ -406,7 +407,8 @@ static int keep_mapped(struct tierd_batch *b, struct tierd_batch_result *ret)
 }
 
 /* What the slot's bytes are: one word again and again, which then stands in the place of its checksum and is all that is kept of it; or
- * the checksum of its page. That is ours to write: a fetch reads it only after we made the page STORED. Of a page that sinks it is known: -EBADMSG, the tier did not give what it was given. */
+ * the checksum of its page. That is ours to write: a fetch reads it only after we made the page STORED. Of a page that sinks it is known:
+ * -EBADMSG, the tier did not give what it was given. */
 static int look_at_copy(struct tierd_batch *b, uint32_t slot)
 {
 	const uint8_t *page = b->bytes + slot * b->page_bytes;
@@ -1090,7 +1092,7 @@ static int drop_run(struct tierd_batch *b, uint32_t first, uint32_t n, struct ti
 	return error;
 }
 
-/* Pages that were stored before and are all zeros now: the tier's old bytes are of no use. The worker is the only one who
+/* Pages that were stored before and are of one word now: the tier's old bytes are of no use. The worker is the only one who
  * writes or discards, so nothing can land in that space meanwhile. */
 static int discard_zeroed(struct tierd_batch *b)
 {
@@ -1275,7 +1277,8 @@ static int release_runs(struct tierd_batch *b)
 		int error = g->engine->release(g, b->held[i].page, b->held[i].count);
 
 		if (error) /* a part of it is not mapped any more, say: whoever waits at the others comes again, and lifts it there */
-			sys_uffd_wake(g->uffd, address_of(g, b->held[i].page), b->held[i].count * g->page_bytes);
+			sys_uffd_wake(g->uffd, address_of(g, b->held[i].page),
+				      (uint64_t)b->held[i].count * g->page_bytes);
 		if (error && !first)
 			first = error;
 	}
@@ -1335,8 +1338,8 @@ int tierd_batch_cancel(struct tierd_batch *b, struct tierd_batch_result *ret)
  *
  *   rwp   the entry of the page table is there and carries the protection, which it had before the copy: only the worker protects.
  *   rfc   the entry carries the hold's marker. But the page may have been mapped, written and unmapped again (reclaim, the VMM
- *	   itself) between the copy and the hold, so the bytes are compared. The hold itself unmaps what is mapped large: who was
- *	   touched is asked before it, too.
+ *	   itself) between the copy and the hold, so the bytes are compared. A hold unmaps all of what is mapped large: who was
+ *	   touched is asked before the first one, too.
  *
  * From here to the end of the window an access waits: at the protection, or as MINOR and at the marker.
  */
@@ -1361,7 +1364,7 @@ static int rfc_still_cold(struct tierd_batch *b, uint32_t slot, uint32_t bit, bo
 	int error;
 
 	*ret = false;
-	if (bit_get(b->before, bit) || bit_get(b->touched, bit) || !bit_get(b->other, bit))
+	if (bit_get(b->before, slot) || bit_get(b->touched, bit) || !bit_get(b->other, bit))
 		return 0;
 	error = read_pages(b, b->pages[slot], 1, b->again);
 	*ret = !error && !memcmp(b->again, b->bytes + slot * b->page_bytes, b->page_bytes);
@@ -1377,15 +1380,33 @@ static int look_at_run(struct tierd_batch *b, uint32_t first, uint32_t n)
 				       : scan_range(g, b->pages[first], n, b->touched, SYS_PAGE_SWAPPED, b->other);
 }
 
+/* rfc: who was touched before the window's first hold; `before`: by slot. */
+static int look_before_holds(struct tierd_batch *b)
+{
+	uint32_t n;
+
+	memset(b->before, 0, bitmap_bytes(b->count));
+	for (uint32_t i = b->first; i < b->count; i += n) {
+		int error;
+
+		n = run_length(b->g, b->pages + i, b->count - i);
+		error = scan_range(b->g, b->pages[i], n, b->touched, 0, NULL);
+		if (error)
+			return error;
+		for (uint32_t j = 0; j < n; j++)
+			if (bit_get(b->touched, j))
+				bit_set(b->before, i + j);
+	}
+	return 0;
+}
+
 /* The run of slots [first, first + n): all of it has been decided when this returns. */
 static int window_run(struct tierd_batch *b, uint32_t first, uint32_t n, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
 	uint32_t kept = first;
-	int error = g->engine->holds_mapped ? 0 : scan_range(g, b->pages[first], n, b->before, 0, NULL);
+	int error = hold_run(b, b->pages[first], n);
 
-	if (!error)
-		error = hold_run(b, b->pages[first], n);
 	if (!error)
 		error = look_at_run(b, first, n);
 	for (uint32_t i = first; i < first + n; i++) {
@@ -1467,9 +1488,9 @@ int tierd_batch_window(struct tierd_batch *b, uint64_t window_ns_max, struct tie
 		discarded = discard_zeroed(b); /* an I/O of the store: before the guest is held */
 	began_ns = sys_now_ns();
 	atomic_store(&g->in_window, true);
-	failed = g->engine->set_async(g->uffd, false);
-	if (!error)
-		error = failed;
+	error = g->engine->set_async(g->uffd, false);
+	if (!error && !g->engine->holds_mapped)
+		error = look_before_holds(b);
 	for (; !error && b->first < b->count; b->first += n) {
 		n = window_piece(b);
 		error = window_run(b, b->first, n, ret);

@@ -212,14 +212,17 @@ static int asked_open(struct tierd_guest *g, uint32_t tier, int asked_fd)
 	return g->garbage[tier] ? 0 : -ENOMEM;
 }
 
-/* The key is the cipher's from then on. */
+/* The key is the cipher's from then on. A page is one data unit of XTS, which has at most 2^20 blocks (IEEE 1619). */
 static int open_file(struct tierd_guest *g, uint32_t tier)
 {
+	enum { XTS_UNIT_BYTES_MAX = 16 << 20 };
 	struct tierd_tier *t = &g->tiers[tier];
 	int error;
 
 	if (!(t->flags & TIERD_SPACE_SEALED))
 		return 0;
+	if (g->page_bytes > XTS_UNIT_BYTES_MAX)
+		return -EINVAL;
 	error = page_cipher_create(t->key, &g->ciphers[tier]);
 	explicit_bzero(t->key, sizeof(t->key));
 	return error;
@@ -275,11 +278,12 @@ void use_thread(struct tierd_guest *g, int32_t tid)
 /* Its memory, descriptors and table. */
 static int guest_take(struct tierd_guest *g, const struct tierd_guest_args *args)
 {
+	uint64_t chunk_bytes = args->chunk_bytes ? args->chunk_bytes : CHUNK_BYTES;
 	int error;
 
 	g->huge = args->page_bytes > sys_page_bytes();
 	g->page_bytes = g->huge ? args->page_bytes : (uint32_t)sys_page_bytes();
-	g->chunk_pages = (args->chunk_bytes ? args->chunk_bytes : CHUNK_BYTES) / g->page_bytes;
+	g->chunk_pages = chunk_bytes > g->page_bytes ? (uint32_t)(chunk_bytes / g->page_bytes) : 1;
 	g->anon = args->region_count && args->regions[0].staging;
 	g->engine = engine_of(args->engine, g->anon);
 	if (!g->engine || (g->anon && g->huge))
@@ -476,7 +480,8 @@ static int register_mapped(struct tierd_guest *g, uint64_t address, uint64_t byt
 }
 
 /* The VMM may have executed another program meanwhile; and a seccomp filter that it has installed may kill it for a call of ours:
- * whether it is one of QEMU's, which does not, Python finds out (serve.py), and chooses the thread anew. */
+ * whether it is one of QEMU's, which does not, Python finds out (serve.py), and chooses the thread anew. Of a filter that comes
+ * between this look and the call, for all of its threads at once, nobody can know: that is a moment of microseconds. */
 int may_enter(struct tierd_guest *g)
 {
 	int32_t gone = 0;
@@ -621,6 +626,26 @@ static bool not_mapped(int error)
 	return error == -EINVAL || error == -ENOMEM || error == -ENOENT;
 }
 
+/* Chunk by chunk: the kernel walks what was registered with the VMM's mmap_lock held. The first error; the rest is tried in spite of it. */
+static int unregister(struct tierd_guest *g, uint64_t address, uint64_t bytes)
+{
+	uint64_t step = g->chunk_pages * g->page_bytes;
+	int first = 0;
+
+	for (uint64_t end = address + bytes, n; address < end; address += n) {
+		int error;
+
+		n = end - address < step ? end - address : step;
+		error = sys_uffd_unregister(g->uffd, address, n);
+		if (error && !not_mapped(error) && !first)
+			first = error;
+		/* the kernel wakes before it unregisters, so a fault under way (it holds its VMA only) may have missed that */
+		if (!error)
+			sys_uffd_wake(g->uffd, address, n);
+	}
+	return first;
+}
+
 int tierd_guest_disarm(struct tierd_guest *g)
 {
 	int error = guest_enter(g), first = 0;
@@ -631,19 +656,13 @@ int tierd_guest_disarm(struct tierd_guest *g)
 		if (word_state(page_load(g, page)) != RESIDENT)
 			first = -EBUSY;
 	for (uint32_t i = 0; i < g->region_count && first != -EBUSY; i++) {
-		error = sys_uffd_unregister(g->uffd, g->regions[i].address, g->regions[i].bytes);
-		if (error && !not_mapped(error) && !first)
+		error = unregister(g, g->regions[i].address, g->regions[i].bytes);
+		if (!first)
 			first = error;
-		/* the kernel wakes before it unregisters, so a fault under way (it holds its VMA only) may have missed that */
-		if (!error)
-			sys_uffd_wake(g->uffd, g->regions[i].address, g->regions[i].bytes);
 	}
 	/* whoever dies before it is unmapped leaves nothing that is registered: it looks like RAM to the next attach */
-	for (uint32_t i = 0; i < g->region_count && !first && g->anon; i++) {
-		error = sys_uffd_unregister(g->uffd, g->regions[i].staging, g->regions[i].bytes);
-		if (error && !not_mapped(error))
-			first = error;
-	}
+	for (uint32_t i = 0; i < g->region_count && !first && g->anon; i++)
+		first = unregister(g, g->regions[i].staging, g->regions[i].bytes);
 	guest_leave(g);
 	return first;
 }
@@ -717,9 +736,9 @@ static int write_back(struct tierd_guest *g, uint64_t page, page_word w, void *b
 
 /*
  * A page that is DROPPING and still in the page cache was not punched yet, or in vain (evict.c, settle_dropped): then it holds
- * zeros, and its bytes are in the store or, where one word fills it, in the table. It is punched again, and waits for them there: so no store need answer. Only
- * where that is in vain, too, are they written back. Anything else is the kernel's truth: so always with hugetlbfs, which punches
- * a page as a whole or not at all. `bytes` is room for a page.
+ * zeros, and its bytes are in the store or, where one word fills it, in the table. It is punched again, and waits for them there:
+ * so no store need answer. Only where that is in vain, too, are they written back. Anything else is the kernel's truth: so always
+ * with hugetlbfs, which punches a page as a whole or not at all. `bytes` is room for a page.
  */
 static int repair_unpunched(struct tierd_guest *g, uint64_t page, page_word w, void *bytes, page_word *to)
 {
@@ -864,7 +883,9 @@ static int adopt_anon_page(struct tierd_guest *g, uint64_t page, bool with_guest
 {
 	page_word w = page_load(g, page), to = adopted_anon_word(w, with_guest, staged);
 	bool lost = false;
-	int error = with_guest && word_state(w) == ARRIVING ? anon_poisoned(g, page, &lost) : 0;
+	int error = with_guest && word_state(w) == ARRIVING && word_tier(w) != TIER_ZERO /* which is never LOST */
+			    ? anon_poisoned(g, page, &lost)
+			    : 0;
 
 	if (error)
 		return error;

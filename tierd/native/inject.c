@@ -399,11 +399,13 @@ static bool wait_done(struct inject_excursion *e, uint64_t ns)
 	ns += (uint64_t)until.tv_nsec;
 	until.tv_sec += (time_t)(ns / 1000000000);
 	until.tv_nsec = (long)(ns % 1000000000);
-	while (sem_clockwait(&e->done, CLOCK_MONOTONIC, &until))
-		if (errno == ETIMEDOUT && !atomic_exchange(&e->decided, true))
+	while (sem_clockwait(&e->done, CLOCK_MONOTONIC, &until)) {
+		if (errno != ETIMEDOUT)
+			continue;
+		if (!atomic_exchange(&e->decided, true))
 			return false;
-		else if (errno == ETIMEDOUT)
-			until.tv_sec = INT32_MAX;
+		until.tv_sec = INT32_MAX;
+	}
 	return atomic_load(&e->over);
 }
 
@@ -482,10 +484,12 @@ int tierd_inject(int32_t tid, struct tierd_call *call, void *scratch, uint32_t s
 	if (scratch_bytes)
 		memcpy(i->scratch, scratch, scratch_bytes);
 	error = inject_excurse(&i->excursion);
-	*call = i->call;
-	call->stopped_ns = i->excursion.stopped_ns;
-	if (scratch_bytes)
-		memcpy(scratch, i->scratch, scratch_bytes);
+	if (atomic_load(&i->excursion.over)) { /* else run is at it still */
+		*call = i->call;
+		call->stopped_ns = i->excursion.stopped_ns;
+		if (scratch_bytes)
+			memcpy(scratch, i->scratch, scratch_bytes);
+	}
 	inject_release(&i->excursion);
 	return error;
 }

@@ -251,7 +251,8 @@ struct tierd_guest {
 	int zap, inject_tid;
 	int64_t filters; /* that this thread had when it was chosen: sys_filters */
 	bool use_pagemap;
-	uint32_t page_bytes, chunk_pages;
+	uint64_t page_bytes;
+	uint32_t chunk_pages;
 	bool huge;      /* hugetlbfs */
 	bool anon;      /* private anonymous memory */
 	uint8_t *zeros; /* a page of it; NULL: fault.c has enough of its own */
@@ -373,8 +374,10 @@ int64_t mem_next_data(struct tierd_guest *g, struct region *r, uint64_t page);
 int mem_exists(struct tierd_guest *g, uint64_t page);
 /* Writes a page that a live process does not map, or maps anew. 0 also when the file holds one already. For who owns the page. */
 int mem_put(struct tierd_guest *g, struct region *r, uint64_t page, const void *bytes);
-int guest_enter(struct tierd_guest *g); /* the worker's calls: -EBUSY when there is one */
-int leave_sync(struct tierd_guest *g);  /* the worker's: back to async mode */
+void use_thread(struct tierd_guest *g, int32_t tid); /* for calls inside the VMM */
+int may_enter(struct tierd_guest *g);                /* 0, or why no call may be made there now */
+int guest_enter(struct tierd_guest *g);              /* the worker's calls: -EBUSY when there is one */
+int leave_sync(struct tierd_guest *g);               /* the worker's: back to async mode */
 void guest_leave(struct tierd_guest *g);
 void count_error(struct tierd_guest *g, _Atomic uint64_t *which, int error);
 int missing_register(struct tierd_guest *g, uint64_t page);
@@ -416,8 +419,6 @@ static inline uint64_t staging_of(const struct region *r, uint64_t page)
 	return r->staging + (page - r->first_page) * (r->bytes / r->pages);
 }
 struct sys_inside inside_of(struct tierd_guest *g);
-void use_thread(struct tierd_guest *g, int32_t tid); /* for calls inside the VMM */
-int may_enter(struct tierd_guest *g);                /* 0, or why no call may be made there now */
 /* All of the calls, in as many stops as they take, and nothing of them is under way afterwards: how many were made. */
 int inside_run(struct tierd_guest *g, struct sys_inside_call *calls, uint32_t count, uint32_t *done,
 	       uint64_t *stopped_ns);

@@ -103,7 +103,8 @@ int sys_inside_run(const struct sys_inside *in, struct sys_inside_call *calls, u
 		   uint64_t *stopped_ns);
 /* What of seccomp the thread has: a number that changes with a filter more. -errno: it is gone, say. */
 int64_t sys_filters(int32_t tid);
-/* Nothing of a batch will be made any more once this is 0, -ESRCH or -EFAULT; else it may be under way still. By anybody: a successor, too. */
+/* Nothing of a batch will be made any more once this is 0, -ESRCH or -EFAULT; else it may be under way still. By anybody: a successor,
+ * too. */
 int sys_inside_settle(const struct sys_inside *in);
 
 /* the memory file */

@@ -11,7 +11,7 @@ enum {
 	TIERD_TABLE_VERSION = 6,
 	TIERD_REGIONS_MAX = 32,
 	TIERD_RANGES_MAX = 1024,
-	/* tier 0 is "all zeros", and needs no store; 1 to TIERD_LADDER_MAX are where pages are stored, in the order in which they sink; 14 is
+	/* tier 0 is "one 32-bit word, again and again", which needs no store; 1 to TIERD_LADDER_MAX are where pages are stored, in the order in which they sink; 14 is
 	 * the staging area; 15 is guest memory itself, and in the word of a RESIDENT page says that it was never seen touched */
 	TIERD_TIERS = 16,
 	TIERD_LADDER_MAX = 8,
@@ -151,7 +151,7 @@ struct tierd_counters {
 	uint64_t pages_readahead;   /* of these, not asked for by the guest itself */
 	uint64_t pages_restored;    /* by tierd_guest_restore */
 	uint64_t pages_evicted;
-	uint64_t pages_evicted_zero; /* of these, all zeros: no store needed */
+	uint64_t pages_evicted_zero; /* of these, of one word: no store needed */
 	uint64_t pages_cancelled;    /* LEAVING and back: touched meanwhile, or an error */
 	uint64_t pages_lost;
 	uint64_t pages_repaired; /* a punch did not punch: the bytes were written back */
@@ -313,14 +313,15 @@ int tierd_guest_arm(struct tierd_guest *g);
 int tierd_guest_adopt(struct tierd_guest *g, const struct tierd_range *mapped, uint32_t count,
 		      struct tierd_adoption *ret);
 /* The first part of an adoption, before the stores are opened, of which `args` says nothing: back to async mode, where the predecessor was
- * killed in a window. Pages that it was dropping are decided without a store; 0 also where one cannot be (it was punched in
- * vain, and is so again): then the guest waits on, and tierd_guest_adopt does it. Nothing where the engine has no modes. With the lock held. */
+ * killed in a window. Pages that it was dropping are decided without a store; 0 also where one cannot be (it was punched in vain, and
+ * is so again): then the guest waits on, and tierd_guest_adopt does it. Nothing where the engine has no modes. With the lock held. */
 int tierd_leave_window(const struct tierd_guest_args *args);
 /* 1 when the VMM's memory is gone: it exited, or executed another program. */
 int tierd_guest_gone(struct tierd_guest *g, int32_t *ret);
 /* Unregisters every region. -EBUSY while a page is not RESIDENT: an evicted page would then read as zeros. Blocks. */
 int tierd_guest_disarm(struct tierd_guest *g);
-/* Starts one more fault thread (one that finds nothing to do for some seconds ends again, but the last one) / ends all of them (a fault in service is finished first). */
+/* Starts one more fault thread (one that finds nothing to do for some seconds ends again, but the last one) / ends all of them (a fault
+ * in service is finished first). */
 int tierd_guest_start(struct tierd_guest *g);
 void tierd_guest_stop(struct tierd_guest *g);
 /* The VMM shares the userfaultfd's open file and can make its reads block: not from now on, and not those that do. Cheap. */
@@ -419,17 +420,17 @@ int tierd_batch_run(struct tierd_batch *b, uint32_t tier, uint32_t slot, struct 
 /* Of a batch out of a tier that Python asks: the bytes of a run, before copy. */
 int tierd_batch_supply(struct tierd_batch *b, uint32_t slot, uint32_t count, const void *bytes);
 /* Reads the bytes through the file (of a tier that Python asks: takes those that were supplied, the others stay there); finds pages
- * that are all zeros; takes checksums. */
+ * that are one word again and again; takes checksums. */
 int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret);
 /* Gives each page to the first of `tiers` that takes it. A page that none takes stays where it is. Any error: nothing of the batch
  * counts as written; cancel it. -ENOSPC: all are at capacity. To a pool it writes; to files and to tiers that Python asks it only offers
  * its pages (offered_pages): then comes tierd_batch_store, Python has each run of its tiers stored durably, and says so:
  * tierd_batch_stored. `keep`, bit i: the copies that tier i has of clean pages are relied on, these need not be written; but for one page,
  * which is read: a store that is gone would not be noticed else. Of a tier that Python asks it reads that one. */
-uint64_t tierd_batch_unchanged(struct tierd_batch *b,
-			       uint32_t tier); /* after copy: such a page; UINT64_MAX: there is none */
 int tierd_batch_write(struct tierd_batch *b, const uint32_t *tiers, uint32_t count, uint32_t keep,
 		      struct tierd_batch_result *ret);
+/* After copy: the page whose copy in a tier of `keep` is to be read; UINT64_MAX: there is none. */
+uint64_t tierd_batch_unchanged(struct tierd_batch *b, uint32_t tier);
 /* Writes what is offered to files, durably; to be called also if nothing is. In whichever thread, while the worker is busy with another
  * batch. No step of this batch, nor tierd_batch_destroy, before it returned; and meanwhile nothing of the guest is discarded. */
 int tierd_batch_store(struct tierd_batch *b, struct tierd_batch_result *ret);
@@ -498,7 +499,8 @@ int tierd_calls_create(int32_t tid, uint64_t *area);
 int tierd_calls_destroy(int32_t tid, uint64_t area);
 /*
  * Runs calls[0..count) in thread tid, in that order, whatever they return. When budget_ns have passed since it began
- * (it is seen to, once it has a CPU), the thread goes on after the call that it is in; as when it does not begin within 10 ms. *done: how many were made; of those `result` and `data` are filled in.
+ * (it is seen to, once it has a CPU), the thread goes on after the call that it is in; as when it does not begin within 10 ms. *done:
+ * how many were made; of those `result` and `data` are filled in.
  * *stopped_ns: from the interrupt to the end, as we saw it. Blocks, at most twice timeout_ms and a second.
  *
  * -EINPROGRESS: it does not come to its end (uninterruptible sleep, SIGSTOP), or what became of it cannot be read just now (the area
@@ -513,7 +515,7 @@ int tierd_calls_run(int32_t tid, uint64_t area, struct tierd_inside_call *calls,
 /* Cancels what runs, by whomever it was sent (us, a predecessor that was killed), and waits until no call is being made. After 0
  * none will be, also by a thread that was sent and has not run yet. Blocks, at most twice timeout_ms. -ETIMEDOUT: a call is still
  * being made, or the area cannot be read just now. -ESRCH: no such process, or it is dying: a call that is being made ends with it.
- * -EFAULT: no area. `mem`: its /proc/PID/mem, opened for reading and writing, which shows the area also where it is not found by its
+ * -EFAULT: no area. `mem`: its /proc/PID/mem, opened for reading, better for writing as well, which shows the area also where it is not found by its
  * number, or may not be asked any more; then -ESRCH says that the address space is gone. -1: any other error tells nothing. */
 int tierd_calls_settle(int32_t pid, int32_t mem, uint64_t area, uint32_t timeout_ms);
 
