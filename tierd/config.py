@@ -162,6 +162,7 @@ class Policy(Frozen):
     fault_threads_max: Annotated[int, Field(ge=2, le=64)] = 4  # where the store hangs, others take over
     allow_nested: bool = False  # tier guests that may run guests of their own
     allow_fragile: bool = False  # serve guests whose stored pages would be gone with tierd
+    allow_gigantic: bool = False  # tier memory in pages of 1 GiB
 
     @model_validator(mode="after")
     def _possible(self) -> Policy:

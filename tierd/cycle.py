@@ -35,6 +35,7 @@ from tierd.native import GUEST_TIER, STAGING_TIER, BatchResult, KernelError, Nat
 
 BATCH_BYTES = 2 << 20  # a large folio, which leaves whole; of anonymous memory, a stop of a thread of the VMM
 BATCH_PAGES_MIN = 4  # huge ones
+GIGANTIC_BYTES = 1 << 30  # of such pages: one in a batch, one batch at a time
 BATCHES = 2  # of an eviction, at a time: their memory is locked (GUEST_LOCKED_BYTES)
 ASKED_BATCHES = 4  # to a store that may be far away, where as much more may be locked
 PHASES = ("scan", "deactivate", "stage", "select", "hold", "copy", "write", "drop", "release", "demote", "discard")
@@ -241,6 +242,11 @@ def _drop(batch: NativeBatch, hold_ms_max: float, phases: Phases) -> int:
     return _spaced(dropped).evicted_pages
 
 
+def _batch(guest: NativeGuest) -> NativeBatch:
+    fewest = BATCH_PAGES_MIN if guest.page_bytes < GIGANTIC_BYTES else 1
+    return guest.batch(max(BATCH_BYTES // guest.page_bytes, fewest))
+
+
 def evict(
     guest: NativeGuest,
     *,
@@ -260,15 +266,14 @@ def evict(
     way are cancelled, nothing that was not yet dropped leaves."""
     page_bytes = guest.page_bytes
     max_pages = max_bytes // page_bytes
-    batch_pages = max(BATCH_BYTES // page_bytes, BATCH_PAGES_MIN)
     page = evicted_pages = 0
     began = time.monotonic()
     storing: deque[_Storing] = deque()
     with ExitStack() as stack:
-        batches = [stack.enter_context(guest.batch(batch_pages)) for _ in range(BATCHES)]
+        batches = [stack.enter_context(_batch(guest)) for _ in range(BATCHES if page_bytes < GIGANTIC_BYTES else 1)]
         with suppress(KernelError):  # no more may be locked
             while guest.asked_tiers.intersection(tiers) and len(batches) < ASKED_BATCHES:
-                batches.append(stack.enter_context(guest.batch(batch_pages)))
+                batches.append(stack.enter_context(_batch(guest)))
         free = list(batches)
         threads = stack.enter_context(ThreadPoolExecutor(len(batches)))
         try:
@@ -403,7 +408,7 @@ def demote(
     page, done_pages, began = 0, 0, time.monotonic()
     page_bytes = guest.page_bytes
     max_pages = max_bytes // page_bytes
-    with guest.batch(max(BATCH_BYTES // page_bytes, BATCH_PAGES_MIN)) as batch:
+    with _batch(guest) as batch:
         while page < guest.pages and done_pages < max_pages:
             check()
             done = demote_batch(batch, from_tier, page, min_idle_s, max_pages - done_pages, tiers, asked)

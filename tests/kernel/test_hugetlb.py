@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.host_memory import huge_pages
+from tests.kernel.host_memory import gigantic_pages, huge_pages
 from tests.kernel.test_kill import check
 from tests.kernel.torture import torture
 from tests.kernel.vmm import MIB, SAFE, SLOWNESS, Host, Vmm, userfaultfds, wait_for
@@ -86,6 +86,24 @@ def test_everything_leaves_and_comes_back(vmm: Vmm, host: Host) -> None:
     vmm.verify()
     assert not userfaultfds(vmm.pid)
     assert free_pages() == free
+
+
+def test_a_page_of_1_gib_where_that_is_asked_for(start_vmm: Start, host: Host) -> None:
+    with gigantic_pages(1):
+        vmm = start_vmm(f"bytes={1 << 30}", "kind=gigantic")
+        vmm.ask("fill")
+        with pytest.raises(Refused, match="allow_gigantic: true"), host.attached(vmm):
+            pass
+        with host.attached(vmm, SAFE.model_copy(update={"allow_gigantic": True})) as tiered:
+            assert tiered.native.page_bytes == 1 << 30
+            tiered.evict_all()
+            assert tiered.served.resident_bytes() == 0
+            assert tiered.stored_pages == 1
+        with host.adopted(vmm) as tiered:
+            vmm.verify()
+            tiered.leave()
+        vmm.verify()
+        vmm.kill()
 
 
 def test_a_busy_guest_reads_what_it_wrote(vmm: Vmm, host: Host) -> None:

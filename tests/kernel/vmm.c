@@ -3,10 +3,11 @@
  * vmm.c: a child that plays the VMM. Guest RAM as QEMU makes it (a memfd per region), threads that read and write random
  * pages, and a private shadow that says what every word must be.
  *
- *   vmm [bytes=N] [regions=N] [threads=N] [kind=memfd|private|anonymous|huge|file:PATH] [name=MEMFD] [close] [survive]
- *       [handshake=SOCKET] [device=FD] [ARGUMENT...]
+ *   vmm [bytes=N] [regions=N] [threads=N] [kind=memfd|private|anonymous|huge|gigantic|file:PATH] [name=MEMFD] [close]
+ *       [survive] [handshake=SOCKET] [device=FD] [ARGUMENT...]
  *
- * `bytes` is the size of each region; a page is the system's or, of `kind=huge`, 2 MiB; pages are numbered through all regions.
+ * `bytes` is the size of each region; a page is the system's or, of `kind=huge`, 2 MiB, of `kind=gigantic`, 1 GiB; pages are numbered
+ * through all regions.
  * `kind=anonymous` is private anonymous memory, known by its size: "-m BYTESB" among the arguments. A page is either zeros
  * (sequence 0) or words that follow from its number and its sequence, which no write uses twice: older bytes are never right. Thread i owns the
  * pages p with p % threads == i, so that every read can be checked without a lock. A page where a memory error
@@ -29,10 +30,13 @@
 #include "child.h"
 #include "vmm.h"
 
-enum { THREADS_MAX = 16, STOP_MS_MAX = 20000, ALIGN_BYTES = 2 << 20 };
+enum { THREADS_MAX = 16, STOP_MS_MAX = 20000, HUGE_BYTES = 2 << 20, GIGANTIC_BYTES = 1 << 30 };
 
 #ifndef MFD_HUGETLB
 #define MFD_HUGETLB 4U
+#endif
+#ifndef MFD_HUGE_SHIFT
+#define MFD_HUGE_SHIFT 26
 #endif
 
 uint64_t page_bytes, pages;
@@ -482,6 +486,10 @@ static void parse(int argc, char **argv)
 static void make_region(uint64_t i)
 {
 	int flags = MAP_SHARED;
+	uint64_t align = page_bytes > HUGE_BYTES ? page_bytes : HUGE_BYTES;
+	int huge = page_bytes == GIGANTIC_BYTES ? MFD_HUGETLB | 30 << MFD_HUGE_SHIFT
+		   : page_bytes == HUGE_BYTES   ? MFD_HUGETLB
+						: 0;
 	void *reserved;
 
 	memfd[i] = -1;
@@ -492,18 +500,16 @@ static void make_region(uint64_t i)
 	} else {
 		if (!strcmp(kind, "private"))
 			flags = MAP_PRIVATE;
-		memfd[i] = memfd_create(memfd_name,
-					MFD_CLOEXEC | MFD_ALLOW_SEALING | (strcmp(kind, "huge") ? 0 : MFD_HUGETLB));
+		memfd[i] = memfd_create(memfd_name, (unsigned int)(MFD_CLOEXEC | MFD_ALLOW_SEALING | huge));
 	}
 	if (!(flags & MAP_ANONYMOUS) && (memfd[i] < 0 || ftruncate(memfd[i], (off_t)region_bytes)))
 		die("memory file");
 	/* aligned as QEMU's RAM is, so that large folios could be mapped; between guards, so that no other memory is one with it */
-	reserved = mmap(NULL, region_bytes + 2 * ALIGN_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-			-1, 0);
+	reserved = mmap(NULL, region_bytes + 2 * align, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (reserved == MAP_FAILED)
 		die("address space");
-	region[i] = mmap((void *)(((uint64_t)reserved + ALIGN_BYTES) & ~(uint64_t)(ALIGN_BYTES - 1)), region_bytes,
-			 PROT_READ | PROT_WRITE, flags | MAP_FIXED, memfd[i], 0);
+	region[i] = mmap((void *)(((uint64_t)reserved + align) & ~(align - 1)), region_bytes, PROT_READ | PROT_WRITE,
+			 flags | MAP_FIXED, memfd[i], 0);
 	if (region[i] == MAP_FAILED)
 		die("guest memory");
 	if (close_memfd && memfd[i] >= 0)
@@ -518,7 +524,9 @@ int main(int argc, char **argv)
 	page_bytes = part_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
 	anonymous = !strcmp(kind, "anonymous");
 	if (!strcmp(kind, "huge"))
-		page_bytes = ALIGN_BYTES;
+		page_bytes = HUGE_BYTES;
+	else if (!strcmp(kind, "gigantic"))
+		page_bytes = GIGANTIC_BYTES;
 	pages = region_bytes / page_bytes * region_count;
 	start_protocol();
 	for (uint64_t i = 0; i < region_count; i++) {

@@ -30,7 +30,9 @@ from tierd.engine import choose, fitting
 from tierd.native import KernelError, Zap
 from tierd.serve import Served, Stale, Tuning, adopt, attach, prepare_runtime_dir
 
-ANY: Any = SimpleNamespace(allow_nested=True)  # a policy, without what it takes to import the configuration
+ANY: Any = SimpleNamespace(
+    allow_nested=True, allow_gigantic=False
+)  # a policy, without what it takes to import the configuration
 READ_DEADLINE_S = 8.0  # fifteen tries: a page that is only misread now and then is never given up
 
 

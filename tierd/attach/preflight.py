@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # adoption comes before the configuration
     from tierd.engine import Engine
 
 MEMCG_HEADROOM_BYTES = 64 << 20
-HUGE_PAGE_BYTES_MAX = 32 << 20  # PAGE_BYTES_MAX of table.c
+HUGE_PAGE_BYTES_MAX, GIGANTIC_PAGE_BYTES = 32 << 20, 1 << 30  # the second: PAGE_BYTES_MAX of table.c
 
 
 def status_field(pid: int, key: str) -> int:
@@ -278,12 +278,13 @@ def backing(s: Subject) -> None:
                 evidence,
                 "use Linux 6.7 or newer (PAGEMAP_SCAN), or memory without hugetlb",
             )
-        if size > HUGE_PAGE_BYTES_MAX:
+        if size > (GIGANTIC_PAGE_BYTES if s.policy.allow_gigantic else HUGE_PAGE_BYTES_MAX):
             raise Refused(
                 "backing",
                 f"the guest's memory is in pages of {size >> 20} MiB: each would come back as a whole, while the guest waits",
                 evidence,
-                "use pages of 2 MiB (hugetlbsize=2M)",
+                "use pages of 2 MiB (hugetlbsize=2M)"
+                + (", or set allow_gigantic: true" if size == GIGANTIC_PAGE_BYTES else ""),
             )
         sizes.add(size)
     if len(sizes) > 1:

@@ -18,7 +18,7 @@
 /* as much as x86-64 has addresses for: sums of 32 regions cannot overflow */
 static const uint64_t REGION_BYTES_MAX = 1ull << 57;
 /* buffers hold whole pages, several of them, and are locked */
-static const uint64_t PAGE_BYTES_MAX = 32 << 20;
+static const uint64_t PAGE_BYTES_MAX = 1 << 30;
 static const char MAGIC[8] = "tierd\0\0";
 
 #define TO(state) (1u << (state))
