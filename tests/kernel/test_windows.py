@@ -4,6 +4,7 @@ interface (tests/kernels)."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -22,14 +23,17 @@ import trio
 from tests.kernel.test_kill import blocked
 from tests.kernel.vmm import PAGE, Host, Tiered, Vmm, wait_for
 from tests.need import need
+from tierd.check import engine_findings
 from tierd.engine import choose
-from tierd.native import GUEST_TIER, KernelError
+from tierd.native import GUEST_TIER, KernelError, probe
 from tierd.store import StoreError
 
 Start = Callable[..., Vmm]
 MIB = 1 << 20
 # UFFDIO_SET_MODE, struct uffdio_set_mode {enable, disable}; RWP_ASYNC and MINOR_ASYNC have the same number
 SET_MODE, ASYNC = 0x4010AA0A, 1 << 18
+DEACTIVATE = {"rwp": 0xC018AA09, "rfc": 0x8010AA09}  # UFFDIO_RWPROTECT, UFFDIO_DEACTIVATE
+SYS_IOCTL = 16  # x86-64
 PAGES = 8192  # of a guest that leaves in many windows
 TABLE_HEADER_BYTES, RESIDENT, DROPPING, COPY = 65536, 0, 3, 1 << 8  # of a state file and its words: internal.h
 
@@ -52,6 +56,50 @@ def no_numa_hints() -> Iterator[None]:
     yield
     if before:
         path.write_text(before)
+
+
+def told_that_it_worked(request: int) -> None:
+    """From now on, of every ioctl of that number in this process, which does nothing: SECCOMP_RET_ERRNO with no error."""
+    load, equal, answer = 0x20, 0x15, 0x06  # BPF_LD | BPF_W | BPF_ABS, BPF_JMP | BPF_JEQ | BPF_K, BPF_RET | BPF_K
+    steps = [
+        (load, 0, 0, 0),  # struct seccomp_data: nr
+        (equal, 0, 3, SYS_IOCTL),
+        (load, 0, 0, 24),  # args[1]
+        (equal, 0, 1, request),
+        (answer, 0, 0, 0x50000),
+        (answer, 0, 0, 0x7FFF0000),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code)))
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    assert prctl(38, 1, 0, 0, 0) == 0, "PR_SET_NO_NEW_PRIVS"
+    assert prctl(22, 2, program, 0, 0) == 0, "PR_SET_SECCOMP, SECCOMP_MODE_FILTER"
+
+
+@pytest.mark.parametrize(
+    ("request_of", "what"),
+    [
+        ("deactivate", "the scan for untouched pages did something else"),
+        ("set mode", "a touch in sync mode "),
+    ],
+)
+def test_a_kernel_that_does_not_what_it_says(request_of: str, what: str) -> None:
+    """It offers the interface, and one ioctl of it does nothing: another engine is taken, and check says what was wrong."""
+    number = SET_MODE if request_of == "set mode" else DEACTIVATE[choose().name]
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            told_that_it_worked(number)
+            os.write(writing, "\n".join(finding.says for finding in engine_findings(probe())).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
+    os.waitpid(pid, 0)
+    assert said.startswith("stock: ")
+    assert f"offers the interface of engine {choose().name}, but in its trial {what}" in said
 
 
 def set_async(tiered: Tiered, on: bool) -> None:

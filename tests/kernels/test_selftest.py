@@ -30,6 +30,11 @@ SKIPS = {
 }
 
 # Of the kernel layer: what depends on the kernel. (A whole run on both found what these find, in ten minutes more.)
+HUGETLB = (
+    "test_hugetlb.py::test_everything_leaves_and_comes_back",
+    "test_hugetlb.py::test_only_touched_pages_stay",
+    "test_hugetlb.py::test_adoption",
+)
 SUITE = (
     "test_life.py::test_everything_leaves_and_comes_back[default]",
     "test_life.py::test_everything_leaves_and_comes_back[zap=2]",
@@ -47,11 +52,15 @@ SUITE = (
     "test_kill.py::test_disarm_is_refused_while_a_page_is_stored",
     "test_successor.py::test_a_vmm_that_closed_its_copy_gets_it_back",
     "test_hazards.py::test_made_by_the_vmm",
+    *HUGETLB,
 )
 LACKS = {
     "debian-6.1": {
         "test_kill.py::test_a_page_that_does_not_verify_is_a_memory_error": "this kernel has no POISON: a page that cannot be "
-        "brought back leaves the guest waiting (tierd check says so)"
+        "brought back leaves the guest waiting (tierd check says so)",
+        **dict.fromkeys(
+            HUGETLB, "this kernel has no PAGEMAP_SCAN: memory on hugetlbfs is refused (tierd check says so)"
+        ),
     }
 }
 
@@ -65,7 +74,7 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
     left_out = LACKS.get(name, {})
     variables = {
         "PYTHONDONTWRITEBYTECODE": "1",
-        "TIERD_REQUIRE": "root,kernel",
+        "TIERD_REQUIRE": "root,kernel,hugetlbfs",
         "TIERD_TEST_DISK": "/var/tmp",
         "TIERD_SLOWNESS": "5",
         "TIERD_TEST_PROGRAMS": str(children),

@@ -808,6 +808,7 @@ MORE = {
     **{mutation.name: ("--ladder",) for mutation in LADDER},
     **{mutation.name: ("--asked", "--ladder") for mutation in ASKED},
     "asked_answer_taken_twice": ("--asked", "--late-io"),
+    "two_holds_end_with_the_first_release": ("--from", "50001"),
     "page_that_is_somebodys_is_not_dated_again": ("--ladder", "--often", "--from", "18001"),
     "quarantine_forgotten_by_the_second_successor": ("--ladder", "--late-io", "--often"),
     "page_that_could_not_come_back_is_not_in_flight_any_more": ("--ladder", "--late-io", "--often"),
