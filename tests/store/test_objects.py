@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +20,9 @@ import pytest
 import trio
 import trio.testing
 
-from tierd.store import PageStore, StoreContext, StoreError, segments
+from tierd.store import PageStore, StoreContext, StoreError, objects, segments
 from tierd.store.bucket import Bucket
+from tierd.store.leases import LEASE_RENEW_S
 from tierd.store.objects import LEASE, LEASE_S, ObjectOptions, ObjectSpace, ObjectStore, make
 from tierd.store.options import parse
 from tierd.testing import PageStoreContract
@@ -266,12 +268,12 @@ def test_a_predecessors_leftovers_are_removed(given: Given) -> None:
         wanted = stored(given)
         root = Path(given.options["root"])
         (root / "host-a" / "boot-1" / KEY / f"{KEY}.0000fff").write_bytes(b"anything")
-        partial = root / ".tierd-partial" / "host-a"
+        partial = root / ".tierd-partial" / "host-a" / "boot-1"
         (partial / f"{KEY}.0001000.0815").write_bytes(b"half of it")
         (partial / "1-1.0001000.0815").write_bytes(b"of another guest")
         again = await opened(given)
         await again.discard(100, 1)
-        assert stored(given) == wanted | {".tierd-partial/host-a/1-1.0001000.0815": 16}
+        assert stored(given) == wanted | {".tierd-partial/host-a/boot-1/1-1.0001000.0815": 16}
         assert await given.store().sweep(lambda key: key == KEY) == []
         assert stored(given) == wanted
         assert await again.read(0, 16) == pages(0, 16)
@@ -305,9 +307,10 @@ def test_sweep_asks_for_this_boot_and_leaves_other_hosts_alone(given: Given) -> 
         store = given.store()
         assert await store.sweep(may_be_needed) == ["1-1", "3-3"]
         assert set(asked) == {"1-1", "2-2", "3-3"}
-        jump(LEASE_S - 60)
-        assert await store.sweep(may_be_needed) == []
-        jump(61)
+        for _ in range(int(LEASE_S / LEASE_RENEW_S) - 1):
+            jump(LEASE_RENEW_S)
+            assert await store.sweep(may_be_needed) == []
+        jump(LEASE_RENEW_S)
         assert await store.sweep(may_be_needed) == ["1-1", "2-2"]
         assert {path.rpartition("/")[0] for path in stored(given)} == {
             "host-a/boot-1/2-2",
@@ -332,17 +335,64 @@ def test_two_machines_of_one_host_id_do_not_sweep_each_other(given: Given) -> No
             await space.write(0, pages(0, 4))
             await space.aclose()
             (given.index_dir / f"{KEY}.segments").unlink()  # each machine has its own
+        being_written = Path(given.options["root"]) / ".tierd-partial" / "host-a" / "boot-1" / "9-9.0000001.0815"
+        being_written.write_bytes(b"a part")
         wanted, store, other = stored(given), given.store(), copy.store()
         for _ in range(30):
             jump(60)
-            assert await store.sweep(lambda _: True) == await other.sweep(lambda _: True) == []
+            assert await store.sweep(lambda _: True) == await other.sweep(lambda key: key == KEY) == []
         assert stored(given) == wanted
         for _ in range(12):
             jump(60)
-            await store.sweep(lambda _: True)
-        assert {path.split("/")[1] for path in stored(given)} == {"boot-1"}, "the other one was seen no more"
+            await other.sweep(lambda _: True)
+        assert {path.split("/")[1] for path in stored(given)} == {"the-copy"}, "the other one was seen no more"
 
     later(test)
+
+
+def test_an_outage_of_the_service_is_nobodys_end(given: Given) -> None:
+    """Whoever sweeps first after it has seen the other's lease before it, and could not renew its own any more than that one."""
+    copy = replace(given, boot="the-copy")
+
+    async def test(jump: Callable[[float], None]) -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 4))
+        store, other = given.store(), copy.store()
+        for _ in range(5):
+            assert await store.sweep(lambda _: True) == await other.sweep(lambda _: True) == []
+            jump(LEASE_RENEW_S)
+        jump(2 * LEASE_S)
+        assert await other.sweep(lambda _: True) == []
+        jump(LEASE_RENEW_S)
+        assert await store.sweep(lambda _: True) == await other.sweep(lambda _: True) == []
+        assert await space.read(0, 4) == pages(0, 4)
+        await space.aclose()
+
+    later(test)
+
+
+def test_a_sweep_that_takes_long_renews_the_lease(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "LEASE_RENEW_S", 0.05)
+    remove, put, renewed = Bucket.remove, Bucket.put, []
+
+    def slow(self: Bucket, path: str) -> None:
+        time.sleep(0.5)
+        remove(self, path)
+
+    def counted(self: Bucket, path: str, data: bytes) -> None:
+        renewed.append(path)
+        put(self, path, data)
+
+    async def test() -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 4))
+        await space.aclose()
+        monkeypatch.setattr(Bucket, "remove", slow)
+        monkeypatch.setattr(Bucket, "put", counted)
+        assert await given.store().sweep(lambda _: False) == [KEY]
+        assert len(renewed) > 3
+
+    run(test)
 
 
 def test_a_lease_that_cannot_be_written_keeps_nobody_from_its_pages(

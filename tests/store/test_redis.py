@@ -545,7 +545,7 @@ def test_a_predecessors_write_does_not_land_after_a_successors(server: Server) -
 # --- sweep
 
 
-def test_an_earlier_boot_is_swept_when_its_lease_is_over(server: Server) -> None:
+def test_an_earlier_boot_is_swept_when_its_lease_is_over(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run(store: RedisStore) -> None:
         key, ours = new_key(), new_key()
         before = RedisStore(store.options, "boot-before")
@@ -556,10 +556,14 @@ def test_an_earlier_boot_is_swept_when_its_lease_is_over(server: Server) -> None
         async with space_of(store, ours) as mine:
             await mine.write(0, records(0, 1))
             assert await store.sweep(lambda key: True) == [], "another machine of the same host_id may still live"
-            server.ask("DEL", "tierd:{leased}:lease:bootbefore")  # as its end, ten minutes later
-            assert await store.sweep(lambda key: True) == [key]
+            lease = "tierd:{leased}:lease:bootbefore"
+            server.ask("PEXPIRE", lease, redis.LEASE_KEPT_MS - redis.LEASE_MS - 1)  # as ten minutes later
+            for minute in range(4):
+                monkeypatch.setattr(redis.time, "monotonic", lambda minute=minute: 1e6 + 60 * minute)
+                swept = await store.sweep(lambda key: True)
+                assert swept == ([key] if minute == 3 else []), "it is looked at for a while"
             assert await mine.read(0, 1) == records(0, 1)
-        assert server.ask("KEYS", "tierd:{leased/*") == []
+        assert server.ask("KEYS", "tierd:{leased/*") == server.ask("KEYS", lease) == []
         assert server.ask("HGETALL", "tierd:{leased}:spaces") == {}
 
     trio.run(with_store(options(server, host_id="leased"), run))
@@ -567,7 +571,8 @@ def test_an_earlier_boot_is_swept_when_its_lease_is_over(server: Server) -> None
 
 def test_two_machines_of_one_host_id_do_not_sweep_each_other(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long neither of them writes: whoever lives sweeps now and then, and both may be started again."""
-    monkeypatch.setattr(redis, "LEASE_MS", 4000)
+    monkeypatch.setattr(redis, "LEASE_MS", 3000)
+    monkeypatch.setattr(redis, "LEASE_OVER_S", 1.0)
 
     async def run(store: RedisStore) -> None:
         async with made(options(server, host_id="cloned")) as again, space_of(store) as mine:
@@ -584,6 +589,29 @@ def test_two_machines_of_one_host_id_do_not_sweep_each_other(server: Server, mon
             await other.aclose()
 
     trio.run(with_store(options(server, host_id="cloned"), run))
+
+
+def test_a_server_that_was_away_or_is_full_is_nobodys_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then all leases look old, and whoever comes first must not sweep the other; and a full server renews them."""
+
+    async def run(store: RedisStore) -> None:
+        other = RedisStore(store.options, "the-copy")
+        async with space_of(other) as theirs:
+            await theirs.write(0, records(0, 1))
+            lease = "tierd:{away}:lease:thecopy"
+            for minute in range(8):
+                monkeypatch.setattr(redis.time, "monotonic", lambda minute=minute: 1e6 + 60 * minute)
+                if minute == 2:
+                    server.ask("PEXPIRE", lease, redis.LEASE_KEPT_MS - 2 * redis.LEASE_MS)
+                    server.ask("CONFIG SET", "maxmemory", "1mb")
+                assert await store.sweep(lambda key: True) == []
+                await other.sweep(lambda key: True)
+            assert server.ask("PTTL", lease) > redis.LEASE_KEPT_MS - redis.LEASE_MS
+            assert await theirs.read(0, 1) == records(0, 1)
+            server.ask("CONFIG SET", "maxmemory", "0")
+        await other.aclose()
+
+    trio.run(with_store(options(server, host_id="away"), run))
 
 
 def test_guests_of_other_hosts_and_namespaces_are_not_swept(server: Server) -> None:
@@ -607,7 +635,7 @@ def test_nothing_of_a_guest_expires_and_nothing_stays(server: Server) -> None:
             assert len(keys) > 50
             (lease,) = expiring
             assert lease.startswith(b"clean:{test}:lease:")
-            assert 0 < server.ask("PTTL", lease) <= redis.LEASE_MS
+            assert 0 < server.ask("PTTL", lease) <= redis.LEASE_KEPT_MS
         assert server.ask("KEYS", "clean:*") == [lease]
 
     trio.run(with_store(options(server, namespace="clean"), run))

@@ -29,6 +29,7 @@ def test_a_guest_that_is_idle_for_longer_than_the_lease_is_not_swept_by_another_
     redis_there: None, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(redis, "LEASE_MS", 4000)
+    monkeypatch.setattr(redis, "LEASE_OVER_S", 0.5)
     monkeypatch.setattr(stores, "SWEEP_EVERY_S", 0.2)
     options = RedisOptions.model_validate({"addresses": [server.address], "host_id": "idle"})
 
@@ -48,6 +49,8 @@ def test_a_guest_that_is_idle_for_longer_than_the_lease_is_not_swept_by_another_
             left = await idle.open("1-1", PAGES, PAGE)
             await left.aclose()
             await trio.sleep(5)
+            assert await copy.sweep(lambda key: True) == []
+            await trio.sleep(1)
             assert "1-1" in await copy.sweep(lambda key: True), "with nobody there it is over"
 
     trio.run(test)

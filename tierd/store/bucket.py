@@ -26,7 +26,7 @@ from tierd.store.directory import open_ours, private_directory, refuse_memory
 RETRY_DELAY_S_MIN, RETRY_DELAY_S_MAX = 0.05, 2.0
 CREDENTIALS_BYTES_MAX = 64 << 10
 FILES_MAX = 64  # of a directory, that are kept open
-PARTIAL = ".tierd-partial"  # in a directory: objects that are being written, by host
+PARTIAL = ".tierd-partial/"  # in a directory: objects that are being written, by writer
 # services that live in this process or drop what they like: a page is there only once
 VOLATILE = frozenset({"memory", "moka", "mini-moka", "dashmap", "memcached", "ghac"})
 # OpenDAL's options that are secrets, of all of its services
@@ -84,14 +84,15 @@ class Bucket:
         options: Mapping[str, str],
         credentials: Path | None = None,
         *,
-        host: str,
+        writer: str,
         deadline_s: float,
         retries: int,
     ) -> None:
         """`options` are OpenDAL's own of that service; those that are secrets stand in the file `credentials` (or where the
-        service looks by itself: environment, ~/.aws). `deadline_s` bounds each of 1 + `retries` tries. StoreError."""
+        service looks by itself: environment, ~/.aws). `writer`: nobody else's; ends with a slash. `deadline_s` bounds each of
+        1 + `retries` tries. StoreError."""
         self.scheme = scheme
-        self._partial = f"{PARTIAL}/{host}/"
+        self._partial = PARTIAL + writer
         self._files: dict[str, _File] = {}  # of a directory: objects that were read lately
         self._keeping = threading.Lock()
         given = {**_without_secrets(options), **(read_credentials(credentials) if credentials else {})}
@@ -185,8 +186,13 @@ class Bucket:
         self.forget(path)
 
     def partial(self) -> list[Listed]:
-        """Of a directory: what this host is writing, or was when it was killed, under names that start with the object's."""
+        """Of a directory: what we are writing, or a predecessor was when it was killed; names start with the object's."""
         return self.entries(self._partial) if self.scheme == "fs" else []
+
+    def drop_partial(self, writer: str) -> None:
+        """Of a directory: what a writer that is no more was writing."""
+        if self.scheme == "fs":
+            self.remove(PARTIAL + writer)
 
 
 def _call(what: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -10,7 +10,8 @@ next, so a guest's own traffic pays for it and bounds it (segments.choose).
     HOST/BOOT/KEY/KEY.NUMBER    one segment; a guest's key comes back after a reboot, its space must not
     HOST/BOOT/lease             says something else every minute for as long as that boot lives. Another one of the same HOST
                                 (a copy of the machine, or the next boot) removes what is in HOST/BOOT when it has seen this
-                                stand still for ten minutes, by its own clock: that needs no conditional write of the service
+                                stand still for ten minutes, looking every minute, by its own clock: that needs no conditional
+                                write of the service
 
 Durable is what outlives tierd: a directory is not synced when its host loses power, and its guests are gone then, too. Without
 its index a space is rebuilt from its segments' tables: then a discarded page may be there again, for whoever opened the
@@ -40,6 +41,7 @@ from tierd.quantities import parse_size
 from tierd.store import StoreContext, StoreError, segment_index, segments
 from tierd.store.bucket import Bucket
 from tierd.store.directory import KEY
+from tierd.store.leases import LEASE_RENEW_S, Stillness
 from tierd.store.options import HostId, host_id, parse
 from tierd.store.segment_index import Index
 from tierd.store.segments import DamagedError, Place, Record, Row, Run, Usage
@@ -51,7 +53,7 @@ CLEAN_PAUSE_S = 30.0  # after cleaning failed
 DISCARD_WORDS = 4096  # at a time, so that trio's loop goes on
 # numbers that a rebuild leaves out: of writes that a predecessor had under way and that may still land
 REBUILT_NUMBERS_SKIPPED = 1 << 20
-LEASE, LEASE_BYTES, LEASE_S, LEASE_RENEW_S = "lease", 16, 600.0, 60.0
+LEASE, LEASE_BYTES, LEASE_S = "lease", 16, 600.0
 TAIL_BYTES = 16 << 10  # of a segment, read first for its table
 
 _WHAT_TO_DO = {
@@ -96,19 +98,20 @@ class ObjectStore:
     def __init__(self, options: ObjectOptions, index_dir: Path, host: str, boot: str) -> None:
         """StoreError: the options are wrong. Nothing is asked of the service yet. Blocks for a moment."""
         self.options, self.index_dir, self.host, self.boot = options, index_dir, host, boot
+        self.directory = f"{host}/{boot}/"
         self.bucket = Bucket(
             options.scheme,
             options.options,
             options.credentials,
-            host=host,
+            writer=self.directory,
             deadline_s=options.deadline_s,
             retries=options.retries,
         )
         self.reads = trio.CapacityLimiter(options.concurrency)
         self.writes = trio.CapacityLimiter(max(options.concurrency // 2, 1))
-        self.directory = f"{host}/{boot}/"
-        self._renewed_at = -math.inf  # our lease; trio's time, as below
-        self._leases: dict[str, tuple[bytes, float]] = {}  # of other boots: what it said last, since when
+        self._renewed_at = -math.inf  # our lease; trio's time
+        self._renewing = trio.CapacityLimiter(1)  # it waits for no other write
+        self._leases = Stillness()  # of other boots
 
     async def probe(self) -> None:
         try:
@@ -139,8 +142,20 @@ class ObjectStore:
         return space
 
     async def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
-        """What another boot left, once its lease has not changed for LEASE_S. Renews ours."""
-        await self._renew_lease()
+        """What another boot left, once its lease has not changed for LEASE_S. Renews ours, however long that takes."""
+        swept: list[str] | OSError = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_renewing)
+            try:
+                swept = await self._sweep(may_be_needed)
+            except OSError as error:
+                swept = error
+            nursery.cancel_scope.cancel()
+        if isinstance(swept, OSError):
+            raise swept
+        return swept
+
+    async def _sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
         entries = await self.in_thread(self.bucket.entries, f"{self.host}/")
         others = [entry.path for entry in entries if entry.path.endswith("/") and entry.path != self.directory]
         over = await self._over(others)
@@ -151,6 +166,7 @@ class ObjectStore:
             if KEY.fullmatch(key) and (f"{directory}/" != self.directory or not may_be_needed(key)):
                 gone.append(path)
         await self.each(self.bucket.remove, gone)
+        await self.each(self.bucket.drop_partial, over)
         await self.each(self.bucket.delete, [directory + LEASE for directory in over])
         await self.drop_partial(may_be_needed)
         swept = {path.split("/")[-2] for path in gone}
@@ -161,19 +177,24 @@ class ObjectStore:
                 swept.add(key)
         return sorted(swept)
 
+    async def _keep_renewing(self) -> None:
+        while True:
+            await self._renew_lease()
+            await trio.sleep(LEASE_RENEW_S)
+
     async def _renew_lease(self) -> None:
         """Anything that is another one each time. What keeps it from being written is told where pages are."""
+        put = partial(self.bucket.put, self.directory + LEASE, os.urandom(LEASE_BYTES))
         with contextlib.suppress(OSError):
-            await self.in_thread(self.bucket.put, self.directory + LEASE, os.urandom(LEASE_BYTES))
+            await trio.to_thread.run_sync(put, limiter=self._renewing)
             self._renewed_at = trio.current_time()
 
     async def _over(self, directories: Sequence[str]) -> list[str]:
         """Those of boots whose lease stands still."""
+        said = await self.each(self._lease, directories)
         now = trio.current_time()
-        for directory, said in zip(directories, await self.each(self._lease, directories), strict=True):
-            if directory not in self._leases or self._leases[directory][0] != said:
-                self._leases[directory] = said, now
-        return [directory for directory in directories if now - self._leases[directory][1] >= LEASE_S]
+        stood = [self._leases.seconds(directory, what, now) for directory, what in zip(directories, said, strict=True)]
+        return [directory for directory, seconds in zip(directories, stood, strict=True) if seconds >= LEASE_S]
 
     def _lease(self, directory: str) -> bytes:
         try:

@@ -33,6 +33,7 @@ import trio
 
 from tierd.attach.procfs import boot_id
 from tierd.store import StoreContext, StoreError
+from tierd.store.leases import LEASE_RENEW_S, Stillness
 from tierd.store.options import host_id, parse
 from tierd.store.redis_direct import Direct
 from tierd.store.redis_link import Address, Link, RedisOptions
@@ -45,8 +46,9 @@ BATCH_BYTES = 4 << 20  # sent in one go
 BATCH_KEYS = 1024  # looked at or removed in one go
 WRITERS_MAX = 4  # guests at once
 REPLICA_WAIT_SHARE = 0.8  # of timeout_s: WAIT answers before we give up on the connection
-LEASE_MS = 600_000  # of a boot; when it is over, any other of the same HOST sweeps what it left
-LEASE_RENEW_S = 60.0
+# of a boot: when it was not renewed for so long, and was seen so for a while, any other of the same HOST sweeps what it left.
+# It is there for longer, because a full server renews a key and takes no new one.
+LEASE_MS, LEASE_KEPT_MS, LEASE_OVER_S = 600_000, 30 * 86_400_000, 3 * LEASE_RENEW_S
 BACKOFF_S, BACKOFF_S_MAX = 0.05, 1.0
 
 T = TypeVar("T")
@@ -239,6 +241,7 @@ class RedisStore:
         self._readers = trio.CapacityLimiter(options.concurrency)
         self._writers = trio.CapacityLimiter(WRITERS_MAX)
         self._renewed_at = float("-inf")  # the lease; monotonic
+        self._leases = Stillness()  # of other boots
 
     async def open(self, key: str, pages: int, page_bytes: int) -> RedisSpace:
         space = RedisSpace(self, self._boot, key, pages, page_bytes)
@@ -257,13 +260,11 @@ class RedisStore:
         """Those of another boot only once its lease is over: another machine may have the same host_id. Renews ours."""
         await self.blocking(self._take_lease)
         (found,) = await self.read([Command("HGETALL", self.spaces_key)])
-        boots = sorted({entry.decode().partition("/")[0] for entry in found} - {self._boot})
-        leases = await self.read([Command("GET", self._lease_key + boot) for boot in boots]) if boots else []
-        living = {boot for boot, lease in zip(boots, leases, strict=True) if lease is not None}
+        over = await self._over(sorted({entry.decode().partition("/")[0] for entry in found} - {self._boot}))
         swept = []
         for entry, size in sorted(found.items()):
             boot, _, key = entry.decode().partition("/")
-            if may_be_needed(key) if boot == self._boot else boot in living:
+            if may_be_needed(key) if boot == self._boot else boot not in over:
                 continue
             space = RedisSpace(self, boot, key, *json.loads(size))
             try:
@@ -272,7 +273,17 @@ class RedisStore:
             finally:
                 await space.aclose()
             swept.append(key)
+        for boot in over:
+            await self.blocking(partial(self._run, [Command("UNLINK", self._lease_key + boot)]))
         return swept
+
+    async def _over(self, boots: Sequence[str]) -> list[str]:
+        """Those whose lease is. The server says how long ago it was renewed, but one that was away says that of everybody's."""
+        left = await self.read([Command("PTTL", self._lease_key + boot) for boot in boots]) if boots else []
+        now = time.monotonic()
+        old = {boot: left_ms < LEASE_KEPT_MS - LEASE_MS for boot, left_ms in zip(boots, left, strict=True)}
+        stood = {boot: self._leases.seconds(boot, old[boot], now) for boot in boots}
+        return [boot for boot in boots if old[boot] and stood[boot] >= LEASE_OVER_S]
 
     async def aclose(self) -> None:
         self._direct.close()
@@ -346,12 +357,12 @@ class RedisStore:
                 self._take_lease()
 
     def _take_lease(self) -> None:
-        """This boot lives, for LEASE_MS at least. A full server cannot take a new one. Blocks; OSError, StoreError."""
+        """This boot lives. A full server cannot take a new one. Blocks; OSError, StoreError."""
         self._renewed_at = time.monotonic()
         ours = self._lease_key + self._boot
-        if self._run([Command("PEXPIRE", ours, (LEASE_MS,))]) == [0]:
+        if self._run([Command("PEXPIRE", ours, (LEASE_KEPT_MS,))]) == [0]:
             try:
-                self._run([Command("SET", ours, (b"", "PX", LEASE_MS))])
+                self._run([Command("SET", ours, (b"", "PX", LEASE_KEPT_MS))])
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise

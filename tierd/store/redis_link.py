@@ -26,7 +26,7 @@ from tierd.store.options import HostId
 
 # what an ACL user of tierd needs
 ACL = (
-    "+hset +hsetnx +hget +hmget +hgetall +hdel +hlen +unlink +set +get +pexpire +wait +waitaof +role +info +config|get "
+    "+hset +hsetnx +hget +hmget +hgetall +hdel +hlen +unlink +set +pttl +pexpire +wait +waitaof +role +info +config|get "
     "+client|setname +client|list +client|kill +cluster|slots +cluster|info +asking +multi +exec"
 )
 
