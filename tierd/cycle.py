@@ -287,7 +287,8 @@ def evict(
                         continue
                     batch = free.pop()
                     # each page to the first of `tiers` that takes it
-                    written = batch.write(tiers, [tier for tier in keep if _still_has(batch, tier, asked)])
+                    keep = [tier for tier in keep if _still_has(batch, tier, asked)]
+                    written = batch.write(tiers, keep)
                     phases.add_batch(written)
                     if written.offered_pages:
                         storing.append(_Storing(batch, taken.pages, _begin(threads, _store, batch, tiers, asked)))
@@ -311,7 +312,8 @@ def evict(
 
 
 def _still_has(batch: NativeBatch, tier: int, asked: Asked | None) -> bool:
-    """Whoever only relies on a store that is asked would not notice that it is gone: so one page of it is read."""
+    """Whoever only relies on a store that is asked would not notice that it is gone: so one page of it is read. If it does not
+    have that one, it may have lost any."""
     page = batch.unchanged(tier) if tier in batch.guest.asked_tiers else None
     if page is None:
         return True
@@ -320,7 +322,10 @@ def _still_has(batch: NativeBatch, tier: int, asked: Asked | None) -> bool:
         ((found,),) = asked.read(tier, [(page, 1)])
     except KernelError:
         found = None
-    return found is not None and batch.guest.is_right(page, found)
+    if found is not None and batch.guest.is_right(page, found):
+        return True
+    batch.guest.unclean(tier, read_failed=1)
+    return False
 
 
 def _begin(threads: ThreadPoolExecutor, call: Callable[..., float], *args: object) -> Future[float]:

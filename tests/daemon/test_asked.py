@@ -387,9 +387,18 @@ def test_a_store_that_is_empty_is_not_relied_on(daemon: Daemon, web: Vmm, redis:
     assert daemon.tierd("pause", f"web{OURS}").returncode == 0
     web.verify()
     wait_for(lambda: not daemon.guests()["web"]["stored_bytes"].get("redis"), "everything is with the guest")
+
+    def held() -> int:
+        return sum(redis.ask("HLEN", key) for key in redis.ask("KEYS", "*/*"))
+
+    once, unwritten = held(), daemon.guests()["web"]["counters"]["pages_unwritten"]
+    assert once > 12 * MIB // 4096, "the copies stay"
     redis.ask("FLUSHALL")
     assert daemon.tierd("resume", f"web{OURS}").returncode == 0
     evicted(daemon, "web", web)
+    counters = daemon.guests()["web"]["counters"]
+    assert held() == once, "all of it is written again"
+    assert counters["pages_unwritten"] == unwritten, "no copy was relied on"
     web.verify()
     assert not daemon.guests()["web"]["counters"]["pages_lost"]
 

@@ -141,6 +141,22 @@ def test_no_copy_is_relied_on_in_a_store_that_is_gone(start_vmm: Start, host: Ho
         vmm.verify()
 
 
+def test_no_copy_is_relied_on_in_a_store_that_has_lost_some(start_vmm: Start, host: Host) -> None:
+    """Those that are there still are of no use for the others: the guest has them all."""
+    vmm = start_vmm(f"bytes={8 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm, direct="off") as tiered:
+        tiered.evict_all()
+        once = _written(tiered)
+        vmm.verify()
+        path = tiered.served.tiers["file"].space.path
+        with open(path, "r+b") as file:
+            file.write(bytes(2 * MIB))  # of the first batch
+        tiered.evict_all()
+        assert _written(tiered) == 2 * once
+        vmm.verify()
+
+
 def test_nothing_is_clean_for_a_successor(start_vmm: Start, host: Host) -> None:
     """It lifts every protection, and so writes what it evicts."""
     vmm = start_vmm(f"bytes={4 * MIB}")

@@ -781,9 +781,10 @@ class NativeGuest:
         check(lib.tierd_guest_restore(self._g, next_page, max_pages, restored), "restore")
         return next_page[0], restored[0]
 
-    def unclean(self, tier: int) -> None:
-        """The copies that a tier has of clean pages are not relied on any more. Takes 0.1 ms a GiB. Worker."""
-        check(lib.tierd_guest_unclean(self._g, tier), "look at clean pages")
+    def unclean(self, tier: int, read_failed: int = 0) -> None:
+        """The copies that a tier has of clean pages are not relied on any more. `read_failed`: so many reads have shown it, which
+        the tier's counters say then. Takes 0.1 ms a GiB. Worker."""
+        check(lib.tierd_guest_unclean(self._g, tier, read_failed), "look at clean pages")
 
     def discard(self, max_pages: int, keep: Collection[int] = ()) -> int:
         """Give back store space of pages that were fetched since; how many. In tiers of `keep` not of those that nobody has

@@ -806,6 +806,24 @@ uint64_t tierd_batch_unchanged(struct tierd_batch *b, uint32_t tier)
 	return b->step == COPIED ? some_unchanged(b, tier) : NO_PAGE;
 }
 
+/* Nobody must rely on these copies any more. */
+static void unclean(struct tierd_guest *g, uint64_t page, uint64_t n)
+{
+	for (uint64_t i = page; i < page + n; i++) {
+		page_word w = page_load(g, i);
+
+		if (word_state(w) == RESIDENT && word_clean(w)) /* else a fault is at it, and has taken that away */
+			page_move(g, i, w, word_with_clean(w, false));
+	}
+}
+
+static void unclean_tier(struct tierd_guest *g, uint32_t tier)
+{
+	for (uint64_t page = 0; page < g->pages && g->copies[tier]; page++)
+		if (word_tier(page_load(g, page)) == tier)
+			unclean(g, page, 1);
+}
+
 /* Whoever only relies on a store would not notice that it is gone: so one page of it is read. (Where Python asks, it does that.) */
 static bool still_has(struct tierd_batch *b, unsigned int tier)
 {
@@ -827,12 +845,15 @@ static bool still_has(struct tierd_batch *b, unsigned int tier)
 	return !error;
 }
 
-/* What is clean and has its copy where that is not relied on, in a tier that fails, say, is written like the rest. */
+/* What is clean and has its copy where that is not relied on, in a tier that fails, say, is written like the rest. Who has lost one
+ * page may have lost any: no other batch relies on that tier either. */
 static void rely_on(struct tierd_batch *b, uint32_t keep)
 {
 	for (unsigned int tier = 1; tier <= TIERD_LADDER_MAX; tier++)
-		if (keep >> tier & 1 && !still_has(b, tier))
+		if (keep >> tier & 1 && !still_has(b, tier)) {
 			keep &= ~(1u << tier);
+			unclean_tier(b->g, tier);
+		}
 	for (uint32_t i = 0; i < b->count; i++)
 		if (b->to[i] == UNCHANGED && !(keep >> word_tier(b->words[i]) & 1))
 			b->to[i] = word_refused(b->words[i]) ? NOT_THE_POOL : NOWHERE;
@@ -1548,26 +1569,14 @@ static uint64_t stale_run(struct tierd_guest *g, uint64_t page, uint64_t max_pag
 	return n;
 }
 
-/* A discard that fails may have been made in part: nobody must rely on these copies any more. */
-static void unclean(struct tierd_guest *g, uint64_t page, uint64_t n)
+int tierd_guest_unclean(struct tierd_guest *g, uint32_t tier, uint32_t read_failed)
 {
-	for (uint64_t i = page; i < page + n; i++) {
-		page_word w = page_load(g, i);
-
-		if (word_state(w) == RESIDENT && word_clean(w)) /* else a fault is at it, and has taken that away */
-			page_move(g, i, w, word_with_clean(w, false));
-	}
-}
-
-int tierd_guest_unclean(struct tierd_guest *g, uint32_t tier)
-{
-	int error = tier < TIERD_TIERS ? guest_enter(g) : -EINVAL;
+	int error = tier < TIERD_TIERS && tier_exists(g, tier) ? guest_enter(g) : -EINVAL;
 
 	if (error)
 		return error;
-	for (uint64_t page = 0; page < g->pages && g->copies[tier]; page++)
-		if (word_tier(page_load(g, page)) == tier)
-			unclean(g, page, 1);
+	unclean_tier(g, tier);
+	count_add(&g->tier_counts[tier].read_errors, read_failed);
 	guest_leave(g);
 	return 0;
 }

@@ -376,8 +376,9 @@ int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max
  * too), counts what is RESIDENT again and what stays LOST. Pages of tiers that Python asks are asked for and not counted: with no room
  * for a request, it ends early. *next_page == pages of the guest when there are no more. */
 int tierd_guest_retry(struct tierd_guest *g, uint64_t *next_page, uint64_t *recovered, uint64_t *still_lost);
-/* Nobody relies on the copies that a tier has of clean pages any more: these are written when they leave. */
-int tierd_guest_unclean(struct tierd_guest *g, uint32_t tier);
+/* Nobody relies on the copies that a tier has of clean pages any more: these are written when they leave. read_failed: so many reads of
+ * a tier that Python asks have shown it; they are counted. */
+int tierd_guest_unclean(struct tierd_guest *g, uint32_t tier, uint32_t read_failed);
 /* Gives back store space of pages that were fetched since; but, in the tiers of `keep` (bit i: tier i), not of those that nobody has
  * written to since. */
 int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint32_t keep, uint64_t *discarded);
