@@ -482,8 +482,9 @@ class Guest:
 
         try:
             await self._in_worker(work)
-        except Refused:
-            pass  # a filter that the VMM has installed: the cycle finds it, too, and says so
+        except Refused as refused:  # a filter that the VMM has installed
+            if self._state != "refused":
+                await self._give_up(served, refused)
         except OSError as error:
             if not await self._is_over(served, error):
                 self._failed(error)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.process import OURS, Boot, Daemon, evicted
+from tests.daemon.process import OURS, POLICY, Boot, Daemon, evicted
 from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
 from tests.kernel.vmm import MIB, Vmm, need_anonymous, userfaultfds, wait_for
 from tierd.attach.procfs import start_ticks
@@ -114,12 +114,17 @@ def test_a_hazard_that_appears(daemon: Daemon, boot: Boot, hazard: str, undo: st
     vmm.verify()
 
 
-def test_a_filter_that_comes_later(daemon: Daemon, boot: Boot) -> None:
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_filter_that_comes_later(daemon: Daemon, boot: Boot, enabled: bool) -> None:
     """It may kill a VMM of anonymous memory for a call of ours: none is made any more."""
     need_anonymous()
     vmm = boot("web", 16 * MIB, "kind=anonymous")
     daemon.start()
     evicted(daemon, "web", vmm)
+    if not enabled:
+        daemon.write(guests=[{"name": f"*{OURS}", **POLICY, "enabled": False}])
+        daemon.signal(signal.SIGHUP)
+        wait_for(lambda: daemon.logged("reloaded"), "no page of it is to leave any more")
     vmm.ask("filter")
     (entry,) = wait_for(lambda: daemon.logged("guest_refused"), "it is seen")
     assert "seccomp filter" in entry["reason"]

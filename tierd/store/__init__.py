@@ -159,11 +159,12 @@ class PageStore(Protocol):
         ...
 
     async def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
-        """Remove the spaces of this host's guests that are gone: all from before the host was booted, and those whose key
-        `may_be_needed` does not know; the keys removed. It is called in trio's thread. OSError, StoreError.
+        """Remove the spaces of this host's guests that are gone: those of this boot whose key `may_be_needed` does not know, and
+        those of other boots; the keys removed. `may_be_needed` is called in trio's thread. OSError, StoreError.
 
         Called at the start and every minute while tierd runs. A store that several hosts can reach takes that as the sign
-        that this one lives: where another machine has the same host_id (a copy), what that one has is not removed."""
+        that this boot lives, and removes what another boot has only when there was none of it for some time: a machine that
+        is a copy of this one has the same host_id."""
         ...
 
     async def aclose(self) -> None:

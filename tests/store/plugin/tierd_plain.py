@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An example of a plug-in: a directory for each guest, a file for each page. Its package names tierd_plain:PlainStore."""
+"""A plug-in for a disk of this host alone: a directory a guest, a file a page. Its package names tierd_plain:PlainStore."""
 
 import shutil
 from pathlib import Path
@@ -33,10 +33,10 @@ class PlainSpace:
         await trio.to_thread.run_sync(lambda: [f.unlink(missing_ok=True) for f in files])
 
     async def used_bytes(self):
-        return sum(file.stat().st_size for file in self.path.iterdir())
+        return await trio.to_thread.run_sync(lambda: sum(file.stat().st_size for file in self.path.iterdir()))
 
     async def delete(self):
-        await trio.to_thread.run_sync(shutil.rmtree, self.path, True)
+        await trio.to_thread.run_sync(shutil.rmtree, self.path)
 
     async def aclose(self): ...
 
@@ -60,7 +60,7 @@ class PlainStore:
         spaces = [(path, *path.name.split(".")[:2]) for path in self.path.glob("*.*.*.*")]
         gone = {path: key for path, boot, key in spaces if boot != BOOT or not may_be_needed(key)}
         for path in gone:
-            await trio.to_thread.run_sync(shutil.rmtree, path, True)
+            await trio.to_thread.run_sync(shutil.rmtree, path)
         return sorted(gone.values())
 
     async def aclose(self): ...
