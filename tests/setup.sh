@@ -3,7 +3,7 @@
 # Installs what is missing on a Debian 12 machine, or says what is: `tests/setup.sh build vm` before `make test` and `make demo`.
 # Does nothing, quickly, when everything is there. Without root it names the packages and ends with status 1.
 #
-#   build    a C compiler, Python's venv, the libraries that compress
+#   build    a C compiler, Python's venv, the libraries that compress and encrypt
 #   vm       QEMU and a guest kernel (only unpacked into build/vm: the host's own boot is not touched)
 #   libvirt  libvirtd and virsh, started by the tests in a directory of their own
 #   metrics  promtool
@@ -53,6 +53,7 @@ for part in "$@"; do
 		want "/usr/lib/$machine-linux-gnu/libc.a" libc6-dev
 		want "/usr/lib/$machine-linux-gnu/liblz4.so.1" liblz4-1
 		want "/usr/lib/$machine-linux-gnu/libzstd.so.1" libzstd1
+		want "/usr/lib/$machine-linux-gnu/libcrypto.so.3" libssl3
 		python3 -c 'import ensurepip, venv' 2>/dev/null || packages="$packages python3-venv"
 		python3 -c 'import sysconfig, os, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
 			2>/dev/null || packages="$packages python3-dev"
