@@ -205,9 +205,14 @@ def memory_or_errors(config: Config, path: Path) -> MemoryStore:
 
 
 def _keys_dir(runtime_dir: Path) -> Path:
-    """Where keys of guests are; made if it is not there."""
+    """Where keys of guests are; made if it is not there. StoreError: it cannot be."""
     path = runtime_dir / KEYS
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"{path}, for keys of guests, cannot be made: {error.strerror}; make it, or set runtime_dir"
+        ) from error
     return path
 
 
@@ -240,7 +245,7 @@ def errors_of_stores(config: Config, path: Path, *, probe: bool) -> list[ConfigE
     if probe:
         try:
             FileStore(config.store.path, config.store.capacity, config.store.direct, _keys_of_files(config))
-        except StoreError as error:
+        except (OSError, StoreError) as error:
             tell("store", error)
     if probe and "memory" in named:
         try:
