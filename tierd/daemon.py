@@ -349,7 +349,10 @@ class Daemon:
         log.info("store_can_be_written", store=store.name)
 
     def _store_status(self, store: Store) -> StoreStatus:
-        reasons = sorted({why for (name, _), why in self.host.store_trouble.items() if name == store.name})
+        reasons, troubles = (
+            sorted({why for (name, _), why in told.items() if name == store.name})
+            for told in (self.host.store_trouble, self.host.space_trouble)
+        )
         silent_s = trio.current_time() - self._asked_at[store.name]
         if silent_s > ANSWERS_S:
             reasons.append(f"{store.path} has not answered for {silent_s:.0f} s")
@@ -361,6 +364,7 @@ class Daemon:
             used_bytes=used_bytes,
             healthy=not reasons,
             reason="; ".join(reasons),
+            trouble="; ".join(troubles),
         )
 
     def _end_at_last(self, seconds: float = END_S_MAX) -> None:
