@@ -18,11 +18,12 @@ import trio
 
 from tests.store.servers import Server
 from tests.store.writers import sealed as sealed_with
+from tierd.native.records import TAG_BYTES
 from tierd.store import IntegrityError, PageSpace, PageStore, StoreContext, StoreError
 from tierd.store.keys import sweep
 from tierd.store.plugins import make_store
 from tierd.store.records import CompressedSpace
-from tierd.store.seal import ARRAY_AT, FILE, NONCES, TAG_BYTES, SealedSpace, SealKey
+from tierd.store.seal import ARRAY_AT, FILE, NONCES, SealedSpace, SealKey
 from tierd.testing import PAGE, PageStoreContract, records
 
 GUEST, OTHER = "4711-123456", "4712-1"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tierd.store import StoreError
-from tierd.store.directory import KEY, file_system_of, open_ours
+from tierd.store.directory import file_system_of, left_over, open_ours
 
 SUFFIX = ".key"
 SECRET_BYTES = 512  # at the begin of each file, in which its key is
@@ -81,7 +81,7 @@ def sweep(directory: Path, may_be_needed: Callable[[str], bool]) -> list[str]:
     swept = set()
     for path in sorted(directory.glob(f"*{SUFFIX}")):
         guest = path.name.partition(".")[0]
-        if KEY.fullmatch(guest) and path.is_file() and not path.is_symlink() and not may_be_needed(guest):
+        if left_over(path, guest, may_be_needed):
             with contextlib.suppress(OSError), path.open("r+b") as file:  # gone by now, or the next sweep tries again
                 destroy(file.fileno(), path)
                 swept.add(guest)
