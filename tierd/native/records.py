@@ -17,7 +17,8 @@ from tierd.native._native import ffi, lib
 from tierd.native.errors import check
 
 TAG_BYTES, UNIT_BYTES = int(lib.TIERD_TAG_BYTES), int(lib.TIERD_UNIT_BYTES)
-ROW_BYTES = HEADER_BYTES = 16  # of a record in a segment
+HEADER_BYTES, ROW_BYTES = int(lib.TIERD_HEADER_BYTES), int(lib.TIERD_ROW_BYTES)
+AS_IT_IS, ZSTD = bytes([lib.TIERD_AS_IT_IS]), bytes([lib.TIERD_ZSTD])
 
 
 class _Buffers:
