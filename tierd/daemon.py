@@ -48,12 +48,13 @@ from tierd.store.asked import AskedStore
 from tierd.stores import (
     ANSWERS_S,
     asked_or_errors,
+    keep_keys_swept,
     keep_swept,
     made,
     memory_or_errors,
     open_stores,
     probe,
-    sweep_asked,
+    sweep_keys,
 )
 from tierd.systemd import Notifier, watchdog_interval_s
 from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused, StoreStatus
@@ -131,6 +132,7 @@ class Daemon:
             async with trio.open_nursery() as self._nursery:
                 await self._adopt_all()
                 await self._start_socket("handshake", self._start_handshake)  # soon: VMMs may wait to come again
+                self._nursery.start_soon(keep_keys_swept, self.host.guests_dir.parent, self._may_be_needed)
                 for name, store in self.host.stores.items():
                     self._figures[name] = await trio.to_thread.run_sync(_ask, store)
                     if isinstance(store, AskedStore):
@@ -158,10 +160,8 @@ class Daemon:
                 self._nursery.cancel_scope.cancel()
 
     async def _sweep(self, store: Store) -> None:
-        """Pages of guests that are gone. A store that is asked takes its time, and may not answer."""
-        if isinstance(store, AskedStore):
-            self._nursery.start_soon(sweep_asked, store, self._may_be_needed)
-        elif swept := await trio.to_thread.run_sync(store.sweep, self._may_be_needed):
+        """Pages of guests that are gone."""
+        if swept := await trio.to_thread.run_sync(store.sweep, self._may_be_needed):
             log.info("store_swept", store=store.name, guests=swept)
 
     async def _start_socket(self, name: str, start: Callable[[], Awaitable[None]]) -> None:
@@ -349,7 +349,10 @@ class Daemon:
         log.info("store_can_be_written", store=store.name)
 
     def _store_status(self, store: Store) -> StoreStatus:
-        reasons = sorted({why for (name, _), why in self.host.store_trouble.items() if name == store.name})
+        reasons, troubles = (
+            sorted({why for (name, _), why in told.items() if name == store.name})
+            for told in (self.host.store_trouble, self.host.space_trouble)
+        )
         silent_s = trio.current_time() - self._asked_at[store.name]
         if silent_s > ANSWERS_S:
             reasons.append(f"{store.path} has not answered for {silent_s:.0f} s")
@@ -361,6 +364,7 @@ class Daemon:
             used_bytes=used_bytes,
             healthy=not reasons,
             reason="; ".join(reasons),
+            trouble="; ".join(troubles),
         )
 
     def _end_at_last(self, seconds: float = END_S_MAX) -> None:
@@ -560,6 +564,7 @@ class Daemon:
                 log.info("state_swept", why=str(stale))
                 with contextlib.suppress(OSError):  # the next start tries again
                     stale.sweep()
+                await sweep_keys(self.host.guests_dir.parent, self._may_be_needed)
                 self._guests.pop(guest.key, None)
                 self._forget_kept(guest.key)
                 return str(stale)
@@ -630,7 +635,8 @@ class Daemon:
         """The VMM ended while its guest was not served: remove what was stored of it."""
         with contextlib.suppress(OSError):  # the next start tries again
             path.unlink(missing_ok=True)
-            for store in self.host.stores.values():
+            await sweep_keys(self.host.guests_dir.parent, self._may_be_needed)
+            for store in self.host.stores.values():  # those that are asked: soon, `keep_swept` does it
                 await self._sweep(store)
         self._guests.pop(guest.key, None)
         self._forget_kept(guest.key)

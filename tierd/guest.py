@@ -79,6 +79,9 @@ class Host:
     store_trouble: dict[tuple[str, str], str] = field(
         default_factory=dict
     )  # (store, guest's key) -> why it did not take its pages
+    space_trouble: dict[tuple[str, str], str] = field(
+        default_factory=dict
+    )  # the same -> what is wrong there though its pages come and go
 
     def turns_of(self, store: AskedStore) -> Turns:
         """All guests' calls of a store share them."""
@@ -92,8 +95,9 @@ class Host:
 
     def forget_trouble(self, key: str) -> None:
         """Of a guest, with all stores."""
-        for which in [which for which in self.store_trouble if which[1] == key]:
-            del self.store_trouble[which]
+        for troubles in (self.store_trouble, self.space_trouble):
+            for which in [which for which in troubles if which[1] == key]:
+                del troubles[which]
 
 
 class Ending(enum.Enum):
@@ -314,7 +318,6 @@ class Guest:
         self._host.forget_trouble(self.key)
         self._host.forget_trouble(f"{self.key} hangs")
         self._host.forget_trouble(f"{self.key} not open")
-        self._host.forget_trouble(f"space of {self.key}")
 
     def _stop_cycle(self) -> None:
         """In trio's thread. What the worker has asked of a store is called off, too."""
@@ -652,14 +655,14 @@ class Guest:
         troubles = self._parking.troubles if self._parking is not None else {}
         spaces = self._parking.space_troubles if self._parking is not None else {}
         for name, trouble in spaces.items():
-            which = name, f"space of {self.key}"
-            if trouble and trouble != self._host.store_trouble.get(which):
+            which = name, self.key
+            if trouble and trouble != self._host.space_trouble.get(which):
                 action = "see to the store; pages come and go all the same"
                 self._log.error("store_space_trouble", store=name, error=trouble, action=action)
             if trouble:
-                self._host.store_trouble[which] = trouble
+                self._host.space_trouble[which] = trouble
             else:
-                self._host.store_trouble.pop(which, None)
+                self._host.space_trouble.pop(which, None)
         for name in self._served.tiers if self._served is not None else ():
             if name in troubles:
                 self._host.store_trouble[name, f"{self.key} not open"] = troubles[name]

@@ -295,12 +295,18 @@ def _guests(guests: Sequence[GuestStatus]) -> Iterable[Metric]:
 def _stores(status: DaemonStatus) -> Iterable[Metric]:
     capacity = GaugeMetricFamily("tierd_store_capacity_bytes", "What the store may use.", labels=("store",))
     used = GaugeMetricFamily("tierd_store_used_bytes", "What the store uses.", labels=("store",))
-    healthy = GaugeMetricFamily("tierd_store_healthy", "1 if nothing is wrong with the store, else 0.", labels=("store",))
+    healthy = GaugeMetricFamily("tierd_store_healthy", "1 if pages come and go there, else 0.", labels=("store",))
+    trouble = GaugeMetricFamily(
+        "tierd_store_trouble",
+        "1 if something is wrong though they do: rubbish that stays, say; else 0.",
+        labels=("store",),
+    )
     for store in status.stores:
         capacity.add_metric((store.name,), store.capacity_bytes)
         used.add_metric((store.name,), store.used_bytes)
         healthy.add_metric((store.name,), store.healthy)
-    return capacity, used, healthy
+        trouble.add_metric((store.name,), bool(store.trouble))
+    return capacity, used, healthy, trouble
 
 
 def create_registry(status: Callable[[], DaemonStatus]) -> CollectorRegistry:

@@ -39,6 +39,7 @@ TAKEN_MAX = 64  # requests at a time
 REOPEN_S, REOPEN_S_MAX = 0.5, 10.0
 PATIENCE_S = 1.0  # with the first of two copies
 READ_TOLD_S = 10.0  # between two errors of reads that are told, of one store
+LOSS_TOLD_S = 600.0  # between two losses: one that has lost a part gives pages meanwhile
 CALL_S_MAX = 60.0  # for a call in the background, whatever its store's own deadlines are
 Work = Callable[[PageSpace, int, Any], Awaitable[Any]]  # on a run of pages
 DELETE_S_MAX = 10.0  # for the pages of a guest that is over; then the sweep has them
@@ -120,6 +121,14 @@ class _Told:
     text: str = ""
     at: float = -math.inf
 
+    def is_new(self, text: str, seconds: float) -> bool:
+        """Whether it is to be told: it is not what was told last, and that was so many seconds ago. Then it counts as told."""
+        now = trio.current_time()
+        if text == self.text or now - self.at < seconds:
+            return False
+        self.text, self.at = text, now
+        return True
+
 
 class Parking:
     """Of one guest that is served and has tiers that are asked. `stores`: of this daemon, by name; it may come to know more.
@@ -135,11 +144,11 @@ class Parking:
         self._keys: dict[str, SealKey | None] = {}  # by store; None: it is not sealed
         self._opened = {number: trio.Event() for number in self._tiers}
         self._troubles: dict[int, str] = {}
-        self._broken: set[int] = set()
+        self._broken: set[str] = set()  # stores
         self._wrong: set[int] = set()
         self._as_opened: dict[str, PageSpace] = {}  # by store
-        self._unread: dict[int, _Told] = {}  # by tier: reads that failed
-        self._missing: set[str | None] = set()  # stores
+        self._unread: dict[str, _Told] = {}  # by store: reads that failed
+        self._missing: dict[str, _Told] = {}  # by store: copies that it has lost
         self._over = self._is_cut = False
         self._token = trio.lowlevel.current_trio_token()
         self._calls: set[trio.CancelScope] = set()  # of workers
@@ -254,8 +263,9 @@ class Parking:
                 )
             other = await self._one_space_of(second, tier, is_second=True)
             patience_s = min(store.deadline_s / 2, PATIENCE_S)
-            tell_wrong, tell_missing = partial(self._tell_wrong, tier), partial(self._tell_missing, tier)
-            return MirroredSpace(first, other, patience_s, self._served.native.is_right, tell_wrong, tell_missing)
+            both = store, second
+            tell = partial(self._tell_wrong, tier), partial(self._tell_missing, both), partial(self._copy_read, both)
+            return MirroredSpace(first, other, patience_s, self._served.native.is_right, *tell)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await first.aclose()
@@ -273,15 +283,14 @@ class Parking:
                 action="the other copy is taken; see who else can write to the two stores",
             )
 
-    def _tell_missing(self, tier: ServedTier, page: int, is_second: bool, why: str) -> None:
-        """Once for each store: there may be many."""
-        both = tier.name, self._store(tier.number).second
-        if both[is_second] not in self._missing:
-            self._missing.add(both[is_second])
+    def _tell_missing(self, both: Sequence[AskedStore], page: int, is_second: bool, why: str) -> None:
+        """Once until the store has given pages again, and not often: there may be many."""
+        name, other = both[is_second].name, both[not is_second].name
+        if self._missing.setdefault(name, _Told()).is_new(why, LOSS_TOLD_S):
             self._log.error(
                 "copy_is_missing",
-                store=both[is_second],
-                other=both[not is_second],
+                store=name,
+                other=other,
                 page=page,
                 error=why,
                 action="the other copy is taken, and is the only one; see to this store before the other one fails, too. "
@@ -376,35 +385,38 @@ class Parking:
         try:
             pages = await self._fetch(request)
         except Exception as error:  # a plug-in's may be any: the page waits, and the guest has others
-            self._tell_broken(request.tier, error)
-            self._tell_unread(request.tier, error)
+            action = "see to the store; the page is asked for again until the policy's read_deadline_s"
+            self._tell_unread(self._store(request.tier), error, action)
             self._served.native.answer(request.number, b"", 0, _errno_of(error))
         else:
             self._served.native.answer(request.number, b"".join(pages), len(pages), 0)
-            if request.tier in self._unread:
-                self._unread[request.tier].text = ""
+            store = self._store(request.tier)
+            if store.second is None:  # of two, the page does not say which one gave it
+                self._note_given(store)
 
-    def _tell_broken(self, tier: int, error: Exception) -> None:
-        """What no store may raise, once."""
-        if not isinstance(error, OSError | StoreError | trio.TooSlowError) and tier not in self._broken:
-            self._broken.add(tier)
-            self._log.error("store_is_broken", store=self._tiers[tier].name, error=repr(error), exc_info=error)
-
-    def _tell_unread(self, tier: int, error: Exception) -> None:
+    def _tell_unread(self, store: AskedStore, error: Exception, action: str) -> None:
         """Why pages do not come, once until some do: the data plane learns an errno only. Of texts that differ in each try (the
-        number of a page, of a request) one now and then."""
+        number of a page, of a request) one now and then. What no store may raise, once."""
         if not isinstance(error, OSError | StoreError | trio.TooSlowError):
+            if store.name not in self._broken:
+                self._broken.add(store.name)
+                self._log.error("store_is_broken", store=store.name, error=repr(error), exc_info=error)
             return
-        text = str(error) or f"it did not answer within {self._store(tier).deadline_s:g} s"
-        told, now = self._unread.setdefault(tier, _Told()), trio.current_time()
-        if told.text != text and now - told.at >= READ_TOLD_S:
-            told.text, told.at = text, now
-            self._log.error(
-                "store_read_failed",
-                store=self._tiers[tier].name,
-                error=text,
-                action="see to the store; the page is asked for again until the policy's read_deadline_s",
-            )
+        text = str(error) or f"it did not answer within {store.deadline_s:g} s"
+        if self._unread.setdefault(store.name, _Told()).is_new(text, READ_TOLD_S):
+            self._log.error("store_read_failed", store=store.name, error=text, action=action)
+
+    def _copy_read(self, both: Sequence[AskedStore], is_second: bool, error: Exception | None) -> None:
+        if error is None:
+            self._note_given(both[is_second])
+        else:
+            self._tell_unread(both[is_second], error, "see to the store; the other copy is taken")
+
+    def _note_given(self, store: AskedStore) -> None:
+        """It has given pages: what goes wrong from now on is told again."""
+        for told in (self._unread, self._missing):
+            if store.name in told:
+                told[store.name].text = ""
 
     async def _fetch(self, request: Request) -> list[bytes]:
         """Its first page, and as many of the others as there are and nobody has to wait for."""

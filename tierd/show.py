@@ -198,6 +198,7 @@ def summary_text(status: Mapping[str, Any]) -> str:
     stores = ", ".join(
         f"store {store['name']} {size_text(store['used_bytes'])} of {size_text(store['capacity_bytes'])}"
         + ("" if store["healthy"] else f" ILL: {safe_text(store['reason'])}")
+        + (f" ({safe_text(store['trouble'])})" if store.get("trouble") else "")
         for store in status["stores"]
     )
     guests = len(status["guests"])

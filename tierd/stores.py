@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening the stores that a configuration names; trying them, which `tierd config check --probe` does, too; and sweeping
-those that are asked."""
+those that are asked, and keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tierd.config import AskedStoreConfig, Config, named_stores
 from tierd.document import ConfigError, ConfigErrors
 from tierd.native import Codec
 from tierd.serve import KEYS, SUFFIX, Stale, StateError, read_state
-from tierd.store import PageSpace, PageStore, Store, StoreContext, StoreError
+from tierd.store import PageSpace, PageStore, Store, StoreContext, StoreError, keys
 from tierd.store.asked import UNLIMITED, AskedStore
 from tierd.store.file import FileStore
 from tierd.store.memory import MemoryStore
@@ -123,24 +123,30 @@ async def keep_swept(store: AskedStore, may_be_needed: Callable[[str], bool]) ->
     what another boot left can be removed only when that one has not been seen for a while."""
     told = ""
     while True:
-        told = await sweep_asked(store, may_be_needed, told)
+        try:
+            swept = await store.pages.sweep(may_be_needed)
+        except Exception as error:  # a plug-in's may be any; what is in a store may be anybody's
+            if repr(error) != told:
+                log.warning("store_not_swept", store=store.name, error=repr(error), action="trying again in a while")
+            told = repr(error)
+        else:
+            told = ""
+            if swept:
+                log.info("store_swept", store=store.name, guests=sorted(set(swept)))
         await trio.sleep(SWEEP_EVERY_S)
 
 
-async def sweep_asked(store: AskedStore, may_be_needed: Callable[[str], bool], told: str = "") -> str:
-    """Once. What is wrong, which is told if it is not `told`; "": nothing."""
-    from tierd.store.keys import sweep as sweep_keys
+async def keep_keys_swept(runtime_dir: Path, may_be_needed: Callable[[str], bool]) -> None:
+    """For as long as tierd runs, whatever stores there are and whatever they encrypt now."""
+    while True:
+        await sweep_keys(runtime_dir, may_be_needed)
+        await trio.sleep(SWEEP_EVERY_S)
 
-    try:
-        swept = await store.pages.sweep(may_be_needed)
-        swept += await trio.to_thread.run_sync(sweep_keys, store.keys_dir, may_be_needed)
-    except Exception as error:  # a plug-in's may be any; what is in a store may be anybody's
-        if repr(error) != told:
-            log.warning("store_not_swept", store=store.name, error=repr(error), action="trying again in a while")
-        return repr(error)
-    if swept:
-        log.info("store_swept", store=store.name, guests=sorted(set(swept)))
-    return ""
+
+async def sweep_keys(runtime_dir: Path, may_be_needed: Callable[[str], bool]) -> None:
+    """Once, those of all stores: they are in one directory."""
+    if swept := await trio.to_thread.run_sync(keys.sweep, runtime_dir / KEYS, may_be_needed):
+        log.info("keys_swept", guests=swept)
 
 
 class _MadeLater:
@@ -199,9 +205,14 @@ def memory_or_errors(config: Config, path: Path) -> MemoryStore:
 
 
 def _keys_dir(runtime_dir: Path) -> Path:
-    """Where keys of guests are; made if it is not there."""
+    """Where keys of guests are; made if it is not there. StoreError: it cannot be."""
     path = runtime_dir / KEYS
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"{path}, for keys of guests, cannot be made: {error.strerror}; make it, or set runtime_dir"
+        ) from error
     return path
 
 
@@ -234,7 +245,7 @@ def errors_of_stores(config: Config, path: Path, *, probe: bool) -> list[ConfigE
     if probe:
         try:
             FileStore(config.store.path, config.store.capacity, config.store.direct, _keys_of_files(config))
-        except StoreError as error:
+        except (OSError, StoreError) as error:
             tell("store", error)
     if probe and "memory" in named:
         try:

@@ -55,7 +55,7 @@ class GuestStatus:
 
 @dataclass(frozen=True)
 class StoreStatus:
-    """One store. `reason` says what is wrong while it is not `healthy`."""
+    """One store. `reason` says what is wrong while it is not `healthy`: while pages do not come or go."""
 
     name: str
     path: str
@@ -63,6 +63,7 @@ class StoreStatus:
     used_bytes: int
     healthy: bool = True
     reason: str = ""
+    trouble: str = ""  # what is wrong though they do: rubbish that cannot be removed, say
 
 
 @dataclass(frozen=True)

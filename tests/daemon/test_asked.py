@@ -155,22 +155,24 @@ def test_a_store_that_is_in_trouble_and_gives_and_takes_pages(
 ) -> None:
     """It is told once, and in the status until it is over."""
 
-    def ill() -> list[str]:
-        return [store["reason"] for store in daemon.status()["stores"] if not store["healthy"]]
+    def troubles() -> list[str]:
+        assert all(store["healthy"] for store in daemon.status()["stores"])
+        return [store["trouble"] for store in daemon.status()["stores"] if store["trouble"]]
 
     (install(disk_dir, monkeypatch, "troubled:PlainStore") / "troubled.py").write_text(TROUBLED)
     with_tiers(daemon, "plain", stores={"plain": {"path": str(disk_dir / "pages"), "encrypt": False}})
     daemon.start()
     evicted(daemon, "web", web)
-    assert not ill()
+    assert not troubles()
     (disk_dir / "pages" / "full").touch()
-    wait_for(lambda: ill() == ["no room for rubbish"], "it is in the status")
+    wait_for(lambda: troubles() == ["no room for rubbish"], "it is in the status")
+    assert "(no room for rubbish)" in daemon.tierd("status").stdout
     assert tiers(daemon)["plain"]["healthy"], "it takes pages"
     web.verify()
     evicted(daemon, "web", web)
     assert [told["error"] for told in daemon.logged("store_space_trouble")] == ["no room for rubbish"]
     (disk_dir / "pages" / "full").unlink()
-    wait_for(lambda: not ill(), "it is over")
+    wait_for(lambda: not troubles(), "it is over")
 
 
 def test_a_guest_that_ends_while_it_is_evicted_into_a_store_that_hangs(

@@ -295,6 +295,16 @@ def test_config_check(tierd: Run, tmp_path: Path) -> None:
     assert {error["line"] for error in json.loads(out)["errors"]} == {1, 2}
 
 
+def test_config_check_where_keys_cannot_be_kept(tierd: Run, tmp_path: Path, disk_dir: Path) -> None:
+    (tmp_path / "a file").touch()
+    file = tmp_path / "tierd.yaml"
+    settings = {"runtime_dir": str(tmp_path / "a file" / "run"), "store": {"path": str(disk_dir), "encrypt": True}}
+    file.write_text(yaml.safe_dump(settings))
+    code, said = one_line(tierd("config", "check", "--probe", "--config", str(file)))
+    assert code == cli.CONFIG_WRONG
+    assert "keys of guests, cannot be made: Not a directory; make it, or set runtime_dir" in said
+
+
 def test_run_with_a_wrong_configuration(tierd: Run, tmp_path: Path) -> None:
     code, _, err = tierd("run", "--config", str(tmp_path / "missing.yaml"))
     assert code == cli.CONFIG_WRONG

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -75,6 +76,7 @@ def test_every_name_that_is_promised() -> None:
         "tierd_store_capacity_bytes",
         "tierd_store_used_bytes",
         "tierd_store_healthy",
+        "tierd_store_trouble",
     }
     assert {name for name in found if name.startswith("tierd_")} == promised
     assert "process_resident_memory_bytes" in found
@@ -104,6 +106,15 @@ def test_values_and_labels() -> None:
     assert found[of("state", "db", 11, state="paused")] == 1
     assert found[of("state", "db", 11, state="active")] == 0
     assert found[("tierd_store_used_bytes", (("store", "file"),))] == GIB
+
+
+def test_a_store_in_which_rubbish_stays_is_not_ill() -> None:
+    daemon = two_guests()
+    daemon.store = replace(daemon.store, trouble="no room for rubbish")
+    found, which = samples(scrape(daemon)), (("store", "file"),)
+    assert (found["tierd_store_healthy", which], found["tierd_store_trouble", which]) == (1, 1)
+    found = samples(scrape(two_guests()))
+    assert (found["tierd_store_healthy", which], found["tierd_store_trouble", which]) == (1, 0)
 
 
 def test_latency_histogram_is_cumulative_and_complete() -> None:

@@ -66,6 +66,30 @@ def test_a_file_that_is_encrypted(daemon: Daemon, web: Vmm, above: tuple[object,
     assert not list((daemon.runtime_dir / "keys").iterdir()), "the key is destroyed with what it is for"
 
 
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_nothing_is_left_of_an_encrypted_guest_whose_vmm_ends_unserved(daemon: Daemon, web: Vmm, when: str) -> None:
+    """Also where nothing is encrypted any more: before tierd starts again, or while it cannot serve the guest."""
+    store = {"path": str(daemon.store_dir), "encrypt": True}
+    with_tiers(daemon, "file", store=store)
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    (key,) = (daemon.runtime_dir / "keys").iterdir()
+    with_tiers(daemon, "file", store={**store, "encrypt": False})
+    if when == "before":
+        web.kill()
+        daemon.start()
+    else:
+        key.chmod(0o640)
+        daemon.start()
+        wait_for(lambda: daemon.logged("guest_not_served"), "its key is refused")
+        web.kill()
+    wait_for(lambda: not key.exists(), "its key is destroyed")
+    wait_for(lambda: not list(daemon.store_dir.iterdir()), "its file is removed")
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+
+
 def test_pages_sink_with_age(daemon: Daemon, web: Vmm) -> None:
     with_tiers(daemon, "memory", {"name": "file", "min_age_s": 4})
     daemon.start()

@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from tierd.native import Request
-from tierd.parking import READ_TOLD_S, Parking, Rank, Turns
+from tierd.parking import LOSS_TOLD_S, READ_TOLD_S, Parking, Rank, Turns
 from tierd.store import StoreError
 
 
@@ -130,7 +130,7 @@ def test_why_pages_do_not_come_is_told_once_until_some_do() -> None:
         parking = cast("Any", Parking(guest, "1-1", {}, lambda store: Turns(1)))
         parking._opened, parking._tiers = {1: trio.Event()}, {1: SimpleNamespace(name="redis")}
         parking._opened[1].set()
-        parking._store = lambda tier: SimpleNamespace(deadline_s=5.0)
+        parking._store = lambda tier: SimpleNamespace(name="redis", deadline_s=5.0, second=None)
         for later_s, says, tells in begins:
 
             async def fetch(request: Request, says: Exception | None = says) -> list[bytes]:
@@ -148,4 +148,41 @@ def test_why_pages_do_not_come_is_told_once_until_some_do() -> None:
             )
 
     native = SimpleNamespace(answer=lambda *answer: None)
+    trio.run(check, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_copy_that_is_lost_is_told_again_when_the_store_has_given_pages_since() -> None:
+    """Failures in between are told as such: they are no loss, and no store is told in place of the other."""
+    both = [SimpleNamespace(name="redis"), SimpleNamespace(name="objects")]
+    fails, gives, lacks = OSError(5, "it refuses"), None, "it does not have it"
+    begins: list[tuple[float, bool, Any, str]] = [  # seconds later; whether the second; what it does; what is told
+        (0, False, fails, "store_read_failed"),
+        (1, False, lacks, "copy_is_missing"),
+        (LOSS_TOLD_S, False, lacks, ""),
+        (1, True, gives, ""),
+        (1, False, lacks, ""),
+        (1, True, lacks, "copy_is_missing"),
+        (1, False, gives, ""),
+        (1, False, lacks, "copy_is_missing"),
+        (1, False, gives, ""),
+        (1, False, lacks, ""),  # it has lost a part
+        (1, False, fails, "store_read_failed"),
+        (LOSS_TOLD_S, False, lacks, "copy_is_missing"),
+    ]
+
+    async def check() -> None:
+        guest = cast("Any", SimpleNamespace(spec=SimpleNamespace(name="web", pid=1), tiers={}))
+        parking = cast("Any", Parking(guest, "1-1", {}, lambda store: Turns(1)))
+        for later_s, is_second, does, tells in begins:
+            await trio.sleep(later_s)
+            with structlog.testing.capture_logs() as told:
+                parking._log = structlog.get_logger()
+                if does is lacks:
+                    parking._tell_missing(both, 7, is_second, lacks)
+                else:
+                    parking._copy_read(both, is_second, does)
+            assert [(entry["event"], entry["store"]) for entry in told] == (
+                [(tells, both[is_second].name)] if tells else []
+            )
+
     trio.run(check, clock=trio.testing.MockClock(autojump_threshold=0))

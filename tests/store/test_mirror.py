@@ -11,7 +11,7 @@ import trio.testing
 
 from tests.store.test_contract import Place, Store
 from tests.store.test_seal import Dictionary
-from tierd.store import IntegrityError, PageSpace, PageStore
+from tierd.store import IntegrityError, PageSpace, PageStore, StoreError
 from tierd.store.mirror import SILENT_S, MirroredSpace
 from tierd.testing import PageStoreContract
 
@@ -26,7 +26,7 @@ class Mirrored:
 
     async def open(self, key: str, pages: int, page_bytes: int) -> PageSpace:
         first, second = [await store.open(key, pages, page_bytes) for store in self.both]
-        return MirroredSpace(first, second, PATIENCE_S, lambda page, record: True, never, never)
+        return MirroredSpace(first, second, PATIENCE_S, lambda page, record: True, never, never, all_is_well)
 
     async def probe(self) -> None:
         for store in self.both:
@@ -43,6 +43,10 @@ class Mirrored:
 
 def never(*told: object) -> None:
     raise AssertionError(told)
+
+
+def all_is_well(is_second: bool, error: Exception | None) -> None:
+    assert error is None
 
 
 class OneIsEnough(Store):
@@ -87,12 +91,19 @@ class Two:
         self.first, self.second = Copy(*range(4)), Copy(*range(4))
         self.wrong: list[int] = []
         self.missing: list[tuple[int, bool, str]] = []
+        self.ended: list[tuple[bool, Exception | None]] = []
 
         def is_right(page: int, record: bytes) -> bool:
             return record == b"page %d" % page
 
         self.space = MirroredSpace(
-            self.first, self.second, PATIENCE_S, is_right, self.wrong.append, lambda *told: self.missing.append(told)
+            self.first,
+            self.second,
+            PATIENCE_S,
+            is_right,
+            self.wrong.append,
+            lambda *told: self.missing.append(told),
+            lambda *told: self.ended.append(told),
         )
 
     async def read(self, first_page: int, count: int) -> None:
@@ -118,6 +129,7 @@ def test_the_first_is_asked_and_nothing_is_told() -> None:
     two = in_trio(check)
     assert not two.wrong
     assert not two.missing
+    assert two.ended == [(False, None)]
 
 
 def test_one_that_takes_too_long_is_asked_last_for_a_while_and_then_first_again() -> None:
@@ -135,6 +147,7 @@ def test_one_that_takes_too_long_is_asked_last_for_a_while_and_then_first_again(
 
     two = in_trio(check)
     assert not two.missing, "it is only slow"
+    assert two.ended == [(True, None), (True, None), (False, None)]
 
 
 def test_of_two_that_are_silent_the_last_one_has_all_the_time() -> None:
@@ -146,15 +159,33 @@ def test_of_two_that_are_silent_the_last_one_has_all_the_time() -> None:
     in_trio(check)
 
 
-@pytest.mark.parametrize("error", [OSError(5, "broken"), IntegrityError("page 0 is not what was sealed")])
-def test_what_one_says_instead_of_a_page_is_told(error: Exception) -> None:
+def test_one_that_has_something_else_instead_of_a_page_has_lost_it() -> None:
     async def check(two: Two) -> None:
-        two.first.fails = error
+        two.first.fails = IntegrityError("page 0 is not what was sealed")
         await two.read(0, 1)
 
     two = in_trio(check)
-    assert two.missing == [(0, False, str(error))]
+    assert two.missing == [(0, False, "page 0 is not what was sealed")]
+    assert two.ended == [(True, None)]
     assert not two.wrong
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "broken"), StoreError("refuses the credentials"), KeyError("a plug-in's")]
+)
+def test_one_that_fails_has_lost_nothing(error: Exception) -> None:
+    async def check(two: Two) -> None:
+        two.first.fails = error
+        await two.read(0, 1)
+        two.second.fails = error
+        with pytest.raises(type(error)):
+            await two.read(1, 1)
+
+    two = in_trio(check)
+    assert not two.missing
+    assert not two.wrong
+    assert two.ended[:2] == [(False, error), (True, None)]
+    assert sorted(two.ended[2:], key=str) == [(False, error), (True, error)]
 
 
 def test_a_page_that_one_does_not_have_is_told_and_the_others_are_not() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.store.test_seal import PAGES, Dictionary
 from tests.store.writers import sealed
+from tierd.native.records import _Buffers
 from tierd.store import IntegrityError
 from tierd.store.records import CompressedSpace
 from tierd.testing import PAGE, records
@@ -74,3 +76,21 @@ def test_what_is_no_record_of_ours_is_an_error(wrong: bytes) -> None:
     inner.records[3] = wrong
     with pytest.raises(IntegrityError, match=r"page 3 .*not one that tierd has written"):
         trio.run(CompressedSpace(inner, PAGE).read, 3, 1)
+
+
+def test_buffers_are_used_again_but_for_large_ones() -> None:
+    """Cleaning takes some of 8 MiB and more: they are not kept."""
+    buffers = _Buffers()
+    taken = [buffers.take(size) for size in (4 << 20, 2 << 20, 8 << 20, (4 << 20) + 1, 100)]
+    del taken
+    gc.collect()
+    assert sorted(map(len, buffers._free)) == [2 << 20, 4 << 20]
+    again = [buffers.take(1 << 20) for _ in range(3)]
+    assert not buffers._free
+    del again
+    gc.collect()
+    assert sorted(map(len, buffers._free)) == [1 << 20, 2 << 20, 4 << 20]
+    many = [buffers.take(1 << 20) for _ in range(100)]
+    del many
+    gc.collect()
+    assert len(buffers._free) == 12

@@ -18,11 +18,12 @@ import trio
 
 from tests.store.servers import Server
 from tests.store.writers import sealed as sealed_with
+from tierd.native.records import TAG_BYTES
 from tierd.store import IntegrityError, PageSpace, PageStore, StoreContext, StoreError
 from tierd.store.keys import sweep
 from tierd.store.plugins import make_store
 from tierd.store.records import CompressedSpace
-from tierd.store.seal import ARRAY_AT, FILE, NONCES, TAG_BYTES, SealedSpace, SealKey
+from tierd.store.seal import ARRAY_AT, FILE, NONCES, SealedSpace, SealKey
 from tierd.testing import PAGE, PageStoreContract, records
 
 GUEST, OTHER = "4711-123456", "4712-1"
@@ -375,3 +376,18 @@ def test_keys_of_guests_that_are_gone_are_destroyed(sealed: Sealed, tmpfs_dir: P
     assert sweep(tmpfs_dir, lambda guest: guest == GUEST) == [OTHER]
     assert {path.name for path in tmpfs_dir.iterdir()} == {f"{GUEST}.tape.key", "notes.key", "9-9.key"}
     assert (tmpfs_dir / "notes.key").read_text() == "not ours"
+
+
+def test_keys_that_somebody_else_destroys_meanwhile_are_none_of_a_sweeps(tmpfs_dir: Path) -> None:
+    for store in "tape", "vault":
+        SealKey.create(tmpfs_dir, store, GUEST, PAGES).close()
+        SealKey.create(tmpfs_dir, store, OTHER, PAGES).close()
+
+    def may_be_needed(guest: str) -> bool:
+        for path in tmpfs_dir.glob(f"{GUEST}.*"):
+            path.unlink()
+        return False
+
+    assert sweep(tmpfs_dir, may_be_needed) == [OTHER]
+    assert not list(tmpfs_dir.iterdir())
+    assert not sweep(tmpfs_dir / "none", may_be_needed)

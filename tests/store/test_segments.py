@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierd.native.records import Records
+from tierd.native.records import ROW_BYTES, Records
 from tierd.store import segments
 from tierd.store.segments import DamagedError, Place, Usage, build, choose, read_table, record_at, records_of
 
@@ -93,7 +93,7 @@ def test_neighbours_are_one_read() -> None:
 # --- what cleaning costs, in a model: no objects, only their sizes ----------------------------------------------------
 
 FULL = 64 << 10
-RECORD, OVERHEAD = 1024, segments.ROW_BYTES
+RECORD, OVERHEAD = 1024, ROW_BYTES
 
 
 class Model:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tierd does with every store that is asked for as long as it runs: it is swept, and so knows that the host lives."""
+"""What tierd does with every store that is asked for as long as it runs: it is swept, and so knows that the host lives. And with
+keys."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from tierd.store import PageStore, redis
 from tierd.store.asked import AskedStore
 from tierd.store.redis import RedisStore
 from tierd.store.redis_link import RedisOptions
-from tierd.stores import keep_swept
+from tierd.store.seal import SealKey
+from tierd.stores import keep_keys_swept, keep_swept
 from tierd.testing import PAGE, PAGES, closing, records, space_of
 
 
@@ -79,3 +81,27 @@ def test_a_store_that_cannot_be_swept_is_told_once_and_tried_again(tmp_path: Pat
         ("store_not_swept", "KeyError('b')"),
         ("store_swept", None),
     ]
+
+
+def test_keys_are_swept_once_whatever_stores_there_are(tmpfs_dir: Path) -> None:
+    """Those of a guest that died later, too."""
+    keys, needed = tmpfs_dir / "keys", {"1-1"}
+
+    async def test() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep_keys_swept, tmpfs_dir, needed.__contains__)
+            await trio.sleep(1)
+            keys.mkdir()
+            for guest in "1-1", "2-2":
+                for store in "redis", "objects":
+                    SealKey.create(keys, store, guest, PAGES).close()
+            await trio.sleep(stores.SWEEP_EVERY_S)
+            assert {path.name for path in keys.iterdir()} == {"1-1.redis.key", "1-1.objects.key"}
+            needed.clear()
+            await trio.sleep(stores.SWEEP_EVERY_S)
+            assert not list(keys.iterdir())
+            nursery.cancel_scope.cancel()
+
+    with structlog.testing.capture_logs() as told:
+        trio.run(test, clock=trio.testing.MockClock(autojump_threshold=0.05))
+    assert [(entry["event"], entry["guests"]) for entry in told] == [("keys_swept", ["2-2"]), ("keys_swept", ["1-1"])]

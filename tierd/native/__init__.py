@@ -298,6 +298,15 @@ def _c_regions(regions: Sequence[TableRegion], memfds: Sequence[int]) -> Any:
     return out
 
 
+def _guest_args(regions: Sequence[TableRegion], memfds: Sequence[int], **fields: int) -> Any:
+    """Without tiers, and without what is not given."""
+    none = {"mem_fd": -1, "asked_fd": -1, "idle_fd": -1, "tiers": [{"fd": -1}] * lib.TIERD_TIERS}
+    args = ffi.new("struct tierd_guest_args *", {**none, **fields, "region_count": len(regions)})
+    c_regions = _c_regions(regions, memfds)
+    ffi.memmove(args.regions, c_regions, ffi.sizeof(c_regions))
+    return args
+
+
 def table_create(fd: int, identity: Identity, regions: Sequence[TableRegion]) -> None:
     """Lay out a new state file in the empty file `fd` (on tmpfs): its space is reserved now. Blocks. On KernelError
     (ENOSPC) the caller unlinks the file."""
@@ -404,13 +413,8 @@ def leave_window(
 ) -> None:
     """The first part of an adoption, which needs no store: back to async mode, where the predecessor was killed in a window.
     Wakes whoever waits; they fault again. With the lock held. Nothing where the engine has no modes."""
-    args = ffi.new("struct tierd_guest_args *")
-    args.engine, args.table_fd, args.page_bytes, args.region_count = int(engine), table_fd, page_bytes, len(regions)
-    args.uffd, args.pidfd, args.pagemap_fd, args.mem_fd, args.idle_fd = uffd, pidfd, pagemap_fd, -1, -1
-    c_regions = _c_regions(regions, memfds)
-    ffi.memmove(args.regions, c_regions, ffi.sizeof(c_regions))
-    for tier in args.tiers:
-        tier.fd = -1
+    descriptors = {"table_fd": table_fd, "uffd": uffd, "pidfd": pidfd, "pagemap_fd": pagemap_fd}
+    args = _guest_args(regions, memfds, engine=engine, page_bytes=page_bytes, **descriptors)
     check(lib.tierd_leave_window(args), "return to async mode")
 
 
@@ -568,16 +572,26 @@ class NativeGuest:
         spin_us_max: int = 50,
         follow: bool = True,
     ) -> None:
-        args = ffi.new("struct tierd_guest_args *")
-        args.table_fd, args.uffd, args.pidfd, args.pagemap_fd = table_fd, uffd, pidfd, pagemap_fd
-        args.engine, args.zap, args.inject_tid, args.use_pagemap = int(engine), int(zap), inject_tid, use_pagemap
-        args.mem_fd, args.asked_fd, args.idle_fd = mem_fd, asked_fd, idle_fd
-        args.chunk_bytes, args.readahead_pages, args.page_bytes = chunk_bytes, readahead_pages, page_bytes
-        args.spin_us_max, args.follow, args.region_count = spin_us_max, follow, len(regions)
-        c_regions = _c_regions(regions, memfds)
-        ffi.memmove(args.regions, c_regions, ffi.sizeof(c_regions))
-        for c in args.tiers:
-            c.fd = -1
+        args = _guest_args(
+            regions,
+            memfds,
+            table_fd=table_fd,
+            uffd=uffd,
+            pidfd=pidfd,
+            pagemap_fd=pagemap_fd,
+            mem_fd=mem_fd,
+            asked_fd=asked_fd,
+            idle_fd=idle_fd,
+            engine=engine,
+            page_bytes=page_bytes,
+            zap=zap,
+            inject_tid=inject_tid,
+            use_pagemap=use_pagemap,
+            chunk_bytes=chunk_bytes,
+            readahead_pages=readahead_pages,
+            spin_us_max=spin_us_max,
+            follow=follow,
+        )
         for c, tier in zip(args.tiers[1 : 1 + LADDER_MAX], tiers, strict=False):
             c.fd, c.kind, c.capacity_bytes = tier.fd, int(tier.kind), tier.capacity_bytes
             c.codec = int(tier.codec or 0)

@@ -15,8 +15,6 @@
 
 /* --- compressing --- */
 
-enum { AS_IT_IS = 0, ZSTD = 1 }; /* the first byte of a record */
-
 struct tierd_packer {
 	struct codec *codec;
 	struct compressor *compressor;
@@ -62,11 +60,11 @@ int tierd_pack(struct tierd_packer *p, const void *from, const uint32_t *bounds,
 		to_bounds[i] = (uint32_t)(out - (uint8_t *)to);
 		/* what saves less than a sixteenth is not worth the time when it is read */
 		if ((uint64_t)frame_bytes * 16 <= (uint64_t)bytes * 15) {
-			*out++ = ZSTD;
+			*out++ = TIERD_ZSTD;
 			memcpy(out, frame, (size_t)frame_bytes);
 			out += frame_bytes;
 		} else {
-			*out++ = AS_IT_IS;
+			*out++ = TIERD_AS_IT_IS;
 			memcpy(out, page, bytes);
 			out += bytes;
 		}
@@ -127,6 +125,7 @@ int tierd_seal(const void *key, const uint64_t *nonces, uint64_t first_page, con
 struct record_header { /* segments.py, _HEADER */
 	uint32_t checksum, page, generation, bytes;
 };
+_Static_assert(sizeof(struct record_header) == TIERD_HEADER_BYTES, "for Python");
 
 /* Of a header with `seed` in place of its checksum, and what follows it. */
 static uint32_t record_checksum(uint32_t seed, struct record_header h, const uint8_t *record, uint32_t length)
@@ -157,7 +156,7 @@ uint64_t tierd_segment(uint32_t seed, const uint32_t *pages, const uint32_t *gen
 	}
 	to_bounds[count] = (uint32_t)(out - (uint8_t *)to);
 	row = (uint32_t *)out;
-	for (uint32_t i = 0; i < count; i++, row += 4) {
+	for (uint32_t i = 0; i < count; i++, row += TIERD_ROW_BYTES / sizeof(*row)) {
 		row[0] = pages[i];
 		row[1] = generations[i];
 		row[2] = to_bounds[i];

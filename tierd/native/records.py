@@ -17,21 +17,26 @@ from tierd.native._native import ffi, lib
 from tierd.native.errors import check
 
 TAG_BYTES, UNIT_BYTES = int(lib.TIERD_TAG_BYTES), int(lib.TIERD_UNIT_BYTES)
-ROW_BYTES = HEADER_BYTES = 16  # of a record in a segment
+HEADER_BYTES, ROW_BYTES = int(lib.TIERD_HEADER_BYTES), int(lib.TIERD_ROW_BYTES)
+AS_IT_IS, ZSTD = bytes([lib.TIERD_AS_IT_IS]), bytes([lib.TIERD_ZSTD])
 
 
 class _Buffers:
-    """Memory that is used again: to get 2 MiB from the system takes longer than to encrypt them."""
+    """Memory that is used again: to get 2 MiB from the system takes longer than to encrypt them. What is larger (a segment
+    that is cleaned) is seldom, and too much to keep."""
 
     def __init__(self) -> None:
         self._free: list[Any] = []
 
     def take(self, bytes_min: int) -> Any:
         """uint8_t[], given back when nobody looks at it any more."""
-        if bytes_min <= _SMALL_BYTES:
+        if not _SMALL_BYTES < bytes_min <= _KEPT_BYTES_MAX:
             return _new("uint8_t[]", bytes_min)
-        buffer = self._free.pop() if self._free else None
-        if buffer is None or len(buffer) < bytes_min:
+        try:
+            buffer = self._free.pop()
+        except IndexError:  # not asked before: other threads take some, too
+            buffer = b""
+        if len(buffer) < bytes_min:
             buffer = _new("uint8_t[]", -(-bytes_min // _STEP_BYTES) * _STEP_BYTES)
         return ffi.gc(buffer, self._give_back)
 
@@ -40,7 +45,7 @@ class _Buffers:
             self._free.append(buffer)
 
 
-_SMALL_BYTES, _STEP_BYTES, _KEPT_MAX = 64 << 10, 256 << 10, 12
+_SMALL_BYTES, _STEP_BYTES, _KEPT_BYTES_MAX, _KEPT_MAX = 64 << 10, 256 << 10, 4 << 20, 12
 _new = ffi.new_allocator(should_clear_after_alloc=False)
 _buffers = _Buffers()
 

@@ -525,7 +525,13 @@ int tierd_calls_settle(int32_t pid, int32_t mem, uint64_t area, uint32_t timeout
  * Records lie one behind the other in a buffer: record i from bounds[i] to bounds[i + 1], which are counted from the buffer's begin; so
  * are to_bounds, of count + 1. Any thread. These compute and do not block; `to` holds anything after an error.
  */
-enum { TIERD_TAG_BYTES = 16, TIERD_UNIT_BYTES = 64 /* a record in a segment is a multiple of it */ };
+enum {
+	TIERD_TAG_BYTES = 16,
+	TIERD_UNIT_BYTES = 64,   /* a record in a segment is a multiple of it */
+	TIERD_HEADER_BYTES = 16, /* of a record in a segment */
+	TIERD_ROW_BYTES = 16     /* of a segment's table */
+};
+enum { TIERD_AS_IT_IS = 0, TIERD_ZSTD = 1 }; /* the first byte of a record */
 
 /* Zstandard's work space for records of at most bytes_max, for one thread at a time. -ELIBACC: libzstd.so.1 is not installed; -ELIBBAD: it
  * lacks a function; -ENOMEM */

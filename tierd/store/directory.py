@@ -85,7 +85,7 @@ class DirectoryStore:
         swept = []
         for path in sorted(self.path.glob(f"{PREFIX}*{self.suffix}")):
             key = path.name[len(PREFIX) : -len(self.suffix)]
-            if KEY.fullmatch(key) and path.is_file() and not path.is_symlink() and not may_be_needed(key):
+            if left_over(path, key, may_be_needed):
                 try:
                     path.unlink()
                 except OSError:  # a file system that is read-only now: the next sweep tries again
@@ -102,6 +102,11 @@ class DirectoryStore:
                     used += path.lstat().st_blocks * 512
             self._used, self._used_at = used, time.monotonic()
         return self._used
+
+
+def left_over(path: Path, key: str, may_be_needed: Callable[[str], bool]) -> bool:
+    """Whether it is a file of ours, of guest `key`, which is gone."""
+    return bool(KEY.fullmatch(key)) and path.is_file() and not path.is_symlink() and not may_be_needed(key)
 
 
 def private_directory(path: Path, setting: str) -> None:

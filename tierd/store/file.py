@@ -11,12 +11,11 @@ import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from tierd.native import TierKind
-from tierd.store import StoreError, keys
+from tierd.store import StoreError
 from tierd.store.directory import DirectoryStore, GuestFile, file_system_of, open_ours, refuse_memory
 from tierd.store.keys import FileKey
 
@@ -129,11 +128,6 @@ class FileStore(DirectoryStore):
                 f"{path} cannot be sized: {error.strerror}; does the file system take sparse files?"
             ) from error
         return FileSpace(fd, path, self.direct, file_key)
-
-    def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
-        if self.keys_dir:
-            keys.sweep(self.keys_dir, may_be_needed)
-        return super().sweep(may_be_needed)
 
     def reserve_bytes(self, size: int) -> int:
         return RESERVE_BYTES

@@ -8,12 +8,13 @@ Everything here blocks for some microseconds.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from tierd.store import StoreError
-from tierd.store.directory import KEY, file_system_of, open_ours
+from tierd.store.directory import file_system_of, left_over, open_ours
 
 SUFFIX = ".key"
 SECRET_BYTES = 512  # at the begin of each file, in which its key is
@@ -67,28 +68,23 @@ def reopen(path: Path, size: int) -> int:
 
 def destroy(fd: int, path: Path) -> None:
     """Nobody can read what was sealed with it any more: not even who has the file open."""
-    overwrite(fd)
+    size = os.fstat(fd).st_size
+    os.pwrite(fd, bytes(min(SECRET_BYTES, size)), 0)  # in place: a page that is given back keeps its bytes for now
+    os.ftruncate(fd, 0)
+    os.ftruncate(fd, size)
     path.unlink(missing_ok=True)
 
 
-def overwrite(fd: int) -> None:
-    """In place: a page that is given back keeps its bytes until somebody gets it."""
-    size = os.fstat(fd).st_size
-    os.pwrite(fd, bytes(min(SECRET_BYTES, size)), 0)
-    os.ftruncate(fd, 0)
-    os.ftruncate(fd, size)
-
-
 def sweep(directory: Path, may_be_needed: Callable[[str], bool]) -> list[str]:
-    """Destroy the keys of guests that are gone, which `may_be_needed` says by key; the guests."""
+    """Destroy the keys of guests that are gone, which `may_be_needed` says by key; the guests. Others may destroy them,
+    too."""
     swept = set()
     for path in sorted(directory.glob(f"*{SUFFIX}")):
         guest = path.name.partition(".")[0]
-        if KEY.fullmatch(guest) and path.is_file() and not path.is_symlink() and not may_be_needed(guest):
-            with path.open("r+b") as file:
-                overwrite(file.fileno())
-            path.unlink()
-            swept.add(guest)
+        if left_over(path, guest, may_be_needed):
+            with contextlib.suppress(OSError), path.open("r+b") as file:  # gone by now, or the next sweep tries again
+                destroy(file.fileno(), path)
+                swept.add(guest)
     return sorted(swept)
 
 

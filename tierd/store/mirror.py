@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two stores that hold every page until it is fetched (`copies: 2`): what one loses, the other gives."""
+"""Two stores that hold every page until it is fetched (`second:`): what one loses, the other gives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 
 import trio
 
-from tierd.store import PageSpace, StoreError
+from tierd.store import IntegrityError, PageSpace, StoreError
 
 SILENT_S = 10.0
 
@@ -18,7 +18,7 @@ class MirroredSpace:
     """Implements store.PageSpace over two of them. A write or discard is done when both have done it. A page is read from the
     first; if that fails, does not have it, has something else (a seal tells, or `is_right`), or takes `patience_s`, from the
     second. One that did not answer or has something else is asked last for a while. Where only one has a page, or has it right,
-    that is told."""
+    that is told; so is what each read of one ended with."""
 
     def __init__(
         self,
@@ -28,11 +28,14 @@ class MirroredSpace:
         is_right: Callable[[int, bytes], bool],
         tell_wrong: Callable[[int], None],
         tell_missing: Callable[[int, bool, str], None],
+        tell_read: Callable[[bool, Exception | None], None],
     ) -> None:
-        """`tell_wrong`: of a page, that one of the two has it wrong. `tell_missing`: of a page, that one does not give it and the
-        other does; whether it is the second one that does not, and what it says."""
+        """`tell_wrong`: of a page, that one of the two has it wrong. `tell_missing`: of a page, that one lost it and the other
+        gives it; whether that is the second one, and what it says. `tell_read`: whether the second one was read, and what failed,
+        None: it gave pages. A loss is no failure, nor is it to be slow."""
         self._first, self._second, self._patience_s = first, second, patience_s
-        self._is_right, self._tell_wrong, self._tell_missing = is_right, tell_wrong, tell_missing
+        self._is_right, self._tell_wrong = is_right, tell_wrong
+        self._tell_missing, self._tell_read = tell_missing, tell_read
         self._silent_until = {first: -math.inf, second: -math.inf}
 
     async def write(self, first_page: int, records: Sequence[bytes]) -> None:
@@ -42,20 +45,24 @@ class MirroredSpace:
         records: list[bytes | None] = [None] * count
         errors: list[Exception] = []
         wrong: set[int] = set()
-        why = "it does not have it"  # the one that is asked before; "": it was only slow
+        lost = "it does not have it"  # the one that is asked before; "": it may have it
         now = trio.current_time()
         spaces = sorted((self._first, self._second), key=lambda space: max(self._silent_until[space], now))
         for space in spaces:
-            last = space is spaces[-1]  # that one has as long as the caller has
+            last, is_second = space is spaces[-1], space is self._second  # the last has as long as the caller has
             try:
                 with trio.fail_after(math.inf if last else self._patience_s):
                     found = await space.read(first_page, count)
             except Exception as error:  # a plug-in's may be any
                 errors.append(error)
-                why = "" if isinstance(error, trio.TooSlowError) else str(error) or repr(error)
+                lost = str(error) or repr(error) if isinstance(error, IntegrityError) else ""
+                if not isinstance(error, IntegrityError | trio.TooSlowError):
+                    self._tell_read(is_second, error)
                 if not isinstance(error, StoreError):
                     self._silent_until[space] = trio.current_time() + SILENT_S
                 continue
+            if any(record is not None for record in found):
+                self._tell_read(is_second, None)
             for page, record in enumerate(found, first_page):
                 if record is not None and not self._is_right(page, record):
                     wrong.add(page)
@@ -63,8 +70,8 @@ class MirroredSpace:
                     self._tell_wrong(page)
                 elif record is not None and records[page - first_page] is None:
                     records[page - first_page] = record
-                    if last and why and page not in wrong:
-                        self._tell_missing(page, space is self._first, why)
+                    if last and lost and page not in wrong:
+                        self._tell_missing(page, not is_second, lost)
             if None not in records:
                 return records
         if errors and records[:1] in ([], [None]):

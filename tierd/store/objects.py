@@ -36,7 +36,7 @@ import trio
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tierd.attach.procfs import boot_id
-from tierd.native.records import Records
+from tierd.native.records import ROW_BYTES, Records
 from tierd.quantities import parse_size
 from tierd.store import StoreContext, StoreError, segment_index, segments
 from tierd.store.bucket import Bucket
@@ -364,7 +364,7 @@ class ObjectSpace:
         if any(words):
             for number, length in map(segments.size_of, filter(None, words)):
                 if usage := self._usages.get(number):  # an object that somebody deleted has none
-                    usage.live_bytes += sign * (length + segments.ROW_BYTES)
+                    usage.live_bytes += sign * (length + ROW_BYTES)
 
     async def read(self, first_page: int, count: int) -> list[bytes | None]:
         """One read a run of records."""

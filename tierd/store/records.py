@@ -15,12 +15,11 @@ from typing import TypeVar
 import trio
 import zstandard
 
-from tierd.native.records import Packer, Records
+from tierd.native.records import AS_IT_IS, ZSTD, Packer, Records
 from tierd.store import IntegrityError, PageSpace
 
 LEVEL = 1  # of zstd
 INLINE_BYTES = 64 << 10  # more is computed in a thread: 20 us of it are less than the way there
-AS_IT_IS, ZSTD = b"\0", b"\1"
 
 T = TypeVar("T")
 

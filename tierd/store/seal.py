@@ -30,11 +30,11 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from tierd.native.records import Records, seal
+from tierd.native.records import TAG_BYTES, Records, seal
 from tierd.store import IntegrityError, PageSpace, StoreError, keys
 from tierd.store.records import PassedOn, computed
 
-KEY_BYTES, TAG_BYTES = 32, 16
+KEY_BYTES = 32
 FILE = struct.Struct("<8s32sQ")  # magic, key, the first nonce that is not taken
 NONCE_AT, ARRAY_AT = 40, 4096
 MAGIC = b"tierdk2\0"

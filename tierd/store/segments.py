@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from tierd.native.records import UNIT_BYTES, Records, segment, segment_record
+from tierd.native.records import HEADER_BYTES, ROW_BYTES, UNIT_BYTES, Records, segment, segment_record
 
 SEGMENT_BYTES_MAX = 64 << 20
 RECORD_BYTES_MAX = (1 << 16) * UNIT_BYTES - UNIT_BYTES
@@ -33,7 +33,8 @@ SMALL_FRACTION = 1 / 16  # a segment smaller than this part of a full one is mer
 _HEADER = struct.Struct("<IIII")  # checksum of the rest, the data and padding; page, generation, bytes of data
 _ROW = struct.Struct("<IIII")  # page, generation, offset, length
 _TRAILER = struct.Struct("<8sIIQ")  # magic, crc of the table, rows, bytes of the whole segment
-ROW_BYTES, TRAILER_BYTES = _ROW.size, _TRAILER.size
+TRAILER_BYTES = _TRAILER.size
+assert (_HEADER.size, _ROW.size) == (HEADER_BYTES, ROW_BYTES), "as native code writes them"
 _MAGIC = b"tierdSG2"
 
 
