@@ -31,11 +31,19 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from tierd.native import GUEST_TIER, STAGING_TIER, BatchResult, KernelError, NativeBatch, NativeGuest, Staged
+from tierd.native import (
+    GIGANTIC_BYTES,
+    GUEST_TIER,
+    STAGING_TIER,
+    BatchResult,
+    KernelError,
+    NativeBatch,
+    NativeGuest,
+    Staged,
+)
 
 BATCH_BYTES = 2 << 20  # a large folio, which leaves whole; of anonymous memory, a stop of a thread of the VMM
 BATCH_PAGES_MIN = 4  # huge ones
-GIGANTIC_BYTES = 1 << 30  # of such pages: one in a batch, one batch at a time
 BATCHES = 2  # of an eviction, at a time: their memory is locked (GUEST_LOCKED_BYTES)
 ASKED_BATCHES = 4  # to a store that may be far away, where as much more may be locked
 PHASES = ("scan", "deactivate", "stage", "select", "hold", "copy", "write", "drop", "release", "demote", "discard")

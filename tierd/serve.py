@@ -50,6 +50,8 @@ from tierd.engine import FEATURE_ASYNC, Engine, engine_of
 from tierd.engine.stock import open_idle_bitmap
 from tierd.native import (
     CAP_IPC_LOCK,
+    GIGANTIC_BUFFER_PAGES,
+    GIGANTIC_BYTES,
     GUEST_LOCKED_BYTES,
     HUGE_BUFFER_PAGES,
     HUGE_SEALED_PAGES,
@@ -403,7 +405,8 @@ def _must_be_lockable(served: Served, *, sealed: bool) -> None:
         return
     needed = GUEST_LOCKED_BYTES + TABLE_BYTES_A_PAGE * served.pages
     if served.page_bytes != PAGE_BYTES:
-        needed += HUGE_BUFFER_PAGES * served.page_bytes
+        buffers = HUGE_BUFFER_PAGES if served.page_bytes < GIGANTIC_BYTES else GIGANTIC_BUFFER_PAGES
+        needed += buffers * served.page_bytes
     if sealed:
         needed += max(
             SEALED_LOCKED_BYTES, HUGE_SEALED_PAGES * served.page_bytes if served.page_bytes != PAGE_BYTES else 0

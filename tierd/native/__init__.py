@@ -26,6 +26,7 @@ READAHEAD_PAGES_MAX = 512
 # locked in memory for a guest: two batches of 2 MiB, buffers, stacks of fault threads; its page table and bitmaps; where its
 # pages are huge, instead two batches of 4, one to compare, one of zeros, and one for each of 3 threads
 GUEST_LOCKED_BYTES, TABLE_BYTES_A_PAGE, HUGE_BUFFER_PAGES = 5 << 20, 9, 13
+GIGANTIC_BYTES, GIGANTIC_BUFFER_PAGES = 1 << 30, 6  # of such pages one batch of one
 SEALED_LOCKED_BYTES, HUGE_SEALED_PAGES = 4 << 20, 8  # more, where a file is encrypted: two batches as they are there
 NO_PAGE = (1 << 64) - 1
 CAP_IPC_LOCK = 14  # who has it may lock any amount

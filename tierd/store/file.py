@@ -19,6 +19,7 @@ from tierd.store import StoreError
 from tierd.store.directory import DirectoryStore, GuestFile, file_system_of, open_ours, refuse_memory
 from tierd.store.keys import FileKey
 
+SEALED_PAGE_BYTES_MAX = 16 << 20  # of XTS in one unit, which a page is
 RESERVE_BYTES = 256 << 20  # of the file system, for others; and so that a full disk is our decision, not an error
 # where a thread that is killed in a read or write is gone only when the I/O is: on others (FUSE, NFS) a request that the
 # kernel has given up may still land
@@ -112,7 +113,7 @@ class FileStore(DirectoryStore):
             scratch.unlink()
 
     def takes(self, page_bytes: int) -> bool:
-        return True
+        return not self.keys_dir or page_bytes <= SEALED_PAGE_BYTES_MAX
 
     def create(self, key: str, pages: int, page_bytes: int) -> FileSpace:
         fd, path = self.create_file(key, os.O_DIRECT if self.direct else 0)
