@@ -22,6 +22,8 @@ from tierd.store.seal import SealKey
 from tierd.stores import keep_keys_swept, keep_swept
 from tierd.testing import PAGE, PAGES, closing, records, space_of
 
+FAST = 300.0  # of a clock: seconds in one
+
 
 def asked(pages: PageStore, tmp_path: Path) -> AskedStore:
     return AskedStore("redis", pages, tmp_path, None, True, None, 8, 10.0)
@@ -91,17 +93,22 @@ def test_keys_are_swept_once_whatever_stores_there_are(tmpfs_dir: Path) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(keep_keys_swept, tmpfs_dir, needed.__contains__)
             await trio.sleep(1)
-            keys.mkdir()
+            made = tmpfs_dir / "made"
+            made.mkdir()
             for guest in "1-1", "2-2":
                 for store in "redis", "objects":
-                    SealKey.create(keys, store, guest, PAGES).close()
-            await trio.sleep(stores.SWEEP_EVERY_S)
-            assert {path.name for path in keys.iterdir()} == {"1-1.redis.key", "1-1.objects.key"}
+                    SealKey.create(made, store, guest, PAGES).close()
+            made.rename(keys)  # all at once: each guest is told once
+            await left({"1-1.redis.key", "1-1.objects.key"})
             needed.clear()
-            await trio.sleep(stores.SWEEP_EVERY_S)
-            assert not list(keys.iterdir())
+            await left(set())
             nursery.cancel_scope.cancel()
 
+    async def left(names: set[str]) -> None:
+        with trio.fail_after(FAST * 60):
+            while {path.name for path in keys.iterdir()} != names:
+                await trio.sleep(FAST * 0.01)
+
     with structlog.testing.capture_logs() as told:
-        trio.run(test, clock=trio.testing.MockClock(autojump_threshold=0.05))
+        trio.run(test, clock=trio.testing.MockClock(rate=FAST))
     assert [(entry["event"], entry["guests"]) for entry in told] == [("keys_swept", ["2-2"]), ("keys_swept", ["1-1"])]
