@@ -311,8 +311,8 @@ NATIVE_ENGINES = [
     Mutation(
         "rwp_window_not_in_sync_mode",
         "evict.c",
-        "	failed = g->engine->set_async(g->uffd, false);",
-        "	failed = 0;",
+        "	error = g->engine->set_async(g->uffd, false);",
+        "	error = 0;",
     ),
     Mutation(
         "rwp_sync_mode_left_before_the_punch",  # rule 3
