@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -83,6 +84,7 @@ class Server:
             cwd=self.directory,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            process_group=0,
         )
         wait_for(self._answers, lambda: f"{self.program} does not start:\n{self.log()}")
 
@@ -102,9 +104,10 @@ class Server:
             return client.execute_command(*command)
 
     def kill(self) -> None:
-        """SIGKILL, as a crash."""
+        """SIGKILL, as a crash. Of who rewrites its file, too, which would go on in a directory that is being removed."""
         if self._process:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 

@@ -510,38 +510,6 @@ def test_a_write_that_failed_does_not_land_after_a_newer_one(server: Server) -> 
         trio.run(with_store(options(server, addresses=[wire.address], timeout_s=2), run))
 
 
-def test_a_group_that_hangs_does_not_hold_up_the_other_one(server: Server) -> None:
-    """Two are on their way at a time. When one of them fails, nothing of it lands after what is written next."""
-
-    async def run(store: RedisStore) -> None:
-        async with space_of(store) as space:
-            await space.write(0, records(0, 4))
-            ended = trio.Event()
-
-            async def late() -> None:
-                with pytest.raises(OSError, match="does not answer"):
-                    await space.write(1, [LATE])
-                ended.set()
-
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(late)
-                await trio.to_thread.run_sync(wire.holds.wait)
-                for seed in range(1, 4):
-                    await space.write(2, records(2, 2, seed))
-                assert not ended.is_set()
-                await ended.wait()
-                async with trio.open_nursery() as newer:
-                    newer.start_soon(space.write, 1, records(1, 1, 2))
-                    newer.start_soon(space.write, 3, records(3, 1, 5))
-            await trio.to_thread.run_sync(wire.release)
-            expected = [*records(0, 1), *records(1, 1, 2), *records(2, 1, 3), *records(3, 1, 5)]
-            assert await space.read(0, 4) == expected
-            assert await space.used_bytes() == 4 * PAGE
-
-    with Wire(server, LATE[:64]) as wire:
-        trio.run(with_store(options(server, addresses=[wire.address], timeout_s=2), run))
-
-
 def test_a_discard_that_failed_does_not_land_after_a_newer_write(server: Server) -> None:
     async def run(store: RedisStore) -> None:
         async with space_of(store) as space:

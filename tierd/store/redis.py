@@ -24,7 +24,7 @@ import contextlib
 import errno
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -44,8 +44,7 @@ RUN_BYTES = 256 << 10
 PIECE_BYTES = 1 << 20  # of a long run: while the server takes one, the others are compressed and sealed
 BATCH_BYTES = 4 << 20  # sent in one go
 BATCH_KEYS = 1024  # looked at or removed in one go
-GROUPS = 2  # of a guest's calls, on their way at a time
-WRITERS_MAX = 4  # groups at once
+WRITERS_MAX = 4  # guests at once
 REPLICA_WAIT_SHARE = 0.8  # of timeout_s: WAIT answers before we give up on the connection
 # of a boot: when it was not renewed for so long, and was seen so for a while, any other of the same HOST sweeps what it left.
 # It is there for longer, because a full server renews a key and takes no new one.
@@ -74,10 +73,9 @@ class RedisSpace:
         self._pages, self._page_bytes = pages, page_bytes
         self._run_pages = max(RUN_BYTES // page_bytes, 1)
         self._name = store.writer_name(boot, key)
-        self._link = Link(store.options, self._name, GROUPS)
+        self._link = Link(store.options, self._name, 1)
         self._run = Run(store.nodes, self._link, partial(store.close_writers, name=self._name))
-        self._groups = trio.Semaphore(GROUPS)  # of calls, each on a connection: one is made up while the server takes the other
-        self._alone = trio.Lock()  # for who needs all of them
+        self._writing = trio.Lock()  # one connection, one group of calls at a time
         self._waiting: list[_Change] = []
         self._stored: int | None = None  # pages; None: not known, count them
 
@@ -105,7 +103,7 @@ class RedisSpace:
 
     async def used_bytes(self) -> int:
         """Records, counted as a page each: what compression saves is not seen here."""
-        async with self._nobody_writes():
+        async with self._writing:
             if self._stored is None:
                 self._stored = 0
                 try:
@@ -117,7 +115,7 @@ class RedisSpace:
             return self._stored * self._page_bytes
 
     async def delete(self) -> None:
-        async with self._nobody_writes():
+        async with self._writing:
             self._stored = None
             for batch in batches([Command("UNLINK", key) for key in self._run_keys()], BATCH_KEYS):
                 await self._settled(batch)
@@ -132,7 +130,7 @@ class RedisSpace:
         size is there."""
         entry, size = f"{self._boot}/{self._key}", json.dumps([self._pages, self._page_bytes])
         look = Command("HGET", self._store.spaces_key, (entry,))
-        async with self._nobody_writes():
+        async with self._writing:
             (found,) = await self._settled([look])
             if found is None:
                 enter = Command("HSETNX", self._store.spaces_key, (entry, size))
@@ -173,7 +171,7 @@ class RedisSpace:
         change = _Change(commands, added, confirm)
         self._waiting.append(change)
         try:
-            await self._groups.acquire()
+            await self._writing.acquire()
         except trio.Cancelled:
             if change in self._waiting:
                 self._waiting.remove(change)
@@ -181,29 +179,27 @@ class RedisSpace:
                 with trio.CancelScope(shield=True):
                     await change.over.wait()
             raise
-        with trio.CancelScope(shield=True):  # it is not only ours
-            try:
-                await self._change_together(change)
-            finally:
-                self._groups.release()
-            await change.over.wait()
+        try:
+            if not change.over.is_set():
+                with trio.CancelScope(shield=True):  # it is not only ours
+                    await self._change_together(change)
+        finally:
+            self._writing.release()
         if change.error is not None:
             raise change.error
 
     async def _change_together(self, first: _Change) -> None:
         await trio.lowlevel.cancel_shielded_checkpoint()  # those who came with us are here then
-        if first not in self._waiting:  # in the other group
-            return
         group = [change for change in self._waiting if change.added == first.added]
         self._waiting = [change for change in self._waiting if change.added != first.added]
         commands = [command for change in group for command in change.commands]
+        stored, self._stored = self._stored, None
         try:
             for batch in batches_of_words(commands, 2 * BATCH_BYTES // self._page_bytes):
                 answers = await self._settled(batch, first.confirm, together=first.added > 0)
-                if self._stored is not None:
-                    self._stored += first.added * sum(answers)
+                stored = None if stored is None else stored + first.added * sum(answers)
+            self._stored = stored
         except BaseException as error:
-            self._stored = None
             for change in group:
                 change.error = error
             if not isinstance(error, OSError | StoreError):
@@ -211,13 +207,6 @@ class RedisSpace:
         finally:
             for change in group:
                 change.over.set()
-
-    @contextlib.asynccontextmanager
-    async def _nobody_writes(self) -> AsyncIterator[None]:
-        async with self._alone, contextlib.AsyncExitStack() as stack:
-            for _ in range(GROUPS):
-                await stack.enter_async_context(self._groups)
-            yield
 
     async def _settled(self, commands: Sequence[Command], confirm: Words = (), *, together: bool = False) -> list[Any]:
         """Carried out or an error; a cancellation waits. Before, what failed by its connection is made not to land. `together`:

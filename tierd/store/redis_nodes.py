@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -201,8 +200,7 @@ class Run:
     def __init__(self, nodes: Nodes, link: Link, make_sure: Callable[[Address], None] | None = None) -> None:
         self._nodes, self._link = nodes, link
         self._make_sure = make_sure
-        self._doubts: Counter[Address] = Counter()  # connections that failed, until it is made sure of them
-        self._counting, self._making_sure = threading.Lock(), threading.Lock()
+        self._doubtful: set[Address] = set()
 
     def __call__(self, commands: Sequence[Command], confirm: Words = (), *, together: bool = False) -> list[Any]:
         """The answers, in order. OSError, StoreError: others of the commands may have been carried out. `together`: all or
@@ -224,28 +222,20 @@ class Run:
         self, address: Address, commands: Sequence[Command], confirm: Words, *, asking: bool = False
     ) -> list[Any]:
         """Answers of the commands; those that are errors are in there. What was done is confirmed."""
-        self._clear_doubts(address)
+        if address in self._doubtful and self._make_sure is not None:
+            self._make_sure(address)
+            self._doubtful.discard(address)
         before = [*self._nodes.guard, *([("ASKING",)] if asking else [])]
         try:
             answers = self._link.pipeline(address, [*before, *(command.words for command in commands), *confirm])
         except (OSError, StoreError):
-            with self._counting:
-                self._doubts[address] += 1
+            self._doubtful.add(address)
             raise
         if self._nodes.guard:
             _check_role(address, answers[0])
         done = len(before) + len(commands)
         _check_confirmed(address, confirm, answers[done:])
         return answers[len(before) : done]
-
-    def _clear_doubts(self, address: Address) -> None:
-        """Nobody sends while somebody makes sure: what is to be sent may be newer than what is in doubt. Those whose connections
-        are cut by that, or fail meanwhile, are in doubt themselves."""
-        with self._making_sure:
-            while self._make_sure is not None and (doubts := self._doubts[address]):
-                self._make_sure(address)
-                with self._counting:
-                    self._doubts[address] -= doubts
 
     def _send_together(self, address: Address, commands: Sequence[Command], confirm: Words) -> list[Any]:
         *queued, done = self._send(address, [Command("MULTI"), *commands, Command("EXEC")], confirm)[1:]
