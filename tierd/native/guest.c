@@ -626,24 +626,15 @@ static bool not_mapped(int error)
 	return error == -EINVAL || error == -ENOMEM || error == -ENOENT;
 }
 
-/* Chunk by chunk: the kernel walks what was registered with the VMM's mmap_lock held. The first error; the rest is tried in spite of it. */
+/* A region at once: of one that a kill has left registered in part an adoption could not clear the holds. */
 static int unregister(struct tierd_guest *g, uint64_t address, uint64_t bytes)
 {
-	uint64_t step = g->chunk_pages * g->page_bytes;
-	int first = 0;
+	int error = sys_uffd_unregister(g->uffd, address, bytes);
 
-	for (uint64_t end = address + bytes, n; address < end; address += n) {
-		int error;
-
-		n = end - address < step ? end - address : step;
-		error = sys_uffd_unregister(g->uffd, address, n);
-		if (error && !not_mapped(error) && !first)
-			first = error;
-		/* the kernel wakes before it unregisters, so a fault under way (it holds its VMA only) may have missed that */
-		if (!error)
-			sys_uffd_wake(g->uffd, address, n);
-	}
-	return first;
+	/* the kernel wakes before it unregisters, so a fault under way (it holds its VMA only) may have missed that */
+	if (!error)
+		sys_uffd_wake(g->uffd, address, bytes);
+	return not_mapped(error) ? 0 : error;
 }
 
 int tierd_guest_disarm(struct tierd_guest *g)
