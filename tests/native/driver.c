@@ -2,10 +2,11 @@
 /*
  * driver.c: the data plane against the model kernel, under a seeded scheduler.
  *
- *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--odd] [--hugetlb] [--anon] [--ladder] [--asked] [--often]
+ *   driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--odd] [--large] [--hugetlb] [--anon] [--ladder] [--asked] [--often]
  *          [--vmm-ends] [--engine stock|rwp|rfc] [-v]
  *
  * --asked: of the ladder's files one or all are tiers that Python asks; without a ladder, the only tier is.
+ * --large: shared memory is in large folios, and a first touch maps all of one; of rfc, which unmaps that as a whole.
  * --often: it is killed often, while writes take long, and pages often cannot come back at once.
  *
  * Guest threads read and write, fault workers serve, one worker evicts, a killer kills the daemon and starts another, an
@@ -71,14 +72,15 @@ static uint32_t engine; /* TIERD_ENGINE_* */
 static uint32_t stall_chance, reclaim_chance, guest_threads;
 static void (*staller)(uint32_t); /* who stalls; NULL: anybody */
 static uint32_t remapped;         /* nobody sees what is touched there: MODEL_PAGES_MAX: none */
-static bool odd, remap, verbose, vmm_ends, late_io, hugetlb, anon, ladder, asked, often, worker_done, guests_stop,
-	stopping, daemon_done, adopting, repaired;
+static bool odd, large, remap, verbose, vmm_ends, late_io, hugetlb, anon, ladder, asked, often, worker_done,
+	guests_stop, stopping, daemon_done, adopting, repaired;
 
 /* One corner is known and allowed: a daemon that is killed between the COPY of a fetch and the fetch's last move, and a page
  * that the VMM gives back before the successor has looked at it. The successor cannot tell whether the COPY was made, and
  * serves what was stored: what the page held when it last left. */
 static bool maybe_arrived[MODEL_PAGES_MAX];
 static uint64_t touched_ns[MODEL_PAGES_MAX]; /* when the guest last did */
+static bool hidden[MODEL_PAGES_MAX];         /* whether the guest touches it may not be seen: forget_touches */
 static bool touched_late[MODEL_PAGES_MAX];   /* it was leaving by then: the stock engine does not see who reads it */
 static bool moving_before[MODEL_PAGES_MAX];
 static bool watched, arriving[MODEL_PAGES_MAX]; /* since it is watched */
@@ -360,16 +362,44 @@ void world_settled(uint32_t page)
 	maybe_arrived[page] &= adopting || S.maybe_zero[page];
 }
 
+/* What one entry maps: the pages whose touches are not seen any more when one of them is unmapped. */
+static uint32_t mapped_together(uint32_t page, uint32_t *count)
+{
+	*count = large ? MODEL_LARGE_PAGES : 1;
+	return page - page % *count;
+}
+
+/* With large entries, until the next pass: one that is made anew between a pass's look and its deactivation hides touches, too. */
+static void forget_touches(uint32_t page)
+{
+	uint32_t count, first = mapped_together(page, &count);
+
+	for (uint32_t p = first; p < first + count; p++) {
+		touched_ns[p] = 0;
+		hidden[p] = large;
+	}
+}
+
+static bool is_given_back(uint32_t page)
+{
+	uint32_t count, first = mapped_together(page, &count);
+	bool any = false;
+
+	for (uint32_t p = first; p < first + count; p++)
+		any |= S.giving_back[p];
+	return any;
+}
+
 void world_give_back(uint32_t page)
 {
 	model_give_back(page);
-	touched_ns[page] = 0; /* it is nobody's now: it may leave as the zeros that it is */
+	forget_touches(page); /* it is nobody's now: it may leave as the zeros that it is */
 }
 
 void world_zap(uint32_t page)
 {
 	model_zap(page);
-	touched_ns[page] = 0; /* nobody can see that it was touched */
+	forget_touches(page);
 }
 
 /* With swap, and guests that have large folios: not where the stock engine serves, whose seeds stay what they are. */
@@ -378,7 +408,7 @@ static void reclaim(void)
 	uint32_t page = below(S.pages);
 
 	model_reclaim(page, below(2));
-	touched_ns[page] = 0; /* nobody can see that it was touched */
+	forget_touches(page);
 }
 
 void world_lock(uint32_t page)
@@ -431,6 +461,11 @@ int world_end_beside(void)
 
 void world_before_pass(void)
 {
+	for (uint32_t page = 0; page < S.pages; page++) {
+		if (hidden[page])
+			touched_ns[page] = 0;
+		hidden[page] = false;
+	}
 }
 
 void world_before_select(void)
@@ -441,13 +476,21 @@ void world_before_select(void)
 			state_of(page) == MOVING || state_of(page) == ARRIVING || state_of(page) == LEAVING;
 }
 
+/* The data plane has lost sight of it since it was selected, and knows that: it does not leave. */
+static bool dated_since(uint32_t page, double min_idle_s)
+{
+	return page_age(guest, page, epoch_now(guest), atomic_load(&guest->words[page])) * (double)guest->epoch_ns <
+	       min_idle_s * 1e9;
+}
+
 /* Rule 8: what leaves was idle for long enough. A page that is mapped was touched since, and is turned back by the hold (or it was
  * fetched from the staging area, so the batch has lost it). */
 void world_selected(double min_idle_s, bool sinks)
 {
 	for (uint32_t page = 0; page < S.pages; page++)
 		if (page != remapped && state_of(page) == (anon || sinks ? MOVING : LEAVING) && !moving_before[page] &&
-		    looks_untouched(page) && !(sinks && touched_late[page]) && !S.giving_back[page] &&
+		    looks_untouched(page) && !(sinks && touched_late[page]) && !is_given_back(page) && !hidden[page] &&
+		    !(large && dated_since(page, min_idle_s)) &&
 		    M.now_ns - touched_ns[page] < (uint64_t)(min_idle_s * 1e9))
 			model_fail("page %u leaves %lu ns after the guest touched it", page,
 				   M.now_ns - touched_ns[page]);
@@ -855,6 +898,7 @@ static void set_up(void)
 	memset(maybe_arrived, 0, sizeof(maybe_arrived));
 	memset(touched_ns, 0, sizeof(touched_ns));
 	memset(touched_late, 0, sizeof(touched_late));
+	memset(hidden, 0, sizeof(hidden));
 	remapped = MODEL_PAGES_MAX;
 	guests_stop = stopping = daemon_done = adopting = repaired = watched = false;
 	M.now_ns = 1000000000;
@@ -862,10 +906,10 @@ static void set_up(void)
 	for (uint32_t i = 0; i < M.regions; i++) {
 		struct model_region *r = &M.region[i];
 
-		r->pages = crowded ? 2 + below(3) : 4 + below(9);
+		r->pages = large ? MODEL_LARGE_PAGES * (1 + below(2)) : crowded ? 2 + below(3) : 4 + below(9);
 		r->first_page = M.pages;
 		r->address = 0x100000 * (i + 1);
-		r->offset = below(3) * MODEL_PAGE_BYTES;
+		r->offset = large ? 0 : below(3) * MODEL_PAGE_BYTES; /* else no large entry could map it */
 		M.pages += r->pages;
 	}
 	M.direct = below(2);
@@ -891,6 +935,7 @@ static void set_up(void)
 		M.faults.register_fails = 0; /* nothing helps then */
 	M.late_io = late_io;
 	M.huge = hugetlb;
+	M.large_entries = large;
 	M.anon = S.anon = anon;
 	if (anon && !below(3))
 		M.border = below(M.pages);
@@ -1093,6 +1138,8 @@ int main(int count, char **arguments)
 			odd = true;
 		else if (!strcmp(arguments[i], "--vmm-ends"))
 			vmm_ends = true;
+		else if (!strcmp(arguments[i], "--large"))
+			large = true;
 		else if (!strcmp(arguments[i], "--hugetlb"))
 			hugetlb = true;
 		else if (!strcmp(arguments[i], "--anon"))
@@ -1114,7 +1161,8 @@ int main(int count, char **arguments)
 		else
 			return fprintf(stderr,
 				       "usage: driver [--seeds N] [--from S] [--steps K] [--late-io] [--remap] [--odd] "
-				       "[--hugetlb] [--anon] [--ladder] [--asked] [--often] [--vmm-ends] [--engine "
+				       "[--large] [--hugetlb] [--anon] [--ladder] [--asked] [--often] [--vmm-ends] "
+				       "[--engine "
 				       "stock|rwp|rfc] [-v]\n"),
 			       2;
 	}

@@ -57,11 +57,29 @@ static void wake(uint32_t first, uint32_t count)
 
 static void unmap(uint32_t page)
 {
+	uint32_t first = page - page % MODEL_LARGE_PAGES;
+
+	if (M.mapped_large
+		    [page]) /* of shared memory, a part of such an entry cannot go: all of it does, without a trace */
+		for (uint32_t p = first; p < first + MODEL_LARGE_PAGES; p++)
+			M.mapped_large[p] = M.present[p] = M.protected[p] = M.rwp_protected[p] = false;
 	if (M.anon)
 		M.marker[page] = M.cached[page] = false;
 	else if (M.present[page] && M.protected[page])
 		M.marker[page] = true; /* zapping a protected page of shmem leaves a marker */
 	M.present[page] = M.protected[page] = M.rwp_protected[page] = false;
+}
+
+/* The first touch of a large folio of which no page has an entry yet. */
+static void map_large(uint32_t page)
+{
+	uint32_t first = page - page % MODEL_LARGE_PAGES;
+
+	for (uint32_t p = first; p < first + MODEL_LARGE_PAGES; p++)
+		if (p >= M.pages || !M.cached[p] || M.present[p] || M.marker[p] || M.poisoned[p] || M.swapped[p])
+			return;
+	for (uint32_t p = first; p < first + MODEL_LARGE_PAGES; p++)
+		M.mapped_large[p] = M.present[p] = true;
 }
 
 static bool destroyed_anywhere(uint32_t page)
@@ -138,6 +156,8 @@ enum model_access model_access(uint32_t thread, uint32_t page, bool write, uint6
 			M.cached[page] = true;
 			memset(M.bytes[page], 0, MODEL_PAGE_BYTES);
 		}
+		if (M.large_entries)
+			map_large(page);
 		M.present[page] = true;
 		M.swapped[page] = false;
 		M.protected[page] = M.marker[page];
@@ -317,6 +337,8 @@ static int protect(uint64_t address, uint64_t bytes, bool on)
 			error = model_chance(500) ? -ENOENT : -EAGAIN;
 		else if (!M.wp[p])
 			error = -ENOENT;
+		else if (M.mapped_large[p] && on)
+			unmap(p), M.marker[p] = true;
 		else if (M.present[p])
 			M.protected[p] = on;
 		else if (!M.poisoned[p]) /* an access ends in an error anyway */
@@ -512,6 +534,9 @@ int sys_rfc_set_async(int uffd, bool async)
 	(void)uffd;
 	model_enter();
 	M.async = async;
+	/* else what maps a large folio after the look at it is unmapped by a hold, and who was touched beside is not seen: known */
+	while (M.large_entries && M.under_way)
+		model_pause();
 	if (async)
 		wake(0, M.pages);
 	model_exit();
@@ -601,9 +626,12 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, struct sys_s
 		if (n == count && matches)
 			break;
 		if (matches)
-			regions[n++] = (struct sys_page_region){at, at + MODEL_PAGE_BYTES, is & wanted.any_of};
+			regions[n++] = (struct sys_page_region){
+				at, at + MODEL_PAGE_BYTES,
+				(is & wanted.any_of) | (M.mapped_large[first + i] ? SYS_PAGE_HUGE : 0)};
 		*walk_end = at + MODEL_PAGE_BYTES;
-		if (i % 4 == 3)
+		/* of one large entry, or of the table in its place, the walk has the lock */
+		if (M.large_entries ? (first + i) % MODEL_LARGE_PAGES == MODEL_LARGE_PAGES - 1 : i % 4 == 3)
 			model_pause();
 	}
 	model_exit();

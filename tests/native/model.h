@@ -19,6 +19,7 @@ enum {
 	MODEL_PAGE_BYTES = 64,
 	MODEL_BASE_BYTES = 16, /* where the guest's pages are huge */
 	MODEL_PAGES_MAX = 64,
+	MODEL_LARGE_PAGES = 8, /* of a large folio: as of a page of 64 bytes with entries of 8 */
 	MODEL_REGIONS_MAX = 3,
 	MODEL_THREADS_MAX = 8,
 	MODEL_LATE_MAX = 256
@@ -82,6 +83,8 @@ struct model {
 	uint64_t arrived[MODEL_PAGES_MAX]; /* what the last COPY brought */
 	bool present[MODEL_PAGES_MAX], protected[MODEL_PAGES_MAX], marker[MODEL_PAGES_MAX], poisoned[MODEL_PAGES_MAX];
 	bool rwp_protected[MODEL_PAGES_MAX];
+	bool large_entries; /* shared memory is in large folios, and a first touch maps one by one entry */
+	bool mapped_large[MODEL_PAGES_MAX];
 	bool wp[MODEL_PAGES_MAX], missing[MODEL_PAGES_MAX]; /* registered modes */
 	bool minor[MODEL_PAGES_MAX], rwp[MODEL_PAGES_MAX];
 	uint32_t generation; /* TIERD_ENGINE_*: what kind of kernel it is */

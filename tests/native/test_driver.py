@@ -48,6 +48,13 @@ def test_seeds_of_an_engine_with_a_sync_mode(driver: Path, engine: str) -> None:
     assert figures["memory errors"] > 0, "no stored copy was destroyed"
 
 
+def test_seeds_in_large_folios(driver: Path) -> None:
+    """Of the engine that unmaps all of one when it holds or deactivates a part: who was touched beside it is seen still."""
+    figures = run_seeds(driver, max(SEEDS // 4, 100), "--engine", "rfc", "--large")
+    assert figures["pages evicted"] > SEEDS / 8
+    assert figures["memory errors"] > 0, "no stored copy was destroyed"
+
+
 @pytest.mark.parametrize("engine", ["stock", "rwp", "rfc"])
 def test_seeds_with_odd_answers(driver: Path, engine: str) -> None:
     """EAGAIN, EEXIST, EFAULT, ENOENT, EBUSY of any WRITEPROTECT, POISON, PAGEOUT, though nothing is wrong with the page."""

@@ -409,6 +409,19 @@ NATIVE_ENGINES = [
         "	if (bit_get(b->before, slot) || bit_get(b->touched, bit))\n		return 0;",
     ),
     Mutation(
+        "rfc_touched_beside_what_leaves",  # in what is mapped large, and unmapped as a whole by the hold
+        "evict.c",
+        "	bool dated = !g->engine->holds_mapped && was_mapped_large(g, b->pages[first]);",
+        "	bool dated = false;",
+    ),
+    Mutation(
+        "rfc_unmapped_for_a_hint_and_not_dated",
+        "engine.c",
+        "		date_large(g, page); /* before it, as a kill may come between; and from its end on */\n"
+        "		error = sys_rfc_deactivate(g->uffd, address_of(g, page), g->page_bytes);\n		date_large(g, page);",
+        "		error = sys_rfc_deactivate(g->uffd, address_of(g, page), g->page_bytes);",
+    ),
+    Mutation(
         "rfc_unmapped_page_not_compared",
         "evict.c",
         "	*ret = !error && !memcmp(b->again,",
@@ -824,6 +837,8 @@ MORE = {
         "4001",
     ),  # the kernel must refuse the drop
     "huge_hold_taken_for_poison": ("--engine", "rfc", "--hugetlb"),
+    "rfc_touched_beside_what_leaves": ("--engine", "rfc", "--large"),
+    "rfc_unmapped_for_a_hint_and_not_dated": ("--engine", "rfc", "--large"),
     "rwp_window_left_before_it_is_decided": ("--engine", "rwp", "--often", "--from", "20001"),
     "rfc_window_left_with_a_page_undecided": ("--engine", "rfc", "--often"),
     "rwp_absence_is_taken_for_protection": ("--engine", "rwp", "--remap"),

@@ -26,7 +26,8 @@ struct crypto {
 const struct crypto *crypto_open(void);
 
 /* A key with which the pages of a file are encrypted: AES-256-XTS, each with its number. Any number of threads. All memory is taken when
- * it is made; it is the allocator's, so the key can be in what a host without encrypted swap swaps out. That nobody has changed the file, the checksum of a page must say. */
+ * it is made; it is the allocator's, so the key can be in what a host without encrypted swap swaps out. That nobody has changed the
+ * file, the checksum of a page must say. */
 struct page_cipher;
 int page_cipher_create(const uint8_t key[64], struct page_cipher **ret); /* -ELIBACC, -ENOMEM, -EIO */
 void page_cipher_destroy(struct page_cipher *c);

@@ -149,10 +149,13 @@ static int rfc_resolve(struct tierd_guest *g, uint64_t page, uint64_t flags)
 	if (!(flags & UFFD_PAGEFAULT_FLAG_MINOR))
 		return stock_resolve(g, page, flags);
 	error = sys_uffd_continue(g->uffd, address_of(g, page), g->page_bytes);
-	if (error == -EEXIST)
-		error = sys_rfc_deactivate(g->uffd, address_of(g, page), g->page_bytes);
-	else if (!error)
+	if (!error)
 		return 0;
+	if (error == -EEXIST) {
+		date_large(g, page); /* before it, as a kill may come between; and from its end on */
+		error = sys_rfc_deactivate(g->uffd, address_of(g, page), g->page_bytes);
+		date_large(g, page);
+	}
 	return error == -ESRCH ? error : map_cached(g, page);
 }
 

@@ -38,6 +38,7 @@ struct tierd_batch {
 	uint32_t first;    /* of those that are still to leave in a window */
 	unsigned int from; /* TIER_GUEST, or a tier */
 	bool pool_only;    /* pages that the pool has refused are not tried again */
+	uint32_t age_min;  /* of what was selected, in epochs */
 	bool filed;        /* what goes to files is there */
 	unsigned int lane; /* of the guest's, for the watchdog */
 	_Atomic bool storing;
@@ -49,7 +50,7 @@ struct tierd_batch {
 	struct held_run *held;
 	uint64_t *touched,
 		*other;   /* bitmaps of a run; out of a tier that is asked, `touched` says whose bytes were supplied */
-	uint64_t *before; /* rfc: touched before the window's first hold; by slot */
+	uint64_t *before; /* rfc: touched before the batch's first hold; by slot */
 	uint8_t *again;   /* a page, read once more */
 	size_t page_bytes;
 };
@@ -241,6 +242,7 @@ int tierd_batch_select(struct tierd_batch *b, uint32_t from, uint32_t pool_only,
 		return error;
 	age = min_age < 0xf000 ? (uint32_t)min_age : 0xf000;
 	age += age < min_age;
+	b->age_min = age;
 	b->count = b->held_runs = b->first = 0;
 	b->from = from;
 	memset(b->touched, 0, bitmap_bytes(b->max_pages));
@@ -1080,7 +1082,7 @@ static bool has_split(struct tierd_guest *g, uint64_t page, uint64_t first, uint
 {
 	uint64_t head = large_head(g, page);
 
-	if (head == NO_PAGE || !bit_get(g->large, head))
+	if (!was_mapped_large(g, page))
 		return false;
 	bit_clear(g->large, head);
 	return head < first || head + large_pages(g) > first + n;
@@ -1360,7 +1362,7 @@ int tierd_batch_cancel(struct tierd_batch *b, struct tierd_batch_result *ret)
  *   rwp   the entry of the page table is there and carries the protection, which it had before the copy: only the worker protects.
  *   rfc   the entry carries the hold's marker. But the page may have been mapped, written and unmapped again (reclaim, the VMM
  *	   itself) between the copy and the hold, so the bytes are compared. A hold unmaps all of what is mapped large: who was
- *	   touched is asked before the first one, too.
+ *	   touched is asked before the first one, too, and what does not leave counts as touched.
  *
  * From here to the end of the window an access waits: at the protection, or as MINOR and at the marker.
  */
@@ -1401,22 +1403,27 @@ static int look_at_run(struct tierd_batch *b, uint32_t first, uint32_t n)
 				       : scan_range(g, b->pages[first], n, b->touched, SYS_PAGE_SWAPPED, b->other);
 }
 
-/* rfc: who was touched before the window's first hold; `before`: by slot. */
+/* rfc: who was touched before the batch's first hold, or counts as touched since it was selected (date_large); in the windows after
+ * that, since. `before`: by slot. */
 static int look_before_holds(struct tierd_batch *b)
 {
+	struct tierd_guest *g = b->g;
+	uint16_t now = epoch_now(g);
 	uint32_t n;
 
-	memset(b->before, 0, bitmap_bytes(b->count));
+	if (!b->first)
+		memset(b->before, 0, bitmap_bytes(b->count));
 	for (uint32_t i = b->first; i < b->count; i += n) {
 		int error;
 
-		n = run_length(b->g, b->pages + i, b->count - i);
-		error = scan_range(b->g, b->pages[i], n, b->touched, 0, NULL);
+		n = run_length(g, b->pages + i, b->count - i);
+		error = scan_range(g, b->pages[i], n, b->touched, 0, NULL);
 		if (error)
 			return error;
-		for (uint32_t j = 0; j < n; j++)
-			if (bit_get(b->touched, j))
-				bit_set(b->before, i + j);
+		for (uint32_t slot = i; slot < i + n; slot++)
+			if (bit_get(b->touched, slot - i) ||
+			    (!b->first && page_age(g, b->pages[slot], now, b->words[slot]) < b->age_min))
+				bit_set(b->before, slot);
 	}
 	return 0;
 }
@@ -1425,9 +1432,15 @@ static int look_before_holds(struct tierd_batch *b)
 static int window_run(struct tierd_batch *b, uint32_t first, uint32_t n, struct tierd_batch_result *ret)
 {
 	struct tierd_guest *g = b->g;
+	bool dated = !g->engine->holds_mapped && was_mapped_large(g, b->pages[first]);
 	uint32_t kept = first;
-	int error = hold_run(b, b->pages[first], n);
+	int error;
 
+	if (dated)
+		date_large(g, b->pages[first]); /* before it, as a kill may come between; and from its end on */
+	error = hold_run(b, b->pages[first], n);
+	if (dated)
+		date_large(g, b->pages[first]);
 	if (!error)
 		error = look_at_run(b, first, n);
 	for (uint32_t i = first; i < first + n; i++) {
@@ -1482,11 +1495,11 @@ static uint32_t window_piece(struct tierd_batch *b)
 	struct tierd_guest *g = b->g;
 	const uint64_t *pages = b->pages + b->first;
 	uint32_t run = run_length(g, pages, b->count - b->first), n;
-	uint64_t head = large_head(g, pages[0]), in_file = mem_offset_of(region_of_page(g, pages[0]), pages[0]);
+	uint64_t in_file = mem_offset_of(region_of_page(g, pages[0]), pages[0]);
 	uint64_t end = pages[0] + (g->huge ? 1 : GROUP_PAGES - in_file / g->page_bytes % GROUP_PAGES);
 
-	if (head != NO_PAGE && bit_get(g->large, head))
-		end = head + large_pages(g);
+	if (was_mapped_large(g, pages[0]))
+		end = large_head(g, pages[0]) + large_pages(g);
 	n = (uint32_t)(end - pages[0]);
 	return n < run ? n : run;
 }

@@ -41,6 +41,22 @@ uint64_t large_head(struct tierd_guest *g, uint64_t page)
 	return address < r->address ? NO_PAGE : r->first_page + (address - r->address) / g->page_bytes;
 }
 
+bool was_mapped_large(struct tierd_guest *g, uint64_t page)
+{
+	uint64_t head = large_head(g, page);
+
+	return head != NO_PAGE && bit_get(g->large, head);
+}
+
+void date_large(struct tierd_guest *g, uint64_t page)
+{
+	uint64_t first = g->huge ? NO_PAGE : large_head(g, page);
+
+	for (uint64_t p = first; first != NO_PAGE && p < first + large_pages(g) && p < g->pages;
+	     p += GROUP_PAGES - p % GROUP_PAGES)
+		atomic_store_explicit(&g->groups[p / GROUP_PAGES], epoch_next(g), memory_order_relaxed);
+}
+
 uint64_t mem_offset_of(const struct region *r, uint64_t page)
 {
 	return r->offset + (page - r->first_page) * (r->bytes / r->pages);

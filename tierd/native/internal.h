@@ -393,6 +393,10 @@ static inline uint64_t large_pages(const struct tierd_guest *g)
 #define NO_PAGE UINT64_MAX
 /* The first page of what a large entry would map at `page`; NO_PAGE where that begins outside of the region. */
 uint64_t large_head(struct tierd_guest *g, uint64_t page);
+/* Whether it was seen to be mapped by one, and not split since. The worker's. */
+bool was_mapped_large(struct tierd_guest *g, uint64_t page);
+/* rfc unmaps as a whole what is mapped large, and who was touched there is not seen any more: all of it counts as touched now. */
+void date_large(struct tierd_guest *g, uint64_t page);
 
 /* around the worker's calls of the store, for the watchdog */
 static inline void worker_io_begin(struct tierd_guest *g)

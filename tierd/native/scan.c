@@ -28,13 +28,17 @@ static void region_mark(uint64_t *bits, uint64_t base, uint64_t page_bytes, cons
 		bit_set(bits, i);
 }
 
-/* Entries that lie in `found` with their first page. */
+/* Entries of which a part lies in `found`. */
 static void mark_large(struct tierd_guest *g, const struct sys_page_region *found)
 {
 	uint64_t bytes = large_pages(g) * g->page_bytes;
 
-	for (uint64_t at = (found->start + bytes - 1) / bytes * bytes; at < found->end; at += bytes)
-		bit_set(g->large, (uint64_t)page_of_address(g, at));
+	for (uint64_t at = found->start; at < found->end; at = (at / bytes + 1) * bytes) {
+		uint64_t head = large_head(g, (uint64_t)page_of_address(g, at));
+
+		if (head != NO_PAGE)
+			bit_set(g->large, head);
+	}
 }
 
 static int scan_by_ioctl(struct tierd_guest *g, uint64_t start, uint64_t end, uint64_t *touched,

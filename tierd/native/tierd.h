@@ -11,8 +11,9 @@ enum {
 	TIERD_TABLE_VERSION = 6,
 	TIERD_REGIONS_MAX = 32,
 	TIERD_RANGES_MAX = 1024,
-	/* tier 0 is "one 32-bit word, again and again", which needs no store; 1 to TIERD_LADDER_MAX are where pages are stored, in the order in which they sink; 14 is
-	 * the staging area; 15 is guest memory itself, and in the word of a RESIDENT page says that it was never seen touched */
+	/* tier 0 is "one 32-bit word, again and again", which needs no store; 1 to TIERD_LADDER_MAX are where pages are stored, in the
+	 * order in which they sink; 14 is the staging area; 15 is guest memory itself, and in the word of a RESIDENT page says that it was
+	 * never seen touched */
 	TIERD_TIERS = 16,
 	TIERD_LADDER_MAX = 8,
 	TIERD_TIER_STAGING = 14,
@@ -516,8 +517,9 @@ int tierd_calls_run(int32_t tid, uint64_t area, struct tierd_inside_call *calls,
 /* Cancels what runs, by whomever it was sent (us, a predecessor that was killed), and waits until no call is being made. After 0
  * none will be, also by a thread that was sent and has not run yet. Blocks, at most twice timeout_ms. -ETIMEDOUT: a call is still
  * being made, or the area cannot be read just now. -ESRCH: no such process, or it is dying: a call that is being made ends with it.
- * -EFAULT: no area. `mem`: its /proc/PID/mem, opened for reading, better for writing as well, which shows the area also where it is not found by its
- * number, or may not be asked any more; then -ESRCH says that the address space is gone. -1: any other error tells nothing. */
+ * -EFAULT: no area. `mem`: its /proc/PID/mem, opened for reading, better for writing as well, which shows the area also where it is not
+ * found by its number, or may not be asked any more; then -ESRCH says that the address space is gone. -1: any other error tells
+ * nothing. */
 int tierd_calls_settle(int32_t pid, int32_t mem, uint64_t area, uint32_t timeout_ms);
 
 /* --- records: what pages become on their way to a store that Python asks (records.c) ---------------------------------
