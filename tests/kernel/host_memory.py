@@ -28,36 +28,21 @@ def large_shmem(value: str, path: Path = THP / "shmem_enabled") -> Iterator[None
 
 
 @contextlib.contextmanager
-def huge_pages(count: int) -> Iterator[None]:
-    """So many more pages of 2 MiB in the pool."""
-    pool = Path("/proc/sys/vm/nr_hugepages")
+def huge_pages(count: int, kb: int = 2048) -> Iterator[None]:
+    """So many more pages of that size in their pool, where the host has memory in such pieces."""
+    name, pool = (
+        "hugetlbfs" if kb == 2048 else "gigantic",
+        Path(f"/sys/kernel/mm/hugepages/hugepages-{kb}kB/nr_hugepages"),
+    )
+    need(name, pool.exists(), f"this CPU has no pages of {kb} KiB")
     before = int(pool.read_text())
     pool.write_text(str(before + count))
     try:
         got = int(pool.read_text()) - before
         need(
-            "hugetlbfs",
+            name,
             got >= count,
-            f"the host has no memory for {count} huge pages in one piece each, only for {got}",
-        )
-        yield
-    finally:
-        pool.write_text(str(before))
-
-
-@contextlib.contextmanager
-def gigantic_pages(count: int) -> Iterator[None]:
-    """So many more pages of 1 GiB in their pool, where the host has memory in such pieces."""
-    pool = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages")
-    need("gigantic", pool.exists(), "this CPU has no pages of 1 GiB")
-    before = int(pool.read_text())
-    pool.write_text(str(before + count))
-    try:
-        got = int(pool.read_text()) - before
-        need(
-            "gigantic",
-            got >= count,
-            f"the host has no memory for {count} pages of 1 GiB in one piece each, only for {got}",
+            f"the host has no memory for {count} pages of {kb} KiB in one piece each, only for {got}",
         )
         yield
     finally:

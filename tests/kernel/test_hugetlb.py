@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.host_memory import gigantic_pages, huge_pages
+from tests.kernel.host_memory import huge_pages
 from tests.kernel.test_kill import check
 from tests.kernel.torture import torture
 from tests.kernel.vmm import MIB, SAFE, SLOWNESS, Host, Vmm, userfaultfds, wait_for
@@ -89,7 +89,7 @@ def test_everything_leaves_and_comes_back(vmm: Vmm, host: Host) -> None:
 
 
 def test_a_page_of_1_gib_where_that_is_asked_for(start_vmm: Start, host: Host) -> None:
-    with gigantic_pages(1):
+    with huge_pages(1, kb=1 << 20):
         vmm = start_vmm(f"bytes={1 << 30}", "kind=gigantic")
         vmm.ask("fill")
         with pytest.raises(Refused, match="allow_gigantic: true"), host.attached(vmm):

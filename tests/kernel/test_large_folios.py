@@ -12,7 +12,6 @@ from tests.kernel.host_memory import large_folios_kb, large_shmem, large_shmem_k
 from tests.kernel.vmm import MIB, PAGE, SLOWNESS, Host, Vmm, wait_for
 from tests.need import need
 from tierd.engine import choose
-from tierd.native import GUEST_TIER
 
 Start = Callable[..., Vmm]
 BUSY_S = 2.0
@@ -80,11 +79,7 @@ def test_a_folio_that_is_made_after_the_copy(start_vmm: Start, host: Host) -> No
     with host.attached(vmm) as tiered:
         tiered.scan()
         with tiered.native.batch(512) as batch:
-            assert batch.select(GUEST_TIER, 0, 0.0, 512, [1]).selected_pages == 512
-            batch.copy()
-            batch.write([1])
-            batch.store()
-            batch.stored()
+            tiered.store_copies(batch, 512)
             with pytest.raises(AssertionError, match="error 22 "):
                 vmm.ask("collapse", 0, 512)
             assert large_shmem_kb() == 2048

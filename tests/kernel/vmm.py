@@ -24,7 +24,7 @@ from tierd.attach.procfs import boot_id, read_spec
 from tierd.config import Policy
 from tierd.engine import choose, fitting
 from tierd.engine.stock import StockEngine
-from tierd.native import STAGING_TIER, NativeGuest, probe
+from tierd.native import GUEST_TIER, STAGING_TIER, NativeBatch, NativeGuest, probe
 from tierd.serve import Served, adopt, attach, prepare_runtime_dir
 
 HERE = Path(__file__).parent
@@ -238,6 +238,14 @@ class Tiered:
             )
             // self.native.page_bytes
         )
+
+    def store_copies(self, batch: NativeBatch, pages: int) -> None:
+        """As far as a window: so many are selected, copied and stored in the file."""
+        assert batch.select(GUEST_TIER, 0, 0.0, pages, [1]).selected_pages == pages
+        batch.copy()
+        batch.write([1])
+        batch.store()
+        batch.stored()
 
     def cycle_until(self, evicted_pages: int, fetches: int) -> None:
         """Without a pause, under a guest that works, until so much has happened."""
