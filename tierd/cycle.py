@@ -39,8 +39,10 @@ from tierd.native import (
     KernelError,
     NativeBatch,
     NativeGuest,
+    Span,
     Staged,
 )
+from tierd.regions import Regions
 
 BATCH_BYTES = 2 << 20  # a large folio, which leaves whole; of anonymous memory, a stop of a thread of the VMM
 BATCH_PAGES_MIN = 4  # huge ones
@@ -50,8 +52,6 @@ PHASES = ("scan", "deactivate", "stage", "select", "hold", "copy", "write", "dro
 GARBAGE_PAGES, GARBAGE_RUNS = 1 << 16, 256  # told to a store at a time
 COMPACT_PAGES, COMPACT_CALLS = 4096, 16  # of a pool, at a time; and so often in a cycle
 STAGE_AFTER_INTERVALS = 2  # not written for so many, and for min_idle_s: the page may be cold
-SAMPLE = 64  # one page in so many goes into the staging area in the first cycle
-SAMPLE_PAGES_MIN = 256
 STOPS_SHARE = 0.2  # of the time of the thread that is stopped
 STOPS_IN_VAIN_MAX = 20
 
@@ -108,30 +108,34 @@ def scan_and_deactivate(guest: NativeGuest, phases: Phases, check: Callable[[], 
 
 @dataclass
 class Staging:
-    """How many pages a cycle moves into the staging area: twice as many as the last one while readers are few, half as many when
-    their faults cost the guest more than `stall_budget` of its time. The worker's own."""
+    """What a cycle moves into the staging area, and what the last ones have cost. The worker's own."""
 
-    max_pages: int = 0
-    page: int = 0  # where the next cycle begins
+    regions: Regions | None = None  # None: not begun
     faults: int = 0
     latency_count: int = 0
     latency_sum_ns: int = 0
 
-    def adapt(self, guest: NativeGuest, stall_budget: float, elapsed_s: float) -> None:
+    @classmethod
+    def whole(cls, guest: NativeGuest) -> Staging:
+        """Everything in one cycle, however many readers that costs."""
+        c = guest.counters()
+        return cls(Regions.whole(guest.pages), c["faults_staged"], c["latency_count"], c["latency_sum_ns"])
+
+    def adapt(self, guest: NativeGuest, stall_budget: float, elapsed_s: float) -> Regions:
+        """After a cycle of `elapsed_s`, of which refaults may cost the guest `stall_budget` (a share)."""
         c = guest.counters()
         faults, count = c["faults_staged"] - self.faults, c["latency_count"] - self.latency_count
         mean_s = (c["latency_sum_ns"] - self.latency_sum_ns) / 1e9 / count if count else 0.0
         self.faults, self.latency_count, self.latency_sum_ns = (
             c[name] for name in ("faults_staged", "latency_count", "latency_sum_ns")
         )
-        least = max(guest.pages // SAMPLE, SAMPLE_PAGES_MIN)
-        stall_s, budget_s = faults * mean_s, stall_budget * elapsed_s
-        if not self.max_pages:
-            self.max_pages = least
-        elif stall_s > budget_s:
-            self.max_pages = max(self.max_pages // 2, least)
-        elif stall_s < budget_s / 2:
-            self.max_pages = min(self.max_pages * 2, guest.pages)
+        if self.regions is None:
+            self.regions = Regions.first(guest.pages)
+            guest.refaults(0, guest.pages)
+        elif elapsed_s:
+            refaults = [guest.refaults(region.first_page, region.pages) for region in self.regions.regions]
+            self.regions.adapt(refaults, faults * mean_s / (stall_budget * elapsed_s))
+        return self.regions
 
 
 def stage(
@@ -146,18 +150,23 @@ def stage(
 ) -> int:
     """Of anonymous memory whose readers are not seen otherwise: move pages into the staging area. Returns pages moved."""
     began = time.monotonic()
-    staging.adapt(guest, stall_budget, interval_s)
+    regions = staging.adapt(guest, stall_budget, interval_s).begin_cycle()
     # what reads it from there reads a copy: it must outlast any I/O that does not hold the page by a pin (rule 8)
     idle_s = max(STAGE_AFTER_INTERVALS * interval_s, min_idle_s)
-    moved = in_vain = looked = 0
-    while moved < staging.max_pages and looked < guest.pages and in_vain < STOPS_IN_VAIN_MAX:
+    left = {region.first_page: region.pages for region in regions}  # to look at in this cycle
+    moved = in_vain = 0
+    while regions and in_vain < STOPS_IN_VAIN_MAX:
         check()
-        page = staging.page % guest.pages
-        done = _spaced(guest.stage(page, idle_s, staging.max_pages - moved))
+        spans = [Span(r.page, min(r.end_page, r.page + left[r.first_page]), r.credit_pages) for r in regions]
+        done = _spaced(guest.stage(spans, idle_s))
         moved += done.staged_pages
-        looked += done.next_page - page
-        in_vain = 0 if done.next_page > page else in_vain + 1  # the thread got no CPU in its time
-        staging.page = done.next_page
+        in_vain += 1  # the thread got no CPU in its time
+        for region, span, seen in zip(regions, spans, done.spans, strict=True):
+            if seen.next_page > span.next_page:
+                in_vain = 0
+            left[region.first_page] -= seen.next_page - span.next_page
+            region.look_on(seen.next_page, seen.selected_pages)
+        regions = [r for r in regions if r.credit_pages > 0 and left[r.first_page] > 0]
     phases.seconds["stage"] += time.monotonic() - began
     return moved
 
@@ -193,7 +202,8 @@ def _take(
     if guest.anonymous and not guest.waits_for_readers:
         # out of the staging area. Where reads are seen, an idle page only passes through it
         began = time.monotonic()
-        end = _spaced(guest.stage(first_page, min_idle_s, min(max_pages, batch.max_pages))).next_page
+        idle = Span(first_page, guest.pages, min(max_pages, batch.max_pages))
+        end = _spaced(guest.stage([idle], min_idle_s)).spans[0].next_page
         phases.seconds["stage"] += time.monotonic() - began
         min_idle_s = 0.0
     selected = batch.select(STAGING_TIER if guest.anonymous else GUEST_TIER, first_page, min_idle_s, max_pages, tiers)
@@ -204,7 +214,8 @@ def _take(
         # with a sync mode the guest may touch these pages meanwhile: the window sees who was. In the staging area nobody
         # writes; who reads takes the page back
         phases.add_batch(batch.copy())
-    return Moved(selected.selected_pages, selected.next_page if end is None else end)
+    # a large page may have brought more into the staging area than the batch takes
+    return Moved(selected.selected_pages, selected.next_page if end is None else min(end, selected.next_page))
 
 
 def _store(batch: NativeBatch, tiers: Sequence[int], asked: Asked | None) -> float:

@@ -372,6 +372,8 @@ class Guest:
             return
         if not self.policy.enabled:
             return
+        served.native.set_readahead(self.policy.readahead_pages)
+        served.native.set_split_large(self.policy.split_large_pages)
         evicted = 0
         try:
             await self._in_worker(self._recheck)
@@ -515,7 +517,6 @@ class Guest:
 
     def _sample(self, served: Served) -> policies.Sample:
         policy = self.policy
-        served.native.set_readahead(policy.readahead_pages)
         stored_pages = sum(served.native.counters()["tier_pages"][tier.number] for tier in served.tiers.values())
         return policies.Sample(
             resident_bytes=served.resident_bytes(),

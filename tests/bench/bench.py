@@ -33,7 +33,7 @@ from tests.kernel.vmm import MIB, PAGE, wait_for
 from tierd import cycle
 from tierd.attach.procfs import boot_id, read_spec
 from tierd.engine import choose
-from tierd.native import Codec, KernelError
+from tierd.native import Codec, KernelError, Span
 from tierd.serve import Served, Tuning, adopt, attach, prepare_runtime_dir
 from tierd.show import quantile_us
 from tierd.store import Store
@@ -99,8 +99,10 @@ class Load:
 class Bench:
     """Programs, directories, and what was measured so far."""
 
-    def __init__(self, directory: Path, shm: Path, disk: Path, quick: bool, tell: Callable[[str], None]) -> None:
-        self.shm, self.disk, self.quick, self.tell = shm, disk, quick, tell
+    def __init__(
+        self, directory: Path, shm: Path, disk: Path, quick: bool, console: Console, tell: Callable[[str], None]
+    ) -> None:
+        self.shm, self.disk, self.quick, self.console, self.tell = shm, disk, quick, console, tell
         self.rows: list[Row] = []
         self.pairs = 3 if quick else 7
         self.fault_mib = 32 if quick else 128
@@ -166,6 +168,7 @@ class Bench:
         sign = ">=" if at_least else "<="
         ok = ratio >= bound if at_least else ratio <= bound
         self.rows.append(Row(name, unit, round(measured, 3), round(limit, 3), round(ratio, 3), f"{sign} {bound:g}", ok))
+        self.console.print(f"{name}: {measured:.4g} {unit}, limit {limit:.4g}: {ratio:.3g}, {sign} {bound:g} is asked")
 
 
 def evict(served: Served, keep: Sequence[int] = ()) -> int:
@@ -383,9 +386,9 @@ def row_j(bench: Bench) -> None:
                 phases = cycle.Phases()
                 cycle.scan_and_deactivate(served.native, phases, lambda: None)
                 began = time.monotonic_ns()
-                page = 0
-                while page < served.native.pages:
-                    page = served.native.stage(page, 0.0, served.native.pages).next_page
+                span = Span(0, served.native.pages, served.native.pages)
+                while span.next_page < span.end_page:
+                    span = served.native.stage([span], 0.0).spans[0]
                 moved = evict(served)
                 ours.append(moved / MIB / ((time.monotonic_ns() - began) / 1e9))
                 took = bench.bare("anonymous", size, bench.disk / "bare")[0]
@@ -641,7 +644,7 @@ def zram(bench: Bench, size: int) -> Zram:
 
 def row_n(bench: Bench) -> None:
     """Compressed memory beside zram; where there is none, beside what its allocator would take by its own rules."""
-    size, usable = bench.fault_mib * MIB, zram_usable()
+    size, usable = bench.fault_mib * MIB, zram_usable() and not bench.quick
     in_order, at_random, found = [], [], []
     with bench.load(size) as load, on_cpu(OTHER_CPU):
         load.ask("fill-half")
@@ -649,13 +652,13 @@ def row_n(bench: Bench) -> None:
             for i in range(bench.pairs if usable else 1):
                 bench.tell(f"n: pair {i + 1} of {bench.pairs}")
                 evict_all(served)
-                pool = served.native.tier_counters(1)
+                pool, pages = served.native.tier_counters(1), served.native.counters()["tier_pages"][1]
                 in_order.append(load.ask("walk")[0] / (size // PAGE) / 1000)
                 evict_all(served)
                 at_random.append(load.ask("random", size // PAGE // 4)[0] / 1000)
                 if usable:
                     found.append(zram(bench, size))
-    used, pages = pool["used_bytes"], pool["pages"]
+    used = pool["used_bytes"]
     beside = f"zram{'' if usable else ', by its rules: none here'}"
     by_rules = (size - (taken := bench.bare("compress", size)[2])) / taken
     saved = median([z.saved_per_byte for z in found]) if usable else by_rules
@@ -724,7 +727,7 @@ def main(rows: str, quick: bool, as_json: bool, output: Path) -> None:
         for name in ("f", "h"):
             (Path(shm) / name).mkdir()
             (Path(disk) / name).mkdir()
-        bench = Bench(Path(directory), Path(shm), Path(disk), quick, status.update)
+        bench = Bench(Path(directory), Path(shm), Path(disk), quick, console, status.update)
         for name in rows.split(","):
             ROWS[name](bench)
     output.parent.mkdir(exist_ok=True)

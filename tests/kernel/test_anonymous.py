@@ -31,8 +31,9 @@ from tierd.attach.holders import HolderScan
 from tierd.attach.preflight import preflight, recheck
 from tierd.attach.procfs import grown
 from tierd.attach.ptrace import NUMBER, map_staging
+from tierd.config import Policy
 from tierd.engine.stock import IDLE_BITMAP, StockEngine
-from tierd.native import STAGING_TIER, KernelError, probe
+from tierd.native import STAGING_TIER, KernelError, Span, probe
 from tierd.native.inject import inject
 from tierd.serve import Stale
 
@@ -515,6 +516,32 @@ def test_a_large_page_of_which_a_part_is_cold(large_vmm: Vmm, host: Host) -> Non
         tiered.evict_all()
         large_vmm.verify()
         no_trouble(tiered)
+        tiered.leave()
+    large_vmm.verify()
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_large_page_moves_whole_or_not_at_all_unless_it_may_be_split(large_vmm: Vmm, host: Host, split: bool) -> None:
+    """Of 41 pages from the middle of a large page on, and of as many from the beginning of the next one."""
+    pages, half, few = LARGE_PAGE // PAGE, LARGE_PAGE // PAGE // 2, 41
+    first = -(large_vmm.addresses[0] // PAGE) % pages
+    need("thp", large_kb(large_vmm) >= 2 * LARGE_PAGE >> 10, "the kernel made one transparent huge page only")
+    with host.attached(large_vmm, Policy(), engine="stock") as tiered:
+        tiered.scan()
+        before = large_kb(large_vmm)
+        tiered.native.set_split_large(split)
+        spans = [Span(first + half, first + pages, few), Span(first + pages, large_vmm.pages, few)]
+        done = tiered.native.stage(spans, 0.0)
+        if split:
+            assert [span.selected_pages for span in done.spans] == [few, few]
+            assert tiered.staged_pages == 2 * few
+            assert large_kb(large_vmm) < before
+        else:
+            assert [span.selected_pages for span in done.spans] == [0, pages]
+            assert [span.next_page for span in done.spans] == [first + pages, first + 2 * pages]
+            assert tiered.staged_pages == pages
+            assert large_kb(large_vmm) == before, "in the staging area, too"
+        large_vmm.verify()
         tiered.leave()
     large_vmm.verify()
 

@@ -199,11 +199,9 @@ class Tiered:
             self.scan()
         self.discard()
         cycle.unstage(self.native, lambda: None)
-        c = self.counters()
-        all_of_it = cycle.Staging(self.native.pages, 0, c["faults_staged"], c["latency_count"], c["latency_sum_ns"])
         return cycle.stage(
             self.native,
-            all_of_it,
+            cycle.Staging.whole(self.native),
             interval_s=interval_s,
             min_idle_s=0.0,
             stall_budget=1.0,

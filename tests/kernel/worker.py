@@ -93,11 +93,9 @@ def stage_all(served: Served, options: Options) -> None:
     """However many readers that costs."""
     cycle.discard_fetched(served.native, options.phases, lambda: None)  # what takes space in the store cannot be staged
     cycle.unstage(served.native, lambda: None)
-    c = served.native.counters()
-    staging = cycle.Staging(served.pages, 0, c["faults_staged"], c["latency_count"], c["latency_sum_ns"])
     cycle.stage(
         served.native,
-        staging,
+        cycle.Staging.whole(served.native),
         interval_s=0.0,
         min_idle_s=0.0,
         stall_budget=1.0,

@@ -618,6 +618,9 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, struct sys_s
 			is |= SYS_RWP_ACCESSED;
 		if (M.generation == TIERD_ENGINE_RFC && M.anon && M.rwp_protected[first + i])
 			is |= SYS_RFC_DEACTIVATED;
+		/* whether a large entry maps it is asked of one page by itself: whatever is answered, no byte is lost */
+		if (M.anon && M.present[first + i] && wanted.all_of & SYS_PAGE_HUGE && model_chance(400))
+			is |= SYS_PAGE_HUGE;
 		if (in_staging(start))
 			is = M.staged[first + i] ? SYS_PAGE_PRESENT | SYS_PAGE_WRITTEN : 0;
 		matches = ((is ^ wanted.inverted) & wanted.all_of) == wanted.all_of &&

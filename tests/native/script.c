@@ -450,15 +450,25 @@ static void demote(struct tierd_guest *g, struct tierd_batch *b)
 static void stage(struct tierd_guest *g)
 {
 	double min_idle_s = below(2) ? 0 : 0.002;
+	uint64_t half = g->pages / 2;
+	struct tierd_span spans[2];
 	struct tierd_staged r;
 
 	for (uint64_t page = 0; page < g->pages; page = r.next_page)
 		if (failed(tierd_guest_unstage(g, page, &r), "unstage"))
 			break;
-	for (uint64_t page = 0; page < g->pages; page = r.next_page)
-		if (failed(tierd_guest_stage(g, page, min_idle_s, 1 + below(BATCH_PAGES_MAX), &r), "stage") ||
-		    chance(100))
+	/* two spans of which one may reach into the other: by a large page, or from the beginning */
+	spans[0] = (struct tierd_span){.end_page = below(2) ? g->pages : half + below(4)};
+	spans[1] = (struct tierd_span){.next_page = half, .end_page = g->pages};
+	while (spans[0].next_page < spans[0].end_page || spans[1].next_page < spans[1].end_page) {
+		spans[0].max_pages = 1 + below(BATCH_PAGES_MAX);
+		spans[1].max_pages = 1 + below(BATCH_PAGES_MAX);
+		tierd_guest_set_split_large(g, below(2));
+		if (failed(tierd_guest_stage(g, spans, 2, min_idle_s, &r), "stage") || chance(100))
 			break;
+		if (chance(500))
+			tierd_guest_refaults(g, below(half + 1), half + 1);
+	}
 }
 
 void script_cycle(struct tierd_guest *g)

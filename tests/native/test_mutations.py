@@ -63,6 +63,12 @@ MUTATIONS = [
         "		if (!claimed || g->idle_looks >= LOOKS_MAX)\n",
     ),
     Mutation(
+        "large_page_that_may_not_be_split_stays_claimed",
+        "stage.c",
+        "		for (uint64_t k = 0; bit_get(cold, i) && k < n; k++)\n			turn_back",
+        "		for (uint64_t k = 0; may && bit_get(cold, i) && k < n; k++)\n			turn_back",
+    ),
+    Mutation(
         "two_batches_write_to_a_file_at_once",  # rule 5: the descriptor tells an error to one of them
         "store.c",
         "	while (!(g->tiers[tier].flags & TIERD_SPACE_DIRECT) && atomic_exchange(&g->filing[tier], true))",
@@ -813,6 +819,7 @@ ASKED = [
 MUTATIONS += ASKED
 MORE = {
     "page_claimed_by_the_last_look_is_forgotten": ("--anon",),
+    "large_page_that_may_not_be_split_stays_claimed": ("--anon",),
     "hold_that_cannot_be_lifted_wakes_nobody": ("--odd",),
     "page_of_the_other_batch_is_taken": ("--anon", "--ladder"),
     "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle

@@ -351,14 +351,16 @@ static void evict(struct tierd_batch *two[2])
 
 static void stage(void)
 {
+	struct tierd_span span = {.end_page = guest->pages, .max_pages = BATCH_PAGES};
 	struct tierd_staged r;
 
 	for (uint64_t page = 0; page < guest->pages; page = r.next_page)
 		if (tierd_guest_unstage(guest, page, &r))
 			model_fail("unstage failed");
-	for (uint64_t page = 0; page < guest->pages; page = r.next_page)
-		if (tierd_guest_stage(guest, page, 0, BATCH_PAGES, &r))
+	while (span.next_page < span.end_page)
+		if (tierd_guest_stage(guest, &span, 1, 0, &r))
 			model_fail("stage failed");
+	tierd_guest_refaults(guest, 0, guest->pages);
 }
 
 /* The VMM's, which makes our calls. */

@@ -26,6 +26,7 @@ ORDER = [
     "store",
     "testing",
     "policy",
+    "regions",
     "cycle",
     "serve",
     "tiers",

@@ -12,7 +12,7 @@ import errno
 import os
 from array import array
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from tierd.native._native import ffi, lib
@@ -191,6 +191,16 @@ class BatchResult:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Pages that may be moved into the staging area; see struct tierd_span."""
+
+    next_page: int
+    end_page: int
+    max_pages: int
+    selected_pages: int = 0  # set by the call
+
+
+@dataclass(frozen=True)
 class Staged:
     """What one batch of moves into the staging area, or of drops there, did: see struct tierd_staged."""
 
@@ -200,6 +210,7 @@ class Staged:
     next_page: int
     stopped_ns: int
     ns: int
+    spans: tuple[Span, ...] = ()  # of moves: as they are after them
 
 
 @dataclass(frozen=True)
@@ -278,8 +289,8 @@ def _by_name(struct: Any, c_type: str) -> dict[str, Any]:
     return result
 
 
-def _fields(struct: Any, cls: type[Any]) -> Any:
-    return cls(**{name: getattr(struct, name) for name in cls.__dataclass_fields__})
+def _fields(struct: Any, cls: type[Any], **others: Any) -> Any:
+    return cls(**others, **{name: getattr(struct, name) for name in cls.__dataclass_fields__ if name not in others})
 
 
 def probe() -> Probe:
@@ -776,18 +787,28 @@ class NativeGuest:
         result: Pass = _fields(out, Pass)
         return result
 
-    def stage(self, first_page: int, min_idle_s: float, max_pages: int) -> Staged:
-        """Move pages idle at least `min_idle_s` into the staging area: one stop of a thread of the VMM at most. Worker."""
+    def stage(self, spans: Sequence[Span], min_idle_s: float) -> Staged:
+        """Move pages of `spans` idle at least `min_idle_s` into the staging area: one stop of a thread of the VMM at most. In the
+        spans of the result what the stop had no time for is not counted. Worker."""
         out = ffi.new("struct tierd_staged *")
-        check(lib.tierd_guest_stage(self._g, first_page, min_idle_s, max_pages, out), "move into the staging area")
-        result: Staged = _fields(out, Staged)
+        inside = ffi.new("struct tierd_span[]", [astuple(span) for span in spans])
+        check(lib.tierd_guest_stage(self._g, inside, len(spans), min_idle_s, out), "move into the staging area")
+        result: Staged = _fields(out, Staged, spans=tuple(_fields(span, Span) for span in inside))
         return result
+
+    def refaults(self, first_page: int, pages: int) -> int:
+        """Faults that took pages of these out of the staging area since this was asked last, roughly. Worker."""
+        return int(lib.tierd_guest_refaults(self._g, first_page, pages))
+
+    def set_split_large(self, split: bool) -> None:
+        """Whether a part of what one large entry maps may be moved into the staging area by itself. From any thread."""
+        lib.tierd_guest_set_split_large(self._g, split)
 
     def unstage(self, first_page: int) -> Staged:
         """Give back room in the staging area whose pages were fetched: one stop at most. Worker."""
         out = ffi.new("struct tierd_staged *")
         check(lib.tierd_guest_unstage(self._g, first_page, out), "drop in the staging area")
-        result: Staged = _fields(out, Staged)
+        result: Staged = _fields(out, Staged, spans=())
         return result
 
     def restore(self, first_page: int, max_pages: int) -> tuple[int, int]:

@@ -346,15 +346,17 @@ static int guest_fill(struct tierd_guest *g, const struct tierd_guest_args *args
 	g->other = sys_alloc(bitmap_bytes(g->chunk_pages));
 	g->aged = sys_alloc(g->chunks * sizeof(*g->aged));
 	g->large = sys_alloc(bitmap_bytes(g->pages));
-	if (g->anon)
+	if (g->anon) {
 		g->heat = sys_alloc(g->pages / GROUP_PAGES + 1);
+		g->refaults = sys_alloc(g->pages / GROUP_PAGES + 1);
+	}
 	if (g->idle_fd >= 0)
 		g->idle_asked = sys_alloc(g->pages);
 	g->idle_round = 1;
 	if (g->huge)
 		g->zeros = sys_alloc(g->page_bytes);
 	if (!g->missing || !g->touched || !g->other || !g->aged || !g->large || (g->huge && !g->zeros) ||
-	    (g->anon && !g->heat) || (g->idle_fd >= 0 && !g->idle_asked))
+	    (g->anon && (!g->heat || !g->refaults)) || (g->idle_fd >= 0 && !g->idle_asked))
 		return -ENOMEM;
 	return tierd_worker_create(g, &g->restorer);
 }
@@ -426,6 +428,8 @@ void tierd_guest_destroy(struct tierd_guest *g)
 		sys_free(g->aged, g->chunks * sizeof(*g->aged));
 	if (g->heat)
 		sys_free(g->heat, g->pages / GROUP_PAGES + 1);
+	if (g->refaults)
+		sys_free(g->refaults, g->pages / GROUP_PAGES + 1);
 	if (g->large)
 		sys_free(g->large, bitmap_bytes(g->pages));
 	if (g->idle_asked)

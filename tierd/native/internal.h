@@ -279,7 +279,9 @@ struct tierd_guest {
 	_Atomic page_word *words;
 	/* when every page of a group was last seen touched: one store for all of them */
 	_Atomic uint16_t *groups;
-	_Atomic uint8_t *heat; /* by group: staged pages were read, so often (stage.c) */
+	_Atomic uint8_t *heat;     /* by group: staged pages were read, so often (stage.c) */
+	_Atomic uint8_t *refaults; /* by group: so often since the worker has asked */
+	_Atomic bool split_large;
 	/* of stored pages, or what fills them (TIER_ZERO); written by the worker before DROPPING, read by the owner of ARRIVING */
 	uint32_t *checksums;
 	uint64_t epoch_ns, epoch_zero_ns;
@@ -443,7 +445,7 @@ bool staged_poison(struct tierd_guest *g, uint64_t address);
 /* Bits of the pages [page, page + count) that the staging area holds; asks until it is told. -ESRCH: the VMM is gone. */
 int staged_look(struct tierd_guest *g, uint64_t page, uint64_t count, uint64_t *there);
 /* A staged page of the group was wanted / left the host. */
-void heat_up(struct tierd_guest *g, uint64_t page);
+void staged_refault(struct tierd_guest *g, uint64_t page);
 void heat_down(struct tierd_guest *g, uint64_t page);
 
 /* of latency_buckets and window_buckets */

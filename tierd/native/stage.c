@@ -185,13 +185,30 @@ int staged_look(struct tierd_guest *g, uint64_t page, uint64_t count, uint64_t *
 
 /* --- how soon to try again ---------------------------------------------------------------------------------------------- */
 
-void heat_up(struct tierd_guest *g, uint64_t page)
+/* None of these figures decides about a byte: one that is lost to another thread's does no harm. */
+static void count_up(_Atomic uint8_t *figure, uint8_t most)
 {
-	_Atomic uint8_t *heat = &g->heat[page / GROUP_PAGES];
-	uint8_t now = atomic_load_explicit(heat, memory_order_relaxed);
+	uint8_t now = atomic_load_explicit(figure, memory_order_relaxed);
 
-	if (now < HEAT_MAX)
-		atomic_store_explicit(heat, now + 1, memory_order_relaxed);
+	if (now < most)
+		atomic_store_explicit(figure, now + 1, memory_order_relaxed);
+}
+
+void staged_refault(struct tierd_guest *g, uint64_t page)
+{
+	count_up(&g->heat[page / GROUP_PAGES], HEAT_MAX);
+	count_up(&g->refaults[page / GROUP_PAGES], UINT8_MAX);
+}
+
+uint64_t tierd_guest_refaults(struct tierd_guest *g, uint64_t first_page, uint64_t pages)
+{
+	uint64_t found = 0;
+
+	for (uint64_t p = first_page; g->anon && p < first_page + pages && p < g->pages;
+	     p += GROUP_PAGES - p % GROUP_PAGES)
+		if (atomic_load_explicit(&g->refaults[p / GROUP_PAGES], memory_order_relaxed))
+			found += atomic_exchange_explicit(&g->refaults[p / GROUP_PAGES], 0, memory_order_relaxed);
+	return found;
 }
 
 void heat_down(struct tierd_guest *g, uint64_t page)
@@ -210,9 +227,9 @@ static uint32_t age_needed(struct tierd_guest *g, uint64_t page, uint32_t min_ag
 	return age < 0xf000 ? (uint32_t)age : 0xf000;
 }
 
-/* --- who reads it: where the kernel has idle page tracking -------------------------------------------------------------- */
+/* --- into the staging area ---------------------------------------------------------------------------------------------- */
 
-/* A large page moves as one, as it would without this: the kernel does not track its parts. */
+/* Whether a large entry maps it. One that the kernel has split, so that it sees writes to its parts, is none any more. */
 static bool is_large(struct tierd_guest *g, uint64_t page)
 {
 	const struct sys_scan huge = {.all_of = SYS_PAGE_HUGE, .any_of = SYS_PAGE_HUGE};
@@ -223,7 +240,7 @@ static bool is_large(struct tierd_guest *g, uint64_t page)
 }
 
 /*
- * Whether the page may be moved, as far as is known. The kernel is asked to watch it, and after the next pass it says whether somebody
+ * Where the kernel has idle page tracking: whether the page may be moved, as far as is known. The kernel is asked to watch it, and after the next pass it says whether somebody
  * has touched the page since. If so, its age begins anew. Where the kernel does not track it (not mapped, or on no list of its
  * reclaim), only the staging area shows who reads it.
  */
@@ -239,6 +256,7 @@ static bool may_be_staged(struct tierd_guest *g, uint64_t page, page_word w)
 	asked = g->idle_asked[page];
 	if (asked == g->idle_round) /* a cycle may look twice, and nothing is known yet */
 		return false;
+	/* of a large page the kernel does not track the parts */
 	if (is_large(g, page) || sys_pagemap_read(g->pagemap, &entry, 1, address_of(g, page)) != sizeof(entry))
 		return true;
 	idle = sys_idle_get(g->idle_fd, entry);
@@ -252,11 +270,10 @@ static bool may_be_staged(struct tierd_guest *g, uint64_t page, page_word w)
 	return false;
 }
 
-/* --- into the staging area ---------------------------------------------------------------------------------------------- */
-
 struct batch {
 	struct sys_inside_call calls[CALLS_MAX];     /* moves, or drops */
 	uint64_t first[CALLS_MAX], pages[CALLS_MAX]; /* of each */
+	struct tierd_span *of[CALLS_MAX];            /* moves */
 	uint32_t count, done;
 	uint64_t total;
 };
@@ -284,9 +301,11 @@ static bool call_ends(struct tierd_guest *g, uint64_t page)
 	return !(address_of(g, page) % (large_pages(g) * g->page_bytes));
 }
 
-static void batch_add(struct batch *b, uint64_t page, const struct sys_inside_call *call, uint64_t page_bytes)
+static void batch_add(struct batch *b, uint64_t page, const struct sys_inside_call *call, uint64_t page_bytes,
+		      struct tierd_span *of)
 {
 	b->first[b->count] = page;
+	b->of[b->count] = of;
 	b->pages[b->count] = call->bytes / page_bytes;
 	b->calls[b->count++] = *call;
 }
@@ -314,10 +333,10 @@ static int look_at_claimed(struct tierd_guest *g, uint64_t first, uint64_t count
 	return error;
 }
 
-/* The claimed run [first, first + count) becomes calls; where there is no room for more, the rest goes back as it was. Returns
- * where to look next. */
-static uint64_t add_cold(struct tierd_guest *g, struct batch *b, uint64_t first, uint64_t count, const uint64_t *cold,
-			 const uint64_t *hole)
+/* The claimed run [first, first + count) becomes calls, if it may; where there is no room for more, the rest goes back as it was.
+ * Returns where to look next. */
+static uint64_t add_cold(struct tierd_guest *g, struct batch *b, struct tierd_span *of, uint64_t first, uint64_t count,
+			 const uint64_t *cold, const uint64_t *hole, bool may)
 {
 	uint64_t next = first + count;
 
@@ -326,14 +345,14 @@ static uint64_t add_cold(struct tierd_guest *g, struct batch *b, uint64_t first,
 
 		for (n = 1; bit_get(cold, i) && i + n < count && bit_get(cold, i + n);)
 			n++;
-		if (bit_get(cold, i) && b->count < MOVES_MAX) {
+		if (bit_get(cold, i) && may && b->count < MOVES_MAX) {
 			struct sys_inside_call call = move_of(g, first + i, n);
 
-			batch_add(b, first + i, &call, g->page_bytes);
+			batch_add(b, first + i, &call, g->page_bytes, of);
 			b->total += n;
 			continue;
 		}
-		if (bit_get(cold, i) && first + i < next)
+		if (bit_get(cold, i) && may && first + i < next)
 			next = first + i;
 		for (uint64_t k = 0; bit_get(cold, i) && k < n; k++)
 			turn_back(g, first + i + k, word_with_tier(page_load(g, first + i + k), TIER_ZERO));
@@ -345,35 +364,51 @@ static uint64_t add_cold(struct tierd_guest *g, struct batch *b, uint64_t first,
 	return next;
 }
 
-/* Claims runs of pages and makes calls of them, from *page on. A claimed page is decided, also after an error. */
-static int collect_cold(struct tierd_guest *g, struct batch *b, uint64_t *page, uint64_t max_pages, uint32_t min_age)
+static bool all_set(const uint64_t *bits, uint64_t count)
 {
-	uint64_t cold[RUN_WORDS], hole[RUN_WORDS];
+	for (uint64_t i = 0; i < count; i++)
+		if (!bit_get(bits, i))
+			return false;
+	return true;
+}
+
+/* Claims runs of pages of the span and makes calls of them. A claimed page is decided, also after an error. */
+static int collect_cold(struct tierd_guest *g, struct batch *b, struct tierd_span *span, uint32_t min_age)
+{
+	uint64_t cold[RUN_WORDS], hole[RUN_WORDS], end = span->end_page < g->pages ? span->end_page : g->pages;
 	int error = 0;
 
-	g->idle_looks = 0;
-	while (!error && b->count < MOVES_MAX && b->total < max_pages) {
-		uint64_t first, n = 0, waits = waits_now(g);
+	while (!error && b->count < MOVES_MAX && span->selected_pages < span->max_pages && b->total < PAGES_MAX) {
+		uint64_t first, n = 0, most, left = span->max_pages - span->selected_pages, before = b->total,
+				waits = waits_now(g);
 		struct region *r;
-		bool claimed = false;
+		bool claimed = false, large, may;
 
-		while (*page < g->pages && g->idle_looks < LOOKS_MAX && !(claimed = claim(g, *page, min_age)))
-			(*page)++;
+		while (span->next_page < end && g->idle_looks < LOOKS_MAX &&
+		       !(claimed = claim(g, span->next_page, min_age)))
+			span->next_page++;
 		if (!claimed)
 			break;
-		first = *page;
+		first = span->next_page;
 		r = region_of_page(g, first);
+		large = !atomic_load_explicit(&g->split_large, memory_order_relaxed) && is_large(g, first);
+		most = left < PAGES_MAX - b->total ? left : PAGES_MAX - b->total;
+		most = large ? large_pages(g) : end - first < most ? end - first : most;
 		do
 			n++;
-		while (first + n < r->first_page + r->pages && b->total + n < max_pages && !call_ends(g, first + n) &&
+		while (first + n < r->first_page + r->pages && n < most && !call_ends(g, first + n) &&
 		       claim(g, first + n, min_age));
 		error = look_at_claimed(g, first, n, cold, hole);
 		if (error) {
 			memset(cold, 0, sizeof(cold));
 			memset(hole, 0, sizeof(hole));
 		}
-		*page = add_cold(g, b, first, n, cold, hole);
+		may = !large || (n == large_pages(g) && all_set(cold, n));
+		span->next_page = add_cold(g, b, span, first, n, cold, hole, may);
+		while (!may && span->next_page < r->first_page + r->pages && !call_ends(g, span->next_page))
+			span->next_page++;
 		wake_waiters(g, first, n, waits);
+		span->selected_pages += b->total - before;
 	}
 	return error;
 }
@@ -410,12 +445,7 @@ static bool still_cold(struct tierd_guest *g, uint64_t first, uint64_t count)
 {
 	uint64_t cold[RUN_WORDS], hole[RUN_WORDS];
 
-	if (look_at_claimed(g, first, count, cold, hole))
-		return false;
-	for (uint64_t i = 0; i < count; i++)
-		if (!bit_get(cold, i))
-			return false;
-	return true;
+	return !look_at_claimed(g, first, count, cold, hole) && all_set(cold, count);
 }
 
 /*
@@ -433,8 +463,8 @@ static bool halve(struct tierd_guest *g, const struct batch *b, uint32_t i, stru
 		return false;
 	low = move_of(g, first, n / 2);
 	high = move_of(g, first + n / 2, n - n / 2);
-	batch_add(halves, first, &low, g->page_bytes);
-	batch_add(halves, first + n / 2, &high, g->page_bytes);
+	batch_add(halves, first, &low, g->page_bytes, b->of[i]);
+	batch_add(halves, first + n / 2, &high, g->page_bytes, b->of[i]);
 	return true;
 }
 
@@ -491,6 +521,18 @@ static int run_moves(struct tierd_guest *g, struct batch *b, uint64_t *stopped_n
 	return error;
 }
 
+/* For calls that were not made it was too late: from there on their spans are to be looked at again. */
+static void not_made(struct batch *b)
+{
+	for (uint32_t i = b->done; i < b->count; i++) {
+		struct tierd_span *span = b->of[i];
+
+		if (b->first[i] < span->next_page)
+			span->next_page = b->first[i];
+		span->selected_pages -= b->pages[i];
+	}
+}
+
 /* Makes the calls; each page of theirs is settled, also after an error. */
 static int move_and_settle(struct tierd_guest *g, struct batch *b, uint64_t waits, struct tierd_staged *ret)
 {
@@ -501,8 +543,7 @@ static int move_and_settle(struct tierd_guest *g, struct batch *b, uint64_t wait
 		failed = run_moves(g, b, &ret->stopped_ns);
 		if (!error)
 			error = failed;
-		if (b->done < b->count && b->first[b->done] < ret->next_page)
-			ret->next_page = b->first[b->done];
+		not_made(b);
 		halves.count = 0;
 		for (uint32_t i = 0; i < b->count; i++) {
 			if (!error && halve(g, b, i, &halves))
@@ -516,7 +557,12 @@ static int move_and_settle(struct tierd_guest *g, struct batch *b, uint64_t wait
 	return error;
 }
 
-int tierd_guest_stage(struct tierd_guest *g, uint64_t first_page, double min_idle_s, uint64_t max_pages,
+void tierd_guest_set_split_large(struct tierd_guest *g, uint32_t split)
+{
+	atomic_store_explicit(&g->split_large, split, memory_order_relaxed);
+}
+
+int tierd_guest_stage(struct tierd_guest *g, struct tierd_span *spans, uint32_t count, double min_idle_s,
 		      struct tierd_staged *ret)
 {
 	uint64_t began_ns = sys_now_ns(), waits = waits_now(g);
@@ -530,11 +576,13 @@ int tierd_guest_stage(struct tierd_guest *g, uint64_t first_page, double min_idl
 		return error;
 	age = min_age < 0xf000 ? (uint32_t)min_age : 0xf000;
 	age += age < min_age;
-	ret->next_page = first_page;
-	if (g->anon)
-		error = collect_cold(g, &b, &ret->next_page, max_pages < PAGES_MAX ? max_pages : PAGES_MAX, age);
-	else
+	for (uint32_t i = 0; i < count; i++)
+		spans[i].selected_pages = 0;
+	g->idle_looks = 0;
+	if (!g->anon)
 		error = -EINVAL;
+	for (uint32_t i = 0; i < count && !error; i++)
+		error = collect_cold(g, &b, &spans[i], age);
 	ret->selected_pages = b.total;
 	failed = move_and_settle(g, &b, waits, ret);
 	if (!error)
@@ -573,7 +621,7 @@ static void collect_spent(struct tierd_guest *g, struct batch *b, uint64_t *page
 		while (*page + n < r->first_page + r->pages && b->total + n < PAGES_MAX && !call_ends(g, *page + n) &&
 		       spent(g, *page + n));
 		call = drop_of(g, *page, n);
-		batch_add(b, *page, &call, g->page_bytes);
+		batch_add(b, *page, &call, g->page_bytes, NULL);
 		b->total += n;
 		*page += n;
 	}
