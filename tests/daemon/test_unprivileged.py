@@ -109,7 +109,10 @@ def what_cannot_be_seen_is_told(daemon: Daemon) -> None:
 def a_vmm_of_another_user_is_refused(daemon: Daemon, listening: Path, vmm: Vmm) -> None:
     """Whose mappings cannot be read is not believed."""
     with Vmm(Path(f"/proc/{vmm.pid}/exe").resolve(), f"bytes={MIB}", f"handshake={listening}") as other:
-        (told, *_) = wait_for(lambda: daemon.logged("handshake_refused"), "it is refused")
-        assert f"run tierd as the user of process {other.pid}" in told["error"]
+
+        def told() -> list[str]:
+            return [entry["error"] for entry in daemon.logged("handshake_refused") if entry["pid"] == other.pid]
+
+        assert f"run tierd as the user of process {other.pid}" in wait_for(told, "it is refused")[0]
         assert other.ask("handshake")[0] == 0
     assert list(daemon.guests()) == [NAME]

@@ -25,8 +25,8 @@ from tierd.serve import StateError, adopt, wait_for_lock
 
 Start = Callable[..., Vmm]
 KILLS = int(os.environ.get("TIERD_KILLS", "0"))
-SECONDS = 0.0 if KILLS else 45.0  # the slice in `make test`
-SANITIZED_S = 15.0
+SECONDS = 0.0 if KILLS else 30.0  # the slice in `make test`
+SANITIZED_S = 10.0
 
 
 def check(result: dict[str, Any]) -> None:

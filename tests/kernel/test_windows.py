@@ -287,11 +287,14 @@ def test_a_page_in_the_cache_that_is_not_mapped(no_numa_hints: None, start_vmm: 
         vmm.verify()
 
 
+STATES = bytes(byte & 15 for byte in range(256))
+
+
 def states_of(host: Host) -> bytes:
     """Of each page, by the state file: the low bits of a word. Nothing before there is one."""
     for path in (host.tmpfs_dir / "guests").glob("*.state"):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as table:
-            return bytes(byte & 15 for byte in table[TABLE_HEADER_BYTES : TABLE_HEADER_BYTES + 4 * PAGES : 4])
+            return table[TABLE_HEADER_BYTES : TABLE_HEADER_BYTES + 4 * PAGES : 4].translate(STATES)
     return b""
 
 

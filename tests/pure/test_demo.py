@@ -25,6 +25,7 @@ GOOD = Result(
     wrong_bytes=0,
     engine="stock",
     tiers={"zero": 100, "file": 300},
+    staged_read_ratio=0.004,
     accel="tcg",
     seconds=1.0,
 )

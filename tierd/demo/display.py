@@ -32,6 +32,7 @@ class Sample:
     used_bytes: int  # the same before tierd began
     tiers: Mapping[str, int] = field(default_factory=dict)  # stored bytes by tier
     faults: int = 0
+    staged_read_ratio: float | None = None  # of what was staged, the share that the guest wanted after all; None: nothing was
 
     @property
     def given_back_bytes(self) -> int:

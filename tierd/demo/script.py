@@ -69,6 +69,7 @@ class Result:
     wrong_bytes: int
     engine: str
     tiers: dict[str, int]  # stored bytes by tier
+    staged_read_ratio: float | None  # of private anonymous memory; see Sample
     accel: str
     seconds: float
 
@@ -204,11 +205,14 @@ class Demo:
             self.status = self.tierd.guest() or self.status
             stored = self.status.get("stored_bytes", {})
             pool_bytes = sum(tier["used_bytes"] for tier in self.status.get("tiers", ()) if tier["name"] == "memory")
+        counters = self.status.get("counters", {})
+        staged = counters.get("pages_staged", 0)
         sample = Sample(
             resident_bytes=self._guest.resident_bytes() + pool_bytes,
             used_bytes=self.used_bytes,
             tiers={name: size for name, size in stored.items() if size},
-            faults=self.status.get("counters", {}).get("latency_count", 0),
+            faults=counters.get("latency_count", 0),
+            staged_read_ratio=round(counters["faults_staged"] / staged, 4) if staged else None,
         )
         if sample.resident_bytes < self.low.resident_bytes:
             self.low = sample
@@ -256,6 +260,7 @@ def _show(
         wrong_bytes=guest.console.wrong_bytes,
         engine=demo.status["engine"],
         tiers=dict(demo.low.tiers),
+        staged_read_ratio=demo.low.staged_read_ratio,
         accel=guest.accel,
         seconds=round(time.monotonic() - began, 1),
     )
@@ -303,11 +308,13 @@ def _terminated_in_order() -> Iterator[None]:
 
 def summary(result: Result) -> str:
     verdict = "every byte was right" if result.wrong_bytes == 0 else f"{result.wrong_bytes} BYTES WERE WRONG"
+    staged = result.staged_read_ratio
     return "\n".join(
         [
             f"guest            {result.guest_used_bytes / MIB:.0f} MiB of host memory in use ({result.accel})",
             f"given back       {result.given_back_bytes / MIB:.0f} MiB at the low point, {result.given_back_ratio:.0%}",
             f"stored there     {tiers_text(result.tiers)}",
+            *([] if staged is None else [f"read after all   {staged:.2%} of what was moved into the staging area until then"]),
             f"faults           {result.faults}, p50 {latency_text(result.fault_p50_us)}, "
             f"p99 {latency_text(result.fault_p99_us)}",
             f"verified         {result.verified_bytes / MIB:.0f} MiB: {verdict}",
