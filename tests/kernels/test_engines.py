@@ -18,13 +18,13 @@ from tests.need import need
 from tierd.demo.guest import GuestError, find_kernel
 
 HERE = "/run/tierd"  # the project, where an ordinary user gets to it whatever directory it is in
-SEEDS = 30
-LARGE_SEEDS = 12
-ANONYMOUS_SEEDS = 12
-HUGETLB_SEEDS, HUGETLB_PAGES = 6, 64
+SEEDS = 24
+LARGE_SEEDS = 10
+ANONYMOUS_SEEDS = 10
+HUGETLB_SEEDS, HUGETLB_PAGES = 4, 64
 HUGETLB_POOL = "/proc/sys/vm/nr_hugepages"
 LARGE = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
-KILLS = 4
+KILLS = 3
 DEMO = "/var/tmp/demo"  # in there: the scratch disk
 
 
