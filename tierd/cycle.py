@@ -114,11 +114,13 @@ class Staging:
     faults: int = 0
     latency_count: int = 0
     latency_sum_ns: int = 0
+    began: float | None = None  # the last cycle
 
     @classmethod
     def whole(cls, guest: NativeGuest) -> Staging:
         """Everything in one cycle, however many readers that costs."""
         c = guest.counters()
+        guest.refaults(0, guest.pages)
         return cls(Regions.whole(guest.pages), c["faults_staged"], c["latency_count"], c["latency_sum_ns"])
 
     def adapt(self, guest: NativeGuest, stall_budget: float, elapsed_s: float) -> Regions:
@@ -150,7 +152,9 @@ def stage(
 ) -> int:
     """Of anonymous memory whose readers are not seen otherwise: move pages into the staging area. Returns pages moved."""
     began = time.monotonic()
-    regions = staging.adapt(guest, stall_budget, interval_s).begin_cycle()
+    elapsed_s = interval_s if staging.began is None else began - staging.began
+    staging.began = began
+    regions = staging.adapt(guest, stall_budget, elapsed_s).begin_cycle()
     # what reads it from there reads a copy: it must outlast any I/O that does not hold the page by a pin (rule 8)
     idle_s = max(STAGE_AFTER_INTERVALS * interval_s, min_idle_s)
     left = {region.first_page: region.pages for region in regions}  # to look at in this cycle
@@ -165,7 +169,7 @@ def stage(
             if seen.next_page > span.next_page:
                 in_vain = 0
             left[region.first_page] -= seen.next_page - span.next_page
-            region.look_on(seen.next_page, seen.selected_pages)
+            region.look_on(seen.next_page, seen.selected_pages, seen.staged_pages)
         regions = [r for r in regions if r.credit_pages > 0 and left[r.first_page] > 0]
     phases.seconds["stage"] += time.monotonic() - began
     return moved

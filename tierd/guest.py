@@ -372,8 +372,6 @@ class Guest:
             return
         if not self.policy.enabled:
             return
-        served.native.set_readahead(self.policy.readahead_pages)
-        served.native.set_split_large(self.policy.split_large_pages)
         evicted = 0
         try:
             await self._in_worker(self._recheck)
@@ -505,6 +503,7 @@ class Guest:
                 self._failed(error)
 
     def _stage(self, served: Served) -> None:
+        served.native.set_split_large(self.policy.split_large_pages)
         cycle.stage(
             served.native,
             self._staging,
@@ -517,6 +516,7 @@ class Guest:
 
     def _sample(self, served: Served) -> policies.Sample:
         policy = self.policy
+        served.native.set_readahead(policy.readahead_pages)
         stored_pages = sum(served.native.counters()["tier_pages"][tier.number] for tier in served.tiers.values())
         return policies.Sample(
             resident_bytes=served.resident_bytes(),
@@ -527,6 +527,8 @@ class Guest:
         )
 
     async def _evict(self, min_idle_s: float, max_bytes: int, check: Callable[[], None]) -> int:
+        if self._served is not None:
+            self._served.native.set_split_large(self.policy.split_large_pages)
         evicted, took = await self._in_worker(self._tiers.evict, self.policy, min_idle_s, max_bytes, self.phases, check)
         self._well_again(took)
         if evicted:

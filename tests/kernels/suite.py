@@ -27,6 +27,7 @@ REST = (
     "tests/kernel/test_swap.py",
     "tests/kernel/test_hazards.py::test_a_private_mapping_of_a_file_is_no_memory_to_tier",
     "tests/kernel/test_anonymous.py::test_what_is_only_read_stays_where_the_kernel_tracks_idle_pages",
+    "tests/kernel/test_anonymous.py::test_no_more_is_staged_than_leaves",
     "tests/kernel/test_life.py::test_everything_leaves_and_comes_back[default]",
     "tests/kernel/test_life.py::test_only_idle_pages_leave",
     "tests/kernel/test_life.py::test_a_balloon_reads_zeros_or_what_was_there",

@@ -60,7 +60,7 @@ MUTATIONS = [
         "page_claimed_by_the_last_look_is_forgotten",
         "stage.c",
         "		if (!claimed)\n",
-        "		if (!claimed || g->idle_looks >= LOOKS_MAX)\n",
+        "		if (!claimed || g->looks >= LOOKS_MAX)\n",
     ),
     Mutation(
         "large_page_that_may_not_be_split_stays_claimed",

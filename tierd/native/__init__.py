@@ -197,7 +197,8 @@ class Span:
     next_page: int
     end_page: int
     max_pages: int
-    selected_pages: int = 0  # set by the call
+    selected_pages: int = 0  # these are set by the call
+    staged_pages: int = 0
 
 
 @dataclass(frozen=True)

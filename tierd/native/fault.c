@@ -552,7 +552,7 @@ static int fetch(struct tierd_worker *w, uint64_t page, bool to_write, uint64_t 
 					 : &g->count.faults_fetch,
 		  1);
 	if (tier == TIER_STAGING)
-		staged_refault(g, page);
+		staged_refault(g, page, (uint64_t)placed);
 	count_add(&g->count.pages_fetched, (uint64_t)placed);
 	count_add(&g->count.pages_readahead, (uint64_t)placed - 1);
 	return 0;

@@ -646,15 +646,30 @@ static bool not_mapped(int error)
 	return error == -EINVAL || error == -ENOMEM || error == -ENOENT;
 }
 
-/* A region at once: of one that a kill has left registered in part an adoption could not clear the holds. */
-static int unregister(struct tierd_guest *g, uint64_t address, uint64_t bytes)
+/*
+ * A region, or its staging area from `address` on, chunk by chunk: the kernel has the VMM's mmap_lock while it walks what was registered.
+ * The same chunks as elsewhere, by numbers of pages: where a kill leaves off there is a border of mappings, and kernels before 6.4 lift
+ * holds of one mapping at a time. The first error; the rest is tried in spite of it.
+ */
+static int unregister(struct tierd_guest *g, const struct region *r, uint64_t address)
 {
-	int error = sys_uffd_unregister(g->uffd, address, bytes);
+	int first = 0;
 
-	/* the kernel wakes before it unregisters, so a fault under way (it holds its VMA only) may have missed that */
-	if (!error)
-		sys_uffd_wake(g->uffd, address, bytes);
-	return not_mapped(error) ? 0 : error;
+	for (uint64_t n, at = 0; at < r->pages; at += n) {
+		uint64_t from = address + at * g->page_bytes;
+		int error;
+
+		n = g->chunk_pages - (r->first_page + at) % g->chunk_pages;
+		if (n > r->pages - at)
+			n = r->pages - at;
+		error = sys_uffd_unregister(g->uffd, from, n * g->page_bytes);
+		/* the kernel wakes before it unregisters, so a fault under way (it holds its VMA only) may have missed that */
+		if (!error)
+			sys_uffd_wake(g->uffd, from, n * g->page_bytes);
+		if (error && !not_mapped(error) && !first)
+			first = error;
+	}
+	return first;
 }
 
 int tierd_guest_disarm(struct tierd_guest *g)
@@ -667,13 +682,13 @@ int tierd_guest_disarm(struct tierd_guest *g)
 		if (word_state(page_load(g, page)) != RESIDENT)
 			first = -EBUSY;
 	for (uint32_t i = 0; i < g->region_count && first != -EBUSY; i++) {
-		error = unregister(g, g->regions[i].address, g->regions[i].bytes);
+		error = unregister(g, &g->regions[i], g->regions[i].address);
 		if (!first)
 			first = error;
 	}
 	/* whoever dies before it is unmapped leaves nothing that is registered: it looks like RAM to the next attach */
 	for (uint32_t i = 0; i < g->region_count && !first && g->anon; i++)
-		first = unregister(g, g->regions[i].staging, g->regions[i].bytes);
+		first = unregister(g, &g->regions[i], g->regions[i].staging);
 	guest_leave(g);
 	return first;
 }
@@ -1125,8 +1140,13 @@ int tierd_guest_idle(struct tierd_guest *g, uint32_t tier, const double *edges_s
 		double idle_s = stored_age(g, page, now, w) * epoch_s;
 		uint32_t i = count;
 
-		if (tier == TIER_GUEST ? word_state(w) != RESIDENT || word_untouched(w)
-				       : word_state(w) != STORED || word_tier(w) != tier)
+		bool here = word_state(w) == RESIDENT && !word_untouched(w);
+
+		if (tier == TIER_GUEST && g->anon) /* what a batch has left there is still to leave */
+			here |= word_state(w) == STORED && word_tier(w) == TIER_STAGING;
+		else if (tier != TIER_GUEST)
+			here = word_state(w) == STORED && word_tier(w) == tier;
+		if (!here)
 			continue;
 		while (i && idle_s < edges_s[i - 1])
 			i--;

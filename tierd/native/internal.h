@@ -280,7 +280,7 @@ struct tierd_guest {
 	/* when every page of a group was last seen touched: one store for all of them */
 	_Atomic uint16_t *groups;
 	_Atomic uint8_t *heat;     /* by group: staged pages were read, so often (stage.c) */
-	_Atomic uint8_t *refaults; /* by group: so often since the worker has asked */
+	_Atomic uint8_t *refaults; /* by group: so many pages since the worker has asked */
 	_Atomic bool split_large;
 	/* of stored pages, or what fills them (TIER_ZERO); written by the worker before DROPPING, read by the owner of ARRIVING */
 	uint32_t *checksums;
@@ -301,7 +301,7 @@ struct tierd_guest {
 	uint8_t *
 		idle_asked; /* one a page, the worker's own: after which pass the kernel was asked to watch it; 0: never */
 	uint8_t idle_round;               /* of passes: 1 to 255 */
-	uint32_t idle_looks;              /* in this call */
+	uint32_t looks;                   /* in this call */
 	_Atomic bool filing[TIERD_TIERS]; /* a batch is being written to the file, and not synced yet */
 	_Atomic uint64_t worker_io_since_ns;
 	_Atomic uint64_t storing_since_ns
@@ -445,7 +445,7 @@ bool staged_poison(struct tierd_guest *g, uint64_t address);
 /* Bits of the pages [page, page + count) that the staging area holds; asks until it is told. -ESRCH: the VMM is gone. */
 int staged_look(struct tierd_guest *g, uint64_t page, uint64_t count, uint64_t *there);
 /* A staged page of the group was wanted / left the host. */
-void staged_refault(struct tierd_guest *g, uint64_t page);
+void staged_refault(struct tierd_guest *g, uint64_t page, uint64_t count);
 void heat_down(struct tierd_guest *g, uint64_t page);
 
 /* of latency_buckets and window_buckets */

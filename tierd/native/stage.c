@@ -26,9 +26,9 @@
 enum { PAGES_MAX = 4096, HEAT_MAX = 8, SETTLE_PAUSE_US = 100, IN_VAIN_MAX = 100 };
 enum { RUN_WORDS = 128 }; /* a bitmap of what one call moves: 2 MiB of pages of 4 KiB, 512 MiB of 64 KiB */
 #ifdef TIERD_MODEL
-enum { CALLS_MAX = 8, LOOKS_MAX = 4 };
+enum { CALLS_MAX = 8, LOOKS_MAX = 4, LARGE_LOOKS = 1 };
 #else
-enum { CALLS_MAX = SYS_INSIDE_MAX, LOOKS_MAX = 8192 /* at pages, in a call: some 2 us each */ };
+enum { CALLS_MAX = SYS_INSIDE_MAX, LOOKS_MAX = 8192 /* at pages, in a call: some 2 us each */, LARGE_LOOKS = 32 };
 #endif
 enum { MOVES_MAX = CALLS_MAX / 2 }; /* each is two calls */
 
@@ -186,18 +186,19 @@ int staged_look(struct tierd_guest *g, uint64_t page, uint64_t count, uint64_t *
 /* --- how soon to try again ---------------------------------------------------------------------------------------------- */
 
 /* None of these figures decides about a byte: one that is lost to another thread's does no harm. */
-static void count_up(_Atomic uint8_t *figure, uint8_t most)
+static void count_up(_Atomic uint8_t *figure, uint64_t n, uint8_t most)
 {
 	uint8_t now = atomic_load_explicit(figure, memory_order_relaxed);
 
 	if (now < most)
-		atomic_store_explicit(figure, now + 1, memory_order_relaxed);
+		atomic_store_explicit(figure, n < (uint64_t)(most - now) ? (uint8_t)(now + n) : most,
+				      memory_order_relaxed);
 }
 
-void staged_refault(struct tierd_guest *g, uint64_t page)
+void staged_refault(struct tierd_guest *g, uint64_t page, uint64_t count)
 {
-	count_up(&g->heat[page / GROUP_PAGES], HEAT_MAX);
-	count_up(&g->refaults[page / GROUP_PAGES], UINT8_MAX);
+	count_up(&g->heat[page / GROUP_PAGES], 1, HEAT_MAX);
+	count_up(&g->refaults[page / GROUP_PAGES], count, UINT8_MAX);
 }
 
 uint64_t tierd_guest_refaults(struct tierd_guest *g, uint64_t first_page, uint64_t pages)
@@ -252,7 +253,7 @@ static bool may_be_staged(struct tierd_guest *g, uint64_t page, page_word w)
 
 	if (g->idle_fd < 0)
 		return true;
-	g->idle_looks++;
+	g->looks++;
 	asked = g->idle_asked[page];
 	if (asked == g->idle_round) /* a cycle may look twice, and nothing is known yet */
 		return false;
@@ -382,10 +383,9 @@ static int collect_cold(struct tierd_guest *g, struct batch *b, struct tierd_spa
 		uint64_t first, n = 0, most, left = span->max_pages - span->selected_pages, before = b->total,
 				waits = waits_now(g);
 		struct region *r;
-		bool claimed = false, large, may;
+		bool claimed = false, large, fits, may;
 
-		while (span->next_page < end && g->idle_looks < LOOKS_MAX &&
-		       !(claimed = claim(g, span->next_page, min_age)))
+		while (span->next_page < end && g->looks < LOOKS_MAX && !(claimed = claim(g, span->next_page, min_age)))
 			span->next_page++;
 		if (!claimed)
 			break;
@@ -403,11 +403,18 @@ static int collect_cold(struct tierd_guest *g, struct batch *b, struct tierd_spa
 			memset(cold, 0, sizeof(cold));
 			memset(hole, 0, sizeof(hole));
 		}
-		may = !large || (n == large_pages(g) && all_set(cold, n));
+		fits = !large || g->engine->reads_unseen || large_pages(g) <= left;
+		may = !large || (fits && n == large_pages(g) && all_set(cold, n));
 		span->next_page = add_cold(g, b, span, first, n, cold, hole, may);
 		while (!may && span->next_page < r->first_page + r->pages && !call_ends(g, span->next_page))
 			span->next_page++;
 		wake_waiters(g, first, n, waits);
+		if (!may)
+			g->looks += LARGE_LOOKS;
+		if (!fits && span->selected_pages) { /* the next batch may have room for it */
+			span->next_page = first;
+			break;
+		}
 		span->selected_pages += b->total - before;
 	}
 	return error;
@@ -483,9 +490,11 @@ static int settle_run(struct tierd_guest *g, const struct batch *b, uint32_t i, 
 
 	if (!error)
 		error = look_until_seen(g, address_of(g, b->first[i]), b->pages[i], with_guest);
+	b->of[i]->staged_pages -= ret->staged_pages;
 	for (uint64_t k = 0; !error && k < b->pages[i]; k++)
 		settle_staged(g, b->first[i] + k, bit_get(with_guest, k), bit_get(staged, k),
 			      was_refused(b, i, k, g->page_bytes), ret);
+	b->of[i]->staged_pages += ret->staged_pages;
 	return error;
 }
 
@@ -577,8 +586,8 @@ int tierd_guest_stage(struct tierd_guest *g, struct tierd_span *spans, uint32_t 
 	age = min_age < 0xf000 ? (uint32_t)min_age : 0xf000;
 	age += age < min_age;
 	for (uint32_t i = 0; i < count; i++)
-		spans[i].selected_pages = 0;
-	g->idle_looks = 0;
+		spans[i].selected_pages = spans[i].staged_pages = 0;
+	g->looks = 0;
 	if (!g->anon)
 		error = -EINVAL;
 	for (uint32_t i = 0; i < count && !error; i++)

@@ -249,8 +249,10 @@ struct tierd_batch_result {
 /* Pages that may be moved into the staging area. */
 struct tierd_span {
 	uint64_t next_page, end_page; /* where to look next; beyond the last one */
-	uint64_t max_pages;           /* to move; the last of them may be a large page's, which is moved whole */
-	uint64_t selected_pages;      /* set: of so many a move was tried */
+	uint64_t
+		max_pages; /* to move. With the stock engine, which takes samples, a large page may be more than that */
+	uint64_t selected_pages; /* set: of so many a move was tried */
+	uint64_t staged_pages;   /* set: and so many have moved */
 };
 
 /* What one batch of moves into the staging area, or of drops there, did. */
@@ -402,15 +404,15 @@ int tierd_guest_compact(struct tierd_guest *g, uint32_t max_pages, uint32_t *mov
 
 /* RESIDENT -> STORED in the staging area, for touched pages idle at least min_idle_s, span after span, as many as one stop of a
  * thread of the VMM may take. Where such pages were fetched again soon, it takes longer until they are tried again. What one large
- * entry of the page table maps moves as a whole, or not at all. -EINVAL: the guest's memory is not anonymous. */
+ * entry of the page table maps moves as a whole, or not at all (but see below). -EINVAL: the guest's memory is not anonymous. */
 int tierd_guest_stage(struct tierd_guest *g, struct tierd_span *spans, uint32_t count, double min_idle_s,
 		      struct tierd_staged *ret);
 /* What one large entry maps may move in part, too: the kernel splits it. */
 void tierd_guest_set_split_large(struct tierd_guest *g, uint32_t split);
-/* Faults that took a page out of the staging area since this was asked last, of pages [first_page, first_page + pages): of 64
- * neighbours up to 255. From the worker. */
+/* Pages that faults took out of the staging area since this was asked last, of [first_page, first_page + pages): of 64 neighbours
+ * up to 255. From the worker. */
 uint64_t tierd_guest_refaults(struct tierd_guest *g, uint64_t first_page, uint64_t pages);
-/* Gives back room in the staging area whose pages were fetched: at most one stop of the VMM. *next_page as above. */
+/* Gives back room in the staging area whose pages were fetched: at most one stop of the VMM, from first_page on. */
 int tierd_guest_unstage(struct tierd_guest *g, uint64_t first_page, struct tierd_staged *ret);
 
 /* --- eviction: select, hold, copy, write, drop, release, in this order; cancel is legal at any point. With an engine that
