@@ -35,7 +35,7 @@ test-machine: build
 	$(PY) -m pytest -q tests/kernel $(ARGS)
 	@tests/beside.sh 0 "$(MAKE) test-guests" $(MAKE) --no-print-directory test-daemon
 
-GUESTS := tests/vm tests/boot
+GUESTS := tests/vm tests/boot tests/bench
 test-guests: build
 	$(PY) -m pytest -q $(GUESTS) $(ARGS)
 

@@ -198,7 +198,7 @@ def test_a_window_does_not_wait_for_the_store(start_vmm: Start, host: Host) -> N
     async def main() -> None:
         with host.attached(vmm, direct="off") as tiered:
             tiered.scan()
-            tiered.native.set_store_faults(seed=1, write_hang=1000, hang_us=1_500_000)
+            tiered.native.set_store_faults(seed=1, write_hang=1000, hang_us=5_000_000)  # the look below is in time
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(trio.to_thread.run_sync, tiered.evict)
                 with trio.fail_after(30):

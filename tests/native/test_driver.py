@@ -15,7 +15,7 @@ from tests.native.build import NATIVE, build_driver, build_threads, run_driver, 
 
 pytestmark = pytest.mark.timeout(1800)  # it computes beside other tests, and gives way to them
 
-SEEDS = int(os.environ.get("TIERD_SEEDS", "20000"))
+SEEDS = int(os.environ.get("TIERD_SEEDS", "16000"))
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def _run_threads(binary: Path, rounds: int, seed: int, *more: str) -> subprocess
 def test_threads_under_the_thread_sanitizer(tmp_path: Path) -> None:
     """Guest threads, fault workers, the evictor and a reader of counters really at once; daemons that succeed each other."""
     binary = build_threads(tmp_path / "threads")
-    for seed in range(1, 4):
+    for seed in range(1, 3):
         for more in ((), ("--anon", "1"), ("--asked", "1")):
             done = _run_threads(binary, max(SEEDS // 2500, 6), seed, *more)
             assert done.returncode == 0, done.stdout + done.stderr
