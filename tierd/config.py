@@ -159,9 +159,8 @@ class Policy(Frozen):
     hold_ms_max: Annotated[int, Field(ge=1, le=1000)] = 20
     # of private anonymous memory, whose readers are only found out by moving it: so much of the guest's time may that cost
     stall_budget: Annotated[float, Field(gt=0, le=1)] = 0.001
-    split_large_pages: bool = (
-        False  # of private anonymous memory: large pages of which only a part is cold leave in part
-    )
+    # of private anonymous memory: large pages of which only a part is cold leave in part
+    split_large_pages: bool = False
     fault_threads_max: Annotated[int, Field(ge=2, le=64)] = 4  # where the store hangs, others take over
     allow_nested: bool = False  # tier guests that may run guests of their own
     allow_fragile: bool = False  # serve guests whose stored pages would be gone with tierd

@@ -59,8 +59,8 @@ static void unmap(uint32_t page)
 {
 	uint32_t first = page - page % MODEL_LARGE_PAGES;
 
-	if (M.mapped_large
-		    [page]) /* of shared memory, a part of such an entry cannot go: all of it does, without a trace */
+	/* of shared memory, a part of such an entry cannot go: all of it does, without a trace */
+	if (M.mapped_large[page])
 		for (uint32_t p = first; p < first + MODEL_LARGE_PAGES; p++)
 			M.mapped_large[p] = M.present[p] = M.protected[p] = M.rwp_protected[p] = false;
 	if (M.anon)

@@ -842,11 +842,8 @@ MORE = {
     **{mutation.name: ("--anon",) for mutation in ANONYMOUS},
     "anon_missing_not_registered_before_the_move": ("--anon", "--engine", "rfc"),
     "anon_source_not_registered_before_the_move": ("--anon", "--remap"),
-    "anon_adoption_forgets_a_page_that_was_not_dropped": (
-        "--anon",
-        "--from",
-        "3501",
-    ),  # the kernel must refuse the drop
+    # the kernel must refuse the drop
+    "anon_adoption_forgets_a_page_that_was_not_dropped": ("--anon", "--from", "3501"),
     "huge_hold_taken_for_poison": ("--engine", "rfc", "--hugetlb"),
     "rfc_touched_beside_what_leaves": ("--engine", "rfc", "--large"),
     "rfc_unmapped_for_a_hint_and_not_dated": ("--engine", "rfc", "--large", "--from", "19401"),

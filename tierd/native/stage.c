@@ -241,7 +241,8 @@ static bool is_large(struct tierd_guest *g, uint64_t page)
 }
 
 /*
- * Where the kernel has idle page tracking: whether the page may be moved, as far as is known. The kernel is asked to watch it, and after the next pass it says whether somebody
+ * Where the kernel has idle page tracking: whether the page may be moved, as far as is known. The kernel is asked to watch it, and
+ * after the next pass it says whether somebody
  * has touched the page since. If so, its age begins anew. Where the kernel does not track it (not mapped, or on no list of its
  * reclaim), only the staging area shows who reads it.
  */
