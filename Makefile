@@ -83,6 +83,7 @@ torture: build
 soak: setup
 	TIERD_SEEDS=200000 TIERD_REAL_SEEDS=20000 TIERD_KILLS=1000 TIERD_INJECT_KILLS=10000 $(PY) -m pytest -q tests/native tests/kernel $(ARGS)
 	TIERD_KILLS=2000 $(PY) -m pytest -q tests/store/test_objects.py $(ARGS)
+	TIERD_DEFAULTS_S=720 $(PY) -m pytest -q tests/vm/test_tiered.py $(ARGS)
 	$(PY) -m tests.kernels.build arm64-6.1 arm64-6.12
 	TIERD_REQUIRE=arm64 TIERD_ARM64_KILLS=300 $(PY) -m pytest -q tests/kernels/test_arm64.py $(ARGS)
 	TIERD_EXAMPLES=20000 $(PY) -m pytest -q tests/pure/test_fuzz.py tests/native/test_state_fuzz.py tests/daemon/test_fuzz.py

@@ -173,6 +173,12 @@ _COUNTERS: tuple[_Family, ...] = (
     ),
     ("pages_staged", "Pages moved into the staging area of anonymous memory.", (), _counter("pages_staged")),
     (
+        "pages_refaulted",
+        "Pages that the guest took back from there, those by read-ahead included.",
+        (),
+        _counter("pages_refaulted"),
+    ),
+    (
         "pages_unmovable",
         "Pages that could not be moved there: shared by fork or KSM, or pinned.",
         (),

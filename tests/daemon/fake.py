@@ -19,7 +19,7 @@ PAGE_BYTES = 4096
 def counters(**given: int | tuple[int, ...]) -> dict[str, Any]:
     """Every field of struct tierd_counters that the outside reads."""
     names = (
-        "faults_fetch faults_staged pages_staged pages_unmovable inject_stopped_ns faults_zero faults_cancel "
+        "faults_fetch faults_staged pages_staged pages_refaulted pages_unmovable inject_stopped_ns faults_zero faults_cancel "
         "faults_resolve faults_wait faults_failed pages_evicted pages_cancelled "
         "pages_fetched pages_evicted_zero pages_lost inject_stops store_read_errors store_write_errors checksum_errors "
         "kernel_errors latency_count latency_sum_ns parked_pages fault_threads faults_window window_sum_ns "

@@ -64,6 +64,7 @@ def test_every_name_that_is_promised() -> None:
         "pages_fetched_total pages_zero_total pages_lost_total cycle_seconds_total cycles_total errors_total state "
         "inject_stops_total parked_pages fault_threads window_faults_total sync_window_seconds_bucket "
         "large_folios_split_total sync_window_seconds_count sync_window_seconds_sum staged_bytes pages_staged_total "
+        "pages_refaulted_total "
         "pages_unmovable_total stop_seconds_bucket stop_seconds_count stop_seconds_sum tier_used_bytes tier_compressed_bytes "
         "tier_healthy tier_pages_total tier_errors_total pages_demoted_total pages_refused_total tier_read_seconds_bucket "
         "pages_unwritten_total lost_bytes "

@@ -212,7 +212,7 @@ class Demo:
             used_bytes=self.used_bytes,
             tiers={name: size for name, size in stored.items() if size},
             faults=counters.get("latency_count", 0),
-            staged_read_ratio=round(counters["faults_staged"] / staged, 4) if staged else None,
+            staged_read_ratio=round(counters["pages_refaulted"] / staged, 4) if staged else None,
         )
         if sample.resident_bytes < self.low.resident_bytes:
             self.low = sample

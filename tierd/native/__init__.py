@@ -798,7 +798,7 @@ class NativeGuest:
         return result
 
     def refaults(self, first_page: int, pages: int) -> int:
-        """Faults that took pages of these out of the staging area since this was asked last, roughly. Worker."""
+        """Pages of these that faults took out of the staging area since this was asked last, roughly. Worker."""
         return int(lib.tierd_guest_refaults(self._g, first_page, pages))
 
     def set_split_large(self, split: bool) -> None:

@@ -551,8 +551,10 @@ static int fetch(struct tierd_worker *w, uint64_t page, bool to_write, uint64_t 
 		  : tier == TIER_STAGING ? &g->count.faults_staged
 					 : &g->count.faults_fetch,
 		  1);
-	if (tier == TIER_STAGING)
+	if (tier == TIER_STAGING) {
 		staged_refault(g, page, (uint64_t)placed);
+		count_add(&g->count.pages_refaulted, (uint64_t)placed);
+	}
 	count_add(&g->count.pages_fetched, (uint64_t)placed);
 	count_add(&g->count.pages_readahead, (uint64_t)placed - 1);
 	return 0;

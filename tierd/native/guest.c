@@ -1229,6 +1229,7 @@ void tierd_guest_counters(struct tierd_guest *g, struct tierd_counters *ret)
 	COPY(pages_staged);
 	COPY(pages_unmovable);
 	COPY(faults_staged);
+	COPY(pages_refaulted);
 	COPY(store_read_errors);
 	COPY(store_write_errors);
 	COPY(checksum_errors);

@@ -178,7 +178,8 @@ struct counters {
 	_Atomic uint64_t faults_fetch, faults_zero, faults_cancel, faults_resolve, faults_wait, faults_failed;
 	_Atomic uint64_t pages_fetched, pages_readahead, pages_restored;
 	_Atomic uint64_t pages_evicted, pages_evicted_zero, pages_cancelled, pages_lost, pages_repaired;
-	_Atomic uint64_t pages_unwritten, pages_demoted, pages_refused, pages_staged, pages_unmovable, faults_staged;
+	_Atomic uint64_t pages_unwritten, pages_demoted, pages_refused, pages_staged, pages_unmovable, faults_staged,
+		pages_refaulted;
 	_Atomic uint64_t store_read_errors, store_write_errors, checksum_errors, kernel_errors, last_errno;
 	_Atomic uint64_t inject_stops, inject_stopped_ns, stop_buckets[TIERD_LATENCY_BUCKETS];
 	_Atomic uint64_t large_folios_split;

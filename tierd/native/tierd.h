@@ -163,6 +163,7 @@ struct tierd_counters {
 	uint64_t pages_staged;
 	uint64_t pages_unmovable; /* shared by fork or KSM, pinned, or gone: they stay with the guest */
 	uint64_t faults_staged;   /* of a page in the staging area: it was read after all */
+	uint64_t pages_refaulted; /* fetched from there, those by read-ahead included */
 	uint64_t store_read_errors;
 	uint64_t store_write_errors;
 	uint64_t checksum_errors;
@@ -249,10 +250,9 @@ struct tierd_batch_result {
 /* Pages that may be moved into the staging area. */
 struct tierd_span {
 	uint64_t next_page, end_page; /* where to look next; beyond the last one */
-	uint64_t
-		max_pages; /* to move. With the stock engine, which takes samples, a large page may be more than that */
-	uint64_t selected_pages; /* set: of so many a move was tried */
-	uint64_t staged_pages;   /* set: and so many have moved */
+	uint64_t max_pages;           /* to move. For the stock engine's samples a large page may be more */
+	uint64_t selected_pages;      /* set: of so many a move was tried */
+	uint64_t staged_pages;        /* set: and so many have moved */
 };
 
 /* What one batch of moves into the staging area, or of drops there, did. */
