@@ -30,7 +30,7 @@ test: setup
 	@tests/beside.sh 19 "$(MAKE) test-beside" $(MAKE) -j1 --no-print-directory test-machine test-kernels
 
 # tests/kernel changes what the machine is set to (huge pages, large folios, swap), one test after the other and no guest of another's
-# beside it. Of the rest, those with real guests run beside those without: much of the time both wait.
+# beside it. Of the rest, those with real guests, and the benchmark, run beside the others: much of the time both wait.
 test-machine: build
 	$(PY) -m pytest -q tests/kernel $(ARGS)
 	@tests/beside.sh 0 "$(MAKE) test-guests" $(MAKE) --no-print-directory test-daemon
