@@ -123,15 +123,15 @@ def test_a_broken_reload_changes_nothing(daemon: Daemon, boot: Boot) -> None:
 
 
 def test_a_vm_that_is_tried_again_has_the_rule_of_now(daemon: Daemon, boot: Boot) -> None:
-    """It was refused; then the cause goes, and its rule with it."""
+    """It was refused; then its rule goes, and the cause."""
     vmm = boot("web")
     vmm.ask("lock")
     daemon.start()
     wait_for(lambda: daemon.guests().get("web", {}).get("state") == "refused", "locked memory is refused")
-    vmm.ask("unlock")
     daemon.write(guests=[{"name": f"*{OURS}", **POLICY, "enabled": False}])
     daemon.signal(signal.SIGHUP)
     wait_for(lambda: not daemon.guests(), "nobody tries any more")
+    vmm.ask("unlock")
     assert not daemon.logged("guest_attached")
     daemon.write()
     daemon.signal(signal.SIGHUP)
