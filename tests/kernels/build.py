@@ -12,6 +12,7 @@ that it comes from. As root on Debian; runs before the project's venv exists, so
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import inspect
 import os
@@ -256,22 +257,26 @@ def get(name: str) -> Kernel | None:
 
 
 def build(name: str) -> Kernel:
-    """From the cache, or built now (minutes). BuildError says what went wrong; then nothing of it stays in the cache."""
+    """From the cache, or built now (minutes); waits while another process does. BuildError says what went wrong; then nothing of
+    it stays in the cache."""
     began = time.monotonic()
-    suite, package = ORIGIN[name]
-    archive = Apt(suite, cache_dir(), "arm64" if _is_arm64(name) else None)
-    directory = cache_dir() / f"{name}-{archive.version(package)}-{_key_of(name)}"
-    if directory.exists():
-        return _at(directory, name)
-    say(f"{name}: {'building, some minutes' if name in PATCHED else 'unpacking'}")
-    with tempfile.TemporaryDirectory(prefix="work-", dir=cache_dir()) as work:
-        to = Path(work) / "to"
-        to.mkdir()
-        make = build_patched if name in PATCHED else unpack_arm64 if _is_arm64(name) else unpack_debian
-        make(name, archive, Path(work), to)
-        for old in cache_dir().glob(f"{name}-*"):
-            shutil.rmtree(old)
-        to.rename(directory)
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with open(cache_dir() / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        suite, package = ORIGIN[name]
+        archive = Apt(suite, cache_dir(), "arm64" if _is_arm64(name) else None)
+        directory = cache_dir() / f"{name}-{archive.version(package)}-{_key_of(name)}"
+        if directory.exists():
+            return _at(directory, name)
+        say(f"{name}: {'building, some minutes' if name in PATCHED else 'unpacking'}")
+        with tempfile.TemporaryDirectory(prefix="work-", dir=cache_dir()) as work:
+            to = Path(work) / "to"
+            to.mkdir()
+            make = build_patched if name in PATCHED else unpack_arm64 if _is_arm64(name) else unpack_debian
+            make(name, archive, Path(work), to)
+            for old in cache_dir().glob(f"{name}-*"):
+                shutil.rmtree(old)
+            to.rename(directory)
     say(f"{name}: done in {time.monotonic() - began:.0f} s")
     return _at(directory, name)
 

@@ -74,4 +74,4 @@ def check_selftest(status: int, output: str, said: str, may_skip: tuple[str, ...
     assert any(line.startswith("ok ") for line in lines), said
     if may_skip is not None:
         strange = {name: why for name, why in skipped.items() if not any(re.fullmatch(e, why) for e in may_skip)}
-        assert not strange, said
+        assert not strange, f"skipped, and not known to be: {strange}\n\n{said}"

@@ -212,6 +212,23 @@ bool is_huge(const struct memory *m, size_t page)
 	return categories(unit(m, page)) & PAGE_IS_HUGE;
 }
 
+// A new page waits in a batch of the CPU that made it, and PAGEOUT passes over it unless called there.
+void page_out(const struct memory *m)
+{
+	cpu_set_t before, one;
+
+	MUST(sched_getaffinity(0, sizeof(before), &before));
+	for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+		if (!CPU_ISSET(cpu, &before))
+			continue;
+		CPU_ZERO(&one);
+		CPU_SET(cpu, &one);
+		MUST(sched_setaffinity(0, sizeof(one), &one));
+		MUST(madvise(m->at, m->size, MADV_PAGEOUT));
+	}
+	MUST(sched_setaffinity(0, sizeof(before), &before));
+}
+
 // ---- userfaultfd
 
 int xioctl(int fd, unsigned long request, void *argument)

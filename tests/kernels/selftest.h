@@ -21,6 +21,10 @@
 #include <sys/mman.h>
 #include <sys/types.h>
 
+#ifndef MADV_PAGEOUT
+#define MADV_PAGEOUT 21
+#endif
+
 // ---- the interface: stock
 
 #define LOAD_NS 1000000000ULL // of each kind of memory: how long threads use it while it is changed below them
@@ -271,6 +275,7 @@ uint64_t fill_word(const struct memory *m, size_t offset);
 void check_fill(const struct memory *m,
 		const char *at);                   // the pattern is there, read through `at` (m->at or another mapping)
 char *unit(const struct memory *m, size_t page);   // its address
+void page_out(const struct memory *m);             // PAGEOUT, on each CPU
 bool is_huge(const struct memory *m, size_t page); // it is mapped by one PMD (PAGEMAP_SCAN)
 
 // ---- userfaultfd: the try_ forms and xioctl answer 0 or -errno, the others end the test

@@ -19,9 +19,6 @@
 #ifndef SYS_pidfd_getfd
 #define SYS_pidfd_getfd 438
 #endif
-#ifndef MADV_PAGEOUT
-#define MADV_PAGEOUT 21
-#endif
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
 #endif
@@ -104,8 +101,7 @@ static long minor_faults(void)
 static bool pageout(const struct memory *m) // some of it is swapped out
 {
 	for (int i = 0; i < 20; i++) {
-		if (madvise(m->at, m->size, MADV_PAGEOUT))
-			return false;
+		page_out(m);
 		if (count(m, PAGE_IS_SWAPPED, 0, 0, NULL))
 			return true;
 		sleep_ms(20);
@@ -574,7 +570,7 @@ static void async_swapped(enum kind kind)
 	fill(&m);
 	uffd_register(uffd, m.at, m.size, MINOR | MISSING);
 	for (int i = 0; i < 20 && smaps_kib(m.at, "Swap") < 128; i++, sleep_ms(20))
-		MUST(madvise(m.at, m.size, MADV_PAGEOUT));
+		page_out(&m);
 	if (smaps_kib(m.at, "Swap") < 128)
 		SKIP("it was not swapped out");
 	deactivate(uffd, &m);
@@ -582,7 +578,7 @@ static void async_swapped(enum kind kind)
 	EQUAL(cold(&m, NULL), 0);
 	EXPECT_SILENCE(uffd);
 	for (int i = 0; i < 20 && smaps_kib(m.at, "Swap") < 256; i++, sleep_ms(20))
-		MUST(madvise(m.at, m.size, MADV_PAGEOUT));
+		page_out(&m);
 	if (smaps_kib(m.at, "Swap") < 256)
 		SKIP("it was not swapped out twice");
 	EQUAL(try_set_mode(uffd, 0, ASYNC), 0);

@@ -31,7 +31,6 @@
 #define PRESENT       PAGE_IS_PRESENT
 #define FAULT         UFFD_PAGEFAULT_FLAG_RWP
 #define WRITE_FAULT   (UFFD_PAGEFAULT_FLAG_RWP | UFFD_PAGEFAULT_FLAG_WRITE)
-#define MADV_PAGEOUT  21
 #define MADV_COLLAPSE 25
 #define MPOL_BIND     2
 #define MPOL_MF_MOVE  2
@@ -1550,11 +1549,11 @@ static void collapse(enum kind kind)
 
 // ---- swap, migration and others who change entries
 
-static void page_out(const struct memory *m, size_t at_least)
+static void swap_out(const struct memory *m, size_t at_least)
 {
 	struct memory s = small_pages(m);
 	for (int i = 0; i < 50; i++) {
-		MUST(madvise(m->at, m->size, MADV_PAGEOUT));
+		page_out(m);
 		if (count(&s, PAGE_IS_SWAPPED, 0, 0, NULL) >= at_least)
 			return;
 		sleep_ms(20);
@@ -1568,7 +1567,7 @@ static void swap(enum kind kind)
 	need_swap();
 	struct memory m = tracked(kind, kind == ANON_THP ? 1 : 64, uffd, 0), s = small_pages(&m);
 	struct touch t;
-	page_out(&m, s.pages);
+	swap_out(&m, s.pages);
 	EQUAL(accessed(&s), 0);
 	EQUAL(cold(&s), 0);
 	EQUAL(cold_or_swapped(&s), s.pages);
@@ -1587,7 +1586,7 @@ static void swap(enum kind kind)
 	EQUAL(try_rwprotect(uffd, m.at + 3 * 4096, 4096, 0), 0);
 	EQUAL(accessed(&s), 3);
 	EQUAL(load(m.at + 3 * 4096), fill_word(&m, 3 * 4096));
-	page_out(&m, s.pages);
+	swap_out(&m, s.pages);
 	EQUAL(accessed(&s), 3);
 	protect(uffd, &m);
 	EQUAL(cold_or_swapped(&s), s.pages);
@@ -1601,7 +1600,7 @@ static void swap_async(enum kind kind)
 	int uffd = open_rwp(ASYNC);
 	need_swap();
 	struct memory m = tracked(kind, 64, uffd, 0);
-	page_out(&m, 64);
+	swap_out(&m, 64);
 	EQUAL(load(unit(&m, 5)), fill_word(&m, 5 * 4096));
 	store(unit(&m, 6), 6);
 	EQUAL(accessed(&m), 2);
@@ -1618,7 +1617,7 @@ static void swap_cow(enum kind kind)
 	need_swap();
 	struct memory m = tracked(kind, 16, uffd, 0);
 	struct touch t;
-	page_out(&m, 16);
+	swap_out(&m, 16);
 	pid_t pid = fork_child();
 	if (!pid) {
 		sleep_ms(3000);
@@ -1643,7 +1642,7 @@ static void swapoff_keeps(enum kind kind)
 	int uffd = open_rwp(0);
 	need_swap();
 	struct memory m = tracked(kind, 32, uffd, 0);
-	page_out(&m, 32);
+	swap_out(&m, 32);
 	resolve(uffd, &m, 7, 1);
 	if (!may_change_system || swapoff("/dev/zram0"))
 		SKIP("swapoff: %s", strerror(errno));
@@ -1673,7 +1672,8 @@ static void migrate(enum kind kind)
 	resolve(uffd, &m, 2, 1);
 	int to = !node_of(m.at);
 	unsigned long mask = 1UL << to;
-	MUST(syscall(SYS_mbind, m.at, m.size, MPOL_BIND, &mask, 8UL, MPOL_MF_MOVE));
+	for (int i = 0; i < 50 && node_of(m.at) != to; i++, sleep_ms(20)) // it gives up on a page that somebody holds
+		MUST(syscall(SYS_mbind, m.at, m.size, MPOL_BIND, &mask, 8UL, MPOL_MF_MOVE));
 	if (node_of(m.at) != to)
 		SKIP("it did not move");
 	EQUAL(accessed(&m), 1);
@@ -1839,11 +1839,11 @@ static void reclaim_shmem(enum kind kind)
 	int uffd = open_rwp(0);
 	need_swap();
 	struct memory m = tracked(kind, 32, uffd, 0);
-	MUST(madvise(m.at, m.size, MADV_PAGEOUT));
-	sleep_ms(100);
+	for (int i = 0; i < 50 && cold(&m); i++, sleep_ms(20))
+		page_out(&m);
 	EQUAL(accessed(&m), 0);
 	if (cold(&m))
-		SKIP("nothing was reclaimed");
+		SKIP("it was not reclaimed");
 	check_fill(&m, m.at);
 	EXPECT_SILENCE(uffd);
 	EQUAL(accessed(&m), 32);
@@ -1907,7 +1907,7 @@ static void move_swapped(enum kind kind)
 	fill(&plain);
 	uffd_register(uffd, m.at, m.size, RWP | MISSING);
 	uffd_register(uffd, back.at, back.size, MISSING);
-	page_out(&plain, 16);
+	swap_out(&plain, 16);
 	EQUAL(try_move(uffd, m.at, plain.at, m.size, 0, NULL), 0);
 	EQUAL(accessed(&m), 0);
 	EQUAL(cold_or_swapped(&m), 16);
