@@ -92,7 +92,7 @@ _GAUGES: tuple[_Family, ...] = (
     ),
     (
         "stored_bytes",
-        "Guest memory that is out of the host's memory, by tier (zero: one 32-bit word again and again, stored nowhere).",
+        "Guest memory that is out of the host's memory, by tier (zero: one 8-byte word again and again, stored nowhere).",
         ("tier",),
         lambda g: (((tier,), size) for tier, size in g.stored_bytes.items()),
     ),
@@ -154,7 +154,7 @@ _COUNTERS: tuple[_Family, ...] = (
     ("pages_fetched", "Pages brought back by faults, read-ahead included.", (), _counter("pages_fetched")),
     (
         "pages_zero",
-        "Evicted pages that were one 32-bit word again and again, zeros mostly, and need no store.",
+        "Evicted pages that were one 8-byte word again and again, zeros mostly, and need no store.",
         (),
         _counter("pages_evicted_zero"),
     ),

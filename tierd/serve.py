@@ -698,7 +698,7 @@ def _fill_state(served: Served, tuning: Tuning) -> None:
     except KernelError as error:
         raise StateError(
             f"the page table of {spec.name} does not fit: {error}; give the file system of {served.state_path.parent} more "
-            "space (0.2 % of guest memory)"
+            "space (0.3 % of guest memory)"
         ) from error
 
 

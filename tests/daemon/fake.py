@@ -37,7 +37,7 @@ def counters(**given: int | tuple[int, ...]) -> dict[str, Any]:
 
 def tier_counters(**changes: Any) -> dict[str, Any]:
     """struct tierd_tier_counters: 3 reads of 8 to 16 us."""
-    names = ("used_bytes", "metadata_bytes", "filled_pages", "compressed_bytes", "written_pages", "read_pages")
+    names = ("used_bytes", "metadata_bytes", "compressed_bytes", "written_pages", "read_pages")
     names += ("refused_pages", "write_errors", "read_errors", "checksum_errors", "read_sum_ns")
     buckets = tuple(3 if i == 14 else 0 for i in range(40))
     return dict.fromkeys(names, 1) | {"read_buckets": buckets} | changes

@@ -285,18 +285,18 @@ def test_a_real_vcpu(vcpu_binary: Path, host: Host, arguments: tuple[str, ...], 
                 tiered.discard()
                 return bool(tiered.counters()["pages_evicted"] > 1000 and vmm.stats()["operations"] > 20)
 
-            wait_for(much_happened, "20 laps over memory that leaves", seconds=60)
+            wait_for(much_happened, "20 laps over memory that leaves", seconds=200)  # KVM may be emulated
             laps, wrong = vmm.ask("stop")
             assert wrong == 0
             vmm.verify()
             tiered.evict_all(but_pages=8)  # KVM itself holds one or two
             vmm.ask("run")
-            wait_for(lambda: vmm.stats()["operations"] > laps + 5, "laps over evicted memory")
+            wait_for(lambda: vmm.stats()["operations"] > laps + 5, "laps over evicted memory", seconds=60)
             tiered.restore_all()  # under the running vCPU
             assert tiered.counters()["pages_lost"] == tiered.counters()["kernel_errors"] == 0
             tiered.leave()
         before = vmm.stats()["operations"]
-        wait_for(lambda: vmm.stats()["operations"] > before + 5, "laps without us")
+        wait_for(lambda: vmm.stats()["operations"] > before + 5, "laps without us", seconds=60)
         vmm.ask("stop")
         vmm.verify()
         assert not userfaultfds(vmm.pid)

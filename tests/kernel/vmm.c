@@ -77,14 +77,11 @@ static uint64_t key_of(uint64_t page)
 	return sequence[page] ? mix(page << 32 | sequence[page]) : 0;
 }
 
-/* With `compressible`: a page in four is one word again and again, of 32 bits in half of them, and two have each word twice or eight
- * times. */
+/* With `compressible`: a page in four is one word again and again, and two have each word twice or eight times. */
 static uint64_t word_of(uint64_t key, uint64_t i)
 {
 	static const uint64_t same[] = {1, 2, 8, UINT64_MAX};
 
-	if (compressible && key >> 61 == 7)
-		return (key & UINT32_MAX) << 32 | (key & UINT32_MAX);
 	return !key ? 0 : key + i / (compressible ? same[key >> 62] : 1) * 0x9e3779b97f4a7c15u;
 }
 

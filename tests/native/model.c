@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "content.h"
 #include "model.h"
 #include "sys.h"
 #include "tierd.h"
@@ -138,6 +139,11 @@ static bool native_fault(uint32_t thread, uint32_t page, uint64_t write, bool *w
 	return true;
 }
 
+static uint64_t last_word(uint64_t value)
+{
+	return is_one_word(value) ? value : ~value;
+}
+
 enum model_access model_access(uint32_t thread, uint32_t page, bool write, uint64_t *value)
 {
 	bool waits = false;
@@ -168,9 +174,13 @@ enum model_access model_access(uint32_t thread, uint32_t page, bool write, uint6
 	if (write && M.protected[page])
 		return wait_for(thread, page, UFFD_PAGEFAULT_FLAG_WRITE | UFFD_PAGEFAULT_FLAG_WP);
 	for (int i = 0; i < MODEL_PAGE_BYTES / 8; i++) {
+		uint64_t word = write ? *value : M.bytes[page][0];
+
+		if (i == MODEL_PAGE_BYTES / 8 - 1)
+			word = last_word(word);
 		if (write)
-			M.bytes[page][i] = *value;
-		else if (M.bytes[page][i] != M.bytes[page][0])
+			M.bytes[page][i] = word;
+		else if (M.bytes[page][i] != word)
 			model_fail("page %u is torn", page);
 	}
 	*value = M.bytes[page][0];

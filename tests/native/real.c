@@ -34,6 +34,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "content.h"
 #include "internal.h"
 #include "script.h"
 
@@ -111,7 +112,7 @@ static void on_sigbus(int signal)
 
 static uint64_t word_of(uint64_t value, size_t i)
 {
-	return value ? value + i * WORD_STEP : 0;
+	return is_one_word(value) ? value : value + i * WORD_STEP;
 }
 
 static void write_words(volatile uint64_t *to, uint64_t value)

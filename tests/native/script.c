@@ -2,6 +2,7 @@
 /* script.c: see script.h. */
 #include <string.h>
 
+#include "content.h"
 #include "script.h"
 #include "internal.h"
 
@@ -75,13 +76,11 @@ void script_read(uint32_t thread, uint32_t page)
 	world_unlock(page);
 }
 
-enum writing { ZEROS, FILLED /* with a word of 32 bits */, BYTES };
+enum writing { ZEROS, FILLED, BYTES };
 
 static uint64_t filling(uint32_t page, uint32_t count)
 {
-	uint32_t word = (page + 1) << 16 | (count & 0xffff);
-
-	return (uint64_t)word << 32 | word;
+	return ONE_WORD | (page + 1ull) << 32 | count;
 }
 
 static uint64_t content(uint32_t page, uint32_t count)
@@ -93,11 +92,7 @@ bool script_may_have_written(uint32_t page, uint64_t value)
 {
 	uint32_t count = (uint32_t)value;
 
-	if (value == filling(page, count & 0xffff))
-		count &= 0xffff;
-	else if (value != content(page, count))
-		return false;
-	return count <= S.writes[page];
+	return (value == filling(page, count) || value == content(page, count)) && count <= S.writes[page];
 }
 
 static void write_page(uint32_t thread, uint32_t page, enum writing what)

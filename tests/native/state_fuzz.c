@@ -186,7 +186,7 @@ static void use(uint64_t seed, int fd, uint64_t page_bytes, const struct tierd_r
 	if (table_map(g))
 		fail(seed, "read, but cannot be mapped");
 	for (uint64_t page = 0; page < g->pages; page++)
-		sum += g->words[page] + g->checksums[page] + page_age(g, page, epoch_now(g), g->words[page]);
+		sum += g->words[page] + g->sums[page] + page_age(g, page, epoch_now(g), g->words[page]);
 	if (sum == 1)
 		printf(" \b"); /* so that it is computed */
 	table_unmap(g);

@@ -123,8 +123,8 @@ MUTATIONS = [
     Mutation(
         "checksum_not_verified_and_no_sync",  # rule 5: only the checksum turns stale into an error
         "fault.c",
-        "!= g->checksums[page + i]) {",
-        "!= g->checksums[page + i] && page > 1000000) {",
+        "!= g->sums[page + i]) {",
+        "!= g->sums[page + i] && page > 1000000) {",
     ),
     Mutation(
         "punch_rounded_to_pieces",  # rule 7
@@ -248,7 +248,7 @@ MUTATIONS = [
     Mutation(
         "adoption_takes_zeros_left_by_a_punch_of_a_filled_page",  # the same of a page that no tier holds
         "guest.c",
-        "(word_tier(w) != TIER_ZERO || g->checksums[page])",
+        "(word_tier(w) != TIER_ZERO || g->sums[page])",
         "word_tier(w) != TIER_ZERO",
     ),
     Mutation(
@@ -260,8 +260,8 @@ MUTATIONS = [
     Mutation(
         "page_that_begins_as_if_filled_is_filled",
         "evict.c",
-        "	return !memcmp(page, page + sizeof(uint32_t), bytes - sizeof(uint32_t));",
         "	return !memcmp(page, page + sizeof(uint64_t), bytes - sizeof(uint64_t));",
+        "	return !memcmp(page, page + sizeof(uint64_t), bytes - 2 * sizeof(uint64_t));",
     ),
     Mutation(
         "younger_than_min_idle_leaves",  # rule 8

@@ -161,7 +161,7 @@ int tierd_guest_answer(struct tierd_guest *g, uint32_t number, const void *bytes
 
 int tierd_guest_is_right(struct tierd_guest *g, uint64_t page, const void *bytes)
 {
-	return page < g->pages && checksum(bytes, g->page_bytes) == g->checksums[page];
+	return page < g->pages && checksum(bytes, g->page_bytes) == g->sums[page];
 }
 
 bool answer_take(struct tierd_guest *g, struct request *ret)

@@ -354,10 +354,10 @@ static int read_pages(struct tierd_batch *b, uint64_t page, uint32_t n, uint8_t 
 
 bool same_filled(const uint8_t *page, size_t bytes)
 {
-	return !memcmp(page, page + sizeof(uint32_t), bytes - sizeof(uint32_t));
+	return !memcmp(page, page + sizeof(uint64_t), bytes - sizeof(uint64_t));
 }
 
-void fill_with(uint8_t *page, size_t bytes, uint32_t word)
+void fill_with(uint8_t *page, size_t bytes, uint64_t word)
 {
 	memcpy(page, &word, sizeof(word));
 	for (size_t n = sizeof(word); n < bytes; n *= 2) /* a page has a power of two */
@@ -414,7 +414,7 @@ static int keep_mapped(struct tierd_batch *b, struct tierd_batch_result *ret)
 static int look_at_copy(struct tierd_batch *b, uint32_t slot)
 {
 	const uint8_t *page = b->bytes + slot * b->page_bytes;
-	uint32_t *sum = &b->g->checksums[b->pages[slot]];
+	uint64_t *sum = &b->g->sums[b->pages[slot]];
 
 	b->to[slot] = word_refused(b->words[slot]) ? NOT_THE_POOL : NOWHERE;
 	if (moving(b) && b->from != TIER_STAGING)
@@ -423,7 +423,7 @@ static int look_at_copy(struct tierd_batch *b, uint32_t slot)
 		memcpy(sum, page, sizeof(*sum));
 		b->to[slot] = TIER_ZERO;
 	} else {
-		uint32_t was = *sum;
+		uint64_t was = *sum;
 
 		*sum = checksum(page, b->page_bytes);
 		if (!moving(b) && word_clean(b->words[slot]) && *sum == was) /* the protection says so, too */
@@ -838,7 +838,7 @@ static bool still_has(struct tierd_batch *b, unsigned int tier)
 	worker_io_begin(g);
 	error = tier_read(g, g->reader, tier, page, 1, b->again);
 	worker_io_end(g);
-	if (!error && checksum(b->again, b->page_bytes) != g->checksums[page]) {
+	if (!error && checksum(b->again, b->page_bytes) != g->sums[page]) {
 		error = -EBADMSG;
 		count_add(&g->tier_counts[tier].checksum_errors, 1);
 	}

@@ -310,7 +310,7 @@ static uint32_t verified(struct tierd_worker *w, uint64_t page, uint32_t n, cons
 	struct tierd_guest *g = w->g;
 
 	for (uint32_t i = 0; i < n; i++) {
-		if (checksum(bytes + (size_t)i * g->page_bytes, g->page_bytes) != g->checksums[page + i]) {
+		if (checksum(bytes + (size_t)i * g->page_bytes, g->page_bytes) != g->sums[page + i]) {
 			count_error(g, &g->count.checksum_errors, -EBADMSG);
 			count_add(&g->tier_counts[word_tier(w->claimed[0])].checksum_errors, 1);
 			return i;
@@ -424,9 +424,9 @@ static const void *filled(struct tierd_worker *w, uint64_t page, uint32_t n)
 	bool any = false;
 
 	for (uint32_t i = 0; i < n; i++)
-		any |= g->checksums[page + i];
+		any |= g->sums[page + i];
 	for (uint32_t i = 0; any && i < n; i++)
-		fill_with(w->buffer + (size_t)i * g->page_bytes, g->page_bytes, g->checksums[page + i]);
+		fill_with(w->buffer + (size_t)i * g->page_bytes, g->page_bytes, g->sums[page + i]);
 	return any ? w->buffer : NULL;
 }
 

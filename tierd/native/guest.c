@@ -749,10 +749,10 @@ static int write_back(struct tierd_guest *g, uint64_t page, page_word w, void *b
 	int error = filled ? 0 : tier_read(g, g->reader, word_tier(w), page, 1, bytes);
 
 	if (filled)
-		fill_with(bytes, g->page_bytes, g->checksums[page]);
+		fill_with(bytes, g->page_bytes, g->sums[page]);
 	else if (error)
 		count_error(g, &g->count.store_read_errors, error);
-	else if (checksum(bytes, g->page_bytes) != g->checksums[page])
+	else if (checksum(bytes, g->page_bytes) != g->sums[page])
 		count_error(g, &g->count.checksum_errors, error = -EBADMSG);
 	if (error)
 		return -EBUSY;
@@ -774,7 +774,7 @@ static int repair_unpunched(struct tierd_guest *g, uint64_t page, page_word w, v
 		return -EIO;
 	if (!all_zero(bytes, g->page_bytes))
 		return 0;
-	if (word_tier(w) != TIER_ZERO && checksum(bytes, g->page_bytes) == g->checksums[page])
+	if (word_tier(w) != TIER_ZERO && checksum(bytes, g->page_bytes) == g->sums[page])
 		return 0;
 	if (punch_again(g, page))
 		return write_back(g, page, w, bytes);
@@ -866,7 +866,7 @@ static int adopt_page(struct tierd_guest *g, uint64_t page, bool cached, struct 
 
 	if (in_flight(g, w))
 		to = adopt_in_flight(g, page, to, ret);
-	if (word_state(w) == DROPPING && cached && (word_tier(w) != TIER_ZERO || g->checksums[page]))
+	if (word_state(w) == DROPPING && cached && (word_tier(w) != TIER_ZERO || g->sums[page]))
 		error = adopt_unpunched(g, page, w, &to);
 	if (!error)
 		adopt_as(g, page, w, to, ret);
@@ -1170,7 +1170,6 @@ int tierd_guest_tier_counters(struct tierd_guest *g, uint32_t tier, struct tierd
 		pool_counters(g->pool, &in_pool);
 		ret->used_bytes = in_pool.used_bytes;
 		ret->metadata_bytes = in_pool.metadata_bytes;
-		ret->filled_pages = in_pool.filled_pages;
 		ret->compressed_bytes = in_pool.object_bytes;
 	}
 #define COPY(field) ret->field = atomic_load_explicit(&c->field, memory_order_relaxed)

@@ -283,8 +283,9 @@ struct tierd_guest {
 	_Atomic uint8_t *heat;     /* by group: staged pages were read, so often (stage.c) */
 	_Atomic uint8_t *refaults; /* by group: so many pages since the worker has asked */
 	_Atomic bool split_large;
-	/* of stored pages, or what fills them (TIER_ZERO); written by the worker before DROPPING, read by the owner of ARRIVING */
-	uint32_t *checksums;
+	/* of stored pages the checksum, or the word that fills them (TIER_ZERO); written by the worker before DROPPING, read by the
+	 * owner of ARRIVING */
+	uint64_t *sums;
 	uint64_t epoch_ns, epoch_zero_ns;
 
 	_Atomic bool worker_busy;
@@ -362,7 +363,7 @@ uint32_t checksum(const void *page, size_t bytes);
 /* evict.c */
 /* A page that is one word again and again, zeros mostly. */
 bool same_filled(const uint8_t *page, size_t bytes);
-void fill_with(uint8_t *page, size_t bytes, uint32_t word);
+void fill_with(uint8_t *page, size_t bytes, uint64_t word);
 
 /* guest.c */
 struct region *region_of_page(struct tierd_guest *g, uint64_t page);

@@ -11,21 +11,11 @@ struct pool_reader {
 
 /* --- pages -------------------------------------------------------------------------------------------------------------- */
 
-static bool is_filled(const uint8_t *page, uint32_t bytes)
-{
-	return !memcmp(page, page + sizeof(uint64_t), bytes - sizeof(uint64_t));
-}
-
 /* What is to be stored of a page: `o` its header, *data its bytes. */
 static int object_make(struct pool *p, const void *from, struct object *o, const void **data)
 {
-	int bytes;
+	int bytes = compress(p->compressor, from, p->page_bytes, data);
 
-	*data = from;
-	o->bytes = OBJECT_FILLED;
-	if (is_filled(from, p->page_bytes))
-		return 0;
-	bytes = compress(p->compressor, from, p->page_bytes, data);
 	if (bytes < 0)
 		return bytes;
 	if ((uint32_t)bytes > p->packed_max)
@@ -36,7 +26,7 @@ static int object_make(struct pool *p, const void *from, struct object *o, const
 
 static struct size_class *class_of_object(struct pool *p, const struct object *o)
 {
-	return &p->classes[p->class_of[round_up(sizeof(*o) + data_bytes(o), p->step_bytes) / p->step_bytes]];
+	return &p->classes[p->class_of[round_up(sizeof(*o) + o->bytes, p->step_bytes) / p->step_bytes]];
 }
 
 int pool_write(struct pool *p, uint64_t page, const void *from)
@@ -59,7 +49,7 @@ int pool_write(struct pool *p, uint64_t page, const void *from)
 		return error;
 	o = object_at(p, entry);
 	*o = made;
-	memcpy(o->data, data, data_bytes(o));
+	memcpy(o->data, data, o->bytes);
 	count_object(p, o, 1);
 	before = index_load(p, page);
 	index_store(p, page, entry);
@@ -110,12 +100,6 @@ void pool_reader_destroy(struct pool_reader *r)
 	sys_free(r, sizeof(*r));
 }
 
-static void fill(void *to, uint32_t bytes, const void *word)
-{
-	for (uint32_t i = 0; i < bytes; i += sizeof(uint64_t))
-		memcpy((uint8_t *)to + i, word, sizeof(uint64_t));
-}
-
 int pool_read(struct pool_reader *r, uint64_t page, void *to)
 {
 	const struct pool *p = r->pool;
@@ -127,10 +111,7 @@ int pool_read(struct pool_reader *r, uint64_t page, void *to)
 	o = object_of(p, page, entry);
 	if (!o)
 		return -EBADMSG;
-	if (o->bytes != OBJECT_FILLED)
-		return decompress(r->decompressor, o->data, o->bytes, to, p->page_bytes);
-	fill(to, p->page_bytes, o->data);
-	return 0;
+	return decompress(r->decompressor, o->data, o->bytes, to, p->page_bytes);
 }
 
 /* --- compaction --------------------------------------------------------------------------------------------------------- */
@@ -155,7 +136,7 @@ static int object_move(struct pool *p, struct size_class *c, uint64_t page, uint
 	error = object_take(p, c, &to);
 	if (error)
 		return error;
-	memcpy(object_at(p, to), o, sizeof(*o) + data_bytes(o));
+	memcpy(object_at(p, to), o, sizeof(*o) + o->bytes);
 	index_store(p, page, to);
 	object_put(p, from);
 	p->slots[slot_of(from)].used--;
@@ -250,7 +231,6 @@ void pool_counters(const struct pool *p, struct pool_counters *ret)
 {
 	*ret = (struct pool_counters){
 		.pages = p->stored,
-		.filled_pages = p->filled,
 		.object_bytes = p->object_bytes,
 		.used_bytes = p->used_bytes,
 		.metadata_bytes = p->page_bytes + p->meta_bytes + p->stored * sizeof(struct object) +

@@ -84,10 +84,10 @@ int pool_compact(struct pool *pool, uint32_t pages_max, bool (*own)(void *arg, u
 void pool_set_capacity(struct pool *pool, uint64_t bytes);
 
 struct pool_counters {
-	uint64_t pages, filled_pages; /* stored; of them: one 8-byte word, repeated */
-	uint64_t object_bytes;        /* what the pages were compressed to */
-	uint64_t used_bytes;          /* of the file: objects, their waste, index, header */
-	uint64_t metadata_bytes;      /* of the file and of this process: all that is neither object nor waste */
+	uint64_t pages;          /* stored */
+	uint64_t object_bytes;   /* what the pages were compressed to */
+	uint64_t used_bytes;     /* of the file: objects, their waste, index, header */
+	uint64_t metadata_bytes; /* of the file and of this process: all that is neither object nor waste */
 	uint64_t capacity_bytes;
 	bool locked; /* the host does not swap the pool out */
 };

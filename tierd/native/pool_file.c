@@ -25,7 +25,7 @@ static void forget_all(struct pool *p)
 	}
 	p->free_slots = p->unpunched = p->slots_high = 0;
 	p->used_bytes = p->page_bytes + p->meta_bytes;
-	p->stored = p->filled = p->object_bytes = 0;
+	p->stored = p->object_bytes = 0;
 }
 
 static uint8_t directory_get(const struct pool *p, uint32_t slot)

@@ -43,11 +43,11 @@ enum { QUARTERS = 4, UNLISTED = QUARTERS };
 
 struct object {
 	uint32_t page;  /* of a free one: the ordinal of the next free one */
-	uint16_t bytes; /* of data; or what it is */
+	uint16_t bytes; /* of data; or OBJECT_FREE */
 	uint8_t data[];
 } __attribute__((packed, aligned(2)));
-enum { OBJECT_FREE = 0, OBJECT_FILLED = 0xffff };
-_Static_assert(sizeof(struct object) == 6 && PAGE_BYTES_MAX / 4 * 3 < OBJECT_FILLED, "metadata");
+enum { OBJECT_FREE = 0 };
+_Static_assert(sizeof(struct object) == 6 && PAGE_BYTES_MAX / 4 * 3 <= UINT16_MAX, "metadata");
 
 struct slot {
 	uint32_t next, prev; /* in its list; 0: none */
@@ -88,7 +88,7 @@ struct pool {
 	uint32_t class_count, compact_class;
 	struct size_class classes[CLASSES_MAX + 1]; /* from 1 on */
 	uint8_t class_of[CLASSES_MAX + 1];          /* by number of steps */
-	_Atomic uint64_t capacity_bytes, used_bytes, meta_bytes, stored, filled, object_bytes;
+	_Atomic uint64_t capacity_bytes, used_bytes, meta_bytes, stored, object_bytes;
 };
 
 /* counters have one writer; others look at them */
@@ -150,11 +150,6 @@ static inline struct object *object_at(const struct pool *p, uint32_t entry)
 	return (struct object *)(slot_memory(p, slot) + ordinal_of(entry) * class_of_slot(p, slot)->stride);
 }
 
-static inline uint32_t data_bytes(const struct object *o)
-{
-	return o->bytes == OBJECT_FILLED ? sizeof(uint64_t) : o->bytes;
-}
-
 /* The object that an entry of the page refers to; NULL: that is damaged. */
 static inline struct object *object_of(const struct pool *p, uint64_t page, uint32_t entry)
 {
@@ -169,7 +164,7 @@ static inline struct object *object_of(const struct pool *p, uint64_t page, uint
 	o = object_at(p, entry);
 	if (o->page != page || o->bytes == OBJECT_FREE)
 		return NULL;
-	return sizeof(*o) + data_bytes(o) <= c->stride ? o : NULL;
+	return sizeof(*o) + o->bytes <= c->stride ? o : NULL;
 }
 
 /* the bit of `reserved` for what is at `memory` */

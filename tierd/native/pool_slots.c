@@ -315,8 +315,7 @@ static void object_give(struct pool *p, uint32_t entry)
 
 void count_object(struct pool *p, const struct object *o, int64_t n)
 {
-	add(&p->filled, o->bytes == OBJECT_FILLED ? n : 0);
-	add(&p->object_bytes, n * data_bytes(o));
+	add(&p->object_bytes, n * o->bytes);
 }
 
 /* What an entry referred to that is not the page's any more. */

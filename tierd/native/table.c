@@ -86,13 +86,18 @@ static uint64_t round_up(uint64_t bytes, uint64_t unit)
 	return (bytes + unit - 1) / unit * unit;
 }
 
-/* words, checksums, epochs of groups */
+static uint64_t words_bytes(uint64_t pages)
+{
+	return round_up(pages * sizeof(page_word), sizeof(uint64_t));
+}
+
+/* words, sums, epochs of groups */
 uint64_t table_bytes(uint64_t pages)
 {
 	uint64_t groups = pages / GROUP_PAGES + 1;
 
 	return TABLE_HEADER_BYTES +
-	       round_up(pages * (sizeof(page_word) + sizeof(uint32_t)) + groups * sizeof(uint16_t), TABLE_HEADER_BYTES);
+	       round_up(words_bytes(pages) + pages * sizeof(uint64_t) + groups * sizeof(uint16_t), TABLE_HEADER_BYTES);
 }
 
 static uint32_t header_checksum(const struct table_header *h)
@@ -289,8 +294,8 @@ int table_map(struct tierd_guest *g)
 		return -errno;
 	}
 	g->words = (_Atomic page_word *)((char *)g->header + TABLE_HEADER_BYTES);
-	g->checksums = (uint32_t *)(g->words + pages);
-	g->groups = (_Atomic uint16_t *)(g->checksums + pages);
+	g->sums = (uint64_t *)((char *)g->words + words_bytes(pages));
+	g->groups = (_Atomic uint16_t *)(g->sums + pages);
 	g->epoch_ns = h.identity.epoch_ns;
 	g->epoch_zero_ns = h.identity.created_ns;
 	return 0;

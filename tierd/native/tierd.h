@@ -8,10 +8,10 @@
  */
 
 enum {
-	TIERD_TABLE_VERSION = 6,
+	TIERD_TABLE_VERSION = 7,
 	TIERD_REGIONS_MAX = 32,
 	TIERD_RANGES_MAX = 1024,
-	/* tier 0 is "one 32-bit word, again and again", which needs no store; 1 to TIERD_LADDER_MAX are where pages are stored, in the
+	/* tier 0 is "one 64-bit word, again and again", which needs no store; 1 to TIERD_LADDER_MAX are where pages are stored, in the
 	 * order in which they sink; 14 is the staging area; 15 is guest memory itself, and in the word of a RESIDENT page says that it was
 	 * never seen touched */
 	TIERD_TIERS = 16,
@@ -189,7 +189,6 @@ struct tierd_counters {
 struct tierd_tier_counters {
 	uint64_t used_bytes;       /* of a pool: memory that its file takes; else: of pages that have space there */
 	uint64_t metadata_bytes;   /* of a pool: what of that, and of ours, is neither pages nor waste */
-	uint64_t filled_pages;     /* of a pool: one 8-byte word, again and again */
 	uint64_t compressed_bytes; /* of a pool: what its pages have become */
 	uint64_t written_pages, read_pages, refused_pages;
 	uint64_t write_errors, read_errors, checksum_errors;
