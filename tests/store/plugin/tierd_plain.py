@@ -6,31 +6,27 @@ from pathlib import Path
 
 import trio
 
-from tierd.store import StoreError
+from tierd.store import PageSpace, PageStore, StoreError
 
 BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()  # a guest's key comes back after a boot
 
 
-class PlainSpace:
+class PlainSpace(PageSpace):
     def __init__(self, path):
         self.path = path
 
     async def write(self, first_page, records):
-        def write():
-            for page, record in enumerate(records, first_page):
-                new = self.path / f"{page}.new"
-                new.write_bytes(record)
-                new.rename(self.path / str(page))  # a page has the old record or the new one
-
-        await trio.to_thread.run_sync(write)  # a cancellation waits: nothing is written after it
+        for page, record in enumerate(records, first_page):
+            new = self.path / f"{page}.new"
+            await trio.to_thread.run_sync(new.write_bytes, record)  # a cancellation waits: nothing is written after it
+            await trio.to_thread.run_sync(new.rename, self.path / str(page))  # a page has the old record or the new one
 
     async def read(self, first_page, count):
         files = [self.path / str(page) for page in range(first_page, first_page + count)]
         return await trio.to_thread.run_sync(lambda: [f.read_bytes() if f.exists() else None for f in files])
 
     async def discard(self, first_page, count):
-        files = [self.path / str(page) for page in range(first_page, first_page + count)]
-        await trio.to_thread.run_sync(lambda: [f.unlink(missing_ok=True) for f in files])
+        await trio.to_thread.run_sync(lambda: [(self.path / str(first_page + n)).unlink(True) for n in range(count)])
 
     async def used_bytes(self):
         return await trio.to_thread.run_sync(lambda: sum(file.stat().st_size for file in self.path.iterdir()))
@@ -38,10 +34,8 @@ class PlainSpace:
     async def delete(self):
         await trio.to_thread.run_sync(shutil.rmtree, self.path)
 
-    async def aclose(self): ...
 
-
-class PlainStore:
+class PlainStore(PageStore):
     def __init__(self, options, context):
         self.path = Path(options["path"])
 
@@ -62,5 +56,3 @@ class PlainStore:
         for path in gone:
             await trio.to_thread.run_sync(shutil.rmtree, path)
         return sorted(gone.values())
-
-    async def aclose(self): ...
