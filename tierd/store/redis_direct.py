@@ -8,10 +8,12 @@ says what it is.
 
 from __future__ import annotations
 
+import math
 import socket
 import ssl
 from collections import defaultdict
 from collections.abc import Sequence
+from time import perf_counter
 from typing import Any
 
 import hiredis
@@ -20,6 +22,8 @@ import trio
 from tierd.store.redis_link import Address, Link, RedisOptions
 
 RECEIVED_BYTES = 256 << 10  # at a time
+# Who has answered so soon is asked again and again for so long: a round of trio's loop would take more of its thread's time.
+SOON_S, SPIN_S = 200e-6, 50e-6
 NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -31,6 +35,7 @@ class Direct:
         self._link = Link(options, name, options.concurrency)
         self._idle: dict[Address, list[tuple[Any, socket.socket]]] = defaultdict(list)
         self._possible = True  # redis-py lets us have its sockets
+        self._answers_soon: dict[Address, bool] = defaultdict(bool)
 
     def prepare(self, address: Address) -> None:
         """One more connection, for the next read, if there is none. Blocks; OSError, StoreError."""
@@ -50,12 +55,14 @@ class Direct:
         if not idle:
             return None
         connection, sock = idle.pop()
+        began = perf_counter()
         try:
             with trio.move_on_after(self._timeout_s):
-                answers = await _exchange(sock, _packed(commands), len(commands))
+                answers = await _exchange(sock, _packed(commands), len(commands), self._answers_soon[address])
         except (OSError, hiredis.HiredisError):
             pass
         finally:
+            self._answers_soon[address] = perf_counter() - began < SOON_S
             if answers is None:  # an answer may still come
                 self._link.give_up(address, connection)
             else:
@@ -76,7 +83,7 @@ def _socket(connection: Any) -> socket.socket | None:
     return getattr(connection, "_sock", None)
 
 
-async def _exchange(sock: socket.socket, question: bytes, count: int) -> list[Any]:
+async def _exchange(sock: socket.socket, question: bytes, count: int, soon: bool) -> list[Any]:
     while question:
         try:
             question = question[sock.send(question) :]
@@ -84,12 +91,13 @@ async def _exchange(sock: socket.socket, question: bytes, count: int) -> list[An
             await trio.lowlevel.wait_writable(sock)
     reader = hiredis.Reader()
     answers: list[Any] = []
-    await trio.lowlevel.wait_readable(sock)
+    until = perf_counter() + SPIN_S if soon else -math.inf
     while len(answers) < count:
         try:
             received = sock.recv(RECEIVED_BYTES)
         except NOT_YET:
-            await trio.lowlevel.wait_readable(sock)
+            if perf_counter() > until:
+                await trio.lowlevel.wait_readable(sock)
             continue
         if not received:
             raise ConnectionResetError
