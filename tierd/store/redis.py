@@ -254,7 +254,9 @@ class RedisStore:
         return space
 
     async def probe(self) -> None:
-        await self.blocking(partial(probe, self.options, self.nodes, self._link, self.run_key(self._boot, "probe", 0)))
+        await self.blocking(
+            partial(probe, self.options, self.nodes, self._link, self.run_key(self._boot, "probe", 0), self.confirm)
+        )
 
     async def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
         """Those of another boot only once its lease is over: another machine may have the same host_id. Renews ours."""

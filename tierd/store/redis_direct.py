@@ -8,7 +8,7 @@ says what it is.
 
 from __future__ import annotations
 
-import math
+import contextlib
 import socket
 import ssl
 from collections import defaultdict
@@ -22,8 +22,9 @@ import trio
 from tierd.store.redis_link import Address, Link, RedisOptions
 
 RECEIVED_BYTES = 256 << 10  # at a time
-# Who has answered so soon is asked again and again for so long: a round of trio's loop would take more of its thread's time.
-SOON_S, SPIN_S = 200e-6, 50e-6
+# The answer to a read that is the only one is looked for again and again for so long: a round of trio's loop would take more of
+# its thread's time. Where one came later, so many others wait for trio.
+SPIN_S, NOT_SPUN = 50e-6, 32
 NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -35,7 +36,8 @@ class Direct:
         self._link = Link(options, name, options.concurrency)
         self._idle: dict[Address, list[tuple[Any, socket.socket]]] = defaultdict(list)
         self._possible = True  # redis-py lets us have its sockets
-        self._answers_soon: dict[Address, bool] = defaultdict(bool)
+        self._under_way = 0
+        self._not_spun: dict[Address, int] = defaultdict(int)  # how many more
 
     def prepare(self, address: Address) -> None:
         """One more connection, for the next read, if there is none. Blocks; OSError, StoreError."""
@@ -55,19 +57,51 @@ class Direct:
         if not idle:
             return None
         connection, sock = idle.pop()
-        began = perf_counter()
+        self._under_way += 1
         try:
             with trio.move_on_after(self._timeout_s):
-                answers = await _exchange(sock, _packed(commands), len(commands), self._answers_soon[address])
+                answers = await self._exchange(address, sock, _packed(commands), len(commands))
         except (OSError, hiredis.HiredisError):
             pass
         finally:
-            self._answers_soon[address] = perf_counter() - began < SOON_S
+            self._under_way -= 1
             if answers is None:  # an answer may still come
                 self._link.give_up(address, connection)
             else:
                 idle.append((connection, sock))
         return None if answers is None or any(isinstance(answer, hiredis.ReplyError) for answer in answers) else answers
+
+    async def _exchange(self, address: Address, sock: socket.socket, question: bytes, count: int) -> list[Any]:
+        while question:
+            try:
+                question = question[sock.send(question) :]
+            except NOT_YET:
+                await trio.lowlevel.wait_writable(sock)
+        reader = hiredis.Reader()
+        answers: list[Any] = []
+        received = self._received_soon(address, sock)
+        while True:
+            if received is not None:
+                if not received:
+                    raise ConnectionResetError
+                reader.feed(received)
+                while (answer := reader.gets()) is not False:  # RESP2 has no such value
+                    answers.append(answer)
+                if len(answers) >= count:
+                    return answers
+            received = await _received(sock)
+
+    def _received_soon(self, address: Address, sock: socket.socket) -> bytes | None:
+        """None: nothing yet."""
+        if self._under_way > 1 or self._not_spun[address]:
+            self._not_spun[address] = max(self._not_spun[address] - 1, 0)
+            return None
+        until = perf_counter() + SPIN_S
+        while perf_counter() < until:
+            with contextlib.suppress(*NOT_YET):
+                return sock.recv(RECEIVED_BYTES)
+        self._not_spun[address] = NOT_SPUN
+        return None
 
     def close(self) -> None:
         self._idle.clear()
@@ -83,25 +117,8 @@ def _socket(connection: Any) -> socket.socket | None:
     return getattr(connection, "_sock", None)
 
 
-async def _exchange(sock: socket.socket, question: bytes, count: int, soon: bool) -> list[Any]:
-    while question:
-        try:
-            question = question[sock.send(question) :]
-        except NOT_YET:
-            await trio.lowlevel.wait_writable(sock)
-    reader = hiredis.Reader()
-    answers: list[Any] = []
-    until = perf_counter() + SPIN_S if soon else -math.inf
-    while len(answers) < count:
-        try:
-            received = sock.recv(RECEIVED_BYTES)
-        except NOT_YET:
-            if perf_counter() > until:
-                await trio.lowlevel.wait_readable(sock)
-            continue
-        if not received:
-            raise ConnectionResetError
-        reader.feed(received)
-        while (answer := reader.gets()) is not False:  # RESP2 has no such value
-            answers.append(answer)
-    return answers
+async def _received(sock: socket.socket) -> bytes:
+    while True:
+        with contextlib.suppress(*NOT_YET):
+            return sock.recv(RECEIVED_BYTES)
+        await trio.lowlevel.wait_readable(sock)

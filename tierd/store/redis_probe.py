@@ -9,23 +9,24 @@ from typing import Any
 
 from tierd.store import StoreError
 from tierd.store.redis_link import Address, Link, RedisOptions
-from tierd.store.redis_nodes import Command, Nodes, Run
+from tierd.store.redis_nodes import Command, Nodes, Run, Words
 
 VERSION_MIN = (6, 2)
 OTHERWISE = "let replicas confirm each write (replicas: 1), or accept the loss with allow_volatile: true"
 TRIAL = b"tierd tries whether this comes back"
+TRIAL_MS = 60_000
 NOBODY = (1 << 63) - 1  # an id that no client will have
 TRIAL_KEYS_MAX = 10_000  # by then every node had a key, unless it has hardly any slot
 
 
-def probe(options: RedisOptions, nodes: Nodes, link: Link, scratch_key: str) -> None:
+def probe(options: RedisOptions, nodes: Nodes, link: Link, scratch_key: str, confirm: Words) -> None:
     """StoreError says why and what to do. A server that is full is none: it is written again when there is room."""
     try:
         nodes.refresh()
         for address in nodes.all():
             _ask(options, address, link)
         for address in nodes.all():
-            _try(nodes, address, link, scratch_key)
+            _try(nodes, address, link, scratch_key, confirm)
     except OSError as error:
         raise StoreError(error.strerror) from error
 
@@ -108,18 +109,21 @@ def _always(address: Address, link: Link) -> None:
         )
 
 
-def _try(nodes: Nodes, address: Address, link: Link, scratch_key: str) -> None:
+def _try(nodes: Nodes, address: Address, link: Link, scratch_key: str, confirm: Words) -> None:
     """Everything that is done later, once, on a key of that node."""
     numbered = (scratch_key.replace("{", f"{{{number}/") for number in range(TRIAL_KEYS_MAX))
     key = next(key for key in numbered if nodes.of(key) == address)
     run = Run(nodes, link)
     try:
-        _, (record,) = run([Command("HSET", key, (0, TRIAL)), Command("HMGET", key, (0,))], together=True)
+        _, (record,) = run([Command("HSET", key, (0, TRIAL)), Command("HMGET", key, (0,))], confirm, together=True)
+        looks = [Command("HGET", key, (0,)), Command("HGETALL", key), Command("HLEN", key)]
+        run([Command("HSETNX", key, (1, TRIAL)), *looks, Command("HDEL", key, (0,)), Command("UNLINK", key)])
+        lease = [Command("PTTL", key), Command("PEXPIRE", key, (TRIAL_MS,)), Command("UNLINK", key)]
+        run([Command("SET", key, (b"", "PX", TRIAL_MS)), *lease])
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return
         raise
-    run([Command("HDEL", key, (0,)), Command("HLEN", key), Command("UNLINK", key)])
     link.call(address, "CLIENT LIST")
     link.call(address, "CLIENT KILL", "ID", NOBODY)
     if record != TRIAL:
