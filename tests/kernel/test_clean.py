@@ -88,9 +88,9 @@ def test_a_copy_that_is_not_relied_on_is_made_elsewhere(start_vmm: Start, host: 
         return int(tiered.counters()["tier_pages"][tiered.served.tiers[tier].number])
 
     with host.attached(vmm, tiers=("memory", "file")) as tiered:
-        wait_for(lambda: leave("file") > 800, "all is in the file that has to be stored")
+        wait_for(lambda: leave("file") > 700, "all is in the file that has to be stored")
         vmm.verify()
-        wait_for(lambda: leave("memory") > 550, "what compresses is in memory")
+        wait_for(lambda: leave("memory") > 500, "what compresses is in memory")
         assert not tiered.counters()["pages_unwritten"]
         assert not tiered.counters()["tier_pages"][tiered.served.tiers["file"].number]
         vmm.verify()

@@ -263,6 +263,7 @@ def test_two_daemons_cannot_serve_one_guest(start_vmm: Start, host: Host, tmp_pa
     assert str(vmm.pid) in caught.value.evidence
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("arguments", "variant"),
     [((), {}), ((), {"zap": Zap.INJECT, "use_pagemap": True}), (("kind=anonymous", f"bytes={MIB}"), {})],

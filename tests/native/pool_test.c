@@ -796,7 +796,6 @@ static void noise_make(uint8_t *to, uint32_t bytes)
 	memset(to, 0, page_bytes);
 	for (uint32_t i = 0; i < bytes; i++)
 		to[i] = (uint8_t)roll(256);
-	to[page_bytes - 1] = 1; /* not filled with one word */
 }
 
 static uint64_t object_bytes(void)

@@ -774,8 +774,6 @@ static int repair_unpunched(struct tierd_guest *g, uint64_t page, page_word w, v
 		return -EIO;
 	if (!all_zero(bytes, g->page_bytes))
 		return 0;
-	if (word_tier(w) != TIER_ZERO && checksum(bytes, g->page_bytes) == g->sums[page])
-		return 0;
 	if (punch_again(g, page))
 		return write_back(g, page, w, bytes);
 	*to = word_with_state(w, STORED);

@@ -28,7 +28,7 @@ struct pool;
 struct pool_reader;
 
 /* The one number in a file that says how it is laid out. */
-enum { POOL_VERSION = 1 };
+enum { POOL_VERSION = 2 };
 
 /*
  * An empty pool for page numbers below `pages`, in an empty file that is the caller's and stays open. A page is the system's: 4 to 64 KiB.

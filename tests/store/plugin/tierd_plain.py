@@ -6,20 +6,19 @@ from pathlib import Path
 
 import trio
 
-from tierd.store import PageSpace, PageStore, StoreError
+from tierd.store import StoreError
 
 BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()  # a guest's key comes back after a boot
 
 
-class PlainSpace(PageSpace):
+class PlainSpace:
     def __init__(self, path):
         self.path = path
 
     async def write(self, first_page, records):
-        for page, record in enumerate(records, first_page):
-            new = self.path / f"{page}.new"
-            await trio.to_thread.run_sync(new.write_bytes, record)  # a cancellation waits: nothing is written after it
-            await trio.to_thread.run_sync(new.rename, self.path / str(page))  # a page has the old record or the new one
+        new = [(self.path / f"{page}.new", self.path / f"{page}", r) for page, r in enumerate(records, first_page)]
+        # a page has its old record or its new one; a cancellation waits: nothing is written after it
+        await trio.to_thread.run_sync(lambda: [(file.write_bytes(r), file.rename(to)) for file, to, r in new])
 
     async def read(self, first_page, count):
         files = [self.path / str(page) for page in range(first_page, first_page + count)]
@@ -34,8 +33,10 @@ class PlainSpace(PageSpace):
     async def delete(self):
         await trio.to_thread.run_sync(shutil.rmtree, self.path)
 
+    async def aclose(self): ...
 
-class PlainStore(PageStore):
+
+class PlainStore:
     def __init__(self, options, context):
         self.path = Path(options["path"])
 
@@ -56,3 +57,5 @@ class PlainStore(PageStore):
         for path in gone:
             await trio.to_thread.run_sync(shutil.rmtree, path)
         return sorted(gone.values())
+
+    async def aclose(self): ...
