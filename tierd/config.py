@@ -339,8 +339,12 @@ NEED_RESTART = ("runtime_dir", "api", "handshake", "metrics", "store", "memory",
 def named_stores(config: Config) -> set[str]:
     """Tiers that some policy has, and those that hold second copies for them."""
     policies = (config.defaults, *(rule.policy for rule in config.guests))
-    tiers = {tier.name for policy in policies for tier in policy.tiers}
-    return tiers | {store.second for store in config.stores if store.second and store.name in tiers}
+    return with_seconds(config, {tier.name for policy in policies for tier in policy.tiers})
+
+
+def with_seconds(config: Config, names: set[str]) -> set[str]:
+    """These stores, and those that hold second copies for them."""
+    return names | {store.second for store in config.stores if store.second and store.name in names}
 
 
 def changes(old: Config, new: Config) -> list[str]:

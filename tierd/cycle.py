@@ -229,7 +229,12 @@ def _store(batch: NativeBatch, tiers: Sequence[int], asked: Asked | None) -> flo
     for tier in tiers:
         if tier in batch.guest.asked_tiers:
             assert asked is not None
-            asked.write(tier, [(run.page, batch.pages_of(run, tier)) for run in batch.runs(tier)])
+            try:
+                asked.write(tier, [(run.page, batch.pages_of(run, tier)) for run in batch.runs(tier)])
+            except KernelError as error:
+                if error.errno != errno.ECANCELED:  # else it is the guest that ends
+                    batch.guest.write_failed(tier, error.errno or errno.EIO)
+                raise
     return time.monotonic() - began
 
 

@@ -27,7 +27,7 @@ from tierd.attach import GuestSpec, Handed, Refused
 from tierd.attach.holders import HolderScan
 from tierd.attach.procfs import Discovery, boot_id, read_spec, start_ticks
 from tierd.check import engine_findings
-from tierd.config import Config, Policy, changes, load, named_stores
+from tierd.config import Config, Policy, changes, load, named_stores, with_seconds
 from tierd.document import ConfigError, ConfigErrors
 from tierd.engine import EngineUnavailable, choose
 from tierd.guest import Ending, Guest, Host
@@ -782,13 +782,14 @@ class Daemon:
 
     async def _reload(self) -> Sequence[str]:
         new = await trio.to_thread.run_sync(load, self.config_path)
-        policies = {key: _policy_of(guest, new) for key, guest in self._guests.items()}
-        self._must_keep_its_tiers(policies)
+        self._must_keep_its_tiers(self._policies(new))
         if "memory" in named_stores(new) and "memory" not in self.host.stores:
             self._add_store(memory_or_errors(self.config, self.config_path))
         had = {name for guest in self._guests.values() for name in guest.tier_names}
-        for name in sorted((named_stores(new) | had) & new.asked.keys() - self.host.stores.keys()):
+        for name in sorted(with_seconds(new, named_stores(new) | had) & new.asked.keys() - self.host.stores.keys()):
             self._add_store(await asked_or_errors(name, new.asked[name], new.runtime_dir, self.config_path))
+        policies = self._policies(new)  # that took a while
+        self._must_keep_its_tiers(policies)
         told = changes(self.config, new)
         self.config = new
         for key, policy in policies.items():
@@ -801,6 +802,9 @@ class Daemon:
             event.set()
         self._discovery.forget()  # a rule may be for a VM that none was for
         return told
+
+    def _policies(self, config: Config) -> dict[str, Policy | None]:
+        return {key: _policy_of(guest, config) for key, guest in self._guests.items()}
 
     def _add_store(self, store: Store) -> None:
         """One that no policy has named before."""

@@ -32,7 +32,7 @@ from tierd.serve import Served, ServedTier
 from tierd.store import IntegrityError, PageSpace, Store, StoreError
 from tierd.store.asked import UNLIMITED, AskedSpace, AskedStore
 from tierd.store.mirror import MirroredSpace
-from tierd.store.records import CompressedSpace
+from tierd.store.records import CompressedSpace, write_runs
 from tierd.store.seal import SealedSpace, SealKey
 
 TAKEN_MAX = 64  # requests at a time
@@ -41,7 +41,7 @@ PATIENCE_S = 1.0  # with the first of two copies
 READ_TOLD_S = 10.0  # between two errors of reads that are told, of one store
 LOSS_TOLD_S = 600.0  # between two losses: one that has lost a part gives pages meanwhile
 CALL_S_MAX = 60.0  # for a call in the background, whatever its store's own deadlines are
-Work = Callable[[PageSpace, int, Any], Awaitable[Any]]  # on a run of pages
+Work = Callable[..., Awaitable[Any]]  # on a PageSpace and a run of pages
 DELETE_S_MAX = 10.0  # for the pages of a guest that is over; then the sweep has them
 
 
@@ -444,18 +444,23 @@ class Parking:
 
     # --- for the worker ---------------------------------------------------------------------------------------------------
 
+    def takes_runs(self, tier: int) -> bool:
+        """All runs of a batch are one call. Any thread."""
+        store = self._store(tier)
+        return store.second is None and getattr(store.pages, "takes_runs", False)
+
     def pieces(self, tier: int, runs: Sequence[tuple[int, Sequence[bytes]]]) -> list[tuple[int, Sequence[bytes]]]:
         """Runs as the store likes them. Any thread."""
         count = getattr(self._store(tier).pages, "piece_bytes", UNLIMITED) // self._served.page_bytes
         return [(page + n, pages[n : n + count]) for page, pages in runs for n in range(0, len(pages), count)]
 
-    def each(self, tier: int, work: Work, runs: Sequence[tuple[int, Any]]) -> list[Any]:
+    def each(self, tier: int, work: Work, runs: Sequence[tuple[Any, ...]]) -> list[Any]:
         """`work` on each run, when it is its turn: an eviction's, a demotion's or a discard's calls, so many at a time that a
         store can do several in one go. The first error, when all that had begun is over. Any thread but trio's; blocks until
         then, or until `cut`."""
         return trio.from_thread.run(self._until_over, tier, work, runs, trio_token=self._token)
 
-    async def _until_over(self, tier: int, work: Work, runs: Sequence[tuple[int, Any]]) -> list[Any]:
+    async def _until_over(self, tier: int, work: Work, runs: Sequence[tuple[Any, ...]]) -> list[Any]:
         with trio.CancelScope() as call:
             self._calls.add(call)
             try:
@@ -465,7 +470,7 @@ class Parking:
                 self._calls.remove(call)
         raise OSError(errno.ECANCELED, f"guest {self._served.spec.name} ends, nobody stores its pages any more")
 
-    async def _each(self, tier: int, work: Work, runs: Sequence[tuple[int, Any]]) -> list[Any]:
+    async def _each(self, tier: int, work: Work, runs: Sequence[tuple[Any, ...]]) -> list[Any]:
         if tier not in self._spaces:
             raise OSError(errno.EAGAIN, f"the store {self._tiers[tier].name} is not open")
         store, space = self._store(tier), self._spaces[tier]
@@ -499,6 +504,9 @@ class Asked:
         self._parking = parking
 
     def write(self, tier: int, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
+        if self._parking.takes_runs(tier):
+            self._each(tier, STORE_WRITE, write_runs, [(runs,)])
+            return
         pieces = self._parking.pieces(tier, runs)
         self._each(tier, STORE_WRITE, lambda space, page, pages: space.write(page, pages), pieces)
 
@@ -508,7 +516,7 @@ class Asked:
     def discard(self, tier: int, runs: Sequence[tuple[int, int]]) -> None:
         self._each(tier, "store discard", lambda space, page, count: space.discard(page, count), runs)
 
-    def _each(self, tier: int, noun: str, work: Work, runs: Sequence[tuple[int, Any]]) -> list[Any]:
+    def _each(self, tier: int, noun: str, work: Work, runs: Sequence[tuple[Any, ...]]) -> list[Any]:
         try:
             return self._parking.each(tier, work, runs)
         except Exception as error:  # a plug-in's may be any

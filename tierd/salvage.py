@@ -16,7 +16,7 @@ import trio
 
 from tierd.attach.preflight import swap_can_receive
 from tierd.attach.procfs import boot_id, start_ticks
-from tierd.config import load
+from tierd.config import load, with_seconds
 from tierd.engine import choose
 from tierd.native import STATES
 from tierd.parking import Parking, Turns
@@ -99,13 +99,12 @@ async def _bring_back_and_leave(served: Served, parking: Parking | None, progres
 @contextlib.asynccontextmanager
 async def _asked_stores(served: Served, config_path: Path, runtime_dir: Path) -> AsyncIterator[dict[str, Store]]:
     """Those that its pages may be in, opened as the daemon opens them."""
-    asked = (await trio.to_thread.run_sync(load, config_path)).asked
+    config = await trio.to_thread.run_sync(load, config_path)
     names = {tier.name for tier in served.tiers.values() if tier.number in served.native.asked_tiers}
-    names |= {second for name in names & asked.keys() if (second := asked[name].second) is not None}
     stores: dict[str, Store] = {}
     async with contextlib.AsyncExitStack() as stack:
-        for name in sorted(names & asked.keys()):
-            store = await open_asked(name, asked[name], runtime_dir, needed=True)
+        for name in sorted(with_seconds(config, names) & config.asked.keys()):
+            store = await open_asked(name, config.asked[name], runtime_dir, needed=True)
             stack.push_async_callback(store.pages.aclose)
             stores[name] = store
         yield stores

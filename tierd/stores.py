@@ -13,7 +13,7 @@ import structlog
 import trio
 
 from tierd.attach.procfs import boot_id
-from tierd.config import AskedStoreConfig, Config, named_stores
+from tierd.config import AskedStoreConfig, Config, named_stores, with_seconds
 from tierd.document import ConfigError, ConfigErrors
 from tierd.native import Codec
 from tierd.serve import KEYS, SUFFIX, Stale, StateError, read_state
@@ -62,7 +62,7 @@ async def open_stores(config: Config, notifier: Notifier) -> dict[str, Store]:
     states = sorted((config.runtime_dir / "guests").glob(f"*{SUFFIX}"))
     needed = await trio.to_thread.run_sync(_needed_stores, states)
     async with trio.open_nursery() as nursery:
-        for name in sorted((named | needed) & config.asked.keys()):
+        for name in sorted(with_seconds(config, named | needed) & config.asked.keys()):
             nursery.start_soon(_open_into, stores, name, config, bool(states))
     return stores
 
@@ -167,6 +167,10 @@ class _MadeLater:
     @property
     def piece_bytes(self) -> int:
         return int(getattr(self._made, "piece_bytes", UNLIMITED))
+
+    @property
+    def takes_runs(self) -> bool:
+        return bool(getattr(self._made, "takes_runs", False))
 
     async def open(self, key: str, pages: int, page_bytes: int) -> PageSpace:
         return await (await self._store()).open(key, pages, page_bytes)

@@ -208,6 +208,4 @@ class Tiers:
     def status(self, tier: ServedTier, pages: int, healthy: bool) -> TierStatus:
         """`pages`: that are stored in it."""
         counters = self._served.native.tier_counters(tier.number)
-        stored_bytes = pages * self._served.page_bytes
-        used_bytes = counters["used_bytes"] if tier.space.kind is TierKind.MEMORY else stored_bytes
-        return TierStatus(tier.name, stored_bytes, used_bytes, healthy, counters)
+        return TierStatus(tier.name, pages * self._served.page_bytes, counters["used_bytes"], healthy, counters)

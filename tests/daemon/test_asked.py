@@ -39,7 +39,7 @@ def test_pages_leave_for_redis_and_come_back(daemon: Daemon, web: Vmm, redis: Se
     with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
     daemon.start()
     evicted(daemon, "web", web)
-    assert tiers(daemon)["redis"]["stored_bytes"] > 12 * MIB
+    assert tiers(daemon)["redis"]["stored_bytes"] > 10 * MIB
     (key,) = (daemon.runtime_dir / "keys").iterdir()
     assert key.stat().st_mode & 0o777 == 0o600
     daemon.kill()
@@ -376,7 +376,7 @@ def test_a_second_copy_for_what_the_first_store_has_wrong(
         pages = sorted(redis.ask("HGETALL", key).items())
         swapped += len(pages)
         redis.ask("HSET", key, *(word for n, (page, _) in enumerate(pages) for word in (page, pages[n - 1][1])))
-    assert swapped > 12 * MIB // 4096
+    assert swapped > 10 * MIB // 4096
     web.verify()
     assert not daemon.guests()["web"]["counters"]["pages_lost"]
 
@@ -394,7 +394,7 @@ def test_a_store_that_is_empty_is_not_relied_on(daemon: Daemon, web: Vmm, redis:
         return sum(redis.ask("HLEN", key) for key in redis.ask("KEYS", "*/*"))
 
     once, unwritten = held(), daemon.guests()["web"]["counters"]["pages_unwritten"]
-    assert once > 12 * MIB // 4096, "the copies stay"
+    assert once > 10 * MIB // 4096, "the copies stay"
     redis.ask("FLUSHALL")
     assert daemon.tierd("resume", f"web{OURS}").returncode == 0
     evicted(daemon, "web", web)
@@ -425,6 +425,21 @@ def test_a_full_store_is_no_loss(daemon: Daemon, web: Vmm, redis: Server) -> Non
     daemon.start()
     evicted(daemon, "web", web)
     assert tiers(daemon)["file"]["stored_bytes"], "the others take what it does not"
+    assert tiers(daemon)["redis"]["counters"]["write_errors"], "it is counted"
+    web.verify()
+
+
+def test_pages_that_are_far_apart_are_few_objects(daemon: Daemon, web: Vmm, disk_dir: Path) -> None:
+    """What compressed memory does not take is one page here and one there: an object each would be a request each."""
+    bucket = disk_dir / "bucket"
+    bucket.mkdir(mode=0o700)
+    objects = {"scheme": "fs", "options": {"root": str(bucket)}}
+    with_tiers(daemon, "memory", "objects", stores={"objects": objects})
+    daemon.start()
+    evicted(daemon, "web", web)
+    pages = tiers(daemon)["objects"]["stored_bytes"] // 4096
+    assert pages > 500
+    assert 0 < len(list(bucket.rglob("*.0000*"))) < pages / 20
     web.verify()
 
 
@@ -473,7 +488,7 @@ def test_a_store_that_cannot_even_be_made_keeps_no_guest_waiting(daemon: Daemon,
     daemon.wait_active("web")
     (store,) = (store for store in daemon.status()["stores"] if store["name"] == "redis")
     assert "/nonexistent/ca.pem" in store["reason"]
-    assert daemon.stored_bytes("web") > 12 * MIB
+    assert daemon.stored_bytes("web") > 10 * MIB
     daemon.kill()
     with_tiers(daemon, "redis", stores=good)
     daemon.start()
@@ -536,13 +551,21 @@ def test_guests_are_served_though_a_store_of_others_is_not_there(daemon: Daemon,
     wait_for(lambda: daemon.logged("store_can_be_written"), "it is tried again")
 
 
-def test_a_store_that_no_policy_names_any_more(daemon: Daemon, web: Vmm, redis: Server) -> None:
-    """It is in the configuration, and a guest that was not adopted at once has pages there."""
-    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+@pytest.mark.parametrize("second", [False, True])
+def test_a_store_that_no_policy_names_any_more(
+    daemon: Daemon, web: Vmm, redis: Server, disk_dir: Path, second: bool
+) -> None:
+    """It is in the configuration, and a guest that was not adopted at once has pages there. There may be second copies."""
+    stores: dict[str, dict[str, object]] = {"redis": {"addresses": [redis.address]}}
+    if second:
+        (disk_dir / "bucket").mkdir(mode=0o700)
+        stores["redis"]["second"] = "objects"
+        stores["objects"] = {"scheme": "fs", "options": {"root": str(disk_dir / "bucket")}}
+    with_tiers(daemon, "redis", stores=stores)
     daemon.start()
     evicted(daemon, "web", web)
     daemon.kill()
-    with_tiers(daemon, "file", stores={"redis": {"addresses": [redis.address]}})
+    with_tiers(daemon, "file", stores=stores)
     (state,) = (daemon.runtime_dir / "guests").glob("*.state")
     with state.open("rb") as held:  # as the last thread of a predecessor, which hangs for a while
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -561,7 +584,13 @@ def test_a_damaged_page_keeps_no_other_from_sinking(daemon: Daemon, web: Vmm, re
     with_tiers(daemon, "redis", {"name": "file", "min_age_s": 0.5}, stores=stores)
     daemon.signal(signal.SIGHUP)
     wait_for(lambda: tiers(daemon)["redis"]["stored_bytes"] <= 3 * web.page_bytes, "all others have sunk", 60)
-    assert tiers(daemon)["file"]["stored_bytes"] > 12 * MIB
+    assert tiers(daemon)["file"]["stored_bytes"] > 10 * MIB
+    assert not tiers(daemon)["redis"]["counters"]["checksum_errors"], "nobody wanted those yet"
+    order = threading.Thread(target=daemon.tierd, args=("restore", f"web{OURS}"))
+    order.start()
+    wait_for(lambda: tiers(daemon)["redis"]["counters"]["checksum_errors"], "what is wrong is no mere read error")
+    daemon.kill()
+    order.join()
 
 
 def test_a_store_that_is_another_place_by_now_loses_nothing(daemon: Daemon, web: Vmm, redis: Server) -> None:

@@ -428,6 +428,28 @@ def test_delete_leaves_nothing(given: Given) -> None:
     run(test)
 
 
+def test_pages_that_are_far_apart_are_one_object(given: Given) -> None:
+    """An object a page would be a request each."""
+
+    async def test() -> None:
+        space = await opened(given)
+        runs = [(page, pages(page, 1)) for page in range(0, 64, 2)] + [(100, pages(100, 5))]
+        await space.write_runs(runs)
+        assert len(stored(given)) == 3, "of 16 pages each, and the rest"
+        for page, records in runs:
+            assert await space.read(page, len(records)) == records
+        assert await space.read(1, 1) == [None]
+        await space.discard(4, 1)
+        await space.write_runs([(2, pages(2, 1, 1)), (100, pages(100, 2, 1))])
+        assert await space.read(0, 6) == [*pages(0, 1), None, *pages(2, 1, 1), None, None, None]
+        assert await space.read(100, 5) == [*pages(100, 2, 1), *pages(102, 3)]
+        with pytest.raises(ValueError, match="pages 1073741824 to"):
+            await space.write_runs([(0, pages(0, 1)), (1 << 30, pages(0, 1))])
+        await space.aclose()
+
+    run(test)
+
+
 # --- damage ---
 
 
@@ -469,6 +491,8 @@ def test_a_segment_that_is_short_or_gone_is_an_error(given: Given) -> None:
         assert caught.value.errno == errno.EBADMSG
         await again.aclose()
 
+    run(test)
+
 
 def open_fds() -> set[str]:
     """But for that of the listing itself."""
@@ -494,8 +518,6 @@ def test_what_the_kernel_has_in_memory_is_read_at_once(given: Given, monkeypatch
         assert not gone & {os.readlink(f"/proc/self/fd/{fd}") for fd in open_fds()}
         assert await space.read(1, 1) == pages(1, 1, 1)
         await space.aclose()
-
-    run(test)
 
     run(test)
 

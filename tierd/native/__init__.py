@@ -25,7 +25,7 @@ REGIONS_MAX = int(lib.TIERD_REGIONS_MAX)
 READAHEAD_PAGES_MAX = 512
 # locked in memory for a guest: two batches of 2 MiB, buffers, stacks of fault threads; its page table and bitmaps; where its
 # pages are huge, instead two batches of 4, one to compare, one of zeros, and one for each of 3 threads
-GUEST_LOCKED_BYTES, TABLE_BYTES_A_PAGE, HUGE_BUFFER_PAGES = 5 << 20, 9, 13
+GUEST_LOCKED_BYTES, TABLE_BYTES_A_PAGE, HUGE_BUFFER_PAGES = 5 << 20, 13, 13
 GIGANTIC_BYTES, GIGANTIC_BUFFER_PAGES = 1 << 30, 6  # of such pages one batch of one
 SEALED_LOCKED_BYTES, HUGE_SEALED_PAGES = 4 << 20, 8  # more, where a file is encrypted: two batches as they are there
 NO_PAGE = (1 << 64) - 1
@@ -484,7 +484,7 @@ class NativeBatch:
         return self._done(lib.tierd_batch_hold(self._b, self._result), "hold")
 
     def copy(self) -> BatchResult:
-        """Read the bytes; find zero pages; take checksums."""
+        """Read the bytes; find pages that are one word again and again; take checksums."""
         return self._done(lib.tierd_batch_copy(self._b, self._result), "copy out")
 
     def write(self, tiers: Sequence[int], keep: Collection[int] = ()) -> BatchResult:
@@ -822,6 +822,10 @@ class NativeGuest:
         """The copies that a tier has of clean pages are not relied on any more. `read_failed`: so many reads have shown it, which
         the tier's counters say then. Takes 0.1 ms a GiB. Worker."""
         check(lib.tierd_guest_unclean(self._g, tier, read_failed), "look at clean pages")
+
+    def write_failed(self, tier: int, error: int) -> None:
+        """A write to a store that is asked failed, with this errno: it is counted. Any thread."""
+        check(lib.tierd_guest_write_failed(self._g, tier, -error), "count an error")
 
     def discard(self, max_pages: int, keep: Collection[int] = ()) -> int:
         """Give back store space of pages that were fetched since; how many. In tiers of `keep` not of those that nobody has

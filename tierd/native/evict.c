@@ -1594,6 +1594,15 @@ int tierd_guest_unclean(struct tierd_guest *g, uint32_t tier, uint32_t read_fail
 	return 0;
 }
 
+int tierd_guest_write_failed(struct tierd_guest *g, uint32_t tier, int32_t error)
+{
+	if (tier >= TIERD_TIERS || !tier_is_asked(g, tier))
+		return -EINVAL;
+	count_add(&g->tier_counts[tier].write_errors, 1);
+	count_error(g, &g->count.store_write_errors, error);
+	return 0;
+}
+
 /* A tier that fails is passed over from then on: what is stale in the others takes room, of the pool the host's memory. */
 int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint32_t keep, uint64_t *discarded)
 {

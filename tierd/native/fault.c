@@ -736,8 +736,10 @@ static void count_read(struct tierd_guest *g, unsigned int tier, const struct re
 	uint64_t ns = sys_now_ns() - r->asked_ns;
 
 	if (r->error) {
-		count_add(&c->read_errors, 1);
-		count_error(g, &g->count.store_read_errors, r->error);
+		bool wrong = r->error == -EBADMSG; /* what came was not what was written */
+
+		count_add(wrong ? &c->checksum_errors : &c->read_errors, 1);
+		count_error(g, wrong ? &g->count.checksum_errors : &g->count.store_read_errors, r->error);
 		return;
 	}
 	count_add(&c->read_pages, r->good);

@@ -66,6 +66,15 @@ class Records(Sequence[bytes]):
             return records
         return cls(b"".join(records), array("I", accumulate(map(len, records), initial=0)))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Records]) -> Records:
+        """All of them, copied where there are several."""
+        if len(parts) == 1:
+            return parts[0]
+        lengths = (length for part in parts for length in map(int.__sub__, part.bounds[1:], part.bounds))
+        content = b"".join(part.buffer[part.bounds[0] : part.bounds[-1]] for part in parts)
+        return cls(content, array("I", accumulate(lengths, initial=0)))
+
     def __len__(self) -> int:
         return len(self.bounds) - 1
 

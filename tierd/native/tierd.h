@@ -388,6 +388,8 @@ int tierd_guest_retry(struct tierd_guest *g, uint64_t *next_page, uint64_t *reco
 /* Nobody relies on the copies that a tier has of clean pages any more: these are written when they leave. read_failed: so many reads of
  * a tier that Python asks have shown it; they are counted. */
 int tierd_guest_unclean(struct tierd_guest *g, uint32_t tier, uint32_t read_failed);
+/* A write to a tier that Python asks failed: it is counted. Any thread. */
+int tierd_guest_write_failed(struct tierd_guest *g, uint32_t tier, int32_t error);
 /* Gives back store space of pages that were fetched since; but, in the tiers of `keep` (bit i: tier i), not of those that nobody has
  * written to since. */
 int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint32_t keep, uint64_t *discarded);

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tierd.native import Codec, TierKind
 
@@ -145,9 +145,19 @@ class PageSpace(Protocol):
         ...
 
 
+@runtime_checkable
+class RunsSpace(Protocol):
+    """A PageSpace that stores many runs at once for less than one by one."""
+
+    async def write_runs(self, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
+        """As `write` of each: its first page and records. In ascending order."""
+        ...
+
+
 class PageStore(Protocol):
     """A place for the spaces of many guests that trio asks for pages. Nothing is done before the first call. One that has
-    `piece_bytes` gets longer runs in pieces of so much guest memory, some at the same time."""
+    `piece_bytes` gets longer runs in pieces of so much guest memory, some at the same time; one that has `takes_runs` has spaces
+    that are RunsSpaces, and gets all runs of a batch in one call."""
 
     async def open(self, key: str, pages: int, page_bytes: int) -> PageSpace:
         """The space of guest `key` (PID-STARTTICKS, unique on this host until it is booted again): a new one, or the one

@@ -27,7 +27,7 @@ import math
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -93,7 +93,10 @@ class ObjectOptions(BaseModel):
 
 
 class ObjectStore:
-    """Implements store.PageStore. `index_dir`: on tmpfs, made when it is needed. `boot`: of the host that guests live in."""
+    """Implements store.PageStore; its spaces are RunsSpaces. `index_dir`: on tmpfs, made when it is needed. `boot`: of the host
+    that guests live in."""
+
+    takes_runs = True
 
     def __init__(self, options: ObjectOptions, index_dir: Path, host: str, boot: str) -> None:
         """StoreError: the options are wrong. Nothing is asked of the service yet. Blocks for a moment."""
@@ -320,23 +323,31 @@ class ObjectSpace:
     # --- pages ---
 
     async def write(self, first_page: int, records: Sequence[bytes]) -> None:
-        """One segment for each `segment_bytes`; then a round of cleaning, if one is worth it."""
-        run = Records.of(records)
-        if first_page < 0 or first_page + len(records) > self._pages:
-            raise ValueError(f"pages {first_page} to {first_page + len(records)} of {self._pages}")
-        if run.longest_bytes > self._record_bytes_max:
-            raise ValueError(f"a record of {run.longest_bytes} bytes, pages have {self._page_bytes}")
+        await self.write_runs([(first_page, records)])
+
+    async def write_runs(self, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
+        """One segment for each `segment_bytes`, however far apart the pages are; then a round of cleaning, if one is worth it."""
+        pages = array("I")
+        for first_page, records in runs:
+            if first_page < 0 or first_page + len(records) > self._pages:
+                raise ValueError(f"pages {first_page} to {first_page + len(records)} of {self._pages}")
+            pages.extend(range(first_page, first_page + len(records)))
+        whole = Records.joined([Records.of(records) for _, records in runs])
+        if whole.longest_bytes > self._record_bytes_max:
+            raise ValueError(f"a record of {whole.longest_bytes} bytes, pages have {self._page_bytes}")
         step = max(self._store.options.segment_bytes // self._page_bytes, 1)
-        for n in range(0, len(records), step):
-            await self._write_segment(first_page + n, run[n : n + step])
+        for n in range(0, len(pages), step):
+            await self._write_segment(pages[n : n + step], whole[n : n + step])
         await self._clean()
 
-    async def _write_segment(self, first_page: int, records: Records) -> None:
-        count = len(records)
-        self._index.reserve(first_page, count)
+    async def _write_segment(self, pages: array[int], records: Records) -> None:
+        runs = list(_runs(pages))
+        for first, end in runs:
+            self._index.reserve(pages[first], end - first)
         number = self._index.take_number()
-        pages, generations = array("I", range(first_page, first_page + count)), array("I", [number]) * count
-        self._point(first_page, await self._put(number, pages, generations, records))
+        words = await self._put(number, pages, array("I", [number]) * len(pages), records)
+        for first, end in runs:
+            self._point(pages[first], words[first:end])
 
     async def _put(self, number: int, pages: array[int], generations: array[int], records: Records) -> array[int]:
         """Make segment `number` durable; its index words. One that failed is dead, and deleted with the dead ones."""
@@ -488,6 +499,15 @@ class ObjectSpace:
             if row.page < self._pages and self._index.words(row.page, 1)[0] == word:
                 found.append((word, segments.record_at(name, row.page, stored)))  # no damage is copied
         return found
+
+
+def _runs(pages: array[int]) -> Iterator[tuple[int, int]]:
+    """Where neighbours begin and end in `pages`."""
+    first = 0
+    for n in range(1, len(pages) + 1):
+        if n == len(pages) or pages[n] != pages[n - 1] + 1:
+            yield first, n
+            first = n
 
 
 def make(given: Mapping[str, object], context: StoreContext) -> ObjectStore:

@@ -10,18 +10,28 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import trio
 import zstandard
 
 from tierd.native.records import AS_IT_IS, ZSTD, Packer, Records
-from tierd.store import IntegrityError, PageSpace
+from tierd.store import IntegrityError, PageSpace, RunsSpace
 
 LEVEL = 1  # of zstd
 INLINE_BYTES = 64 << 10  # more is computed in a thread: 20 us of it are less than the way there
 
 T = TypeVar("T")
+
+
+async def write_runs(space: PageSpace, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
+    """At once where the space can, else one after the other."""
+    if isinstance(space, RunsSpace):
+        await space.write_runs(runs)
+    else:
+        for first_page, records in runs:
+            await space.write(first_page, records)
 
 
 class PassedOn:
@@ -64,8 +74,15 @@ class CompressedSpace(PassedOn):
         self._packer = _packer(self._bytes_max)
 
     async def write(self, first_page: int, records: Sequence[bytes]) -> None:
-        run = Records.of(records)
-        await self._space.write(first_page, await computed(partial(self._packer.pack, run), run.total_bytes))
+        await self.write_runs([(first_page, records)])
+
+    async def write_runs(self, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
+        whole = Records.joined([Records.of(records) for _, records in runs])
+        packed = await computed(partial(self._packer.pack, whole), whole.total_bytes)
+        ends = list(accumulate((len(records) for _, records in runs), initial=0))
+        await write_runs(
+            self._space, [(page, packed[a:b]) for (page, _), (a, b) in zip(runs, pairwise(ends), strict=True)]
+        )
 
     async def read(self, first_page: int, count: int) -> list[bytes | None]:
         packed = await self.stored(first_page, count)

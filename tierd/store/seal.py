@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tierd.native.records import TAG_BYTES, Records, seal
 from tierd.store import IntegrityError, PageSpace, StoreError, keys
-from tierd.store.records import PassedOn, computed
+from tierd.store.records import PassedOn, computed, write_runs
 
 KEY_BYTES = 32
 FILE = struct.Struct("<8s32sQ")  # magic, key, the first nonce that is not taken
@@ -137,14 +137,21 @@ class SealedSpace(PassedOn):
         seal(key.secret, array("Q"), 0, Records.of(()))
 
     async def write(self, first_page: int, records: Sequence[bytes]) -> None:
-        run, nonces = Records.of(records), self._key.take(first_page, len(records))
-        work = partial(seal, self._key.secret, nonces, first_page, run)
-        await self._space.write(first_page, await computed(work, run.total_bytes))
+        await self.write_runs([(first_page, records)])
+
+    async def write_runs(self, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
+        jobs = [(page, self._key.take(page, len(records)), Records.of(records)) for page, records in runs]
+        size = sum(records.total_bytes for _, _, records in jobs)
+        await write_runs(self._space, await computed(partial(_seal, self._key.secret, jobs), size))
 
     async def read(self, first_page: int, count: int) -> list[bytes | None]:
         sealed = await self.stored(first_page, count)
         jobs = zip(range(first_page, first_page + count), self._key.nonces(first_page, count), sealed, strict=True)
         return await computed(partial(_unseal, self._key.cipher, jobs), sum(len(record or b"") for record in sealed))
+
+
+def _seal(secret: bytes, jobs: Sequence[tuple[int, array[int], Records]]) -> list[tuple[int, Records]]:
+    return [(page, seal(secret, nonces, page, records)) for page, nonces, records in jobs]
 
 
 def _unseal(cipher: AESGCM, jobs: Iterable[tuple[int, int, bytes | None]]) -> list[bytes | None]:
