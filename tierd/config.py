@@ -561,6 +561,12 @@ def _second_stores(document: Document, stores: Sequence[AskedStoreConfig], named
             document.wrong(
                 at, f"{store.second} has a second store itself, or is that of two", "let it be of one store only"
             )
+        elif by_name[store.second].capacity is not None:
+            document.wrong(
+                ("stores", store.second, "capacity"),
+                f"it holds what {store.name} holds, and takes as much",
+                f"give the capacity to {store.name}",
+            )
 
 
 def _must_be_stores(

@@ -32,7 +32,7 @@ from tierd.attach.procfs import grown, start_ticks
 from tierd.attach.ptrace import same_open_file
 from tierd.config import Policy
 from tierd.engine import Engine, fitting
-from tierd.native import STAGING_TIER, STATES, KernelError, NativeGuest, Zap
+from tierd.native import STAGING_TIER, STATES, KernelError, NativeGuest, TierKind, Zap
 from tierd.restore import answered, restore_all
 from tierd.serve import (
     AwaitsHandshake,
@@ -633,15 +633,19 @@ class Guest:
         if health.pages_lost > self._lost_told:
             self._tell_lost(native, health.pages_lost)
         self._tell_parking()
-        waits = (health.oldest_busy_ns, health.overdue_ns, health.asked_ns, health.worker_io_ns)
-        hangs = max(waits) > HUNG_TOLD_S * 1e9
+        in_files = max(health.oldest_busy_ns, health.overdue_ns, health.worker_io_ns) > HUNG_TOLD_S * 1e9
+        asked = health.asked_ns > HUNG_TOLD_S * 1e9
+        hangs = in_files or asked
         if hangs and not self._store_hangs:
             call = "read" if health.worker_io_ns <= HUNG_TOLD_S * 1e9 else "call"
             trouble = f"guest {self.name} has waited for a {call} of the store for more than {HUNG_TOLD_S:g} s"
-            for name in served.tiers:
+            kinds = {TierKind.FILE: in_files, TierKind.ASKED: asked, TierKind.MEMORY: False}
+            suspects = [name for name, tier in served.tiers.items() if kinds[tier.space.kind]] or list(served.tiers)
+            for name in suspects:
                 self._host.store_trouble[name, f"{self.key} hangs"] = trouble
             self._log.error(
                 "store_hangs",
+                stores=suspects,
                 fault_threads=health.fault_threads,
                 hung_threads=health.hung_threads,
                 waiting_pages=health.parked_pages + health.asked_pages,

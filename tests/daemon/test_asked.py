@@ -205,7 +205,7 @@ def test_a_store_that_hangs_delays_nobody_else(daemon: Daemon, boot: Boot, web: 
     """Pages that are in it wait, and it is told; others come. When it answers again, so do they."""
     other = boot("other", 8 * MIB, "compressible")
     rules = [
-        {"name": f"web{OURS}", **POLICY, "tiers": ["redis"]},
+        {"name": f"web{OURS}", **POLICY, "tiers": ["memory", "redis"]},
         {"name": f"other{OURS}", **POLICY, "tiers": ["file"]},
     ]
     daemon.write(guests=rules, stores={"redis": {"addresses": [redis.address]}})
@@ -215,9 +215,11 @@ def test_a_store_that_hangs_delays_nobody_else(daemon: Daemon, boot: Boot, web: 
     redis.signal(signal.SIGSTOP)
     try:
         web.send("verify")
-        wait_for(lambda: daemon.logged("store_hangs"), "it is told")
+        (told,) = wait_for(lambda: daemon.logged("store_hangs"), "it is told")
+        assert told["stores"] == ["redis"]
         other.verify()
-        assert not {store["name"]: store["healthy"] for store in daemon.status()["stores"]}["redis"]
+        healthy = {store["name"]: store["healthy"] for store in daemon.status()["stores"]}
+        assert healthy == {"redis": False, "memory": True, "file": True}
     finally:
         redis.signal(signal.SIGCONT)
     wait_for(web.answered, "its pages have come")
@@ -650,6 +652,10 @@ def test_a_guest_that_ends_while_an_order_waits_for_its_store(daemon: Daemon, bo
         ({"nothing": {}, "redis": {"addresses": ["x"]}}, "addresses"),
         ({"redis": {"addresses": ["a:1"], "second": "other"}}, "names a store 'other'"),
         ({"redis": {"addresses": ["a:1"]}, "b": {"second": "redis"}}, "redis is a tier of a policy as well"),
+        (
+            {"redis": {"addresses": ["a:1"], "second": "b"}, "b": {"capacity": "1GiB"}},
+            "it holds what redis holds, and takes as much (give the capacity to redis)",
+        ),
     ],
 )
 def test_what_is_wrong_in_the_configuration(daemon: Daemon, stores: dict[str, Any], told: str) -> None:

@@ -260,3 +260,4 @@ def test_torture(vmm_binary: Path, memory: Any) -> None:
     result = torture(vmm_binary, kills=30, seed=7, guests=2, memory=memory, ladder=True)
     assert result["wrong_bytes"] == 0
     assert result["evicted_pages"] > 0
+    assert result["demoted_pages"] > 0

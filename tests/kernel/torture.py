@@ -79,6 +79,7 @@ class Tortured:
     detached: int = 0
     faults: int = 0
     evicted: int = 0
+    demoted: int = 0
     destroyed: set[int] = field(default_factory=set)
     worker: subprocess.Popen[bytes] | None = None
 
@@ -139,6 +140,7 @@ class Tortured:
         if counted:
             self.faults += int(counted[-1][1])
             self.evicted += int(counted[-1][2])
+            self.demoted += int(counted[-1][4])
 
     def _moment(self) -> str:
         if self.said(b"left"):
@@ -289,7 +291,8 @@ def torture(
 
         def enough() -> bool:
             """Pages have left and come back, too: on a slow machine the first lives may be too short for that."""
-            met = zip(*((one.evicted, one.faults, one.kills["in_service"]) for one in tortured), strict=True)
+            each = ((one.evicted, one.faults, one.kills["in_service"], one.demoted or not ladder) for one in tortured)
+            met = zip(*each, strict=True)
             wanted = kills if all(map(sum, met)) else IN_VAIN_MAX * kills
             return so_far() >= wanted and time.monotonic() - began >= seconds
 
@@ -330,6 +333,7 @@ def torture(
             "kills_in_detach": moments["in_detach"] + moments["after_detach"],
             "detached": sum(one.detached for one in tortured),
             "evicted_pages": sum(one.evicted for one in tortured),
+            "demoted_pages": sum(one.demoted for one in tortured),
             "operations": sum(each["operations"] for each in stats),
             "memory_pressure": cgroup is not None,
             "seconds": round(time.monotonic() - began, 1),

@@ -84,7 +84,7 @@ def reporter(served: Served) -> Callable[[], None]:
         nonlocal reported
         if time.monotonic() - reported > 0.03:
             reported, c = time.monotonic(), served.native.counters()
-            say("counters", c["latency_count"], c["pages_evicted"], c["pages_lost"])
+            say("counters", c["latency_count"], c["pages_evicted"], c["pages_lost"], c["pages_demoted"])
 
     return report
 
