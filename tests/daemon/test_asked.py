@@ -431,6 +431,25 @@ def test_a_full_store_is_no_loss(daemon: Daemon, web: Vmm, redis: Server) -> Non
     web.verify()
 
 
+def test_what_a_store_takes_of_all_guests(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    """Its capacity; the next tier has the rest."""
+    stores = {"redis": {"addresses": [redis.address], "capacity": "4MiB"}}
+    with_tiers(daemon, "redis", "file", stores=stores)
+    daemon.start()
+    evicted(daemon, "web", web)
+    found = {name: tier["stored_bytes"] for name, tier in tiers(daemon).items()}
+    assert 3 * MIB < found["redis"] <= 4 * MIB < found["file"]
+    assert sum(redis.ask("HLEN", key) for key in redis.ask("KEYS", "*/*")) * 4096 <= 4 * MIB
+
+    def figures() -> tuple[int, int]:
+        (store,) = (store for store in daemon.status()["stores"] if store["name"] == "redis")
+        return store["capacity_bytes"], store["used_bytes"]
+
+    wait_for(lambda: figures()[1], "it is told")
+    assert figures()[0] == 4 * MIB >= figures()[1]
+    web.verify()
+
+
 def test_pages_that_are_far_apart_are_few_objects(daemon: Daemon, web: Vmm, disk_dir: Path) -> None:
     """What compressed memory does not take is one page here and one there: an object each would be a request each."""
     bucket = disk_dir / "bucket"

@@ -41,6 +41,21 @@ def test_pages_enter_sink_and_come_back(daemon: Daemon, web: Vmm) -> None:
     assert not list((daemon.runtime_dir / "pools").iterdir())
 
 
+def test_what_compressed_memory_takes_of_all_guests(daemon: Daemon, boot: Boot) -> None:
+    """Guests that get cold together must not each take all of it."""
+    guests = {name: boot(name, 16 * MIB, "compressible") for name in ("web", "other")}
+    pools = str(daemon.runtime_dir / "pools")
+    with_tiers(daemon, "memory", "file", memory={"path": pools, "capacity": "3MiB"})
+    daemon.start()
+    for name, guest in guests.items():
+        evicted(daemon, name, guest)
+    used = [tier["used_bytes"] for name in guests for tier in daemon.guests()[name]["tiers"] if tier["name"] == "memory"]
+    assert all(used)
+    assert 2 * MIB < sum(used) < 3.1 * MIB
+    for guest in guests.values():
+        guest.verify()
+
+
 @pytest.mark.parametrize("above", [(), (SMALL,)], ids=["file", "memory"])
 def test_a_file_that_is_encrypted(daemon: Daemon, web: Vmm, above: tuple[object, ...]) -> None:
     """Pages go there at once, or sink to it out of compressed memory."""

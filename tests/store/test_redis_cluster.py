@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -257,6 +258,19 @@ def watched(redis_there: None) -> Iterator[Watched]:
 
 def by_sentinels(watched: Watched, **more: Any) -> dict[str, Any]:
     return {"mode": "sentinel", "addresses": watched.addresses, "service": "main", "host_id": "test", **more}
+
+
+def test_credentials_of_sentinels(watched: Watched, tmp_path: Path) -> None:
+    """Theirs are others than those of the server."""
+    for sentinel in watched.sentinels:
+        sentinel.ask("ACL SETUSER", "looker", "on", ">battery staple", "+@all", "allchannels")
+    password_file = tmp_path / "password"
+    password_file.touch(mode=0o600)
+    given = by_sentinels(watched, sentinel_username="looker", sentinel_password_file=str(password_file))
+    password_file.write_text("wrong")
+    refused(given, "refuses the credentials")
+    password_file.write_text("battery staple")
+    trio.run(with_store(given, use_everything))
 
 
 class TestSentinel(PageStoreContract):
