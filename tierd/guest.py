@@ -879,7 +879,12 @@ class Guest:
             },
             staged_bytes=pages[STAGING_TIER] * served.page_bytes,
             tiers=[
-                self._tiers.status(tier, pages[tier.number], not self._host.troubled(tier.name, self.key))
+                self._tiers.status(
+                    tier,
+                    pages[tier.number],
+                    not self._host.troubled(tier.name, self.key),
+                    self._parking.compressed_to(tier.number) if self._parking is not None else 0.0,
+                )
                 for tier in served.tiers.values()
             ],
             hole_bytes=counters["untouched_pages"] * served.page_bytes,

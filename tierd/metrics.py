@@ -110,9 +110,13 @@ _GAUGES: tuple[_Family, ...] = (
     ),
     (
         "tier_compressed_bytes",
-        "Of compressed memory: what the pages in it were compressed to.",
+        "What the guest's pages in a tier were compressed to; in stores that are asked, by the mean of what was written.",
         ("tier",),
-        lambda g: (((tier.name,), tier.counters["compressed_bytes"]) for tier in g.tiers if tier.name == "memory"),
+        lambda g: (
+            ((tier.name,), tier.counters["compressed_bytes"])
+            for tier in g.tiers
+            if tier.name == "memory" or tier.counters["compressed_bytes"]
+        ),
     ),
     ("tier_healthy", "1 if the tier takes pages of the guest, else 0.", ("tier",), _tiers(lambda tier: tier.healthy)),
     ("hole_bytes", "Guest memory that the guest has never used.", (), lambda g: _nothing_more(g.hole_bytes)),

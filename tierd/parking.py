@@ -166,6 +166,10 @@ class Parking:
         """By name of the store, second ones included: what is wrong though pages come and go; "": nothing."""
         return {name: getattr(space, "trouble", "") for name, space in self._as_opened.items()}
 
+    def compressed_to(self, tier: int) -> float:
+        """What became of a byte that was written there; 0: none was."""
+        return float(getattr(self._spaces.get(tier), "compressed_to", 0.0))
+
     def must_bring(self) -> None:
         """OSError: what is asked for does not come now: nobody brings it any more, or a store that has pages cannot be had."""
         if self._over:

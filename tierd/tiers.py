@@ -205,7 +205,9 @@ class Tiers:
     def well_again(self, name: str) -> None:
         self._failures.pop(name, None)
 
-    def status(self, tier: ServedTier, pages: int, healthy: bool) -> TierStatus:
-        """`pages`: that are stored in it."""
-        counters = self._served.native.tier_counters(tier.number)
-        return TierStatus(tier.name, pages * self._served.page_bytes, counters["used_bytes"], healthy, counters)
+    def status(self, tier: ServedTier, pages: int, healthy: bool, compressed_to: float) -> TierStatus:
+        """`pages`: that are stored in it. `compressed_to`: what became of a byte that was written there, where it is asked."""
+        counters, stored_bytes = self._served.native.tier_counters(tier.number), pages * self._served.page_bytes
+        if tier.space.kind is TierKind.ASKED:
+            counters["compressed_bytes"] = round(stored_bytes * compressed_to)
+        return TierStatus(tier.name, stored_bytes, counters["used_bytes"], healthy, counters)

@@ -40,6 +40,7 @@ def test_pages_leave_for_redis_and_come_back(daemon: Daemon, web: Vmm, redis: Se
     daemon.start()
     evicted(daemon, "web", web)
     assert tiers(daemon)["redis"]["stored_bytes"] > 10 * MIB
+    assert 0.2 < tiers(daemon)["redis"]["counters"]["compressed_bytes"] / tiers(daemon)["redis"]["stored_bytes"] < 0.8
     (key,) = (daemon.runtime_dir / "keys").iterdir()
     assert key.stat().st_mode & 0o777 == 0o600
     daemon.kill()

@@ -38,6 +38,10 @@ class MirroredSpace:
         self._tell_missing, self._tell_read = tell_missing, tell_read
         self._silent_until = {first: -math.inf, second: -math.inf}
 
+    @property
+    def compressed_to(self) -> float:
+        return float(getattr(self._first, "compressed_to", 0.0))
+
     async def write(self, first_page: int, records: Sequence[bytes]) -> None:
         await self._both(lambda space: space.write(first_page, records))
 

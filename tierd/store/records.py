@@ -72,6 +72,12 @@ class CompressedSpace(PassedOn):
         super().__init__(space)
         self._bytes_max = 2 * page_bytes  # of a record: more is not unpacked
         self._packer = _packer(self._bytes_max)
+        self._taken_bytes = self._made_bytes = 0
+
+    @property
+    def compressed_to(self) -> float:
+        """What became of a byte, of all that was written; 0: nothing was."""
+        return self._made_bytes / self._taken_bytes if self._taken_bytes else 0.0
 
     async def write(self, first_page: int, records: Sequence[bytes]) -> None:
         await self.write_runs([(first_page, records)])
@@ -79,6 +85,8 @@ class CompressedSpace(PassedOn):
     async def write_runs(self, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
         whole = Records.joined([Records.of(records) for _, records in runs])
         packed = await computed(partial(self._packer.pack, whole), whole.total_bytes)
+        self._taken_bytes += whole.total_bytes
+        self._made_bytes += packed.total_bytes
         ends = list(accumulate((len(records) for _, records in runs), initial=0))
         await write_runs(
             self._space, [(page, packed[a:b]) for (page, _), (a, b) in zip(runs, pairwise(ends), strict=True)]
