@@ -716,9 +716,10 @@ class Guest:
     def set_policy(self, policy: Policy) -> None:
         """From the next cycle on; what concerns faults, at once. A tier that the guest was attached without it does not get."""
         if self._served is not None and policy.tiers != self.policy.tiers:
-            new = [tier.name for tier in policy.tiers if tier.name not in self._served.tiers]
-            if new:
-                self._log.warning("guest_keeps_its_tiers", not_used=new, action="detach and attach the guest")
+            named, has = [tier.name for tier in policy.tiers], list(self._served.tiers)
+            new = [name for name in named if name not in has]
+            if new or [name for name in named if name in has] != [name for name in has if name in named]:
+                self._log.warning("guest_keeps_its_tiers", tiers=has, not_used=new, action="detach and attach the guest")
         self.policy = policy
         if self._served is not None:
             self._apply_reads(self._served)

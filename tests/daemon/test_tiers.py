@@ -41,6 +41,16 @@ def test_pages_enter_sink_and_come_back(daemon: Daemon, web: Vmm) -> None:
     assert not list((daemon.runtime_dir / "pools").iterdir())
 
 
+def test_tiers_in_another_order_are_for_guests_to_come(daemon: Daemon, web: Vmm) -> None:
+    with_tiers(daemon, "memory", "file")
+    daemon.start()
+    daemon.wait_active("web")
+    with_tiers(daemon, "file", "memory")
+    daemon.signal(signal.SIGHUP)
+    (told,) = wait_for(lambda: daemon.logged("guest_keeps_its_tiers"), "it is told")
+    assert (told["tiers"], told["not_used"]) == (["memory", "file"], [])
+
+
 def test_what_compressed_memory_takes_of_all_guests(daemon: Daemon, boot: Boot) -> None:
     """Guests that get cold together must not each take all of it."""
     guests = {name: boot(name, 16 * MIB, "compressible") for name in ("web", "other")}

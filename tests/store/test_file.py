@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tierd.store import StoreError
+from tierd.native import Codec
+from tierd.store import StoreError, memory
 from tierd.store.directory import file_system_of
 from tierd.store.file import FileStore, reopen
 
@@ -167,3 +168,9 @@ def test_a_store_that_cannot_be_written_is_used_if_guests_wait_for_it(
     assert os.strerror(number) in store.trouble
     assert not store.direct, "reading through the page cache works everywhere"
     assert FileStore(disk / "store", None, "on").direct
+
+
+def test_compressed_memory_without_its_library(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(memory._LIBRARIES, Codec.LZ4, ("libnowhere.so.1", "liblz4-1"))
+    with pytest.raises(StoreError, match=r"needs libnowhere\.so\.1: .*install it \(Debian: liblz4-1\)"):
+        memory.MemoryStore(shm, None, Codec.LZ4)

@@ -66,6 +66,7 @@ struct size_class {
 	uint64_t free_objects;    /* of the slots in these lists */
 };
 
+/* All of it is in mappings of the guest's own, the index and the slots in its pool's file: no cache line is shared with another guest. */
 struct pool {
 	int fd;
 	struct codec *codec;

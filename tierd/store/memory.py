@@ -6,6 +6,7 @@ What a pool takes is the host's memory: it gives back what compression saves. Ev
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -29,6 +30,9 @@ class PoolSpace(GuestFile):
         self.codec = codec
 
 
+_LIBRARIES = {Codec.LZ4: ("liblz4.so.1", "liblz4-1"), Codec.ZSTD: ("libzstd.so.1", "libzstd1")}  # and Debian's packages
+
+
 class MemoryStore(DirectoryStore):
     """Implements store.Store in directory `path`. `capacity_bytes`: of all guests' pools together; None: what the file system
     has."""
@@ -36,9 +40,14 @@ class MemoryStore(DirectoryStore):
     name, suffix, setting = "memory", ".pool", "memory"
 
     def __init__(self, path: Path, capacity_bytes: int | None, codec: Codec) -> None:
-        """StoreError: the directory cannot hold pools; the text says why and what to do."""
+        """StoreError: the directory cannot hold pools, or a library is not installed; the text says why and what to do."""
         super().__init__(path, capacity_bytes)
         self._codec = codec
+        library, package = _LIBRARIES[codec]
+        try:
+            ctypes.CDLL(library)
+        except OSError as error:
+            raise StoreError(f"compressed memory needs {library}: {error}; install it (Debian: {package})") from error
         kind = file_system_of(path)
         if kind != "tmpfs":
             raise StoreError(
