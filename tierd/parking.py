@@ -451,7 +451,8 @@ class Parking:
     def takes_runs(self, tier: int) -> bool:
         """All runs of a batch are one call. Any thread."""
         store = self._store(tier)
-        return store.second is None and getattr(store.pages, "takes_runs", False)
+        both = [self._stores[name] for name in (store.name, store.second) if name is not None]
+        return any(getattr(each.pages, "takes_runs", False) for each in both if isinstance(each, AskedStore))
 
     def pieces(self, tier: int, runs: Sequence[tuple[int, Sequence[bytes]]]) -> list[tuple[int, Sequence[bytes]]]:
         """Runs as the store likes them. Any thread."""

@@ -451,15 +451,21 @@ def test_what_a_store_takes_of_all_guests(daemon: Daemon, web: Vmm, redis: Serve
     web.verify()
 
 
-def test_pages_that_are_far_apart_are_few_objects(daemon: Daemon, web: Vmm, disk_dir: Path) -> None:
-    """What compressed memory does not take is one page here and one there: an object each would be a request each."""
+@pytest.mark.parametrize("second", [False, True])
+def test_pages_that_are_far_apart_are_few_objects(
+    daemon: Daemon, web: Vmm, redis: Server, disk_dir: Path, second: bool
+) -> None:
+    """What compressed memory does not take is one page here and one there: an object each would be a request each. As second
+    copies, too."""
     bucket = disk_dir / "bucket"
     bucket.mkdir(mode=0o700)
-    objects = {"scheme": "fs", "options": {"root": str(bucket)}}
-    with_tiers(daemon, "memory", "objects", stores={"objects": objects})
+    stores: dict[str, dict[str, object]] = {"objects": {"scheme": "fs", "options": {"root": str(bucket)}}}
+    if second:
+        stores["redis"] = {"addresses": [redis.address], "second": "objects"}
+    with_tiers(daemon, "memory", "redis" if second else "objects", stores=stores)
     daemon.start()
     evicted(daemon, "web", web)
-    pages = tiers(daemon)["objects"]["stored_bytes"] // 4096
+    pages = tiers(daemon)["redis" if second else "objects"]["stored_bytes"] // 4096
     assert pages > 500
     assert 0 < len(list(bucket.rglob("*.0000*"))) < pages / 20
     web.verify()

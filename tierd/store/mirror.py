@@ -10,6 +10,7 @@ from functools import partial
 import trio
 
 from tierd.store import IntegrityError, PageSpace, StoreError
+from tierd.store.records import write_runs
 
 SILENT_S = 10.0
 
@@ -43,7 +44,10 @@ class MirroredSpace:
         return float(getattr(self._first, "compressed_to", 0.0))
 
     async def write(self, first_page: int, records: Sequence[bytes]) -> None:
-        await self._both(lambda space: space.write(first_page, records))
+        await self.write_runs([(first_page, records)])
+
+    async def write_runs(self, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
+        await self._both(lambda space: write_runs(space, runs))
 
     async def read(self, first_page: int, count: int) -> list[bytes | None]:
         records: list[bytes | None] = [None] * count

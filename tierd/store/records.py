@@ -20,18 +20,34 @@ from tierd.native.records import AS_IT_IS, ZSTD, Packer, Records
 from tierd.store import IntegrityError, PageSpace, RunsSpace
 
 LEVEL = 1  # of zstd
+WRITES_MAX = 8  # at a time, of runs that a space takes one by one
 INLINE_BYTES = 64 << 10  # more is computed in a thread: 20 us of it are less than the way there
 
 T = TypeVar("T")
 
 
 async def write_runs(space: PageSpace, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
-    """At once where the space can, else one after the other."""
+    """At once where the space can, else some at a time. The first error, when all that had begun is over."""
     if isinstance(space, RunsSpace):
         await space.write_runs(runs)
-    else:
-        for first_page, records in runs:
-            await space.write(first_page, records)
+        return
+    errors: list[Exception] = []
+    waiting = iter(runs)
+
+    async def one_after_the_other() -> None:
+        for first_page, records in waiting:
+            try:
+                await space.write(first_page, records)
+            except Exception as error:  # a plug-in's may be any
+                errors.append(error)
+            if errors:
+                return
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(min(WRITES_MAX, len(runs))):
+            nursery.start_soon(one_after_the_other)
+    if errors:
+        raise errors[0]
 
 
 class PassedOn:
