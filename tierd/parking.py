@@ -509,10 +509,10 @@ class Asked:
         self._parking = parking
 
     def write(self, tier: int, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
-        if self._parking.takes_runs(tier):
-            self._each(tier, STORE_WRITE, write_runs, [(runs,)])
-            return
         pieces = self._parking.pieces(tier, runs)
+        if pieces and self._parking.takes_runs(tier):
+            self._each(tier, STORE_WRITE, write_runs, [(pieces,)])
+            return
         self._each(tier, STORE_WRITE, lambda space, page, pages: space.write(page, pages), pieces)
 
     def read(self, tier: int, runs: Sequence[tuple[int, int]]) -> list[list[bytes | None]]:

@@ -52,14 +52,15 @@ async def open_stores(config: Config, notifier: Notifier) -> dict[str, Store]:
         nursery.cancel_scope.cancel()
     stores: dict[str, Store] = {store.name: store}
     named = named_stores(config)
+    states = sorted((config.runtime_dir / "guests").glob(f"*{SUFFIX}"))
     if "memory" in named or _pools_of(config).exists():  # what is in there may have to be swept
         try:
-            stores["memory"] = _open_memory(config)
+            stores["memory"] = memory = _open_memory(config)
+            memory.must_have_library()
         except StoreError as error:
-            if "memory" in named:
+            if "memory" in named and not (states and "memory" in stores):  # else guests wait who need other stores
                 raise
-            log.warning("memory_unusable", error=str(error), action="none: no policy names it")
-    states = sorted((config.runtime_dir / "guests").glob(f"*{SUFFIX}"))
+            log.warning("memory_unusable", error=str(error), action="none for guests that do not have it")
     needed = await trio.to_thread.run_sync(_needed_stores, states)
     async with trio.open_nursery() as nursery:
         for name in sorted(with_seconds(config, named | needed) & config.asked.keys()):
@@ -203,7 +204,9 @@ async def asked_or_errors(name: str, store: AskedStoreConfig, runtime_dir: Path,
 
 def memory_or_errors(config: Config, path: Path) -> MemoryStore:
     try:
-        return _open_memory(config)
+        memory = _open_memory(config)
+        memory.must_have_library()
+        return memory
     except StoreError as error:
         raise ConfigErrors([ConfigError(path, 0, "memory", str(error))]) from error
 
@@ -253,7 +256,7 @@ def errors_of_stores(config: Config, path: Path, *, probe: bool) -> list[ConfigE
             tell("store", error)
     if probe and "memory" in named:
         try:
-            _open_memory(config)
+            _open_memory(config).must_have_library()
         except StoreError as error:
             tell("memory", error)
     return errors

@@ -173,4 +173,4 @@ def test_a_store_that_cannot_be_written_is_used_if_guests_wait_for_it(
 def test_compressed_memory_without_its_library(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(memory._LIBRARIES, Codec.LZ4, ("libnowhere.so.1", "liblz4-1"))
     with pytest.raises(StoreError, match=r"needs libnowhere\.so\.1: .*install it \(Debian: liblz4-1\)"):
-        memory.MemoryStore(shm, None, Codec.LZ4)
+        memory.MemoryStore(shm, None, Codec.LZ4).must_have_library()

@@ -736,7 +736,7 @@ static void count_read(struct tierd_guest *g, unsigned int tier, const struct re
 	uint64_t ns = sys_now_ns() - r->asked_ns;
 
 	if (r->error) {
-		bool wrong = r->error == -EBADMSG; /* what came was not what was written */
+		bool wrong = r->error == -EBADMSG; /* what came was not what was written, or nothing did */
 
 		count_add(wrong ? &c->checksum_errors : &c->read_errors, 1);
 		count_error(g, wrong ? &g->count.checksum_errors : &g->count.store_read_errors, r->error);

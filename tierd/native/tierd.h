@@ -8,7 +8,7 @@
  */
 
 enum {
-	TIERD_TABLE_VERSION = 7,
+	TIERD_TABLE_VERSION = 8,
 	TIERD_REGIONS_MAX = 32,
 	TIERD_RANGES_MAX = 1024,
 	/* tier 0 is "one 64-bit word, again and again", which needs no store; 1 to TIERD_LADDER_MAX are where pages are stored, in the

@@ -40,20 +40,23 @@ class MemoryStore(DirectoryStore):
     name, suffix, setting = "memory", ".pool", "memory"
 
     def __init__(self, path: Path, capacity_bytes: int | None, codec: Codec) -> None:
-        """StoreError: the directory cannot hold pools, or a library is not installed; the text says why and what to do."""
+        """StoreError: the directory cannot hold pools; the text says why and what to do."""
         super().__init__(path, capacity_bytes)
         self._codec = codec
-        library, package = _LIBRARIES[codec]
-        try:
-            ctypes.CDLL(library)
-        except OSError as error:
-            raise StoreError(f"compressed memory needs {library}: {error}; install it (Debian: {package})") from error
         kind = file_system_of(path)
         if kind != "tmpfs":
             raise StoreError(
                 f"{path} is on {kind or 'an unknown file system'}: compressed memory must be on a tmpfs; set memory.path to a "
                 "directory on one, /dev/shm/tierd for example"
             )
+
+    def must_have_library(self) -> None:
+        """StoreError: what compresses new pages is not installed."""
+        library, package = _LIBRARIES[self._codec]
+        try:
+            ctypes.CDLL(library)
+        except OSError as error:
+            raise StoreError(f"compressed memory needs {library}: {error}; install it (Debian: {package})") from error
 
     def takes(self, page_bytes: int) -> bool:
         return page_bytes == PAGE_BYTES

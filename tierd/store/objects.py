@@ -342,12 +342,15 @@ class ObjectSpace:
 
     async def _write_segment(self, pages: array[int], records: Records) -> None:
         runs = list(_runs(pages))
-        for first, end in runs:
-            self._index.reserve(pages[first], end - first)
+        await self._store.in_thread(self._reserve, pages, runs)
         number = self._index.take_number()
         words = await self._put(number, pages, array("I", [number]) * len(pages), records)
         for first, end in runs:
             self._point(pages[first], words[first:end])
+
+    def _reserve(self, pages: array[int], runs: Sequence[tuple[int, int]]) -> None:
+        for first, end in runs:
+            self._index.reserve(pages[first], end - first)
 
     async def _put(self, number: int, pages: array[int], generations: array[int], records: Records) -> array[int]:
         """Make segment `number` durable; its index words. One that failed is dead, and deleted with the dead ones."""

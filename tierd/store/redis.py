@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -255,7 +256,14 @@ class RedisStore:
 
     async def probe(self) -> None:
         await self.blocking(
-            partial(probe, self.options, self.nodes, self._link, self.run_key(self._boot, "probe", 0), self.confirm)
+            partial(
+                probe,
+                self.options,
+                self.nodes,
+                self._link,
+                self.run_key(self._boot, f"probe-{os.getpid()}", 0),
+                self.confirm,
+            )
         )
 
     async def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:

@@ -25,6 +25,7 @@ RECEIVED_BYTES = 256 << 10  # at a time
 # The answer to a read that is the only one is looked for again and again for so long: a round of trio's loop would take more of
 # its thread's time. Where one came later, so many others wait for trio.
 SPIN_S, NOT_SPUN = 50e-6, 32
+IN_A_ROW = 16  # reads, before others get trio's thread in any case
 NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -36,7 +37,7 @@ class Direct:
         self._link = Link(options, name, options.concurrency)
         self._idle: dict[Address, list[tuple[Any, socket.socket]]] = defaultdict(list)
         self._possible = True  # redis-py lets us have its sockets
-        self._under_way = 0
+        self._under_way = self._in_a_row = 0
         self._not_spun: dict[Address, int] = defaultdict(int)  # how many more
 
     def prepare(self, address: Address) -> None:
@@ -69,6 +70,9 @@ class Direct:
                 self._link.give_up(address, connection)
             else:
                 idle.append((connection, sock))
+        self._in_a_row = (self._in_a_row + 1) % IN_A_ROW
+        if not self._in_a_row:
+            await trio.lowlevel.checkpoint()
         return None if answers is None or any(isinstance(answer, hiredis.ReplyError) for answer in answers) else answers
 
     async def _exchange(self, address: Address, sock: socket.socket, question: bytes, count: int) -> list[Any]:

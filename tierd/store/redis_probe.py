@@ -116,15 +116,14 @@ def _try(nodes: Nodes, address: Address, link: Link, scratch_key: str, confirm: 
     run = Run(nodes, link)
     try:
         _, (record,) = run([Command("HSET", key, (0, TRIAL)), Command("HMGET", key, (0,))], confirm, together=True)
+        if record != TRIAL:
+            raise StoreError(f"{address}: what was written came back different; it is no store")
         looks = [Command("HGET", key, (0,)), Command("HGETALL", key), Command("HLEN", key)]
         run([Command("HSETNX", key, (1, TRIAL)), *looks, Command("HDEL", key, (0,)), Command("UNLINK", key)])
         lease = [Command("PTTL", key), Command("PEXPIRE", key, (TRIAL_MS,)), Command("UNLINK", key)]
         run([Command("SET", key, (b"", "PX", TRIAL_MS)), *lease])
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return
-        raise
+        if error.errno != errno.ENOSPC:
+            raise
     link.call(address, "CLIENT LIST")
     link.call(address, "CLIENT KILL", "ID", NOBODY)
-    if record != TRIAL:
-        raise StoreError(f"{address}: what was written came back different; it is no store")
