@@ -783,13 +783,20 @@ class Daemon:
     async def _reload(self) -> Sequence[str]:
         new = await trio.to_thread.run_sync(load, self.config_path)
         self._must_keep_its_tiers(self._policies(new))
+        opened: list[Store] = []
         if "memory" in named_stores(new) and "memory" not in self.host.stores:
-            self._add_store(memory_or_errors(self.config, self.config_path))
+            opened.append(memory_or_errors(self.config, self.config_path))
         had = {name for guest in self._guests.values() for name in guest.tier_names}
-        for name in sorted(with_seconds(new, named_stores(new) | had) & new.asked.keys() - self.host.stores.keys()):
-            self._add_store(await asked_or_errors(name, new.asked[name], new.runtime_dir, self.config_path))
-        policies = self._policies(new)  # that took a while
-        self._must_keep_its_tiers(policies)
+        async with contextlib.AsyncExitStack() as undone:
+            for name in sorted(with_seconds(new, named_stores(new) | had) & new.asked.keys() - self.host.stores.keys()):
+                asked = await asked_or_errors(name, new.asked[name], new.runtime_dir, self.config_path)
+                undone.push_async_callback(asked.pages.aclose)
+                opened.append(asked)
+            policies = self._policies(new)  # that took a while
+            self._must_keep_its_tiers(policies)
+            undone.pop_all()
+        for store in opened:
+            self._add_store(store)
         told = changes(self.config, new)
         self.config = new
         for key, policy in policies.items():

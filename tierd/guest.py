@@ -138,7 +138,7 @@ class Guest:
         self._paused = paused
         self._trouble: str | None = None
         self._failures = 0
-        self._store_hangs = False
+        self._hanging: set[str] = set()  # stores, since it was told
         self._lost_told = self._grown_told = 0
         self._uffd_kept = kept_uffd is not None
         self._fragile = self._fragile_told = False
@@ -635,27 +635,28 @@ class Guest:
         self._tell_parking()
         in_files = max(health.oldest_busy_ns, health.overdue_ns, health.worker_io_ns) > HUNG_TOLD_S * 1e9
         asked = health.asked_ns > HUNG_TOLD_S * 1e9
-        hangs = in_files or asked
-        if hangs and not self._store_hangs:
+        kinds = {TierKind.FILE: in_files, TierKind.ASKED: asked, TierKind.MEMORY: False}
+        hanging = {name for name, tier in served.tiers.items() if kinds[tier.space.kind]}
+        if (in_files or asked) and not hanging:  # compressed memory that was swapped out, say
+            hanging = set(served.tiers)
+        if hanging - self._hanging:
             call = "read" if health.worker_io_ns <= HUNG_TOLD_S * 1e9 else "call"
             trouble = f"guest {self.name} has waited for a {call} of the store for more than {HUNG_TOLD_S:g} s"
-            kinds = {TierKind.FILE: in_files, TierKind.ASKED: asked, TierKind.MEMORY: False}
-            suspects = [name for name, tier in served.tiers.items() if kinds[tier.space.kind]] or list(served.tiers)
-            for name in suspects:
+            for name in hanging:
                 self._host.store_trouble[name, f"{self.key} hangs"] = trouble
             self._log.error(
                 "store_hangs",
-                stores=suspects,
+                stores=sorted(hanging),
                 fault_threads=health.fault_threads,
                 hung_threads=health.hung_threads,
                 waiting_pages=health.parked_pages + health.asked_pages,
                 eviction_hangs=health.worker_io_ns > HUNG_TOLD_S * 1e9,
                 action="see to the store; faults that do not need it are served",
             )
-        elif self._store_hangs and not hangs:
+        elif self._hanging and not hanging:
             self._host.forget_trouble(f"{self.key} hangs")
             self._log.info("store_answers_again", fault_threads=health.fault_threads)
-        self._store_hangs = hangs
+        self._hanging = self._hanging | hanging if hanging else set()
 
     def _tell_parking(self) -> None:
         """Stores that are asked: what is wrong with this guest's space there, and those that cannot be had."""
@@ -694,7 +695,7 @@ class Guest:
         try:
             native.start()
         except OSError as error:
-            if not self._store_hangs:
+            if not self._hanging:
                 self._log.warning("fault_thread_failed", error=str(error), action="trying again")
 
     # --- orders -----------------------------------------------------------------------------------------------------------
@@ -719,7 +720,9 @@ class Guest:
             named, has = [tier.name for tier in policy.tiers], list(self._served.tiers)
             new = [name for name in named if name not in has]
             if new or [name for name in named if name in has] != [name for name in has if name in named]:
-                self._log.warning("guest_keeps_its_tiers", tiers=has, not_used=new, action="detach and attach the guest")
+                self._log.warning(
+                    "guest_keeps_its_tiers", tiers=has, not_used=new, action="detach and attach the guest"
+                )
         self.policy = policy
         if self._served is not None:
             self._apply_reads(self._served)

@@ -7,6 +7,7 @@
  *   bare deactivate PID ADDRESS BYTES                         PAGEMAP_SCAN and MADV_PAGEOUT of another process -> ns
  *   bare evict BYTES STORE                                    read, write with O_DIRECT, punch in 2 MiB pieces -> ns
  *   bare anonymous BYTES STORE                                move, read, write with O_DIRECT, drop in 2 MiB pieces -> ns
+ *   bare compress-out BYTES          the same out of a memfd, whose pages are dropped -> ns of CPU
  *   bare compress BYTES              LZ4, the results one behind the other in fresh memory -> ns of CPU, their bytes, what zsmalloc would take
  *   bare get PORT KEYS COUNT         of a Redis on loopback, values of a page, one connection -> p50 in ns of a round trip
  *   bare swap BYTES STATISTICS CPU   memory out to swap and back; mm_stat of zram -> bytes, what it takes, ns in order, p50 at random
@@ -297,6 +298,33 @@ static void compress_all(char **a)
 	printf("ok %lu %lu %lu\n", (unsigned long)took, (unsigned long)packed_bytes, (unsigned long)zs_bytes(&z));
 }
 
+/* As much of it as tierd has to do at least: read out, compressed, kept, dropped. */
+static void compress_out(char **a)
+{
+	uint64_t page_bytes = (uint64_t)sysconf(_SC_PAGESIZE), bytes = strtoull(a[0], NULL, 10), began, at,
+		 piece_pages = PIECE_BYTES / page_bytes;
+	struct packed *packed = calloc(piece_pages, sizeof(*packed));
+	struct compressor *compressor;
+	struct decompressor *decompressor;
+	int memfd;
+	uint8_t *memory = map_shared(&memfd, bytes), *piece = aligned_alloc(4096, PIECE_BYTES);
+
+	if (!packed || !piece)
+		die("memory");
+	compressor_open(&compressor, &decompressor, page_bytes);
+	fill_half(memory, bytes, page_bytes);
+	memset(piece, 0xff, PIECE_BYTES);
+	began = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+	for (at = 0; at < bytes; at += PIECE_BYTES) {
+		if (pread(memfd, piece, PIECE_BYTES, (off_t)at) != PIECE_BYTES)
+			die("read");
+		pack(compressor, piece, piece_pages, page_bytes, packed);
+		if (fallocate(memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)at, PIECE_BYTES))
+			die("punch");
+	}
+	printf("ok %lu\n", (unsigned long)(clock_ns(CLOCK_THREAD_CPUTIME_ID) - began));
+}
+
 static void swap_out(uint8_t *memory, uint64_t bytes)
 {
 	for (uint64_t at = 0; at < bytes; at += PIECE_BYTES)
@@ -401,6 +429,8 @@ int main(int argc, char **argv)
 		evict(argv + 2);
 	else if (argc == 4 && !strcmp(argv[1], "anonymous"))
 		anonymous(argv + 2);
+	else if (argc == 3 && !strcmp(argv[1], "compress-out"))
+		compress_out(argv + 2);
 	else if (argc == 3 && !strcmp(argv[1], "compress"))
 		compress_all(argv + 2);
 	else if (argc == 5 && !strcmp(argv[1], "get"))

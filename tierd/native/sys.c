@@ -606,14 +606,12 @@ void sys_pool_unmap(void *memory, uint64_t bytes)
 
 int sys_pool_reserve(int fd, void *at, uint64_t offset, uint64_t bytes)
 {
-	/* all at once what writing would fault in page by page, and die of where the file system is full */
-	if (!madvise(at, bytes, MADV_POPULATE_WRITE))
-		return 0;
-	if (errno != EFAULT && errno != EINVAL) /* which is before Linux 5.14 */
+	if (fallocate(fd, 0, (off_t)offset, (off_t)bytes))
 		return -errno;
-	if (fallocate(fd, 0, (off_t)offset, (off_t)bytes)) /* says why writing there would be the end of us */
+	/* all at once what writing would fault in page by page; before Linux 5.14 it does */
+	if (madvise(at, bytes, MADV_POPULATE_WRITE) && errno != EINVAL)
 		return -errno;
-	return madvise(at, bytes, MADV_POPULATE_WRITE) && errno != EINVAL ? -EIO : 0;
+	return 0;
 }
 
 int sys_pool_punch(int fd, uint64_t offset, uint64_t bytes)

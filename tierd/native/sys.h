@@ -148,8 +148,7 @@ int sys_pool_resize(int fd, uint64_t bytes);
 /* *locked: the host's reclaim leaves alone what will be in it; false without the right to lock so much */
 int sys_pool_map(int fd, uint64_t bytes, void **memory, bool *locked);
 void sys_pool_unmap(void *memory, uint64_t bytes);
-/* Space for [offset, offset + bytes), mapped at `at` and ready to be written; zeros where there was a hole. -ENOSPC leaves
- * some of it a hole. */
+/* Space for [offset, offset + bytes), mapped at `at` and ready to be written; zeros where there was a hole. -ENOSPC leaves holes. */
 int sys_pool_reserve(int fd, void *at, uint64_t offset, uint64_t bytes);
 int sys_pool_punch(int fd, uint64_t offset, uint64_t bytes);
 /* The next piece at or after `offset` that was reserved and touched; -ENXIO: there is none. */
