@@ -15,7 +15,7 @@ from tests.native.build import NATIVE, build_driver, build_threads, run_driver, 
 
 pytestmark = pytest.mark.timeout(1800)  # it computes beside other tests, and gives way to them
 
-SEEDS = int(os.environ.get("TIERD_SEEDS", "16000"))
+SEEDS = int(os.environ.get("TIERD_SEEDS", "20000"))
 
 
 @pytest.fixture(scope="module")
