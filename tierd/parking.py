@@ -32,7 +32,7 @@ from tierd.serve import Served, ServedTier
 from tierd.store import IntegrityError, PageSpace, Store, StoreError
 from tierd.store.asked import UNLIMITED, AskedSpace, AskedStore
 from tierd.store.mirror import MirroredSpace
-from tierd.store.records import CompressedSpace, write_runs
+from tierd.store.records import CompressedSpace, each, write_runs
 from tierd.store.seal import SealedSpace, SealKey
 
 TAKEN_MAX = 64  # requests at a time
@@ -479,27 +479,14 @@ class Parking:
         if tier not in self._spaces:
             raise OSError(errno.EAGAIN, f"the store {self._tiers[tier].name} is not open")
         store, space = self._store(tier), self._spaces[tier]
-        turns, waiting = self._turns_of(store), iter(enumerate(runs))
-        results: dict[int, Any] = {}
-        errors: list[Exception] = []
+        turns = self._turns_of(store)
 
-        async def one_after_the_other() -> None:
-            for n, run in waiting:
-                try:
-                    async with turns.of(Rank.BACKGROUND):
-                        with trio.fail_after(CALL_S_MAX):
-                            results[n] = await work(space, *run)
-                except Exception as error:  # a plug-in's may be any
-                    errors.append(error)
-                if errors:
-                    return
+        async def in_turn(*run: Any) -> Any:
+            async with turns.of(Rank.BACKGROUND):
+                with trio.fail_after(CALL_S_MAX):
+                    return await work(space, *run)
 
-        async with trio.open_nursery() as nursery:
-            for _ in range(min(store.concurrency, len(runs))):
-                nursery.start_soon(one_after_the_other)
-        if errors:
-            raise errors[0]
-        return [results[n] for n in range(len(runs))]
+        return await each(in_turn, runs, store.concurrency)
 
 
 class Asked:
@@ -510,10 +497,12 @@ class Asked:
 
     def write(self, tier: int, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
         pieces = self._parking.pieces(tier, runs)
-        if pieces and self._parking.takes_runs(tier):
+        if not pieces:
+            return  # a store that is given nothing is not asked
+        if self._parking.takes_runs(tier):
             self._each(tier, STORE_WRITE, write_runs, [(pieces,)])
-            return
-        self._each(tier, STORE_WRITE, lambda space, page, pages: space.write(page, pages), pieces)
+        else:
+            self._each(tier, STORE_WRITE, lambda space, page, pages: space.write(page, pages), pieces)
 
     def read(self, tier: int, runs: Sequence[tuple[int, int]]) -> list[list[bytes | None]]:
         return self._each(tier, "store read", lambda space, page, count: space.read(page, count), runs)

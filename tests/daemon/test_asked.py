@@ -21,6 +21,8 @@ from tests.kernel.vmm import MIB, Vmm, wait_for
 from tests.store.servers import Server
 
 pytestmark = pytest.mark.usefixtures("kernel")
+# of the 12.1 MiB of a guest `web` that need a store; `evicted` waits for 10.5
+MOST = 10_900_000
 PLUGIN = Path(__file__).parents[1] / "store" / "plugin"
 
 
@@ -39,7 +41,7 @@ def test_pages_leave_for_redis_and_come_back(daemon: Daemon, web: Vmm, redis: Se
     with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
     daemon.start()
     evicted(daemon, "web", web)
-    assert tiers(daemon)["redis"]["stored_bytes"] > 10 * MIB
+    assert tiers(daemon)["redis"]["stored_bytes"] > MOST
     assert 0.2 < tiers(daemon)["redis"]["counters"]["compressed_bytes"] / tiers(daemon)["redis"]["stored_bytes"] < 0.8
     (key,) = (daemon.runtime_dir / "keys").iterdir()
     assert key.stat().st_mode & 0o777 == 0o600
@@ -379,7 +381,7 @@ def test_a_second_copy_for_what_the_first_store_has_wrong(
         pages = sorted(redis.ask("HGETALL", key).items())
         swapped += len(pages)
         redis.ask("HSET", key, *(word for n, (page, _) in enumerate(pages) for word in (page, pages[n - 1][1])))
-    assert swapped > 10 * MIB // 4096
+    assert swapped > MOST // 4096
     web.verify()
     assert not daemon.guests()["web"]["counters"]["pages_lost"]
 
@@ -388,7 +390,7 @@ def test_a_store_that_is_empty_is_not_relied_on(daemon: Daemon, web: Vmm, redis:
     """All that leaves is clean, so nothing would be written: nobody would ask the store anything."""
     with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
     daemon.start()
-    evicted(daemon, "web", web)
+    wait_for(lambda: daemon.stored_bytes("web") == 16 * MIB, "all of it has left")
     assert daemon.tierd("pause", f"web{OURS}").returncode == 0
     web.verify()
     wait_for(lambda: not daemon.guests()["web"]["stored_bytes"].get("redis"), "everything is with the guest")
@@ -397,11 +399,11 @@ def test_a_store_that_is_empty_is_not_relied_on(daemon: Daemon, web: Vmm, redis:
         return sum(redis.ask("HLEN", key) for key in redis.ask("KEYS", "*/*"))
 
     once, unwritten = held(), daemon.guests()["web"]["counters"]["pages_unwritten"]
-    assert once > 10 * MIB // 4096, "the copies stay"
+    assert once > MOST // 4096, "the copies stay"
     redis.ask("FLUSHALL")
     assert daemon.tierd("resume", f"web{OURS}").returncode == 0
-    evicted(daemon, "web", web)
-    wait_for(lambda: held() >= once, "all of it is written again")
+    wait_for(lambda: daemon.stored_bytes("web") == 16 * MIB, "all of it has left again")
+    assert held() == once, "all of it is written again"
     assert daemon.guests()["web"]["counters"]["pages_unwritten"] == unwritten, "no copy was relied on"
     web.verify()
     assert not daemon.guests()["web"]["counters"]["pages_lost"]
@@ -470,20 +472,20 @@ def test_pages_that_are_far_apart_are_few_objects(
     web.verify()
 
 
-def test_a_store_that_is_given_nothing_is_not_asked(daemon: Daemon, boot: Boot, redis: Server, disk_dir: Path) -> None:
-    """Pages that compressed memory takes do not wait for a store below it that hangs, nor for one that packs what it is given."""
-    web = boot("web", 16 * MIB)  # it does not compress: all of it is for the file
+def test_a_reload_that_is_refused_leaves_no_store_behind(daemon: Daemon, web: Vmm, redis: Server, disk_dir: Path) -> None:
+    """Of two that are new the second cannot be used: the first one's keys may be others by the next try."""
+    with_tiers(daemon, "file")
+    daemon.start()
     (disk_dir / "bucket").mkdir(mode=0o700)
     objects = {"scheme": "fs", "options": {"root": str(disk_dir / "bucket")}}
-    stores = {"redis": {"addresses": [redis.address], "second": "objects"}, "objects": objects}
-    with_tiers(daemon, "file", "redis", stores=stores)
-    daemon.start()
-    redis.signal(signal.SIGSTOP)
-    try:
-        evicted(daemon, "web", web)
-    finally:
-        redis.signal(signal.SIGCONT)
-    web.verify()
+    redis.kill()
+    with_tiers(daemon, "objects", "redis", stores={"objects": objects, "redis": {"addresses": [redis.address]}})
+    daemon.signal(signal.SIGHUP)
+    wait_for(lambda: daemon.logged("reload_failed"), "it is refused")
+    assert {store["name"] for store in daemon.status()["stores"]} == {"file"}
+    redis.start()
+    daemon.signal(signal.SIGHUP)
+    wait_for(lambda: {store["name"] for store in daemon.status()["stores"]} == {"file", "objects", "redis"}, "it is taken")
 
 
 def test_what_cannot_be_used_is_told_at_the_start(daemon: Daemon, redis: Server) -> None:
@@ -531,7 +533,7 @@ def test_a_store_that_cannot_even_be_made_keeps_no_guest_waiting(daemon: Daemon,
     daemon.wait_active("web")
     (store,) = (store for store in daemon.status()["stores"] if store["name"] == "redis")
     assert "/nonexistent/ca.pem" in store["reason"]
-    assert daemon.stored_bytes("web") > 10 * MIB
+    assert daemon.stored_bytes("web") > MOST
     daemon.kill()
     with_tiers(daemon, "redis", stores=good)
     daemon.start()
@@ -627,7 +629,7 @@ def test_a_damaged_page_keeps_no_other_from_sinking(daemon: Daemon, web: Vmm, re
     with_tiers(daemon, "redis", {"name": "file", "min_age_s": 0.5}, stores=stores)
     daemon.signal(signal.SIGHUP)
     wait_for(lambda: tiers(daemon)["redis"]["stored_bytes"] <= 3 * web.page_bytes, "all others have sunk", 60)
-    assert tiers(daemon)["file"]["stored_bytes"] > 10 * MIB
+    assert tiers(daemon)["file"]["stored_bytes"] > MOST
     assert not tiers(daemon)["redis"]["counters"]["checksum_errors"], "nobody wanted those yet"
     order = threading.Thread(target=daemon.tierd, args=("restore", f"web{OURS}"))
     order.start()

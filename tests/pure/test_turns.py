@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from tierd.native import Request
-from tierd.parking import LOSS_TOLD_S, READ_TOLD_S, Parking, Rank, Turns
+from tierd.parking import LOSS_TOLD_S, READ_TOLD_S, Asked, Parking, Rank, Turns
 from tierd.store import StoreError
 
 
@@ -186,3 +186,13 @@ def test_a_copy_that_is_lost_is_told_again_when_the_store_has_given_pages_since(
             )
 
     trio.run(check, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_store_that_is_given_nothing_is_not_asked() -> None:
+    """Of a batch that another tier has taken whole: it would wait for its turn there, and for what a slow store does beside."""
+    parking = SimpleNamespace(
+        pieces=lambda tier, runs: list(runs),
+        takes_runs=lambda tier: True,
+        each=lambda *_: pytest.fail("nothing is to be written"),
+    )
+    Asked(cast(Parking, parking)).write(2, [])

@@ -341,21 +341,25 @@ class ObjectSpace:
         await self._clean()
 
     async def _write_segment(self, pages: array[int], records: Records) -> None:
-        runs = list(_runs(pages))
-        await self._store.in_thread(self._reserve, pages, runs)
-        number = self._index.take_number()
-        words = await self._put(number, pages, array("I", [number]) * len(pages), records)
-        for first, end in runs:
+        runs, number = list(_runs(pages)), self._index.take_number()
+        words = await self._put(number, pages, array("I", [number]) * len(pages), records, runs)
+        for first, end in runs:  # without an await: to who cleans, a segment is dead that nothing points to
             self._point(pages[first], words[first:end])
 
-    def _reserve(self, pages: array[int], runs: Sequence[tuple[int, int]]) -> None:
-        for first, end in runs:
-            self._index.reserve(pages[first], end - first)
-
-    async def _put(self, number: int, pages: array[int], generations: array[int], records: Records) -> array[int]:
-        """Make segment `number` durable; its index words. One that failed is dead, and deleted with the dead ones."""
+    async def _put(
+        self,
+        number: int,
+        pages: array[int],
+        generations: array[int],
+        records: Records,
+        new: Sequence[tuple[int, int]] = (),
+    ) -> array[int]:
+        """Make segment `number` durable; its index words. `new`: runs in `pages` for which the index may have no room yet. One
+        that failed is dead, and deleted with the dead ones."""
 
         def put() -> array[int]:
+            for first, end in new:
+                self._index.reserve(pages[first], end - first)
             data, bounds = segments.build(self._name(number), pages, generations, records)
             usage.total_bytes = len(data)
             self._store.bucket.put(self._name(number), data)

@@ -8,10 +8,10 @@ is or a zstd frame of it, so one page is still one record that can be read alone
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import cache, partial
 from itertools import accumulate, pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import trio
 import zstandard
@@ -27,27 +27,34 @@ T = TypeVar("T")
 
 
 async def write_runs(space: PageSpace, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
-    """At once where the space can, else some at a time. The first error, when all that had begun is over."""
+    """At once where the space can, else some at a time."""
     if isinstance(space, RunsSpace):
         await space.write_runs(runs)
-        return
+    else:
+        await each(space.write, runs, WRITES_MAX)
+
+
+async def each(call: Callable[..., Awaitable[T]], items: Sequence[tuple[Any, ...]], most: int) -> list[T]:
+    """What `call` says to the arguments in each, at most so many at a time. The first error, when all that had begun is over."""
+    results: dict[int, T] = {}
     errors: list[Exception] = []
-    waiting = iter(runs)
+    waiting = iter(enumerate(items))
 
     async def one_after_the_other() -> None:
-        for first_page, records in waiting:
+        for n, item in waiting:
             try:
-                await space.write(first_page, records)
+                results[n] = await call(*item)
             except Exception as error:  # a plug-in's may be any
                 errors.append(error)
             if errors:
                 return
 
     async with trio.open_nursery() as nursery:
-        for _ in range(min(WRITES_MAX, len(runs))):
+        for _ in range(min(most, len(items))):
             nursery.start_soon(one_after_the_other)
     if errors:
         raise errors[0]
+    return [results[n] for n in range(len(items))]
 
 
 class PassedOn:
