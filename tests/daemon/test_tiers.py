@@ -60,8 +60,8 @@ def test_what_compressed_memory_takes_of_all_guests(daemon: Daemon, boot: Boot) 
     for name, guest in guests.items():
         evicted(daemon, name, guest)
     used = [tier["used_bytes"] for name in guests for tier in daemon.guests()[name]["tiers"] if tier["name"] == "memory"]
-    assert all(used)
-    assert 2 * MIB < sum(used) < 3.1 * MIB
+    assert min(used) > MIB, "each has its share"
+    assert sum(used) < 3.1 * MIB
     for guest in guests.values():
         guest.verify()
 

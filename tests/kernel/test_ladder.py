@@ -42,7 +42,7 @@ def test_everything_leaves_and_comes_back(vmm: Vmm, host: Host, codec: Codec) ->
     with host.attached(vmm, tiers=LADDER, codec=codec) as tiered:
         tiered.evict_all()
         pool = pool_of(tiered)
-        assert tiered.pages_in("memory") == pool["written_pages"] > vmm.pages * 0.45
+        assert tiered.pages_in("memory") == pool["written_pages"] > vmm.pages / 2
         assert tiered.pages_in("file") == pool["refused_pages"] > vmm.pages / 8, "what does not compress well goes on"
         assert tiered.counters()["tier_pages"][0] > ZEROS + vmm.pages / 5, "a word again and again is stored nowhere"
         assert 0 < pool["compressed_bytes"] < pool["used_bytes"] < tiered.pages_in("memory") * PAGE * 0.75

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tierd.attach import Refused
+from tierd.attach.procfs import boot_id
 from tierd.check import Finding, engine_findings, guest_findings, host_findings, kernel_findings, passed
+from tierd.native import TABLE_BYTES_A_PAGE, Identity, TableRegion, table_create
 
 
 @dataclass
@@ -92,6 +95,13 @@ def test_how_much_memory_may_be_locked(host: Path, limit: str, capability: int, 
     assert passed(bad(host))
     assert ([finding.name for finding in bad(host)] == []) is ok
     assert ok or "8192 KiB: enough for one guest of 0.9 GiB" in bad(host)[0].says
+
+
+def test_a_page_table_takes_no_more_than_is_reckoned_with() -> None:
+    pages, me = 1 << 20, Identity(os.getpid(), 1, boot_id(), "guest", 7, 8_000_000_000, ())
+    with open(os.memfd_create("table"), "r+b") as table:
+        table_create(table.fileno(), me, [TableRegion(1 << 40, pages * os.sysconf("SC_PAGESIZE"), 0, 1, 2)])
+        assert TABLE_BYTES_A_PAGE - 1 < os.fstat(table.fileno()).st_size / pages < TABLE_BYTES_A_PAGE, "and bitmaps"
 
 
 @pytest.mark.parametrize("trial", ["pageout", "pagemap_scan", "poison", "self_zap", "anonymous"])
