@@ -346,13 +346,15 @@ def _still_has(batch: NativeBatch, tier: int, asked: Asked | None) -> bool:
     if page is None:
         return True
     assert asked is not None
+    failed = errno.EBADMSG
     try:
         ((found,),) = asked.read(tier, [(page, 1)])
-    except KernelError:
-        found = None
+    except KernelError as error:
+        found, failed = None, error.errno or errno.EIO
     if found is not None and batch.guest.is_right(page, found):
         return True
-    batch.guest.unclean(tier, read_failed=1)
+    batch.guest.read_failed(tier, failed)
+    batch.guest.unclean(tier)
     return False
 
 
@@ -370,13 +372,22 @@ def _pace(done_bytes: int, bytes_per_s: float | None, began: float) -> None:
 
 
 def _supply(batch: NativeBatch, from_tier: int, asked: Asked | None) -> None:
-    """Out of a tier that is asked, its bytes. What it does not have stays there: a fault, or the next try, says so."""
+    """Out of a tier that is asked, its bytes. What it does not have stays there, and is counted: a fault, or the next try, may
+    say so, too."""
     assert asked is not None
-    runs = list(batch.runs())
-    for run, pages in zip(runs, _readable(asked, from_tier, [(run.page, run.count) for run in runs]), strict=True):
+    guest, runs = batch.guest, list(batch.runs())
+    try:
+        found = _readable(asked, from_tier, [(run.page, run.count) for run in runs])
+    except KernelError as error:
+        if error.errno != errno.ECANCELED:  # else it is the guest that ends
+            guest.read_failed(from_tier, error.errno or errno.EIO)
+        raise
+    for run, pages in zip(runs, found, strict=True):
         for i, page in enumerate(pages):
-            if page is not None and len(page) == batch.guest.page_bytes:
+            if page is not None and len(page) == guest.page_bytes:
                 batch.supply(run.slot + i, [page])
+            else:
+                guest.read_failed(from_tier, errno.EBADMSG)
 
 
 def _readable(asked: Asked, tier: int, runs: Sequence[tuple[int, int]]) -> list[list[bytes | None]]:

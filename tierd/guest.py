@@ -32,7 +32,7 @@ from tierd.attach.procfs import grown, start_ticks
 from tierd.attach.ptrace import same_open_file
 from tierd.config import Policy
 from tierd.engine import Engine, fitting
-from tierd.native import STAGING_TIER, STATES, KernelError, NativeGuest, TierKind, Zap
+from tierd.native import STAGING_TIER, STATES, Health, KernelError, NativeGuest, TierKind, Zap
 from tierd.restore import answered, restore_all
 from tierd.serve import (
     AwaitsHandshake,
@@ -47,7 +47,7 @@ from tierd.serve import (
 from tierd.store import Store, StoreError
 from tierd.store.asked import AskedStore
 from tierd.systemd import Notifier
-from tierd.tiers import Tiers
+from tierd.tiers import Shares, Tiers
 from tierd.view import GuestStatus, Progress, RequestRefused, State
 
 if TYPE_CHECKING:  # it imports what encrypts and compresses, which few need
@@ -74,7 +74,7 @@ class Host:
     notifier: Notifier
     kept_uffds: dict[str, int] = field(default_factory=dict)  # by key: a copy that outlives whatever befalls a Guest
     kept_handed: dict[str, Handed] = field(default_factory=dict)  # by key: what the manager kept of VMMs that connected
-    served_guests: int = 0  # that share the stores
+    shares: Shares = field(default_factory=Shares)  # of the stores
     turns: dict[str, Turns] = field(default_factory=dict)  # of stores that trio asks, by name
     store_trouble: dict[tuple[str, str], str] = field(
         default_factory=dict
@@ -138,7 +138,7 @@ class Guest:
         self._paused = paused
         self._trouble: str | None = None
         self._failures = 0
-        self._hanging: set[str] = set()  # stores, since it was told
+        self._hanging: dict[str, int] = {}  # stores that were told, and how many pages they had given then
         self._lost_told = self._grown_told = 0
         self._uffd_kept = kept_uffd is not None
         self._fragile = self._fragile_told = False
@@ -205,9 +205,9 @@ class Guest:
 
             self._parking = Parking(served, self.key, self._host.stores, self._host.turns_of)
             asked = Asked(self._parking)
-        self._tiers = Tiers(served, self._host.stores, lambda: self._host.served_guests, asked)
+        self._tiers = Tiers(served, self._host.stores, self._host.shares, asked)
         self._state = "paused" if self._paused else "active"
-        self._host.served_guests += 1
+        self._host.shares.guests += 1
         self._apply_reads(served)
         self._log.info(
             "guest_adopted" if served.adoption else "guest_attached",
@@ -219,7 +219,7 @@ class Guest:
         try:
             await self._live(served)
         finally:
-            self._host.served_guests -= 1
+            self._host.shares.guests -= 1
             with trio.CancelScope(shield=True):  # an order may still have a thread in the guest's tables: bounded
                 async with self._worker:
                     self._served = None
@@ -634,29 +634,46 @@ class Guest:
             self._tell_lost(native, health.pages_lost)
         self._tell_parking()
         in_files = max(health.oldest_busy_ns, health.overdue_ns, health.worker_io_ns) > HUNG_TOLD_S * 1e9
-        asked = health.asked_ns > HUNG_TOLD_S * 1e9
-        kinds = {TierKind.FILE: in_files, TierKind.ASKED: asked, TierKind.MEMORY: False}
-        hanging = {name for name, tier in served.tiers.items() if kinds[tier.space.kind]}
-        if (in_files or asked) and not hanging:  # compressed memory that was swapped out, say
+        hanging = {
+            name
+            for name, tier in served.tiers.items()
+            if (in_files and tier.space.kind is TierKind.FILE) or health.asked_ns[tier.number] > HUNG_TOLD_S * 1e9
+        }
+        if in_files and not hanging:  # compressed memory that was swapped out, say
             hanging = set(served.tiers)
-        if hanging - self._hanging:
+        self._tell_hanging(served, hanging, health)
+
+    def _tell_hanging(self, served: Served, hanging: set[str], health: Health) -> None:
+        """Each store by itself. One that is asked gives no answer when it is given up, at its deadline, and asked again."""
+        if not hanging and not self._hanging:
+            return
+        given = {name: served.native.tier_counters(tier.number)["read_pages"] for name, tier in served.tiers.items()}
+        if begun := hanging - self._hanging.keys():
             call = "read" if health.worker_io_ns <= HUNG_TOLD_S * 1e9 else "call"
             trouble = f"guest {self.name} has waited for a {call} of the store for more than {HUNG_TOLD_S:g} s"
-            for name in hanging:
+            for name in begun:
                 self._host.store_trouble[name, f"{self.key} hangs"] = trouble
             self._log.error(
                 "store_hangs",
-                stores=sorted(hanging),
+                stores=sorted(begun),
                 fault_threads=health.fault_threads,
                 hung_threads=health.hung_threads,
                 waiting_pages=health.parked_pages + health.asked_pages,
                 eviction_hangs=health.worker_io_ns > HUNG_TOLD_S * 1e9,
                 action="see to the store; faults that do not need it are served",
             )
-        elif self._hanging and not hanging:
-            self._host.forget_trouble(f"{self.key} hangs")
-            self._log.info("store_answers_again", fault_threads=health.fault_threads)
-        self._hanging = self._hanging | hanging if hanging else set()
+            self._hanging.update({name: given[name] for name in begun})
+        over = {
+            name
+            for name, before in self._hanging.items()
+            if name not in hanging
+            and (served.tiers[name].space.kind is not TierKind.ASKED or given[name] > before or not health.asked_pages)
+        }
+        if over:
+            for name in over:
+                del self._hanging[name]
+                self._host.store_trouble.pop((name, f"{self.key} hangs"), None)
+            self._log.info("store_answers_again", stores=sorted(over), fault_threads=health.fault_threads)
 
     def _tell_parking(self) -> None:
         """Stores that are asked: what is wrong with this guest's space there, and those that cannot be had."""

@@ -8,25 +8,55 @@ they are used. `evict` and `sink` run in the guest's worker thread and block; wh
 from __future__ import annotations
 
 import errno
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from tierd import cycle
 from tierd import policy as policies
 from tierd.config import Policy, Tier
 from tierd.native import KernelError, TierKind
 from tierd.serve import Served, ServedTier
-from tierd.store import Store
+from tierd.store import Space, Store
 from tierd.view import TierStatus
+
+POOL_BYTES = 1 << 20  # what a pool may take beside the pages that it is given: its slots and its index grow in steps
+
+
+class Shares:
+    """What guests that write at the same time may take of the stores that they share: together never more than there is.
+
+    Who is going to write claims room first, as much as it may write; nobody else is given that until it is let go. Any thread."""
+
+    def __init__(self) -> None:
+        self.guests = 0  # that share the stores
+        self._lock = threading.Lock()
+        self._claims: dict[str, dict[object, tuple[Space, int]]] = {}  # by store and owner: so far its space may grow
+
+    def claim(self, store: Store, owner: object, space: Space, size: Callable[[int], int]) -> int:
+        """So far the space of `owner`, who writes nothing just now, may grow: what `size` says to the bytes that others have
+        claimed and not written yet."""
+        with self._lock:
+            claims = self._claims.setdefault(store.name, {})
+            # before the store is looked at: what is written in between counts twice, and not never
+            others = sum(max(most - of.used_bytes(), 0) for who, (of, most) in claims.items() if who is not owner)
+            claims[owner] = space, size(others)
+            return claims[owner][1]
+
+    def let_go(self, owner: object) -> None:
+        with self._lock:
+            for claims in self._claims.values():
+                claims.pop(owner, None)
 
 
 class Tiers:
-    """Of a guest that is served. `stores`: by name. `sharing`: how many guests share them."""
+    """Of a guest that is served. `stores`: by name. `shares`: of them, with other guests."""
 
     def __init__(
-        self, served: Served, stores: Mapping[str, Store], sharing: Callable[[], int], asked: cycle.Asked | None
+        self, served: Served, stores: Mapping[str, Store], shares: Shares, asked: cycle.Asked | None
     ) -> None:
-        self._served, self._stores, self._sharing, self._asked = served, stores, sharing, asked
+        self._served, self._stores, self._shares, self._asked = served, stores, shares, asked
         self._failures: dict[str, tuple[int, float]] = {}  # by name: how often in a row, and when it is tried again
         self._errors: dict[str, int] = {}  # by name: of its reads and writes, when its copies were relied on last
 
@@ -39,20 +69,19 @@ class Tiers:
         now = time.monotonic()
         return tier.space.ready and self._failures.get(tier.name, (0, now))[1] <= now
 
-    def capacity(self, tier: ServedTier, policy: Policy) -> int:
-        """What the tier may hold of this guest, by the policy, by its store and by the host; the data plane is told. Bytes."""
-        store = self._stores.get(tier.name)
-        free = store.free_bytes() if store is not None else 0
-        if tier.space.kind is TierKind.MEMORY:  # guests that got cold together must not each take all of it
-            free //= max(self._sharing(), 1)
-        capacity = tier.space.used_bytes() + free
+    def capacity(self, tier: ServedTier, policy: Policy, claimed_bytes: int | None = None) -> int:
+        """What the tier may hold of this guest, by the policy, by its store and by the host. Bytes. `claimed_bytes`: right now,
+        so much of what is free is other guests' already."""
+        store, used = self._stores.get(tier.name), tier.space.used_bytes()
+        free = store.free_bytes(now=claimed_bytes is not None) if store is not None else 0
+        capacity = used + max(free - (claimed_bytes or 0), 0)
+        if tier.space.kind is TierKind.MEMORY and store is not None:
+            guests = max(self._shares.guests, 1)  # who is first must not take all of it, nor is it kept for who has no use
+            capacity = min(capacity, max((store.used_bytes() + free) // guests, used + free // guests))
         own = next(
             (t.capacity for t in policy.tiers if t.name == tier.name), 0
         )  # 0: the policy has no such tier any more
-        if own is not None:
-            capacity = min(capacity, own)
-        self._served.native.set_capacity(tier.number, capacity)
-        return capacity
+        return capacity if own is None else min(capacity, own)
 
     def room(self, tier: ServedTier, policy: Policy) -> int:
         """Bytes that the tier may still take of this guest."""
@@ -62,6 +91,23 @@ class Tiers:
         """Where pages that are idle for so long may go now, as far as there is room."""
         old_enough = {tier.name for tier in policies.tiers_for(policy, min_idle_s)}
         return [tier for tier in self.usable(policy) if tier.name in old_enough and self.room(tier, policy)]
+
+    @contextmanager
+    def _claimed(self, tiers: Sequence[ServedTier], policy: Policy, most: int) -> Iterator[None]:
+        """Room in each of these for `most` bytes of guest memory, or as much as there is, and for nobody else meanwhile: the data
+        plane is told."""
+        try:
+            for tier in tiers:
+                more = most + (POOL_BYTES if tier.space.kind is TierKind.MEMORY else 0)
+
+                def size(claimed_bytes: int, tier: ServedTier = tier, more: int = more) -> int:
+                    return min(self.capacity(tier, policy, claimed_bytes), tier.space.used_bytes() + more)
+
+                size_bytes = self._shares.claim(self._stores[tier.name], self, tier.space, size)
+                self._served.native.set_capacity(tier.number, size_bytes)
+            yield
+        finally:
+            self._shares.let_go(self)
 
     # --- worker -----------------------------------------------------------------------------------------------------------
 
@@ -77,18 +123,19 @@ class Tiers:
             if not tiers or evicted >= max_bytes:
                 continue
             numbers = [tier.number for tier in tiers]
-            evicted += cycle.evict(
-                self._served.native,
-                min_idle_s=age_s,
-                max_bytes=max_bytes - evicted,
-                tiers=numbers,
-                keep=set(numbers).intersection(self._relied_on(policy)),
-                hold_ms_max=policy.hold_ms_max,
-                phases=phases,
-                check=check,
-                bytes_per_s=policy.evict_rate_max,
-                asked=self._asked,
-            )
+            with self._claimed(tiers, policy, max_bytes - evicted):
+                evicted += cycle.evict(
+                    self._served.native,
+                    min_idle_s=age_s,
+                    max_bytes=max_bytes - evicted,
+                    tiers=numbers,
+                    keep=set(numbers).intersection(self._relied_on(policy)),
+                    hold_ms_max=policy.hold_ms_max,
+                    phases=phases,
+                    check=check,
+                    bytes_per_s=policy.evict_rate_max,
+                    asked=self._asked,
+                )
         return evicted, self._took(before)
 
     def _took(self, before: Mapping[str, int]) -> set[str]:
@@ -162,17 +209,18 @@ class Tiers:
         if not most:
             return 0
         try:
-            return cycle.demote(
-                self._served.native,
-                above.number,
-                [tier.number for tier in to],
-                min_idle_s=demotion.min_idle_s,
-                max_bytes=most,
-                phases=phases,
-                check=check,
-                bytes_per_s=policy.demote_rate_max,
-                asked=self._asked,
-            )
+            with self._claimed(to, policy, most):
+                return cycle.demote(
+                    self._served.native,
+                    above.number,
+                    [tier.number for tier in to],
+                    min_idle_s=demotion.min_idle_s,
+                    max_bytes=most,
+                    phases=phases,
+                    check=check,
+                    bytes_per_s=policy.demote_rate_max,
+                    asked=self._asked,
+                )
         except KernelError as error:
             if error.errno != errno.ENOSPC or error.tier:
                 raise

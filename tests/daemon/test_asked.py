@@ -211,7 +211,7 @@ def test_a_store_that_hangs_delays_nobody_else(daemon: Daemon, boot: Boot, web: 
         {"name": f"web{OURS}", **POLICY, "tiers": ["memory", "redis"]},
         {"name": f"other{OURS}", **POLICY, "tiers": ["file"]},
     ]
-    daemon.write(guests=rules, stores={"redis": {"addresses": [redis.address]}})
+    daemon.write(guests=rules, stores={"redis": {"addresses": [redis.address], "deadline_s": 3}})
     daemon.start()
     evicted(daemon, "web", web)
     evicted(daemon, "other", other)
@@ -223,6 +223,8 @@ def test_a_store_that_hangs_delays_nobody_else(daemon: Daemon, boot: Boot, web: 
         other.verify()
         healthy = {store["name"]: store["healthy"] for store in daemon.status()["stores"]}
         assert healthy == {"redis": False, "memory": True, "file": True}
+        time.sleep(4)
+        assert not daemon.logged("store_answers_again"), "a request that was given up is no answer"
     finally:
         redis.signal(signal.SIGCONT)
     wait_for(web.answered, "its pages have come")
@@ -270,11 +272,16 @@ def test_of_two_stores_of_one_guest_the_one_that_hangs_does_not_delay_the_other(
         assert before < 48
         begin(pages[48:])
         wait_for(lambda: len(came) > before + 12, "those of the store that answers have come", 5)
+        assert daemon.logged("store_hangs")[0]["stores"] == ["redis"], "only that one"
+        assert {name: tier["healthy"] for name, tier in tiers(daemon).items()} == {"redis": False, "objects": True}
     finally:
         redis.signal(signal.SIGCONT)
     for reader in readers:
         reader.join()
     web.verify()
+    (told,) = wait_for(lambda: daemon.logged("store_answers_again"), "it is well again")
+    assert told["stores"] == ["redis"]
+    wait_for(lambda: tiers(daemon)["redis"]["healthy"], "it is shown")
 
 
 def test_what_a_store_says_instead_of_pages_is_told(daemon: Daemon, web: Vmm, redis: Server) -> None:
@@ -630,12 +637,30 @@ def test_a_damaged_page_keeps_no_other_from_sinking(daemon: Daemon, web: Vmm, re
     daemon.signal(signal.SIGHUP)
     wait_for(lambda: tiers(daemon)["redis"]["stored_bytes"] <= 3 * web.page_bytes, "all others have sunk", 60)
     assert tiers(daemon)["file"]["stored_bytes"] > MOST
-    assert not tiers(daemon)["redis"]["counters"]["checksum_errors"], "nobody wanted those yet"
+    counters = tiers(daemon)["redis"]["counters"]
+    assert counters["checksum_errors"] >= 3 > counters["read_errors"], "it is told before a guest wants them"
     order = threading.Thread(target=daemon.tierd, args=("restore", f"web{OURS}"))
     order.start()
-    wait_for(lambda: tiers(daemon)["redis"]["counters"]["checksum_errors"], "what is wrong is no mere read error")
+    before = counters["checksum_errors"]
+    wait_for(lambda: tiers(daemon)["redis"]["counters"]["checksum_errors"] > before, "it is told again")
+    assert not tiers(daemon)["redis"]["counters"]["read_errors"], "what is wrong is no mere read error"
     daemon.kill()
     order.join()
+
+
+def test_reads_that_fail_while_pages_sink_are_counted(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    stores = {"redis": {"addresses": [redis.address]}}
+    with_tiers(daemon, "redis", {"name": "file", "min_age_s": 3600}, stores=stores)
+    daemon.start()
+    evicted(daemon, "web", web)
+    redis.ask("ACL SETUSER", "default", "-hmget")
+    with_tiers(daemon, "redis", {"name": "file", "min_age_s": 0.5}, stores=stores)
+    daemon.signal(signal.SIGHUP)
+    wait_for(lambda: tiers(daemon)["redis"]["counters"]["read_errors"], "they are counted")
+    assert not tiers(daemon)["file"]["stored_bytes"]
+    redis.ask("ACL SETUSER", "default", "+hmget")
+    wait_for(lambda: not tiers(daemon)["redis"]["stored_bytes"], "all have sunk", 60)
+    web.verify()
 
 
 def test_a_store_that_is_another_place_by_now_loses_nothing(daemon: Daemon, web: Vmm, redis: Server) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import pytest
 
@@ -62,6 +63,28 @@ def test_what_compressed_memory_takes_of_all_guests(daemon: Daemon, boot: Boot) 
     used = [tier["used_bytes"] for name in guests for tier in daemon.guests()[name]["tiers"] if tier["name"] == "memory"]
     assert min(used) > MIB, "each has its share"
     assert sum(used) < 3.1 * MIB
+    for guest in guests.values():
+        guest.verify()
+
+
+def test_what_a_disk_takes_of_all_guests(daemon: Daemon, boot: Boot) -> None:
+    """At no time more than its capacity, though all guests get cold together."""
+    guests = {name: boot(name, 16 * MIB) for name in ("web", "other", "third")}
+    with_tiers(daemon, "file", store={"path": str(daemon.store_dir), "capacity": "6MiB"})
+    daemon.start()
+    most = 0
+
+    def full() -> bool:
+        nonlocal most
+        used = sum(path.stat().st_blocks * 512 for path in daemon.store_dir.glob("*.pages"))
+        most = max(most, used)
+        return used > 5 * MIB
+
+    wait_for(full, "it is used")
+    end = time.monotonic() + 1.5  # some cycles more
+    while time.monotonic() < end:
+        full()
+    assert most <= 6 * MIB
     for guest in guests.values():
         guest.verify()
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.kernel.vmm import MIB, Host, Tiered, Vmm, wait_for
 from tierd.engine import choose
-from tierd.tiers import Tiers
+from tierd.tiers import Shares, Tiers
 
 Start = Callable[..., Vmm]
 ARRIVING = 6  # of the states of a page: internal.h
@@ -101,7 +101,7 @@ def test_no_copy_is_relied_on_after_a_read_that_failed(start_vmm: Start, host: H
     vmm = start_vmm(f"bytes={4 * MIB}")
     vmm.ask("fill")
     with host.attached(vmm, readahead_pages=1, read_deadline_s=60.0) as tiered:
-        tiers = Tiers(tiered.served, {}, lambda: 1, None)
+        tiers = Tiers(tiered.served, {}, Shares(), None)
         tiered.evict_all()
         once = _written(tiered)
         vmm.verify()

@@ -18,7 +18,7 @@ from tests.kernel.vmm import MIB, PAGE, Host, Tiered, Vmm, wait_for
 from tierd.config import Policy, Tier
 from tierd.native import Codec, KernelError
 from tierd.store import Store, StoreError
-from tierd.tiers import Tiers
+from tierd.tiers import Shares, Tiers
 
 Start = Callable[..., Vmm]
 LADDER = ("memory", "file")
@@ -85,8 +85,8 @@ def test_a_tier_that_gets_pages_by_sinking_is_known_to_take_them(vmm: Vmm, host:
     """After a failure nothing else would say that it is well again."""
     policy = Policy(tiers=(Tier(name="memory", capacity=0), Tier(name="file")))
     with host.attached(vmm, tiers=LADDER) as tiered:
-        wide = cast(Store, SimpleNamespace(free_bytes=lambda: 1 << 40, used_bytes=lambda: 0))
-        tiers = Tiers(tiered.served, dict.fromkeys(LADDER, wide), lambda: 1, None)
+        wide = cast(Store, SimpleNamespace(name="wide", free_bytes=lambda now=False: 1 << 40, used_bytes=lambda: 0))
+        tiers = Tiers(tiered.served, dict.fromkeys(LADDER, wide), Shares(), None)
         tiered.evict_all()
         tiers.failed(tiered.served.tiers["file"].number, lambda _: 0.0)
         sunk, took = tiers.sink(policy, tiered.options.phases, lambda: None)

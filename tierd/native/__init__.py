@@ -254,7 +254,7 @@ class Health:
     asked_pages: int
     oldest_busy_ns: int
     overdue_ns: int
-    asked_ns: int
+    asked_ns: tuple[int, ...]  # by tier
     worker_io_ns: int
     pages_lost: int
     spent_pages: int
@@ -696,7 +696,7 @@ class NativeGuest:
         """Cheap: no look at the page table. hung: busy with one fault for longer than `hung_s`."""
         out = ffi.new("struct tierd_health *")
         lib.tierd_guest_health(self._g, int(hung_s * 1e9), out)
-        result: Health = _fields(out, Health)
+        result: Health = _fields(out, Health, asked_ns=tuple(out.asked_ns))
         return result
 
     def set_uffd_in_vmm(self, uffd_in_vmm: int) -> None:
@@ -818,13 +818,17 @@ class NativeGuest:
         check(lib.tierd_guest_restore(self._g, next_page, max_pages, restored), "restore")
         return next_page[0], restored[0]
 
-    def unclean(self, tier: int, read_failed: int = 0) -> None:
-        """The copies that a tier has of clean pages are not relied on any more. `read_failed`: so many reads have shown it, which
-        the tier's counters say then. Takes 0.1 ms a GiB. Worker."""
-        check(lib.tierd_guest_unclean(self._g, tier, read_failed), "look at clean pages")
+    def unclean(self, tier: int) -> None:
+        """The copies that a tier has of clean pages are not relied on any more. Takes 0.1 ms a GiB. Worker."""
+        check(lib.tierd_guest_unclean(self._g, tier), "look at clean pages")
+
+    def read_failed(self, tier: int, error: int) -> None:
+        """A worker's read of a store that is asked failed, with this errno (EBADMSG: something else was read than was written):
+        it is counted. Any thread."""
+        check(lib.tierd_guest_read_failed(self._g, tier, -error), "count an error")
 
     def write_failed(self, tier: int, error: int) -> None:
-        """A write to a store that is asked failed, with this errno: it is counted. Any thread."""
+        """As read_failed."""
         check(lib.tierd_guest_write_failed(self._g, tier, -error), "count an error")
 
     def discard(self, max_pages: int, keep: Collection[int] = ()) -> int:

@@ -190,16 +190,17 @@ void request_end(struct tierd_guest *g, const struct request *r)
 	pthread_mutex_unlock(&a->lock);
 }
 
-void asking_ages(struct tierd_guest *g, uint64_t now_ns, uint64_t *asked_ns, uint64_t *answered_ns)
+/* `asked_ns` is all 0 before. */
+void asking_ages(struct tierd_guest *g, uint64_t now_ns, uint64_t asked_ns[TIERD_TIERS], uint64_t *answered_ns)
 {
 	struct asking *a = g->asking;
 
-	*asked_ns = *answered_ns = 0;
+	*answered_ns = 0;
 	if (!a || !atomic_load(&g->asked_pages))
 		return;
 	pthread_mutex_lock(&a->lock);
 	for (struct slot *s = a->slots; s < a->slots + REQUESTS_MAX; s++) {
-		uint64_t *age_ns = s->state == ANSWERED ? answered_ns : asked_ns;
+		uint64_t *age_ns = s->state == ANSWERED ? answered_ns : &asked_ns[s->tier];
 
 		if ((s->state == WAITING || s->state == TAKEN || s->state == ANSWERED) && now_ns > s->since_ns &&
 		    now_ns - s->since_ns > *age_ns)

@@ -528,7 +528,7 @@ int tierd_batch_supply(struct tierd_batch *b, uint32_t slot, uint32_t count, con
 	return 0;
 }
 
-/* What was not supplied, or is not what was stored, stays where it is. */
+/* What was not supplied (who supplies counts why: tierd_guest_read_failed), or is not what was stored, stays where it is. */
 static void copy_supplied(struct tierd_batch *b, struct tierd_batch_result *ret)
 {
 	uint32_t kept = 0, count = b->count;
@@ -545,7 +545,8 @@ static void copy_supplied(struct tierd_batch *b, struct tierd_batch_result *ret)
 			kept++;
 			continue;
 		}
-		count_unreadable(b, error);
+		if (error != -ENODATA)
+			count_unreadable(b, error);
 		stay(b, kept);
 	}
 	b->count = kept;
@@ -1582,15 +1583,25 @@ static uint64_t stale_run(struct tierd_guest *g, uint64_t page, uint64_t max_pag
 	return n;
 }
 
-int tierd_guest_unclean(struct tierd_guest *g, uint32_t tier, uint32_t read_failed)
+int tierd_guest_unclean(struct tierd_guest *g, uint32_t tier)
 {
 	int error = tier < TIERD_TIERS && tier_exists(g, tier) ? guest_enter(g) : -EINVAL;
 
 	if (error)
 		return error;
 	unclean_tier(g, tier);
-	count_add(&g->tier_counts[tier].read_errors, read_failed);
 	guest_leave(g);
+	return 0;
+}
+
+int tierd_guest_read_failed(struct tierd_guest *g, uint32_t tier, int32_t error)
+{
+	bool wrong = error == -EBADMSG;
+
+	if (tier >= TIERD_TIERS || !tier_is_asked(g, tier))
+		return -EINVAL;
+	count_add(wrong ? &g->tier_counts[tier].checksum_errors : &g->tier_counts[tier].read_errors, 1);
+	count_error(g, wrong ? &g->count.checksum_errors : &g->count.store_read_errors, error);
 	return 0;
 }
 

@@ -568,7 +568,7 @@ bool ask(struct tierd_guest *g, const struct request *r); /* false: no room */
 bool answer_take(struct tierd_guest *g, struct request *ret);
 void request_end(struct tierd_guest *g, const struct request *r);
 /* For how long the oldest request waits for Python, and the oldest answer for a fault thread; 0: none does. */
-void asking_ages(struct tierd_guest *g, uint64_t now_ns, uint64_t *asked_ns, uint64_t *answered_ns);
+void asking_ages(struct tierd_guest *g, uint64_t now_ns, uint64_t asked_ns[TIERD_TIERS], uint64_t *answered_ns);
 
 /* thread.c */
 int threads_stop(struct tierd_guest *g);

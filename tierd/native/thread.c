@@ -353,7 +353,7 @@ void tierd_guest_health(struct tierd_guest *g, uint64_t hung_ns, struct tierd_he
 				     .worker_io_ns = io_since_ns ? now_ns - io_since_ns : 0,
 				     .pages_lost = atomic_load(&g->count.pages_lost),
 				     .spent_pages = atomic_load(&g->spent_pages)};
-	asking_ages(g, now_ns, &ret->asked_ns, &answered_ns);
+	asking_ages(g, now_ns, ret->asked_ns, &answered_ns);
 	if (answered_ns > ret->overdue_ns)
 		ret->overdue_ns = answered_ns;
 	pthread_mutex_lock(&g->threads_lock);

@@ -203,7 +203,7 @@ struct tierd_health {
 	uint32_t asked_pages;    /* that Python was asked for */
 	uint64_t oldest_busy_ns; /* for how long the oldest fault is in service; 0: none is */
 	uint64_t overdue_ns;     /* for how long a parked fault has been due, or an answer of Python's; 0: none is */
-	uint64_t asked_ns;       /* for how long the oldest request waits for Python's answer; 0: none does */
+	uint64_t asked_ns[TIERD_TIERS]; /* by tier: for how long the oldest request waits for Python's answer; 0: none does */
 	uint64_t worker_io_ns;   /* for how long the worker has been in one call of the store; 0: it is in none */
 	uint64_t pages_lost;     /* so far */
 	uint64_t spent_pages;    /* about: with the guest and, still, in the staging area */
@@ -385,10 +385,11 @@ int tierd_guest_restore(struct tierd_guest *g, uint64_t *next_page, uint64_t max
  * too), counts what is RESIDENT again and what stays LOST. Pages of tiers that Python asks are asked for and not counted: with no room
  * for a request, it ends early. *next_page == pages of the guest when there are no more. */
 int tierd_guest_retry(struct tierd_guest *g, uint64_t *next_page, uint64_t *recovered, uint64_t *still_lost);
-/* Nobody relies on the copies that a tier has of clean pages any more: these are written when they leave. read_failed: so many reads of
- * a tier that Python asks have shown it; they are counted. */
-int tierd_guest_unclean(struct tierd_guest *g, uint32_t tier, uint32_t read_failed);
-/* A write to a tier that Python asks failed: it is counted. Any thread. */
+/* Nobody relies on the copies that a tier has of clean pages any more: these are written when they leave. */
+int tierd_guest_unclean(struct tierd_guest *g, uint32_t tier);
+/* What a worker read or wrote in a tier that Python asks failed (-EBADMSG: something else was read than was written): it is counted. Any
+ * thread. */
+int tierd_guest_read_failed(struct tierd_guest *g, uint32_t tier, int32_t error);
 int tierd_guest_write_failed(struct tierd_guest *g, uint32_t tier, int32_t error);
 /* Gives back store space of pages that were fetched since; but, in the tiers of `keep` (bit i: tier i), not of those that nobody has
  * written to since. */

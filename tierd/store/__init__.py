@@ -102,8 +102,8 @@ class Store(Protocol):
         ...
 
     def used_bytes(self) -> int: ...
-    def free_bytes(self) -> int:
-        """What may still be written, by capacity and by the file system."""
+    def free_bytes(self, *, now: bool = False) -> int:
+        """What may still be written, by capacity and by the file system. `now`: and not as of a moment ago."""
         ...
 
 

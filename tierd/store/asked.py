@@ -83,7 +83,7 @@ class AskedStore:
         with self._counting:
             return sum(space.used_bytes() for space in self._spaces)
 
-    def free_bytes(self) -> int:
+    def free_bytes(self, *, now: bool = False) -> int:
         if self.trouble:
             return 0
         return UNLIMITED if self.capacity_bytes is None else max(self.capacity_bytes - self.used_bytes(), 0)

@@ -63,11 +63,11 @@ class DirectoryStore:
         """Of a file system of this size: what is left to others."""
         raise NotImplementedError
 
-    def free_bytes(self) -> int:
+    def free_bytes(self, *, now: bool = False) -> int:
         disk = os.statvfs(self.path)
         free = max(disk.f_bavail * disk.f_frsize - self.reserve_bytes(disk.f_blocks * disk.f_frsize), 0)
         if self._capacity_bytes is not None:
-            free = min(free, max(self._capacity_bytes - self.used_bytes(), 0))
+            free = min(free, max(self._capacity_bytes - self.used_bytes(now=now), 0))
         return free
 
     def create_file(self, key: str, flags: int = 0) -> tuple[int, Path]:
@@ -93,14 +93,15 @@ class DirectoryStore:
                 swept.append(key)
         return swept
 
-    def used_bytes(self) -> int:
-        """Blocks of all guests' files; looked up at most once a second."""
-        if time.monotonic() - self._used_at > USED_CACHE_S:
+    def used_bytes(self, *, now: bool = False) -> int:
+        """Blocks of all guests' files; looked up at most once a second, but for those of `now`."""
+        if now or time.monotonic() - self._used_at > USED_CACHE_S:
             used = 0
             for path in self.path.glob(f"{PREFIX}*{self.suffix}"):
                 with contextlib.suppress(FileNotFoundError):  # a guest that is being deleted
                     used += path.lstat().st_blocks * 512
             self._used, self._used_at = used, time.monotonic()
+            return used
         return self._used
 
 
