@@ -31,23 +31,23 @@ class Shares:
 
     def __init__(self) -> None:
         self.guests = 0  # that share the stores
-        self._lock = threading.Lock()
         self._claims: dict[str, dict[object, tuple[Space, int]]] = {}  # by store and owner: so far its space may grow
+        self._locks: dict[str, threading.Lock] = {}  # by store: one that hangs holds up no other
 
     def claim(self, store: Store, owner: object, space: Space, size: Callable[[int], int]) -> int:
         """So far the space of `owner`, who writes nothing just now, may grow: what `size` says to the bytes that others have
-        claimed and not written yet."""
-        with self._lock:
-            claims = self._claims.setdefault(store.name, {})
+        claimed and not written yet. Blocks as the store does."""
+        claims = self._claims.setdefault(store.name, {})
+        with self._locks.setdefault(store.name, threading.Lock()):
             # before the store is looked at: what is written in between counts twice, and not never
-            others = sum(max(most - of.used_bytes(), 0) for who, (of, most) in claims.items() if who is not owner)
-            claims[owner] = space, size(others)
-            return claims[owner][1]
+            others = sum(max(most - of.used_bytes(), 0) for who, (of, most) in list(claims.items()) if who is not owner)
+            granted = size(others)
+            claims[owner] = space, granted
+            return granted
 
     def let_go(self, owner: object) -> None:
-        with self._lock:
-            for claims in self._claims.values():
-                claims.pop(owner, None)
+        for claims in list(self._claims.values()):
+            claims.pop(owner, None)
 
 
 class Tiers:
