@@ -40,7 +40,7 @@ REOPEN_S, REOPEN_S_MAX = 0.5, 10.0
 PATIENCE_S = 1.0  # with the first of two copies
 READ_TOLD_S = 10.0  # between two errors of reads that are told, of one store
 LOSS_TOLD_S = 600.0  # between two losses: one that has lost a part gives pages meanwhile
-CALL_S_MAX = 60.0  # for a call in the background, whatever its store's own deadlines are
+CALL_S_MIN, CALL_DEADLINES = 60.0, 6  # what a call in the background may take: so many of its store's deadlines
 Work = Callable[..., Awaitable[Any]]  # on a PageSpace and a run of pages
 DELETE_S_MAX = 10.0  # for the pages of a guest that is over; then the sweep has them
 
@@ -483,7 +483,7 @@ class Parking:
 
         async def in_turn(*run: Any) -> Any:
             async with turns.of(Rank.BACKGROUND):
-                with trio.fail_after(CALL_S_MAX):
+                with trio.fail_after(max(CALL_S_MIN, CALL_DEADLINES * store.deadline_s)):
                     return await work(space, *run)
 
         return await each(in_turn, runs, store.concurrency)

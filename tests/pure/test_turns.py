@@ -196,3 +196,24 @@ def test_a_store_that_is_given_nothing_is_not_asked() -> None:
         each=lambda *_: pytest.fail("nothing is to be written"),
     )
     Asked(cast(Parking, parking)).write(2, [])
+
+
+@pytest.mark.parametrize(("deadline_s", "seconds"), [(0.5, 60), (10, 60), (100, 600)])
+def test_how_long_a_write_may_take(deadline_s: float, seconds: float) -> None:
+    """A store whose reads may take long is given as much more for its writes."""
+
+    async def check() -> None:
+        guest = cast("Any", SimpleNamespace(spec=SimpleNamespace(name="web", pid=1), tiers={}))
+        parking = cast("Any", Parking(guest, "1-1", {}, lambda store: Turns(8)))
+        parking._spaces = {1: None}
+        parking._store = lambda tier: SimpleNamespace(name="redis", deadline_s=deadline_s, concurrency=8)
+
+        async def write(space: None) -> None:
+            await trio.sleep_forever()
+
+        began = trio.current_time()
+        with pytest.raises(trio.TooSlowError):
+            await parking._until_over(1, write, [()])
+        assert trio.current_time() - began == pytest.approx(seconds)
+
+    trio.run(check, clock=trio.testing.MockClock(autojump_threshold=0))
