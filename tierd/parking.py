@@ -32,8 +32,8 @@ from tierd.serve import Served, ServedTier
 from tierd.store import IntegrityError, PageSpace, Store, StoreError
 from tierd.store.asked import UNLIMITED, AskedSpace, AskedStore
 from tierd.store.mirror import MirroredSpace
-from tierd.store.records import CompressedSpace, each, write_runs
-from tierd.store.seal import SealedSpace, SealKey
+from tierd.store.records import RecordSpace, each, write_runs
+from tierd.store.seal import SealKey
 
 TAKEN_MAX = 64  # requests at a time
 REOPEN_S, REOPEN_S_MAX = 0.5, 10.0
@@ -313,7 +313,7 @@ class Parking:
                 self._keys[store.name] = await trio.to_thread.run_sync(self._seal_key, store, bool(anything))
             key = self._keys[store.name]
             self._as_opened[store.name] = space
-            return CompressedSpace(space if key is None else SealedSpace(space, key), served.page_bytes)
+            return RecordSpace(space, served.page_bytes, key)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await space.aclose()

@@ -11,7 +11,7 @@ import trio
 
 from tests.store.writers import sealed
 from tierd.store import PageSpace, StoreError
-from tierd.store.records import CompressedSpace
+from tierd.store.records import RecordSpace
 from tierd.testing import PAGE, check
 
 
@@ -211,7 +211,7 @@ class WrappedStore(Store):
 
     async def open(self, key: str, pages: int, page_bytes: int) -> PageSpace:  # type: ignore[override]
         space: PageSpace = await super().open(key, pages, page_bytes)
-        return CompressedSpace(sealed(space, self.keys, key, pages) if self.keys else space, page_bytes)
+        return sealed(space, self.keys, key, pages) if self.keys else RecordSpace(space, page_bytes)
 
 
 def test_a_store_of_compressed_pages_keeps_to_it() -> None:

@@ -17,12 +17,12 @@ from tests.store.test_seal import PAGES, Dictionary
 from tests.store.writers import sealed
 from tierd.native.records import _Buffers
 from tierd.store import IntegrityError
-from tierd.store.records import CompressedSpace
+from tierd.store.records import RecordSpace
 from tierd.testing import PAGE, records
 
 
 def write_and_read(inner: Dictionary, pages: list[bytes], first_page: int = 0) -> list[bytes | None]:
-    space = CompressedSpace(inner, PAGE)
+    space = RecordSpace(inner, PAGE)
     trio.run(space.write, first_page, pages)
     return trio.run(space.read, first_page, len(pages))
 
@@ -47,7 +47,7 @@ def test_what_compresses_shrinks_and_what_does_not_grows_by_a_byte(count: int) -
 
 def test_what_is_sealed_was_compressed_before(tmpfs_dir: Path) -> None:
     inner = Dictionary()
-    space = CompressedSpace(sealed(inner, tmpfs_dir, "1-1", PAGES), PAGE)
+    space = sealed(inner, tmpfs_dir, "1-1", PAGES)
     half = [page[: PAGE // 2] + bytes(PAGE // 2) for page in records(0, 100, size=PAGE)]
     trio.run(space.write, 0, half)
     assert max(map(len, inner.records.values())) < 0.6 * PAGE
@@ -75,7 +75,7 @@ def test_what_is_no_record_of_ours_is_an_error(wrong: bytes) -> None:
     inner = Dictionary()
     inner.records[3] = wrong
     with pytest.raises(IntegrityError, match=r"page 3 .*not one that tierd has written"):
-        trio.run(CompressedSpace(inner, PAGE).read, 3, 1)
+        trio.run(RecordSpace(inner, PAGE).read, 3, 1)
 
 
 def test_buffers_are_used_again_but_for_large_ones() -> None:

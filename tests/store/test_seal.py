@@ -22,8 +22,8 @@ from tierd.native.records import TAG_BYTES
 from tierd.store import IntegrityError, PageSpace, PageStore, StoreContext, StoreError
 from tierd.store.keys import sweep
 from tierd.store.plugins import make_store
-from tierd.store.records import CompressedSpace
-from tierd.store.seal import ARRAY_AT, FILE, NONCES, SealedSpace, SealKey
+from tierd.store.records import RecordSpace
+from tierd.store.seal import ARRAY_AT, FILE, NONCES, SealKey
 from tierd.testing import PAGE, PageStoreContract, records
 
 GUEST, OTHER = "4711-123456", "4712-1"
@@ -62,7 +62,7 @@ class Sealed:
     def __init__(self, directory: Path) -> None:
         self.key = SealKey.create(directory, "tape", GUEST, PAGES)
         self.inner = Dictionary()
-        self.space: PageSpace = SealedSpace(self.inner, self.key)
+        self.space: PageSpace = RecordSpace(self.inner, PAGE, self.key)
 
     def write(self, first_page: int, content: Sequence[bytes]) -> None:
         trio.run(self.space.write, first_page, content)
@@ -87,7 +87,7 @@ class SealedStore:
 
     async def open(self, key: str, pages: int, page_bytes: int) -> PageSpace:
         space = await self.inner.open(key, pages, page_bytes)
-        return CompressedSpace(sealed_with(space, self.directory, key, pages), page_bytes)
+        return sealed_with(space, self.directory, key, pages)
 
 
 class TestSealed(PageStoreContract):
@@ -105,14 +105,14 @@ def _with_one_bit_more(record: bytes, bit: int) -> bytes:
 
 @pytest.mark.parametrize("count", [1, 3, 100])
 def test_the_store_sees_nothing_and_the_guest_everything(sealed: Sealed, count: int) -> None:
-    pages = [b"%07d\n" % page * (PAGE // 8) for page in range(count)]
+    pages = records(10, count, size=PAGE)  # these do not compress: unsealed, the store would see them
     sealed.write(10, pages)
     assert sealed.read(10, count) == pages
     assert sealed.read(9, 1) == sealed.read(10 + count, 1) == [None]
     assert len(set(sealed.inner.records.values())) == count
-    for record in sealed.inner.records.values():
-        assert len(record) == PAGE + TAG_BYTES, "and 8 bytes a page in the key's file: 32 are allowed"
-        assert b"0000" not in record
+    for record, page in zip(sealed.inner.records.values(), pages, strict=True):
+        assert len(record) == 1 + PAGE + TAG_BYTES, "and 8 bytes a page in the key's file: 32 are allowed"
+        assert not [at for at in range(0, PAGE, 16) if page[at : at + 16] in record]
     trio.run(sealed.space.discard, 10, 1)
     assert sealed.read(10, 1) == [None]
     trio.run(sealed.space.delete)
@@ -205,7 +205,7 @@ def test_a_write_that_fails_or_is_cut_off_by_a_kill(
     with pytest.raises(OSError, match="lost"):
         sealed.write(1, records(1, 2, 1))
     monkeypatch.undo()
-    successor = SealedSpace(sealed.inner, SealKey.reopen(tmpfs_dir, "tape", GUEST, PAGES))
+    successor = RecordSpace(sealed.inner, PAGE, SealKey.reopen(tmpfs_dir, "tape", GUEST, PAGES))
     assert trio.run(successor.read, 0, 1) == records(0, 1)
     assert trio.run(successor.read, 3, 1) == records(3, 1)
     if lands:
@@ -239,7 +239,7 @@ def test_another_guests_page(sealed: Sealed, tmpfs_dir: Path) -> None:
     sealed.write(0, records(0, 1))
     other = Sealed.__new__(Sealed)
     other.key, other.inner = SealKey.create(tmpfs_dir, "tape", OTHER, PAGES), Dictionary()
-    other.space = SealedSpace(other.inner, other.key)
+    other.space = RecordSpace(other.inner, PAGE, other.key)
     other.write(0, records(0, 1))
     assert other.key.nonces(0, 1) == sealed.key.nonces(0, 1)
     other.inner.records[0] = sealed.inner.records[0]
@@ -252,7 +252,7 @@ def test_a_guest_has_a_key_for_each_store(sealed: Sealed, tmpfs_dir: Path) -> No
     """A page that moves from one to another is in both for a while."""
     sealed.write(0, records(0, 1))
     colder = SealKey.create(tmpfs_dir, "vault", GUEST, PAGES)
-    space = SealedSpace(Dictionary(), colder)
+    space = RecordSpace(Dictionary(), PAGE, colder)
     trio.run(space.write, 0, sealed.read(0, 1))
     assert sealed.read(0, 1) == trio.run(space.read, 0, 1) == records(0, 1)
     colder.close()
@@ -271,7 +271,7 @@ def test_a_successor_reads_on_and_uses_no_nonce_again(sealed: Sealed, tmpfs_dir:
     sealed.write(0, records(0, 1))
     seen = list(sealed.key.nonces(0, 1))
     again = SealKey.reopen(tmpfs_dir, "tape", GUEST, PAGES)  # the first one still lives: even then
-    assert trio.run(SealedSpace(sealed.inner, again).read, 0, 1) == records(0, 1)
+    assert trio.run(RecordSpace(sealed.inner, PAGE, again).read, 0, 1) == records(0, 1)
     for key in (sealed.key, again, sealed.key, SealKey.reopen(tmpfs_dir, "tape", GUEST, PAGES)):
         seen += key.take(0, 10)
     assert len(set(seen)) == len(seen)
@@ -280,7 +280,7 @@ def test_a_successor_reads_on_and_uses_no_nonce_again(sealed: Sealed, tmpfs_dir:
 
 def test_two_processes_that_write_the_same_page(sealed: Sealed, tmpfs_dir: Path) -> None:
     """It must not happen, and if it does, only what was sealed last can be read."""
-    other = SealedSpace(sealed.inner, SealKey.reopen(tmpfs_dir, "tape", GUEST, PAGES))
+    other = RecordSpace(sealed.inner, PAGE, SealKey.reopen(tmpfs_dir, "tape", GUEST, PAGES))
     sealed.write(0, records(0, 1, 1))
     first = sealed.inner.records[0]
     trio.run(other.write, 0, records(0, 1, 2))

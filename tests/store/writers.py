@@ -10,15 +10,16 @@ from pathlib import Path
 import trio
 
 from tierd.store import PageSpace
-from tierd.store.seal import SealedSpace, SealKey
-from tierd.testing import PAGES, records
+from tierd.store.records import RecordSpace
+from tierd.store.seal import SealKey
+from tierd.testing import PAGE, PAGES, records
 
 
-def sealed(space: PageSpace, directory: Path, guest: str, pages: int) -> SealedSpace:
+def sealed(space: PageSpace, directory: Path, guest: str, pages: int) -> RecordSpace:
     """With the key in `directory`, or a new one."""
     there = (directory / f"{guest}.store.key").exists()
     make = SealKey.reopen if there else SealKey.create
-    return SealedSpace(space, make(directory, "store", guest, pages))
+    return RecordSpace(space, PAGE, make(directory, "store", guest, pages))
 
 
 class Writer:

@@ -203,10 +203,11 @@ struct tierd_health {
 	uint32_t asked_pages;    /* that Python was asked for */
 	uint64_t oldest_busy_ns; /* for how long the oldest fault is in service; 0: none is */
 	uint64_t overdue_ns;     /* for how long a parked fault has been due, or an answer of Python's; 0: none is */
-	uint64_t asked_ns[TIERD_TIERS]; /* by tier: for how long the oldest request waits for Python's answer; 0: none does */
-	uint64_t worker_io_ns;   /* for how long the worker has been in one call of the store; 0: it is in none */
-	uint64_t pages_lost;     /* so far */
-	uint64_t spent_pages;    /* about: with the guest and, still, in the staging area */
+	uint64_t asked_ns
+		[TIERD_TIERS]; /* by tier: for how long the oldest request waits for Python's answer; 0: none does */
+	uint64_t worker_io_ns; /* for how long the worker has been in one call of the store; 0: it is in none */
+	uint64_t pages_lost;   /* so far */
+	uint64_t spent_pages;  /* about: with the guest and, still, in the staging area */
 };
 
 /* For tests: how often, in 1/1000 of the calls, the guest's store misbehaves. The pages of a call that hangs or is slow are

@@ -8,16 +8,18 @@ is or a zstd frame of it, so one page is still one record that can be read alone
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import cache, partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, repeat
 from typing import Any, TypeVar
 
 import trio
 import zstandard
 
-from tierd.native.records import AS_IT_IS, ZSTD, Packer, Records
+from tierd.native.records import AS_IT_IS, ZSTD, Packer, Records, seal
 from tierd.store import IntegrityError, PageSpace, RunsSpace
+from tierd.store.seal import SealKey
 
 LEVEL = 1  # of zstd
 WRITES_MAX = 8  # at a time, of runs that a space takes one by one
@@ -57,18 +59,66 @@ async def each(call: Callable[..., Awaitable[T]], items: Sequence[tuple[Any, ...
     return [results[n] for n in range(len(items))]
 
 
-class PassedOn:
-    """A PageSpace of which another one is the store: what does not look at the records."""
+class RecordSpace:
+    """Implements store.PageSpace: pages of `page_bytes` are compressed on their way to `space`, and sealed where there is a
+    `key`, which the caller closes or destroys; both in one way to a thread and back.
 
-    def __init__(self, space: PageSpace) -> None:
-        self._space = space
+    read raises IntegrityError if a record is not one of these; with a key, if it is not what was sealed last for that page. None
+    stays None: whether a page has to be there is known to who stored it.
+    """
 
-    async def stored(self, first_page: int, count: int) -> list[bytes | None]:
-        """As it is stored. IntegrityError: those are not as many as were asked for."""
+    def __init__(self, space: PageSpace, page_bytes: int, key: SealKey | None = None) -> None:
+        """KernelError: Zstandard, or OpenSSL's libcrypto, is not installed."""
+        self._space, self._key = space, key
+        self._bytes_max = 2 * page_bytes  # of a record: more is not unpacked
+        self._packer = _packer(self._bytes_max)
+        self._taken_bytes = self._made_bytes = 0
+        if key is not None:
+            seal(key.secret, array("Q"), 0, Records.of(()))
+
+    @property
+    def compressed_to(self) -> float:
+        """What became of a byte, of all that was written; 0: nothing was."""
+        return self._made_bytes / self._taken_bytes if self._taken_bytes else 0.0
+
+    async def write(self, first_page: int, records: Sequence[bytes]) -> None:
+        await self.write_runs([(first_page, records)])
+
+    async def write_runs(self, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
+        whole = Records.joined([Records.of(records) for _, records in runs])
+        bounds = list(accumulate((len(records) for _, records in runs), initial=0))
+        spans = [(page, first, end) for (page, _), (first, end) in zip(runs, pairwise(bounds), strict=True)]
+        nonces = [self._key.take(page, end - first) for page, first, end in spans] if self._key is not None else []
+        packed_bytes, made = await computed(partial(self._make, whole, spans, nonces), whole.total_bytes)
+        self._taken_bytes += whole.total_bytes
+        self._made_bytes += packed_bytes
+        await write_runs(self._space, made)
+
+    def _make(
+        self, whole: Records, spans: Sequence[tuple[int, int, int]], nonces: Sequence[array[int]]
+    ) -> tuple[int, list[tuple[int, Records]]]:
+        packed = self._packer.pack(whole)
+        runs = [(page, packed[first:end]) for page, first, end in spans]
+        if self._key is not None:
+            secret = self._key.secret
+            runs = [(page, seal(secret, of, page, run)) for (page, run), of in zip(runs, nonces, strict=True)]
+        return packed.total_bytes, runs
+
+    async def read(self, first_page: int, count: int) -> list[bytes | None]:
         records = await self._space.read(first_page, count)
         if len(records) != count:
             raise IntegrityError(f"the store has {len(records)} records for {count} pages from page {first_page} on")
-        return records
+        nonces = self._key.nonces(first_page, count) if self._key is not None else repeat(0, count)
+        work = partial(self._unmake, list(zip(range(first_page, first_page + count), nonces, records, strict=True)))
+        return await computed(work, sum(len(record or b"") for record in records))
+
+    def _unmake(self, jobs: Iterable[tuple[int, int, bytes | None]]) -> list[bytes | None]:
+        pages: list[bytes | None] = []
+        for page, nonce, record in jobs:
+            if record is not None and self._key is not None:
+                record = self._key.unseal(page, nonce, record)
+            pages.append(None if record is None else _unpacked(page, record, self._bytes_max))
+        return pages
 
     async def discard(self, first_page: int, count: int) -> None:
         await self._space.discard(first_page, count)
@@ -81,44 +131,6 @@ class PassedOn:
 
     async def aclose(self) -> None:
         await self._space.aclose()
-
-
-class CompressedSpace(PassedOn):
-    """Implements store.PageSpace: pages of `page_bytes` are compressed on their way to `space`.
-
-    read raises IntegrityError if a record is not one of these. Whether it is the page that was written last, only the seal can
-    say, or the caller's checksum.
-    """
-
-    def __init__(self, space: PageSpace, page_bytes: int) -> None:
-        """KernelError: Zstandard is not installed."""
-        super().__init__(space)
-        self._bytes_max = 2 * page_bytes  # of a record: more is not unpacked
-        self._packer = _packer(self._bytes_max)
-        self._taken_bytes = self._made_bytes = 0
-
-    @property
-    def compressed_to(self) -> float:
-        """What became of a byte, of all that was written; 0: nothing was."""
-        return self._made_bytes / self._taken_bytes if self._taken_bytes else 0.0
-
-    async def write(self, first_page: int, records: Sequence[bytes]) -> None:
-        await self.write_runs([(first_page, records)])
-
-    async def write_runs(self, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
-        whole = Records.joined([Records.of(records) for _, records in runs])
-        packed = await computed(partial(self._packer.pack, whole), whole.total_bytes)
-        self._taken_bytes += whole.total_bytes
-        self._made_bytes += packed.total_bytes
-        ends = list(accumulate((len(records) for _, records in runs), initial=0))
-        await write_runs(
-            self._space, [(page, packed[a:b]) for (page, _), (a, b) in zip(runs, pairwise(ends), strict=True)]
-        )
-
-    async def read(self, first_page: int, count: int) -> list[bytes | None]:
-        packed = await self.stored(first_page, count)
-        work = partial(_unpack, list(enumerate(packed, first_page)), self._bytes_max)
-        return await computed(work, sum(len(record or b"") for record in packed))
 
 
 @cache
@@ -134,10 +146,6 @@ class _Local(threading.local):
 
 
 _local = _Local()
-
-
-def _unpack(jobs: Iterable[tuple[int, bytes | None]], bytes_max: int) -> list[bytes | None]:
-    return [None if record is None else _unpacked(page, record, bytes_max) for page, record in jobs]
 
 
 def _unpacked(page: int, record: bytes, bytes_max: int) -> bytes:

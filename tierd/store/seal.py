@@ -23,16 +23,13 @@ import fcntl
 import os
 import struct
 from array import array
-from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from tierd.native.records import TAG_BYTES, Records, seal
-from tierd.store import IntegrityError, PageSpace, StoreError, keys
-from tierd.store.records import PassedOn, computed, write_runs
+from tierd.native.records import TAG_BYTES
+from tierd.store import IntegrityError, StoreError, keys
 
 KEY_BYTES = 32
 FILE = struct.Struct("<8s32sQ")  # magic, key, the first nonce that is not taken
@@ -53,7 +50,7 @@ class SealKey:
         magic, key, _ = FILE.unpack(os.pread(fd, FILE.size, 0))
         if magic != MAGIC or not any(key):
             raise StoreError(f"{path} is no key of a guest; what was stored of the guest cannot be read without it")
-        self.secret, self.cipher = key, AESGCM(key)
+        self.secret, self._cipher = key, AESGCM(key)
         self._next = self._end = 0
 
     @classmethod
@@ -93,6 +90,18 @@ class SealKey:
         """Of the newest records of these pages; 0: there is none."""
         return array("Q", os.pread(self._fd, 8 * count, ARRAY_AT + 8 * first_page))
 
+    def unseal(self, page: int, nonce: int, record: bytes) -> bytes:
+        """What was sealed with this nonce for this page; no I/O, any thread. IntegrityError: it was not."""
+        try:
+            if nonce and len(record) >= TAG_BYTES:
+                return self._cipher.decrypt(NONCE.pack(nonce), record, PAGE.pack(page))
+        except InvalidTag:
+            pass
+        raise IntegrityError(
+            f"the store's record of page {page} ({len(record)} bytes) is not what was sealed there last: changed, old, another "
+            "page's, or cut off; see who else can write to the store"
+        )
+
     def _take_block(self, count: int) -> None:
         """A process that ends early leaves the rest of it unused."""
         fcntl.flock(self._fd, fcntl.LOCK_EX)
@@ -121,50 +130,3 @@ def _size(pages: int) -> int:
 def _write(fd: int, content: bytes, at: int = 0) -> None:
     if os.pwrite(fd, content, at) != len(content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-class SealedSpace(PassedOn):
-    """Implements store.PageSpace: what passes through it to `space` is sealed with `key`, which the caller closes or destroys.
-
-    read raises IntegrityError if one record is not what was sealed last for that page. None stays None: whether a page has to be
-    there is known to who stored it.
-    """
-
-    def __init__(self, space: PageSpace, key: SealKey) -> None:
-        """KernelError: OpenSSL's libcrypto is not installed."""
-        super().__init__(space)
-        self._key = key
-        seal(key.secret, array("Q"), 0, Records.of(()))
-
-    async def write(self, first_page: int, records: Sequence[bytes]) -> None:
-        await self.write_runs([(first_page, records)])
-
-    async def write_runs(self, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
-        jobs = [(page, self._key.take(page, len(records)), Records.of(records)) for page, records in runs]
-        size = sum(records.total_bytes for _, _, records in jobs)
-        await write_runs(self._space, await computed(partial(_seal, self._key.secret, jobs), size))
-
-    async def read(self, first_page: int, count: int) -> list[bytes | None]:
-        sealed = await self.stored(first_page, count)
-        jobs = zip(range(first_page, first_page + count), self._key.nonces(first_page, count), sealed, strict=True)
-        return await computed(partial(_unseal, self._key.cipher, jobs), sum(len(record or b"") for record in sealed))
-
-
-def _seal(secret: bytes, jobs: Sequence[tuple[int, array[int], Records]]) -> list[tuple[int, Records]]:
-    return [(page, seal(secret, nonces, page, records)) for page, nonces, records in jobs]
-
-
-def _unseal(cipher: AESGCM, jobs: Iterable[tuple[int, int, bytes | None]]) -> list[bytes | None]:
-    return [None if record is None else _unsealed(cipher, page, nonce, record) for page, nonce, record in jobs]
-
-
-def _unsealed(cipher: AESGCM, page: int, nonce: int, record: bytes) -> bytes:
-    try:
-        if nonce and len(record) >= TAG_BYTES:
-            return cipher.decrypt(NONCE.pack(nonce), record, PAGE.pack(page))
-    except InvalidTag:
-        pass
-    raise IntegrityError(
-        f"the store's record of page {page} ({len(record)} bytes) is not what was sealed there last: changed, old, another "
-        "page's, or cut off; see who else can write to the store"
-    )
