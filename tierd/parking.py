@@ -331,7 +331,9 @@ class Parking:
     def _seal_key(self, store: AskedStore, anything: bool) -> SealKey | None:
         """What is there was sealed if there is a key, whatever the configuration says now. Worker thread."""
         args = (store.keys_dir, store.name, self._key, self._served.native.pages)
-        if self._served.adoption is not None and SealKey.exists(*args[:3]):
+        if self._served.adoption is None:
+            SealKey.forget(*args[:3])  # else a successor would take what is stored now for sealed
+        elif SealKey.exists(*args[:3]):
             return SealKey.reopen(*args)
         return SealKey.create(*args) if store.encrypt and not anything else None
 

@@ -19,6 +19,8 @@ from tests.daemon.process import OURS, POLICY, Boot, Daemon, evicted, tiers, wit
 from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
 from tests.kernel.vmm import MIB, Vmm, wait_for
 from tests.store.servers import Server
+from tierd.serve import key_of
+from tierd.store.seal import SealKey
 
 pytestmark = pytest.mark.usefixtures("kernel")
 # of the 12.1 MiB of a guest `web` that need a store; `evicted` waits for 10.5
@@ -414,6 +416,23 @@ def test_a_store_that_is_empty_is_not_relied_on(daemon: Daemon, web: Vmm, redis:
     assert daemon.guests()["web"]["counters"]["pages_unwritten"] == unwritten, "no copy was relied on"
     web.verify()
     assert not daemon.guests()["web"]["counters"]["pages_lost"]
+
+
+def test_a_key_that_was_left_behind(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    """By a tierd that was killed after it had left the guest, and before it destroyed the key: who attaches the guest anew,
+    without encryption, has pages there that are not sealed, and so has its successor."""
+    keys = daemon.runtime_dir / "keys"
+    keys.mkdir(parents=True, mode=0o700)
+    daemon.runtime_dir.chmod(0o700)
+    SealKey.create(keys, "redis", key_of(web.spec()), web.pages).close()
+    with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address], "encrypt": False}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    assert not list(keys.iterdir())
+    daemon.kill()
+    daemon.start()
+    web.verify()
+    assert daemon.guests()["web"]["counters"]["pages_lost"] == 0
 
 
 def test_encryption_turned_off_later(daemon: Daemon, web: Vmm, redis: Server) -> None:

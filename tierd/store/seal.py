@@ -18,6 +18,7 @@ mapped: a full tmpfs is an error then, and not a signal.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -64,6 +65,14 @@ class SealKey:
     def exists(directory: Path, store: str, guest: str) -> bool:
         """Whether a predecessor has sealed what it stored there."""
         return os.path.lexists(keys.path_of(directory, store, guest))
+
+    @staticmethod
+    def forget(directory: Path, store: str, guest: str) -> None:
+        """What an attach before this one left, if anything: whoever died while it left the guest. OSError: it is still there."""
+        path = keys.path_of(directory, store, guest)
+        with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
+            keys.destroy(file.fileno(), path)
+        path.unlink(missing_ok=True)
 
     @classmethod
     def reopen(cls, directory: Path, store: str, guest: str, pages: int) -> SealKey:
