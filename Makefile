@@ -71,7 +71,8 @@ bench: setup
 	@tests/setup.sh stores
 	$(PY) -m tests.bench.bench $(ARGS)
 
-# tierd is killed KILLS times at random moments under guests that check every byte, and as often where they have three tiers; writes
+# tierd is killed KILLS times at random moments under guests that check every byte, and as often where they have three tiers (compressed
+# memory, a file, a store that is asked); writes
 # build/torture.json and torture-ladder.json.
 KILLS ?= 1000
 SEED ?= 1

@@ -10,6 +10,7 @@
  *   bare compress-out BYTES          the same out of a memfd, whose pages are dropped -> ns of CPU
  *   bare compress BYTES              LZ4, the results one behind the other in fresh memory -> ns of CPU, their bytes, what zsmalloc would take
  *   bare get PORT KEYS COUNT         of a Redis on loopback, values of a page, one connection -> p50 in ns of a round trip
+ *   bare objects BYTES DIRECTORY     out of a memfd, Zstandard and AES-256-GCM by page, a file a piece, four threads -> ns
  *   bare swap BYTES STATISTICS CPU   memory out to swap and back; mm_stat of zram -> bytes, what it takes, ns in order, p50 at random
  */
 #include "load.h"
@@ -20,7 +21,9 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -33,6 +36,7 @@
 
 #include "codec.h"
 #include "sys.h"
+#include "tierd.h"
 #include "zsmalloc.h"
 
 enum { PIECE_BYTES = 2 << 20, STRETCH_BYTES = 64 << 20, RANGES = 256 };
@@ -325,6 +329,75 @@ static void compress_out(char **a)
 	printf("ok %lu\n", (unsigned long)(clock_ns(CLOCK_THREAD_CPUTIME_ID) - began));
 }
 
+/* --- files of compressed and encrypted pages ------------------------------------------------------------------------------ */
+
+struct objects {
+	const char *directory;
+	int memfd;
+	uint64_t bytes, page_bytes;
+	_Atomic uint64_t next;
+};
+
+/* A piece becomes a file, which is on the disk when it has its name. */
+static void put_object(const struct objects *o, uint64_t number, const uint8_t *sealed, uint32_t bytes)
+{
+	char made[256], path[256];
+	int fd;
+
+	snprintf(made, sizeof(made), "%s/%lu.new", o->directory, (unsigned long)number);
+	snprintf(path, sizeof(path), "%s/%lu", o->directory, (unsigned long)number);
+	fd = open(made, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+	if (fd < 0 || write(fd, sealed, bytes) != (ssize_t)bytes || fsync(fd) || close(fd) || rename(made, path))
+		die("object");
+}
+
+static void *put_objects(void *of)
+{
+	enum { PAGES_MAX = PIECE_BYTES / 4096, ROOM = 2 * PIECE_BYTES };
+	static const uint8_t key[32] = {1};
+	struct objects *o = of;
+	uint8_t *piece = aligned_alloc(4096, PIECE_BYTES), *packed = malloc(ROOM), *sealed = malloc(ROOM);
+	uint32_t pages = PIECE_BYTES / (uint32_t)o->page_bytes, bounds[PAGES_MAX + 1], to[PAGES_MAX + 1];
+	uint64_t nonces[PAGES_MAX], at;
+	struct tierd_packer *packer;
+
+	if (!piece || !packed || !sealed || tierd_packer_create((uint32_t)o->page_bytes, 1, &packer))
+		die("Zstandard");
+	while ((at = atomic_fetch_add(&o->next, PIECE_BYTES)) < o->bytes) {
+		for (uint32_t i = 0; i <= pages; i++)
+			bounds[i] = i * (uint32_t)o->page_bytes;
+		for (uint32_t i = 0; i < pages; i++)
+			nonces[i] = at / o->page_bytes + i + 1;
+		if (pread(o->memfd, piece, PIECE_BYTES, (off_t)at) != PIECE_BYTES ||
+		    tierd_pack(packer, piece, bounds, pages, packed, to) ||
+		    tierd_seal(key, nonces, at / o->page_bytes, packed, to, pages, sealed, bounds))
+			die("libraries");
+		put_object(o, at / PIECE_BYTES, sealed, bounds[pages]);
+		if (fallocate(o->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)at, PIECE_BYTES))
+			die("punch");
+	}
+	return NULL;
+}
+
+/* What `objects` has to do at least. */
+static void objects(char **a)
+{
+	struct objects o = {
+		.directory = a[1], .bytes = strtoull(a[0], NULL, 10), .page_bytes = (uint64_t)sysconf(_SC_PAGESIZE)};
+	uint8_t *memory = map_shared(&o.memfd, o.bytes);
+	pthread_t threads[4];
+	uint64_t began;
+
+	fill(memory, o.bytes);
+	began = now_ns();
+	for (int i = 0; i < 4; i++)
+		if (pthread_create(&threads[i], NULL, put_objects, &o))
+			die("thread");
+	for (int i = 0; i < 4; i++)
+		pthread_join(threads[i], NULL);
+	printf("ok %lu\n", (unsigned long)(now_ns() - began));
+}
+
 static void swap_out(uint8_t *memory, uint64_t bytes)
 {
 	for (uint64_t at = 0; at < bytes; at += PIECE_BYTES)
@@ -433,6 +506,8 @@ int main(int argc, char **argv)
 		compress_out(argv + 2);
 	else if (argc == 3 && !strcmp(argv[1], "compress"))
 		compress_all(argv + 2);
+	else if (argc == 4 && !strcmp(argv[1], "objects"))
+		objects(argv + 2);
 	else if (argc == 5 && !strcmp(argv[1], "get"))
 		get_keys(argv + 2);
 	else if (argc == 5 && !strcmp(argv[1], "swap"))

@@ -108,7 +108,7 @@ class Bench:
         self.fault_mib = 32 if quick else 128
         native = ROOT / "tierd" / "native"
         sources = [
-            *(str(native / name) for name in ("sys.c", "calls.c", "codec.c")),
+            *(str(native / name) for name in ("sys.c", "calls.c", "codec.c", "crypto.c", "records.c")),
             *map(str, native.glob("inject*.c")),
         ]
         flags = [
@@ -123,7 +123,12 @@ class Bench:
         ]
         self.load_binary, self.bare_binary = directory / "load", directory / "bare"
         subprocess.run([*flags, str(HERE / "load.c"), "-o", str(self.load_binary), "-pthread"], check=True)
-        subprocess.run([*flags, str(HERE / "bare.c"), *sources, "-o", str(self.bare_binary), "-ldl"], check=True)
+        only_what_is_used = ["-ffunction-sections", "-Wl,--gc-sections"]
+        libraries = ["-ldl", "-pthread"]
+        subprocess.run(
+            [*flags, *only_what_is_used, str(HERE / "bare.c"), *sources, "-o", str(self.bare_binary), *libraries],
+            check=True,
+        )
         self._number = 0
 
     def bare(self, *words: object) -> list[int]:
