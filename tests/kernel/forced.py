@@ -26,9 +26,10 @@ class Options:
     zap: Zap | None = None
     direct: Literal["auto", "on", "off"] = "auto"
     capacity_bytes: int = 1 << 50
-    tiers: Sequence[str] = ("file",)  # memory; names of file stores: each in a directory of this name beside `store`
+    # memory; asked (asked.py); names of file stores: each in a directory of this name beside `store`
+    tiers: Sequence[str] = ("file",)
     codec: Codec = Codec.LZ4
-    encrypt: bool = False  # the files
+    encrypt: bool = False  # the files, and what is asked
     readahead_pages: int = 16
     read_deadline_s: float = 0.0  # no second chance for a page that cannot be read
     hold_lost: bool = False
@@ -44,6 +45,11 @@ def stores_of(options: Options, tmpfs_dir: Path, disk_dir: Path) -> list[Store]:
     for name in options.tiers:
         if name == "memory":
             stores.append(MemoryStore(tmpfs_dir / "pools", None, options.codec))
+            continue
+        if name == "asked":
+            from tests.kernel.asked import asked_store  # it imports trio
+
+            stores.append(asked_store(options, tmpfs_dir, disk_dir))
             continue
         keys_dir = tmpfs_dir / KEYS
         keys_dir.mkdir(mode=0o700, exist_ok=True)

@@ -256,8 +256,13 @@ def test_huge_pages_pass_compressed_memory_by(start_vmm: Start, host: Host) -> N
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("memory", ["memfd", "anonymous"])
 def test_torture(vmm_binary: Path, memory: Any) -> None:
-    """Three tiers, everything as in the other torture runs, while pages sink and the pool is compacted."""
-    result = torture(vmm_binary, kills=30, seed=7, guests=2, memory=memory, ladder=True)
+    """Three tiers of three kinds; everything as in the other torture runs, while pages sink and the pool is compacted."""
+    result = torture(vmm_binary, kills=20, seed=7, guests=2, memory=memory, ladder=True)
     assert result["wrong_bytes"] == 0
     assert result["evicted_pages"] > 0
     assert result["demoted_pages"] > 0
+    assert result["pages_into_asked"] > 0
+    assert result["pages_out_of_asked"] > 0, "by faults"
+    assert result["poisoned_pages"] == result["destroyed_pages"]
+    for kind in ("memory", "file", "asked"):
+        assert result[f"destroyed_in_{kind}"] > 0, kind

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The torture run: guests whose threads read and write checked memory, and a tierd that is killed again and again.
 
-python -m tests.kernel.torture [--kills N] [--seed S] [--guests N] [--memory KIND]      (`make torture KILLS=n SEED=s`)
+python -m tests.kernel.torture [--kills N] [--seed S] [--guests N] [--memory KIND] [--ladder]    (`make torture KILLS=n SEED=s`)
 
 Each guest has a worker (worker.py) that attaches or adopts it and evicts without a pause; it is killed with SIGKILL at a
-random moment: while it starts, attaches, adopts, evicts, fetches, brings everything back and leaves. Its store fails, is slow
-and hangs; the workers' memory is short (pressure.py). In the last guest stored copies are destroyed while no worker runs: it
-gets memory errors there, and nowhere else. At the end everything is read back. Prints a line a second and writes
-build/torture.json.
+random moment: while it starts, attaches, adopts, evicts, fetches, brings everything back and leaves. Its stores fail, are slow
+and hang; the workers' memory is short (pressure.py). In the last guest stored copies are destroyed while no worker runs, in each
+of its tiers (damage.py): it gets memory errors there, and nowhere else. At the end everything is read back. Prints a line a
+second and writes build/torture.json.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from typing import Any, Literal, get_args
 
 import click
 
+from tests.kernel.damage import FLIPS
 from tests.kernel.pressure import pressure
 from tests.kernel.vmm import MIB, SLOWNESS, VMM_SOURCES, Vmm, compile_child, wait_for
 from tierd.engine import choose
-from tierd.native import STATES, TableRegion, TierKind, table_read
+from tierd.native import STATES, Identity, TableRegion, TierKind, table_read
 from tierd.serve import wait_for_lock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,13 +75,16 @@ class Tortured:
     python: Python
     cgroup: Path | None
     to_be_destroyed: int  # stored copies
+    destroys: float = 0.3  # so often, after a death
     slowness: float = 1.0  # lives last so much longer
     kills: Counter[str] = field(default_factory=Counter)
     detached: int = 0
     faults: int = 0
     evicted: int = 0
     demoted: int = 0
-    destroyed: set[int] = field(default_factory=set)
+    into_asked: int = 0  # pages, by eviction and by demotion
+    out_of_asked: int = 0  # by faults and read-ahead
+    destroyed: dict[int, TierKind] = field(default_factory=dict)  # by page
     worker: subprocess.Popen[bytes] | None = None
 
     def start(self, order: str) -> None:
@@ -141,6 +145,8 @@ class Tortured:
             self.faults += int(counted[-1][1])
             self.evicted += int(counted[-1][2])
             self.demoted += int(counted[-1][4])
+            self.into_asked += int(counted[-1][5])
+            self.out_of_asked += int(counted[-1][6])
 
     def _moment(self) -> str:
         if self.said(b"left"):
@@ -172,14 +178,15 @@ class Tortured:
             self.listen(chance.random() * span_s * self.slowness)
         self.kill()
         assert self.state() not in "Tt", "the VMM was left stopped"
-        if len(self.destroyed) < self.to_be_destroyed and chance.random() < 0.3:
+        if len(self.destroyed) < self.to_be_destroyed and chance.random() < self.destroys:
             self.destroy_copies(3)
         wrong = self.vmm.stats()["wrong"]
         assert not wrong, self.vmm.wrong[:5]
-        assert self.failed_pages() <= self.destroyed, "a memory error where no stored copy was destroyed"
+        assert self.failed_pages() <= self.destroyed.keys(), "a memory error where no stored copy was destroyed"
 
     def destroy_copies(self, most: int) -> None:
-        """One byte of some stored pages, while nobody serves the guest: then the state file says which ones are stored."""
+        """One bit of some stored pages, of as many in each tier, while nobody serves the guest: then the state file says which
+        ones are stored."""
         paths = list((self.tmpfs_dir / "guests").glob("*.state"))
         if not paths:
             return
@@ -192,19 +199,24 @@ class Tortured:
         finally:
             os.close(fd)
         in_vmm = self._in_vmm(regions)
-        places = {n: place.path for n, place in enumerate(identity.places, 1) if place.kind is TierKind.FILE}
-        stored = [
-            n
-            for n, w in enumerate(words)
-            if w & 15 == STORED and w >> 4 & 15 in places and in_vmm.get(n, -1) not in {-1, *self.destroyed}
-        ]
-        for page in self.chance.sample(stored, min(most, len(stored))):
-            with open(places[words[page] >> 4 & 15], "r+b") as file:
-                at = page * self.vmm.page_bytes + self.chance.randrange(self.vmm.page_bytes)
-                (byte,) = os.pread(file.fileno(), 1, at)
-                os.pwrite(file.fileno(), bytes([byte ^ 1 << self.chance.randrange(8)]), at)
-                os.fsync(file.fileno())
-                self.destroyed.add(in_vmm[page])
+        for tier, place in enumerate(identity.places, 1):
+            stored = [
+                n
+                for n, w in enumerate(words)
+                if w & 15 == STORED and w >> 4 & 15 == tier and in_vmm.get(n, -1) not in {-1, *self.destroyed}
+            ]
+            left = self.to_be_destroyed // len(identity.places) - self.destroyed_in(place.kind)
+            path = self._asked_path(identity) if place.kind is TierKind.ASKED else Path(place.path)
+            for page in self.chance.sample(stored, min(most // len(identity.places), left, len(stored))):
+                FLIPS[place.kind](path, page, self.vmm.page_bytes, pages, self.chance)
+                self.destroyed[in_vmm[page]] = place.kind
+
+    def destroyed_in(self, kind: TierKind) -> int:
+        return list(self.destroyed.values()).count(kind)
+
+    def _asked_path(self, identity: Identity) -> Path:
+        """Where the guest's records are; there may be no place yet."""
+        return next((self.disk_dir / "asked").glob(f"*.{identity.pid}-{identity.start_ticks}.*"), Path())
 
     def _in_vmm(self, regions: Sequence[TableRegion]) -> dict[int, int]:
         """What the VMM calls a page of the state file, by its number there. (There may be more regions of anonymous memory: what
@@ -235,9 +247,8 @@ class Tortured:
         self.vmm.ask("stop")
         self.vmm.verify()
         failed = self.failed_pages()
-        assert failed == self.destroyed, (
-            f"no memory error at {self.destroyed - failed}, one at {failed - self.destroyed}"
-        )
+        destroyed = self.destroyed.keys()
+        assert failed == destroyed, f"no memory error at {destroyed - failed}, one at {failed - destroyed}"
         self._text = b""
         assert self.listen(READY_S_MAX, b"counters"), "what was read back is counted"
         kills = self.kills.copy()
@@ -260,8 +271,8 @@ def torture(
 ) -> dict[str, Any]:
     """Kill `kills` times at least, for so many seconds at least, and until pages have left and come back; then verify everything.
     AssertionError: a byte was wrong, a memory error where it must not be, or somebody hangs. memory: the guests'; of hugetlb: the
-    pool has 32 pages for each. ladder: compressed memory and two files, from one to the next of which pages sink, instead of one
-    file. memory_limit: of all workers together; 0: none."""
+    pool has 32 pages for each. ladder: compressed memory, a file and a store that is asked, from one to the next of which pages
+    sink, instead of one file. memory_limit: of all workers together; 0: none."""
     with ExitStack() as cleanup:
         huge, anonymous = memory == "hugetlb", memory == "anonymous"
         size = 32 * MIB if huge else 8 * MIB
@@ -280,7 +291,8 @@ def torture(
             cleanup.callback(shutil.rmtree, shm)
             cleanup.callback(shutil.rmtree, disk)
             destroyed = (vmm.pages // 4 if huge else DESTROYED_MAX) if i == guests - 1 else 0
-            tortured.append(Tortured(vmm, shm, disk, random.Random(f"{seed} {i}"), python, cgroup, destroyed, slowness))
+            how = (destroyed, 0.6 if ladder else 0.3, slowness)  # where one copy of each tier is destroyed: more often
+            tortured.append(Tortured(vmm, shm, disk, random.Random(f"{seed} {i}"), python, cgroup, *how))
             vmm.ask("fill")
             vmm.ask("run", int((20 if huge else 500 if anonymous else 2000) / SLOWNESS), 50)
         cleanup.callback(lambda: [one.worker.kill() for one in tortured if one.worker is not None])
@@ -290,9 +302,11 @@ def torture(
             return sum(one.kills.total() for one in tortured)
 
         def enough() -> bool:
-            """Pages have left and come back, too: on a slow machine the first lives may be too short for that."""
-            each = ((one.evicted, one.faults, one.kills["in_service"], one.demoted or not ladder) for one in tortured)
-            met = zip(*each, strict=True)
+            """Pages have left and come back, too, from and to each tier: on a slow machine the first lives may be too short for
+            that."""
+            each = ((one.evicted, one.faults, one.kills["in_service"]) for one in tortured)
+            ladders = ((one.demoted, one.out_of_asked, *map(one.destroyed_in, TierKind)) for one in tortured)
+            met = [*zip(*each, strict=True), *(zip(*ladders, strict=True) if ladder else ())]
             wanted = kills if all(map(sum, met)) else IN_VAIN_MAX * kills
             return so_far() >= wanted and time.monotonic() - began >= seconds
 
@@ -329,11 +343,17 @@ def torture(
             "seed": seed,
             "engine": choose().name,
             "destroyed_pages": sum(len(one.destroyed) for one in tortured),
+            **{
+                f"destroyed_in_{kind.name.lower()}": sum(one.destroyed_in(kind) for one in tortured)
+                for kind in TierKind
+            },
             **{f"kills_{moment}": moments[moment] for moment in ("at_start", "in_attach", "in_adoption", "in_service")},
             "kills_in_detach": moments["in_detach"] + moments["after_detach"],
             "detached": sum(one.detached for one in tortured),
             "evicted_pages": sum(one.evicted for one in tortured),
             "demoted_pages": sum(one.demoted for one in tortured),
+            "pages_into_asked": sum(one.into_asked for one in tortured),
+            "pages_out_of_asked": sum(one.out_of_asked for one in tortured),
             "operations": sum(each["operations"] for each in stats),
             "memory_pressure": cgroup is not None,
             "seconds": round(time.monotonic() - began, 1),
@@ -344,10 +364,14 @@ def torture(
 @click.option("--kills", default=1000, show_default=True)
 @click.option("--seed", default=1, show_default=True)
 @click.option("--guests", default=3, show_default=True)
-@click.option("--ladder", is_flag=True, help="Compressed memory and two files, instead of one file.")
+@click.option(
+    "--ladder", is_flag=True, help="Compressed memory, a file and a store that is asked, instead of one file."
+)
 @click.option("--memory", default="memfd", show_default=True, type=click.Choice(get_args(Memory)))
 def main(kills: int, seed: int, guests: int, memory: Memory, ladder: bool) -> None:
     """Kill tierd many times and verify every byte."""
+    if ladder and memory == "hugetlb":
+        raise click.UsageError("huge pages are stored in files only: they have no ladder")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through what cleans up
     with tempfile.TemporaryDirectory() as directory:
         binary = compile_child(Path(directory) / "vmm", *VMM_SOURCES)

@@ -16,7 +16,8 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,12 +28,13 @@ from tierd.attach.holders import HolderScan
 from tierd.attach.preflight import preflight, swap_can_receive
 from tierd.attach.procfs import boot_id, cmdline_of, read_spec
 from tierd.engine import choose, fitting
-from tierd.native import KernelError, Zap
+from tierd.native import KernelError, TierKind, Zap
 from tierd.serve import Served, Stale, Tuning, adopt, attach, prepare_runtime_dir
 
 ANY: Any = SimpleNamespace(
     allow_nested=True, allow_gigantic=False
 )  # a policy, without what it takes to import the configuration
+ASKED_PAGES_MAX = 256  # that leave for a store that is asked, or sink there, at a time: a life is short
 READ_DEADLINE_S = 8.0  # fifteen tries: a page that is only misread now and then is never given up
 
 
@@ -52,11 +54,12 @@ def serve(pid: int, tmpfs_dir: Path, disk_dir: Path, options: Options) -> Served
             path.unlink()
     spec = read_spec(pid, "test")
     preflight(spec, ANY, HolderScan(), fitting(choose(), anonymous))
+    stores = stores_of(options, tmpfs_dir, disk_dir)
     say("attaching")
     return attach(
         spec,
         engine=engine,
-        stores=stores_of(options, tmpfs_dir, disk_dir),
+        stores=stores,
         guests_dir=guests_dir,
         tuning=Tuning(0.1, 16),
         swap_can_receive=swap,
@@ -84,7 +87,9 @@ def reporter(served: Served) -> Callable[[], None]:
         nonlocal reported
         if time.monotonic() - reported > 0.03:
             reported, c = time.monotonic(), served.native.counters()
-            say("counters", c["latency_count"], c["pages_evicted"], c["pages_lost"], c["pages_demoted"])
+            asked = [served.native.tier_counters(number) for number in served.native.asked_tiers]
+            into, out = (sum(tier[name] for tier in asked) for name in ("written_pages", "read_pages"))
+            say("counters", c["latency_count"], c["pages_evicted"], c["pages_lost"], c["pages_demoted"], into, out)
 
     return report
 
@@ -104,24 +109,38 @@ def stage_all(served: Served, options: Options) -> None:
     )
 
 
-def sink(served: Served, options: Options) -> None:
+def tiers_below(served: Served, above: int, chance: random.Random) -> tuple[Sequence[int], int]:
+    """Where pages may go to now: to all, or not to the file, which would take whatever comes; and how many of them. (A tier that
+    is asked is not ready before it is open, and where it is to be sealed and has pages that are not.)"""
+    ready = [tier for tier in served.tiers.values() if tier.number > above and tier.space.ready]
+    files = [tier for tier in ready if tier.space.kind is TierKind.FILE]
+    asked = [tier for tier in ready if tier.space.kind is TierKind.ASKED]
+    if files and (not asked or chance.random() < 0.7):
+        return [tier.number for tier in ready], served.native.pages
+    return [tier.number for tier in ready if tier not in files], ASKED_PAGES_MAX
+
+
+def sink(served: Served, options: Options, asked: cycle.Asked | None, chance: random.Random) -> None:
     """Some of what each tier has goes to those below, whatever its age."""
-    numbers = [tier.number for tier in served.tiers.values()]
-    for i, above in enumerate(numbers[:-1]):
-        most = served.native.counters()["tier_pages"][above] * served.page_bytes // 3
-        cycle.demote(
-            served.native,
-            above,
-            numbers[i + 1 :],
-            min_idle_s=0.0,
-            max_bytes=most,
-            phases=options.phases,
-            check=lambda: None,
-        )
+    for above in served.tiers.values():
+        below, most = tiers_below(served, above.number, chance)
+        if below:
+            cycle.demote(
+                served.native,
+                above.number,
+                below,
+                min_idle_s=0.0,
+                max_bytes=min(served.native.counters()["tier_pages"][above.number] // 3, most) * served.page_bytes,
+                phases=options.phases,
+                check=lambda: None,
+                asked=asked,
+            )
     cycle.compact(served.native, lambda: None)
 
 
-def one_cycle(served: Served, options: Options, report: Callable[[], None]) -> None:
+def one_cycle(
+    served: Served, options: Options, asked: cycle.Asked | None, chance: random.Random, report: Callable[[], None]
+) -> None:
     try:
         cycle.scan_and_deactivate(served.native, options.phases, lambda: None)
     except KernelError as error:
@@ -131,33 +150,53 @@ def one_cycle(served: Served, options: Options, report: Callable[[], None]) -> N
     with contextlib.suppress(KernelError):  # a write that failed: the pages stay
         if served.native.anonymous:
             stage_all(served, options)
-        numbers = [tier.number for tier in served.tiers.values()]
+        tiers, most = tiers_below(served, 0, chance)
         cycle.evict(
             served.native,
             min_idle_s=0.0,
-            max_bytes=1 << 40,
-            tiers=numbers,
-            keep=numbers,
+            max_bytes=most * served.page_bytes,
+            tiers=tiers,
+            keep=[tier.number for tier in served.tiers.values() if tier.space.ready],
             hold_ms_max=20,
             phases=options.phases,
             check=report,
+            asked=asked,
         )
     with contextlib.suppress(KernelError):
-        sink(served, options)
+        sink(served, options, asked, chance)
     health = served.native.health(0.1)
     if health.fault_threads < 4 and (health.overdue_ns > 1e8 or health.hung_threads == health.fault_threads):
         served.native.start()
     cycle.discard_fetched(served.native, options.phases, lambda: None)
+    for number in served.native.asked_tiers:
+        assert asked is not None
+        with contextlib.suppress(KernelError):  # it is told again
+            cycle.discard_asked(served.native, number, asked, lambda: None)
 
 
-def leave(served: Served) -> None:
+@contextlib.contextmanager
+def left_at_the_end(served: Served) -> Iterator[None]:
     """As tierd detach: everything back, then out of the VMM."""
-    say("leaving")
+    yield
     while served.native.counters()["state_pages"][4]:
         with contextlib.suppress(KernelError):  # a read that failed: tried again
             served.native.restore(0, 1 << 40)
     served.leave()
-    say("left")
+
+
+def to_be_left(
+    served: Served, options: Options, tmpfs_dir: Path, disk_dir: Path, chance: random.Random, order: str
+) -> AbstractContextManager[cycle.Asked | None]:
+    """At its end. Gives what tiers are asked with, if any is."""
+    if not served.native.asked_tiers:
+        return left_at_the_end(served)
+    from tests.kernel import asked
+
+    store = asked.asked_store(options, tmpfs_dir, disk_dir)
+    if order != "honest":
+        moods = asked.misbehaviour(chance, misread=order != "spoilt")
+        store.pages = asked.MoodyStore(store.pages, asked.Moods(random.Random(chance.random()), moods))
+    return asked.parked(served, store)
 
 
 def main() -> None:
@@ -165,24 +204,29 @@ def main() -> None:
     chance, order = random.Random(int(sys.argv[4])), sys.argv[5]
     if len(sys.argv) > 6:
         Path(sys.argv[6]).write_text(str(os.getpid()))
+    ladder = "compressible" in cmdline_of(pid)
+    # a guest's lives differ seldom: pages that are there in clear are only read in one that is to seal them
+    encrypts = 0.5 if not ladder else 0.2 if pid % 2 else 0.8
     options = Options(
         use_pagemap=chance.random() < 0.3,
         zap=Zap.INJECT if chance.random() < 0.3 else None,
         readahead_pages=chance.choice([1, 4, 16]),
-        tiers=("memory", "file", "slow") if "compressible" in cmdline_of(pid) else ("file",),
-        encrypt=chance.random() < 0.5,
+        tiers=("memory", "file", "asked") if ladder else ("file",),
+        encrypt=chance.random() < encrypts,
     )
     stay_s = chance.random() * 0.3 if order == "leave" else float("inf")
     with serve(pid, tmpfs_dir, disk_dir, options) as served:
         served.native.set_reads(0.0 if order in ("honest", "spoilt") else READ_DEADLINE_S, hold=False)
         if order != "honest":
             served.native.set_store_faults(**misbehaviour(chance, misread=order != "spoilt"))
-        say("ready", served.adoption.stored_pages if served.adoption else 0)
-        began, report = time.monotonic(), reporter(served)
-        while time.monotonic() - began < stay_s:
-            one_cycle(served, options, report)
-            report()
-        leave(served)
+        with to_be_left(served, options, tmpfs_dir, disk_dir, chance, order) as asked:
+            say("ready", served.adoption.stored_pages if served.adoption else 0)
+            began, report = time.monotonic(), reporter(served)
+            while time.monotonic() - began < stay_s:
+                one_cycle(served, options, asked, chance, report)
+                report()
+            say("leaving")
+        say("left")
 
 
 if __name__ == "__main__":
