@@ -353,7 +353,8 @@ def _still_has(batch: NativeBatch, tier: int, asked: Asked | None) -> bool:
         found, failed = None, error.errno or errno.EIO
     if found is not None and batch.guest.is_right(page, found):
         return True
-    batch.guest.read_failed(tier, failed)
+    if failed != errno.ECANCELED:  # else it is the guest that ends
+        batch.guest.read_failed(tier, failed)
     batch.guest.unclean(tier)
     return False
 

@@ -138,7 +138,7 @@ class Guest:
         self._paused = paused
         self._trouble: str | None = None
         self._failures = 0
-        self._hanging: dict[str, int] = {}  # stores that were told, and how many pages they had given then
+        self._hanging: dict[str, int] = {}  # stores that were told, and how many pages they had given and taken then
         self._lost_told = self._grown_told = 0
         self._uffd_kept = kept_uffd is not None
         self._fragile = self._fragile_told = False
@@ -644,10 +644,12 @@ class Guest:
         self._tell_hanging(served, hanging, health)
 
     def _tell_hanging(self, served: Served, hanging: set[str], health: Health) -> None:
-        """Each store by itself. One that is asked gives no answer when it is given up, at its deadline, and asked again."""
+        """Each store by itself. One that is asked answers again when it gives or takes pages: that nobody waits any more may be
+        since it was given up."""
         if not hanging and not self._hanging:
             return
-        given = {name: served.native.tier_counters(tier.number)["read_pages"] for name, tier in served.tiers.items()}
+        counters = {name: served.native.tier_counters(tier.number) for name, tier in served.tiers.items()}
+        moved = {name: of["read_pages"] + of["written_pages"] for name, of in counters.items()}
         if begun := hanging - self._hanging.keys():
             call = "read" if health.worker_io_ns <= HUNG_TOLD_S * 1e9 else "call"
             trouble = f"guest {self.name} has waited for a {call} of the store for more than {HUNG_TOLD_S:g} s"
@@ -662,12 +664,12 @@ class Guest:
                 eviction_hangs=health.worker_io_ns > HUNG_TOLD_S * 1e9,
                 action="see to the store; faults that do not need it are served",
             )
-            self._hanging.update({name: given[name] for name in begun})
+            self._hanging.update({name: moved[name] for name in begun})
         over = {
             name
             for name, before in self._hanging.items()
             if name not in hanging
-            and (served.tiers[name].space.kind is not TierKind.ASKED or given[name] > before or not health.asked_pages)
+            and (served.tiers[name].space.kind is not TierKind.ASKED or moved[name] > before)
         }
         if over:
             for name in over:

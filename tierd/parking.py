@@ -29,7 +29,7 @@ import trio
 
 from tierd.native import STORE_WRITE, KernelError, Request
 from tierd.serve import Served, ServedTier
-from tierd.store import IntegrityError, PageSpace, Store, StoreError
+from tierd.store import IntegrityError, PageSpace, Store, StoreError, keys
 from tierd.store.asked import UNLIMITED, AskedSpace, AskedStore
 from tierd.store.mirror import MirroredSpace
 from tierd.store.records import RecordSpace, each, write_runs
@@ -191,7 +191,7 @@ class Parking:
             self._over = True
             self.cut()
             for number, tier in self._tiers.items():
-                _space(tier).ready = False
+                _space(tier).opened = _space(tier).ready = False
                 if self._opened[number].is_set():
                     self._store(number).forget(_space(tier))
                 _space(tier).counted = int  # the data plane may be gone soon
@@ -207,6 +207,7 @@ class Parking:
         store = await self._open_once(tier)
         store.note(_space(tier))
         self._opened[tier.number].set()
+        _space(tier).opened = True
         if not self._all_sealed(store):
             self._log.warning(
                 "store_only_read",
@@ -334,7 +335,12 @@ class Parking:
         if self._served.adoption is None:
             SealKey.forget(*args[:3])  # else a successor would take what is stored now for sealed
         elif SealKey.exists(*args[:3]):
-            return SealKey.reopen(*args)
+            try:
+                return SealKey.reopen(*args)
+            except StoreError:
+                if anything:
+                    raise
+                SealKey.forget(*args[:3])  # whoever made it, or destroyed it, died at it
         return SealKey.create(*args) if store.encrypt and not anything else None
 
     def _all_sealed(self, store: AskedStore) -> bool:
@@ -347,6 +353,9 @@ class Parking:
         for key in self._keys.values() if delete else ():
             if key is not None:
                 key.destroy()  # first of all: whatever becomes of the pages, nobody can read them
+        if delete:  # and keys for stores that the configuration has no more, or that could not be opened
+            for directory in {store.keys_dir for store in self._stores.values() if isinstance(store, AskedStore)}:
+                keys.sweep(directory, lambda guest: guest != self._key)
         with trio.move_on_after(DELETE_S_MAX, shield=True):
             async with trio.open_nursery() as nursery:
                 for number, space in self._spaces.items():

@@ -22,6 +22,7 @@ from tierd.store import Space, Store
 from tierd.view import TierStatus
 
 POOL_BYTES = 1 << 20  # what a pool may take beside the pages that it is given: its slots and its index grow in steps
+CLAIM_BYTES = 256 << 20  # at most, at a time: what a guest whose other store hangs keeps from others
 
 
 class Shares:
@@ -46,8 +47,11 @@ class Shares:
             return granted
 
     def let_go(self, owner: object) -> None:
-        for claims in list(self._claims.values()):
-            claims.pop(owner, None)
+        """Then nobody looks into its spaces any more: they may be gone soon."""
+        for name, claims in list(self._claims.items()):
+            if owner in claims:
+                with self._locks[name]:
+                    del claims[owner]
 
 
 class Tiers:
@@ -93,9 +97,10 @@ class Tiers:
         return [tier for tier in self.usable(policy) if tier.name in old_enough and self.room(tier, policy)]
 
     @contextmanager
-    def _claimed(self, tiers: Sequence[ServedTier], policy: Policy, most: int) -> Iterator[None]:
+    def _claimed(self, tiers: Sequence[ServedTier], policy: Policy, most: int) -> Iterator[list[int]]:
         """Room in each of these for `most` bytes of guest memory, or as much as there is, and for nobody else meanwhile: the data
-        plane is told."""
+        plane is told. The numbers of those where there is any."""
+        native, numbers = self._served.native, []
         try:
             for tier in tiers:
                 more = most + (POOL_BYTES if tier.space.kind is TierKind.MEMORY else 0)
@@ -103,11 +108,33 @@ class Tiers:
                 def size(claimed_bytes: int, tier: ServedTier = tier, more: int = more) -> int:
                     return min(self.capacity(tier, policy, claimed_bytes), tier.space.used_bytes() + more)
 
-                size_bytes = self._shares.claim(self._stores[tier.name], self, tier.space, size)
-                self._served.native.set_capacity(tier.number, size_bytes)
-            yield
+                room = self._shares.claim(self._stores[tier.name], self, tier.space, size) - tier.space.used_bytes()
+                # it counts pages that have space there, which may take more than their bytes
+                used = native.tier_counters(tier.number)["used_bytes"]
+                native.set_capacity(tier.number, max(used + room, 0))
+                numbers += [tier.number] if room > 0 else []
+            yield numbers
         finally:
             self._shares.let_go(self)
+
+    def _in_claims(
+        self, tiers: Sequence[ServedTier], policy: Policy, most: int, move: Callable[[list[int], int], int]
+    ) -> int:
+        """`move` so many bytes to these, piece by piece, as long as there is room and anything to move. Bytes."""
+        done = 0
+        while done < most:
+            piece = min(most - done, CLAIM_BYTES)
+            with self._claimed(tiers, policy, piece) as numbers:
+                try:
+                    moved = move(numbers, piece) if numbers else 0
+                except KernelError as error:
+                    if error.errno != errno.ENOSPC or error.tier:
+                        raise
+                    moved = 0  # there was less room than it seemed: by policy, not an error
+            done += moved
+            if moved < piece:
+                break
+        return done
 
     # --- worker -----------------------------------------------------------------------------------------------------------
 
@@ -122,12 +149,12 @@ class Tiers:
             tiers = self._may_take(policy, age_s)
             if not tiers or evicted >= max_bytes:
                 continue
-            numbers = [tier.number for tier in tiers]
-            with self._claimed(tiers, policy, max_bytes - evicted):
-                evicted += cycle.evict(
+
+            def move(numbers: list[int], most: int, age_s: float = age_s) -> int:
+                return cycle.evict(
                     self._served.native,
                     min_idle_s=age_s,
-                    max_bytes=max_bytes - evicted,
+                    max_bytes=most,
                     tiers=numbers,
                     keep=set(numbers).intersection(self._relied_on(policy)),
                     hold_ms_max=policy.hold_ms_max,
@@ -136,6 +163,8 @@ class Tiers:
                     bytes_per_s=policy.evict_rate_max,
                     asked=self._asked,
                 )
+
+            evicted += self._in_claims(tiers, policy, max_bytes - evicted, move)
         return evicted, self._took(before)
 
     def _took(self, before: Mapping[str, int]) -> set[str]:
@@ -157,7 +186,7 @@ class Tiers:
         moved = []
         for above in self._served.tiers.values():
             below = [tier for tier in self.usable(policy) if tier.number > above.number]
-            if below:
+            if below and getattr(above.space, "opened", True):
                 demotion = policies.sink(policy, named[below[0].name], self._sample(above, policy))
                 moved.append((above.name, self._demote(above, demotion, policy, phases, check)))
         return [(name, size) for name, size in moved if size], self._took(before)
@@ -206,25 +235,21 @@ class Tiers:
     ) -> int:
         to = [tier for tier in self._may_take(policy, demotion.min_idle_s) if tier.number > above.number]
         most = min(demotion.bytes_max, sum(self.room(tier, policy) for tier in to))
-        if not most:
-            return 0
-        try:
-            with self._claimed(to, policy, most):
-                return cycle.demote(
-                    self._served.native,
-                    above.number,
-                    [tier.number for tier in to],
-                    min_idle_s=demotion.min_idle_s,
-                    max_bytes=most,
-                    phases=phases,
-                    check=check,
-                    bytes_per_s=policy.demote_rate_max,
-                    asked=self._asked,
-                )
-        except KernelError as error:
-            if error.errno != errno.ENOSPC or error.tier:
-                raise
-            return 0  # there was less room than it seemed: by policy, not an error
+
+        def move(numbers: list[int], most: int) -> int:
+            return cycle.demote(
+                self._served.native,
+                above.number,
+                numbers,
+                min_idle_s=demotion.min_idle_s,
+                max_bytes=most,
+                phases=phases,
+                check=check,
+                bytes_per_s=policy.demote_rate_max,
+                asked=self._asked,
+            )
+
+        return self._in_claims(to, policy, most, move)
 
     def _sample(self, tier: ServedTier, policy: Policy) -> policies.TierSample:
         store = self._stores.get(tier.name)

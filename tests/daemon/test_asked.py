@@ -435,6 +435,22 @@ def test_a_key_that_was_left_behind(daemon: Daemon, web: Vmm, redis: Server) -> 
     assert daemon.guests()["web"]["counters"]["pages_lost"] == 0
 
 
+@pytest.mark.parametrize("what", [b"", bytes(4096)], ids=["begun", "destroyed"])
+def test_a_key_that_somebody_died_at(daemon: Daemon, web: Vmm, redis: Server, what: bytes) -> None:
+    """While it was made, or destroyed: nothing was stored with it, and another one is made."""
+    stores = {"redis": {"addresses": [redis.address]}}
+    nothing_leaves = {**POLICY, "min_idle_s": 3600}
+    daemon.write(guests=[{"name": f"*{OURS}", **nothing_leaves, "tiers": ["redis"]}], stores=stores)
+    daemon.start()
+    (key,) = wait_for(lambda: list((daemon.runtime_dir / "keys").iterdir()), "the store is open")
+    daemon.kill()
+    key.write_bytes(what)
+    with_tiers(daemon, "redis", stores=stores)
+    daemon.start()
+    evicted(daemon, "web", web)
+    web.verify()
+
+
 def test_encryption_turned_off_later(daemon: Daemon, web: Vmm, redis: Server) -> None:
     """What was sealed is read with its key, and what is added is sealed as well."""
     with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})

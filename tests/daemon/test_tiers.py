@@ -70,6 +70,9 @@ def test_what_compressed_memory_takes_of_all_guests(daemon: Daemon, boot: Boot) 
 def test_what_a_disk_takes_of_all_guests(daemon: Daemon, boot: Boot) -> None:
     """At no time more than its capacity, though all guests get cold together."""
     guests = {name: boot(name, 16 * MIB) for name in ("web", "other", "third")}
+    for guest in guests.values():  # a file of many extents takes more than its pages
+        for page in range(0, guest.pages, 2):
+            guest.ask("zero", page, 1)
     with_tiers(daemon, "file", store={"path": str(daemon.store_dir), "capacity": "6MiB"})
     daemon.start()
     most = 0
@@ -84,7 +87,7 @@ def test_what_a_disk_takes_of_all_guests(daemon: Daemon, boot: Boot) -> None:
     end = time.monotonic() + 1.5  # some cycles more
     while time.monotonic() < end:
         full()
-    assert most <= 6 * MIB
+    assert most <= 6 * MIB + 16 * 4096, "but for what the file system itself writes to find them"
     for guest in guests.values():
         guest.verify()
 

@@ -17,7 +17,7 @@ from tests.kernel.torture import torture
 from tests.kernel.vmm import MIB, PAGE, Host, Tiered, Vmm, wait_for
 from tierd.config import Policy, Tier
 from tierd.native import Codec, KernelError
-from tierd.store import Store, StoreError
+from tierd.store import Space, Store, StoreError
 from tierd.tiers import Shares, Tiers
 
 Start = Callable[..., Vmm]
@@ -92,6 +92,35 @@ def test_a_tier_that_gets_pages_by_sinking_is_known_to_take_them(vmm: Vmm, host:
         sunk, took = tiers.sink(policy, tiered.options.phases, lambda: None)
         assert sunk[0][0] == "memory"
         assert took == {"file"}
+        vmm.verify()
+        tiered.leave()
+
+
+def test_room_that_another_guest_has_claimed(vmm: Vmm, host: Host) -> None:
+    """Is none, and no error; it is there again when that one has let go."""
+    with host.attached(vmm, tiers=("file",)) as tiered:
+        space = tiered.served.tiers["file"].space
+        free = SimpleNamespace(
+            name="file",
+            free_bytes=lambda now=False: 64 * MIB - space.used_bytes(),
+            used_bytes=lambda now=False: space.used_bytes(),
+        )
+        shares, other = Shares(), cast(Space, SimpleNamespace(used_bytes=lambda: 0))
+        tiers = Tiers(tiered.served, {"file": cast(Store, free)}, shares, None)
+        shares.claim(cast(Store, free), "other", other, lambda _: 64 * MIB)
+        tiered.scan()
+        if tiered.native.anonymous:
+            tiered.stage()
+        assert tiers.evict(Policy(tiers=(Tier(name="file"),)), 0.0, 64 * MIB, tiered.options.phases, lambda: None) == (
+            0,
+            set(),
+        )
+        shares.let_go("other")
+        evicted, took = tiers.evict(
+            Policy(tiers=(Tier(name="file"),)), 0.0, 64 * MIB, tiered.options.phases, lambda: None
+        )
+        assert took == {"file"}
+        assert evicted > vmm.pages * PAGE / 2
         vmm.verify()
         tiered.leave()
 

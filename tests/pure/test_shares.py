@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import pytest
@@ -80,3 +83,31 @@ def test_any_order(seed: int) -> None:
             host.shares.let_go(guest)
             room[guest] = 0
         assert sum(space.used for space in host.spaces) <= CAPACITY
+
+
+def test_threads() -> None:
+    """Each writes as much as it may, and lets go, while the others look."""
+    host, most = Host(4), list[int]()
+    began = threading.Barrier(4)
+
+    def free_bytes() -> int:
+        free = CAPACITY - sum(space.used for space in host.spaces)
+        time.sleep(0.0005)  # others come in between
+        return free
+
+    host.store.free_bytes = free_bytes  # type: ignore[method-assign]
+
+    def write(guest: int) -> None:
+        chance, space = random.Random(guest), host.spaces[guest]
+        for _ in range(100):
+            began.wait()
+            for _ in range(host.claim(guest, CAPACITY) // 10):
+                space.used += 10
+            most.append(sum(each.used for each in host.spaces))
+            host.shares.let_go(guest)
+            space.used -= chance.randint(0, space.used)
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(write, guest) for guest in range(4)]:
+            done.result()
+    assert CAPACITY / 2 < max(most) <= CAPACITY

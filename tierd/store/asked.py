@@ -28,7 +28,8 @@ class AskedSpace:
     def __init__(self, name: str) -> None:
         self.path = Path()  # none: a page table says the store's name
         self.name = name
-        self.ready = False  # tierd.parking has opened it: pages may be written
+        self.opened = False  # by tierd.parking: pages can be read
+        self.ready = False  # and be written
         self.counted: Callable[[], int] = int  # bytes of guest memory that are stored, by the data plane
 
     def used_bytes(self) -> int:
