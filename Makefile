@@ -35,12 +35,12 @@ test-machine: build
 	$(PY) -m pytest -q tests/kernel $(ARGS)
 	@tests/beside.sh 0 "$(MAKE) test-guests" $(MAKE) --no-print-directory test-daemon
 
-GUESTS := tests/vm tests/boot tests/bench
+GUESTS := tests/vm tests/boot tests/bench tests/daemon/test_every_tier.py
 test-guests: build
 	$(PY) -m pytest -q $(GUESTS) $(ARGS)
 
 test-daemon: build
-	$(PY) -m pytest -q $(filter-out $(GUESTS) $(BESIDE) tests/kernel tests/kernels,$(patsubst %/,%,$(dir $(wildcard tests/*/__init__.py)))) $(ARGS)
+	$(PY) -m pytest -q $(addprefix --ignore=,$(GUESTS)) $(filter-out $(GUESTS) $(BESIDE) tests/kernel tests/kernels,$(patsubst %/,%,$(dir $(wildcard tests/*/__init__.py)))) $(ARGS)
 
 # What waits for servers of its own, and then what only computes: no test in there minds how long it takes.
 BESIDE := tests/store tests/pure tests/native

@@ -32,7 +32,7 @@ def test_rows_are_measured_with_their_limits(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(output.read_text())
     assert rows == json.loads(done.stdout)
-    assert [row["row"][0] for row in rows] == [*"cdde", *"jjj", *"lll", *"mm", *"nn", *"oo", *"ppp", "q"]
+    assert [row["row"][0] for row in rows] == [*"cdde", *"jjj", *"lll", *"mm", *"nn", *"oo", *"pppp", "q"]
     for row in rows:
         assert set(row) == {"row", "unit", "measured", "limit", "ratio", "bound", "ok"}
         assert row["measured"] > 0
