@@ -328,13 +328,14 @@ def evict(
                 evicted_pages += _drop(batch, hold_ms_max, phases)
                 free.append(batch)
                 _pace(evicted_pages * page_bytes, bytes_per_s, began)
-        except KernelError:
+        except KernelError as error:
             with suppress(KernelError):  # the first one is told
                 for batch in batches:  # nobody is held any longer
                     if all(each.batch is not batch for each in storing):
                         batch.cancel()
                 while storing:
-                    _drop(storing.popleft().wait(phases), hold_ms_max, phases)
+                    evicted_pages += _drop(storing.popleft().wait(phases), hold_ms_max, phases)
+            error.moved_bytes = evicted_pages * page_bytes
             raise
     return evicted_pages * page_bytes
 
@@ -456,7 +457,11 @@ def demote(
     with _batch(guest) as batch:
         while page < guest.pages and done_pages < max_pages:
             check()
-            done = demote_batch(batch, from_tier, page, min_idle_s, max_pages - done_pages, tiers, asked)
+            try:
+                done = demote_batch(batch, from_tier, page, min_idle_s, max_pages - done_pages, tiers, asked)
+            except KernelError as error:
+                error.moved_bytes = done_pages * page_bytes
+                raise
             done_pages += done.pages
             page = done.next_page
             _pace(done_pages * page_bytes, bytes_per_s, began)

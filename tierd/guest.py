@@ -640,7 +640,8 @@ class Guest:
             if (in_files and tier.space.kind is TierKind.FILE) or health.asked_ns[tier.number] > HUNG_TOLD_S * 1e9
         }
         if in_files and not hanging:  # compressed memory that was swapped out, say
-            hanging = set(served.tiers)
+            in_memory = {name for name, tier in served.tiers.items() if tier.space.kind is TierKind.MEMORY}
+            hanging = in_memory or set(served.tiers)
         self._tell_hanging(served, hanging, health)
 
     def _tell_hanging(self, served: Served, hanging: set[str], health: Health) -> None:

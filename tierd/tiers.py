@@ -130,7 +130,7 @@ class Tiers:
                 except KernelError as error:
                     if error.errno != errno.ENOSPC or error.tier:
                         raise
-                    moved = 0  # there was less room than it seemed: by policy, not an error
+                    moved = error.moved_bytes  # there was less room than it seemed: by policy, not an error
             done += moved
             if moved < piece:
                 break
@@ -186,7 +186,7 @@ class Tiers:
         moved = []
         for above in self._served.tiers.values():
             below = [tier for tier in self.usable(policy) if tier.number > above.number]
-            if below and getattr(above.space, "opened", True):
+            if below and above.space.opened:
                 demotion = policies.sink(policy, named[below[0].name], self._sample(above, policy))
                 moved.append((above.name, self._demote(above, demotion, policy, phases, check)))
         return [(name, size) for name, size in moved if size], self._took(before)

@@ -125,6 +125,23 @@ def test_room_that_another_guest_has_claimed(vmm: Vmm, host: Host) -> None:
         tiered.leave()
 
 
+def test_what_left_before_there_was_no_room_counts(start_vmm: Start, host: Host) -> None:
+    """Else more would leave than may."""
+    vmm = start_vmm(f"bytes={16 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm, tiers=("file",)) as tiered:
+        wide = cast(Store, SimpleNamespace(name="file", free_bytes=lambda now=False: 1 << 40, used_bytes=lambda: 0))
+        tiers = Tiers(tiered.served, {"file": wide}, Shares(), None)
+        tiered.scan()
+        policy = Policy(tiers=(Tier(name="file", capacity=2 * MIB),))
+        evicted, took = tiers.evict(policy, 0.0, 64 * MIB, tiered.options.phases, lambda: None)
+        assert took == {"file"}
+        assert 2 * MIB - 16 * PAGE < tiered.pages_in("file") * PAGE <= 2 * MIB
+        assert evicted == tiered.stored_pages * PAGE
+        vmm.verify()
+        tiered.leave()
+
+
 def test_a_full_pool(vmm: Vmm, host: Host) -> None:
     """What it has no room for goes to the next tier, and so does what a page becomes that was in it before."""
     with host.attached(vmm, tiers=LADDER) as tiered:

@@ -8,9 +8,9 @@ import os
 
 class KernelError(OSError):
     """A call of the data plane failed: errno, and what was being done (to which guest is known to the caller). `tier`: the number
-    of the one that did not take pages; 0: it is not about one."""
+    of the one that did not take pages; 0: it is not about one. `moved_bytes`: of an eviction or a demotion, what went before."""
 
-    tier = 0
+    tier = moved_bytes = 0
 
     def __str__(self) -> str:
         return f"{self.strerror}: {os.strerror(self.errno or 0)} (errno {self.errno})"

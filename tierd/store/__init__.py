@@ -60,6 +60,11 @@ class Space(Protocol):
         ...
 
     @property
+    def opened(self) -> bool:
+        """Pages can be read from it."""
+        ...
+
+    @property
     def ready(self) -> bool:
         """Pages may be written to it."""
         ...

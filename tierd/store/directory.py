@@ -24,7 +24,7 @@ MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
 class GuestFile:
     """One guest's file: what all of store.Space's have in common."""
 
-    ready = True
+    opened = ready = True
     secret = b""
 
     def __init__(self, fd: int, path: Path) -> None:
