@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import pytest
 from tests.kernel.host_memory import huge_pages
 from tests.kernel.torture import torture
 from tests.kernel.vmm import MIB, PAGE, Host, Tiered, Vmm, wait_for
+from tierd import cycle
 from tierd.config import Policy, Tier
 from tierd.native import Codec, KernelError
 from tierd.store import Space, Store, StoreError
@@ -69,6 +71,30 @@ def test_pages_sink(vmm: Vmm, host: Host) -> None:
         assert tiered.pages_in("memory") == pool["compressed_bytes"] == 0
         assert tiered.pages_in("file") == vmm.pages - tiered.counters()["tier_pages"][0]
         assert tiered.counters()["pages_demoted"] == before
+        vmm.verify()
+        tiered.leave()
+
+
+def test_pages_sink_no_faster_than_they_may(vmm: Vmm, host: Host) -> None:
+    """By demote_rate_max, over all of a demotion."""
+    rate = 8 * MIB
+    with host.attached(vmm, tiers=LADDER) as tiered:
+        tiered.evict_all()
+        memory, file = (tiered.served.tiers[name].number for name in LADDER)
+        phases, began = cycle.Phases(), time.monotonic()
+        sunk = cycle.demote(
+            tiered.native,
+            memory,
+            [file],
+            min_idle_s=0.0,
+            max_bytes=1 << 40,
+            phases=phases,
+            check=lambda: None,
+            bytes_per_s=rate,
+        )
+        assert time.monotonic() - began >= sunk / rate
+        assert sunk > 4 * MIB
+        assert not tiered.pages_in("memory")
         vmm.verify()
         tiered.leave()
 
