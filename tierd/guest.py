@@ -315,6 +315,8 @@ class Guest:
                 )
         if self._ending is Ending.EXITED:
             served.forget()
+        for name, error in served.undeleted.items():
+            self._log.warning("pages_not_deleted", store=name, error=str(error), action="the next start of tierd does it")
         self._host.forget_trouble(self.key)
         self._host.forget_trouble(f"{self.key} hangs")
         self._host.forget_trouble(f"{self.key} not open")
@@ -553,20 +555,22 @@ class Guest:
         return pause_s * random.uniform(0.5, 1.0)
 
     def _failed(self, error: OSError | StoreError | RequestRefused) -> None:
-        others = False
+        others, where, on_disk = False, {}, False
         if isinstance(error, KernelError) and error.tier and self._served is not None:
             name, others = self._tiers.failed(error.tier, self._back_off_s)
             self._host.store_trouble[name, self.key] = str(error)
+            where, on_disk = {"store": name}, self._served.tiers[name].space.kind is TierKind.FILE
         if not others:
             self._failures += 1
             self._not_before = trio.current_time() + self._back_off_s(self._failures)
         if self._trouble != str(error):
             self._trouble = str(error)
-            made_anew = isinstance(error, KernelError) and error.errno == errno.ENOENT and not error.tier
-            action = (
-                "the VMM has mapped its memory anew: detach and attach the guest" if made_anew else "none: tried again"
-            )
-            self._log.warning("eviction_failed", error=str(error), pages="stay with the guest", action=action)
+            action = "none: tried again"
+            if isinstance(error, KernelError) and error.errno == errno.ENOENT and not error.tier:
+                action = "the VMM has mapped its memory anew: detach and attach the guest"
+            elif on_disk and isinstance(error, OSError) and error.errno in (errno.EIO, errno.EROFS):
+                action = "see what the kernel's log says of the disk; tried again"
+            self._log.warning("eviction_failed", **where, error=str(error), pages="stay with the guest", action=action)
 
     def _recovered(self) -> None:
         if self._trouble is not None and trio.current_time() >= self._not_before:

@@ -142,6 +142,7 @@ class Served:
         self._undo = contextlib.ExitStack()
         self.native: NativeGuest
         self.tiers: dict[str, ServedTier] = {}  # by name, in their order
+        self.undeleted: dict[str, OSError] = {}  # by name: what `forget` could not remove
         self.pidfd = self.uffd = self.uffd_in_vmm = self.pagemap = self.mem = self.table_fd = -1
         self.asked_fd = -1  # an eventfd: somebody wants pages of a tier that is asked
         self.memfds: list[int] = []
@@ -276,10 +277,14 @@ class Served:
                 time.sleep(0.001)
 
     def forget(self) -> None:
-        """Remove the state file and the stored pages. Only for a guest that is gone or needs none of them."""
+        """Remove the state file and the stored pages. Only for a guest that is gone or needs none of them. What cannot be
+        removed (a file system that is read-only now) is in `undeleted`: nobody looks for it any more, the next start sweeps."""
         self.state_path.unlink(missing_ok=True)
         for tier in self.tiers.values():
-            tier.space.delete()
+            try:
+                tier.space.delete()
+            except OSError as error:
+                self.undeleted[tier.name] = error
 
 
 class AlreadyRunning(Exception):

@@ -216,14 +216,19 @@ class Tiers:
 
     def tidy(self, policy: Policy, phases: cycle.Phases, check: Callable[[], None]) -> None:
         """What came back takes no room in its tier any more; but what was not written since is kept where that is relied on.
-        KernelError."""
-        native = self._served.native
+        KernelError, whose `tier` gave no room back: the others did."""
+        native, failed = self._served.native, None
         self._look_at_errors()
-        cycle.discard_fetched(native, phases, check, self._relied_on(policy))
+        try:
+            cycle.discard_fetched(native, phases, check, self._relied_on(policy))
+        except KernelError as error:
+            failed = error
         cycle.compact(native, check)
         for tier in self._served.tiers.values():
             if tier.number in native.asked_tiers and self._asked is not None and self._may_be_written(tier):
                 cycle.discard_asked(native, tier.number, self._asked, check)
+        if failed is not None:
+            raise failed
 
     def _demote(
         self,
@@ -268,8 +273,8 @@ class Tiers:
     # --- trio -------------------------------------------------------------------------------------------------------------
 
     def failed(self, number: int, pause_s: Callable[[int], float]) -> tuple[str, bool]:
-        """This tier did not take pages: it is left alone for `pause_s(how often in a row)`. Its name, and whether others go on
-        meanwhile."""
+        """This tier did not take pages, or gave no room back: it is left alone for `pause_s(how often in a row)`. Its name, and
+        whether others go on meanwhile."""
         name = next(tier.name for tier in self._served.tiers.values() if tier.number == number)
         failures = self._failures.get(name, (0, 0.0))[0] + 1
         self._failures[name] = failures, time.monotonic() + pause_s(failures)

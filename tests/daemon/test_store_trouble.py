@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tests.daemon.process import OURS, POLICY, Boot, Daemon, evicted
 from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
-from tests.kernel.disks import frozen_at_will, hanging_disk, in_the_kernel
-from tests.kernel.vmm import MIB, PAGE, wait_for
+from tests.kernel.disks import damaged, frozen_at_will, hanging_disk, in_the_kernel, loop_disk
+from tests.kernel.vmm import MIB, PAGE, userfaultfds, wait_for
 
 
 def on_disk(daemon: Daemon, mount: Path, **settings: object) -> None:
@@ -91,6 +91,49 @@ def test_a_store_that_does_not_answer_at_all(daemon: Daemon, boot: Boot, disk_di
         web.verify()
         daemon.signal(signal.SIGTERM)
         assert daemon.wait() == 0
+
+
+def test_a_file_system_that_turns_read_only(daemon: Daemon, boot: Boot, disk_dir: Path) -> None:
+    """What ext4 does when it finds itself damaged. That is told, what is stored comes back, and guests are left or end as if
+    nothing were wrong; what cannot be removed is told, too."""
+    image = disk_dir / "image"
+    with image.open("wb") as file:
+        file.truncate(512 * MIB)
+    with loop_disk(disk_dir, image, errors="remount-ro") as mount:
+        daemon.store_dir = mount / "store"
+        on_disk(daemon, mount)
+        try:
+            left, ended, kept = boot("left"), boot("ended"), boot("kept")
+            daemon.start()
+            for name, vmm in ("left", left), ("ended", ended), ("kept", kept):
+                evicted(daemon, name, vmm)
+            damaged(mount)
+            left.verify()
+            left.ask("fill")  # what was only read leaves at no cost
+            wait_for(lambda: daemon.logged("eviction_failed"), "it is told")
+            assert "Read-only file system" in daemon.logged("eviction_failed")[0]["error"]
+            wait_for(lambda: not healthy(daemon)["healthy"], "the store is ill")
+            done = daemon.tierd("detach", f"left{OURS}")
+            assert done.returncode == 0, done.stderr
+            assert not userfaultfds(left.pid)
+            left.verify()
+            ended.kill()
+            wait_for(lambda: len(daemon.logged("guest_ended")) == 2, "that guest is over")
+            for entry in wait_for(lambda: daemon.logged("pages_not_deleted"), "it is told"):
+                assert "Read-only file system" in entry["error"]
+            assert len(daemon.logged("pages_not_deleted")) == 2
+            kept.verify()
+            daemon.signal(signal.SIGKILL)
+            daemon.wait()
+            daemon.start()
+            assert len(daemon.logged("guest_adopted")) == 1
+            kept.verify()
+            daemon.signal(signal.SIGTERM)
+            assert daemon.wait() == 0
+            kept.verify()
+        finally:
+            if daemon.process is not None:
+                daemon.kill()
 
 
 def test_a_lost_page_is_told_with_its_address(daemon: Daemon, boot: Boot) -> None:

@@ -17,8 +17,9 @@ from tests.need import need
 
 
 @contextlib.contextmanager
-def loop_disk(directory: Path, image: Path) -> Iterator[Path]:
-    """An ext4 on a loop device over `image`, at directory/disk. What uses it must have ended."""
+def loop_disk(directory: Path, image: Path, errors: str = "continue") -> Iterator[Path]:
+    """An ext4 on a loop device over `image`, at directory/disk; what it does at `errors` is in ext4(5). What uses it must have
+    ended."""
     need("root", os.geteuid() == 0, "mounting needs root")
     for program in ("mkfs.ext4", "losetup"):
         need("kernel", shutil.which(program) is not None, f"{program} is missing")
@@ -30,9 +31,16 @@ def loop_disk(directory: Path, image: Path) -> Iterator[Path]:
         need("kernel", loop.returncode == 0, f"no loop device: {loop.stderr.strip()}")
         device = loop.stdout.strip()
         undo.callback(subprocess.run, ["losetup", "--detach", device], check=True)
-        subprocess.run(["mount", "-o", "errors=continue", device, mount], check=True)
+        subprocess.run(["mount", "-o", f"errors={errors}", device, mount], check=True)
         undo.callback(subprocess.run, ["umount", mount], check=True)
         yield mount
+
+
+def damaged(mount: Path) -> None:
+    """ext4 believes to have found damage in itself, and does what its `errors` says."""
+    device = os.stat(mount).st_dev
+    name = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve().name
+    Path(f"/sys/fs/ext4/{name}/trigger_fs_error").write_text("a test")
 
 
 @dataclass

@@ -239,8 +239,9 @@ def test_a_tier_that_discards_nothing_holds_up_no_other(start_vmm: Start, host: 
                     read_only = os.open(path, os.O_RDONLY)
                     os.dup2(read_only, fd)
                     os.close(read_only)
-        with pytest.raises(KernelError, match="discard"):
+        with pytest.raises(KernelError, match="discard") as caught:
             tiered.discard()
+        assert caught.value.tier == tiered.served.tiers["file"].number, "that one is told, and left alone for a while"
 
         def nothing_is_left() -> bool:
             with contextlib.suppress(KernelError):

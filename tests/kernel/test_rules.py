@@ -19,7 +19,7 @@ from typing import Literal
 
 import pytest
 
-from tests.kernel.disks import loop_disk
+from tests.kernel.disks import damaged, loop_disk
 from tests.kernel.host_memory import large_folios_kb
 from tests.kernel.vmm import MIB, PAGE, SAFE, SLOWNESS, Host, Tiered, Vmm, userfaultfds, vm_flags, wait_for
 from tests.need import need
@@ -135,6 +135,37 @@ def test_a_file_system_that_is_full_loses_nothing(
 
 
 @DIRECT
+def test_a_file_system_that_turns_read_only_loses_nothing(
+    vmm_binary: Path, disk_dir: Path, tmpfs_dir: Path, direct: Literal["on", "off"]
+) -> None:
+    """What ext4 does when it finds itself damaged. What is stored comes back, the rest stays with the guest."""
+    image = disk_dir / "image"
+    with image.open("wb") as file:
+        file.truncate(128 * MIB)
+    with loop_disk(disk_dir, image, errors="remount-ro") as mount, Vmm(vmm_binary, f"bytes={16 * MIB}") as vmm:
+        vmm.ask("fill")
+        with Host(tmpfs_dir, mount).attached(vmm, direct=direct) as tiered:
+            tiered.scan()
+            stored = tiered.evict(max_bytes=8 * MIB)
+            assert stored > 0
+            damaged(mount)
+            tiered.scan()
+            with pytest.raises(KernelError) as caught:
+                tiered.evict()
+            assert caught.value.errno == errno.EROFS
+            c = tiered.counters()
+            assert c["state_pages"][4] == stored
+            assert c["state_pages"][0] == vmm.pages - stored, "nothing stays half way"
+            Path("/proc/sys/vm/drop_caches").write_text("1")
+            vmm.verify()
+            assert tiered.counters()["pages_lost"] == 0
+            tiered.leave()
+            assert tiered.served.undeleted["file"].errno == errno.EROFS
+        assert not userfaultfds(vmm.pid)
+        vmm.verify()
+
+
+@DIRECT
 def test_a_device_that_lies_is_a_memory_error(
     vmm_binary: Path, disk_dir: Path, tmpfs_dir: Path, direct: Literal["on", "off"]
 ) -> None:
@@ -153,7 +184,8 @@ def test_a_device_that_lies_is_a_memory_error(
                 tiered.scan()
                 with pytest.raises(KernelError) as caught:
                     tiered.evict()
-                assert caught.value.errno in (errno.EIO, errno.ENOSPC)
+                # the file system may see what became of its own blocks, and let nobody write any more
+                assert caught.value.errno in (errno.EIO, errno.ENOSPC, errno.EROFS)
                 assert tiered.counters()["state_pages"][4] > 0
                 Path("/proc/sys/vm/drop_caches").write_text("1")  # so that the device itself must answer
                 vmm.send("verify")

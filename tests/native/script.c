@@ -471,6 +471,7 @@ void script_cycle(struct tierd_guest *g)
 	struct tierd_pass pass;
 	struct tierd_batch *b, *other;
 	uint64_t page = 0, n, lost;
+	uint32_t failed_tier;
 
 	while (page < g->pages) {
 		world_before_pass();
@@ -495,8 +496,10 @@ void script_cycle(struct tierd_guest *g)
 		tierd_guest_restore(g, &page, below(SCRIPT_PAGES_MAX), &n);
 	if (S.asked && chance(400))
 		tell_garbage(g);
-	if (chance(400))
-		tierd_guest_discard(g, below(SCRIPT_PAGES_MAX) + 1, below(4) ? UINT32_MAX : 0, &n);
+	if (chance(400) &&
+	    tierd_guest_discard(g, below(SCRIPT_PAGES_MAX) + 1, below(4) ? UINT32_MAX : 0, &n, &failed_tier) == -EIO &&
+	    !failed_tier)
+		script_fail("a tier does not give back space, and nobody knows which");
 	page = 0;
 	if (chance(S.losses ? 300 : 20)) /* an order that finds nothing to do hurts nobody */
 		if (tierd_guest_retry(g, &page, &n, &lost) || (lost && !S.losses))

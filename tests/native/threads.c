@@ -383,6 +383,7 @@ static void cycle(void)
 	struct tierd_batch *two[2];
 	struct tierd_pass pass;
 	uint64_t n;
+	uint32_t failed_tier;
 
 	for (uint64_t page = 0; page < guest->pages; page = pass.next_page)
 		if (tierd_guest_pass(guest, page, &pass))
@@ -394,7 +395,7 @@ static void cycle(void)
 	evict(two);
 	tierd_batch_destroy(two[1]);
 	tierd_batch_destroy(two[0]);
-	tierd_guest_discard(guest, MODEL_PAGES_MAX, below(2) ? UINT32_MAX : 0, &n);
+	tierd_guest_discard(guest, MODEL_PAGES_MAX, below(2) ? UINT32_MAX : 0, &n, &failed_tier);
 }
 
 static void daemon_create(bool adopted)

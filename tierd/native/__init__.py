@@ -294,6 +294,13 @@ def _fields(struct: Any, cls: type[Any], **others: Any) -> Any:
     return cls(**others, **{name: getattr(struct, name) for name in cls.__dataclass_fields__ if name not in others})
 
 
+def _check_tier(error: int, noun: str, tier: int) -> None:
+    if error < 0:
+        failure = KernelError(-error, noun)
+        failure.tier = tier
+        raise failure
+
+
 def probe() -> Probe:
     """Try on a few pages of our own what this kernel can do. Blocks for some milliseconds; leaves nothing behind."""
     out = ffi.new("struct tierd_probe *")
@@ -465,7 +472,7 @@ class NativeBatch:
         self._b = ffi.NULL
 
     def _done(self, error: int, noun: str) -> BatchResult:
-        check(error, noun)
+        _check_tier(error, noun, self._result.failed_tier)
         result: BatchResult = _fields(self._result, BatchResult)
         return result
 
@@ -493,7 +500,7 @@ class NativeBatch:
         not written, when one of them could be read (in tiers that are asked the caller has done that). KernelError ENOSPC: all
         are at capacity; others: its `tier` says which one failed."""
         kept = sum(1 << tier for tier in keep)
-        return self._written(lib.tierd_batch_write(self._b, list(tiers), len(tiers), kept, self._result))
+        return self._done(lib.tierd_batch_write(self._b, list(tiers), len(tiers), kept, self._result), STORE_WRITE)
 
     def unchanged(self, tier: int) -> int | None:
         """After copy: one of the pages whose copy in `tier` would be relied on, another one each time; None: there is none."""
@@ -503,14 +510,7 @@ class NativeBatch:
     def store(self) -> BatchResult:
         """Write what is offered to files, durably; must be called also if all is for tiers that are asked. In any thread: the
         worker may be busy with another batch. KernelError: its `tier` says which one failed."""
-        return self._written(lib.tierd_batch_store(self._b, self._result))
-
-    def _written(self, error: int) -> BatchResult:
-        if error < 0:
-            failure = KernelError(-error, STORE_WRITE)
-            failure.tier = self._result.failed_tier
-            raise failure
-        return self._done(error, STORE_WRITE)
+        return self._done(lib.tierd_batch_store(self._b, self._result), STORE_WRITE)
 
     def runs(self, tier: int = 0) -> Iterator[Run]:
         """After select out of a tier that is asked: all of the batch. After write: what is offered to `tier`, which is asked."""
@@ -833,9 +833,11 @@ class NativeGuest:
 
     def discard(self, max_pages: int, keep: Collection[int] = ()) -> int:
         """Give back store space of pages that were fetched since; how many. In tiers of `keep` not of those that nobody has
-        written to: they need not be written again. Worker."""
-        out = ffi.new("uint64_t *")
-        check(lib.tierd_guest_discard(self._g, max_pages, sum(1 << tier for tier in keep), out), "store discard")
+        written to: they need not be written again. KernelError: its `tier` gave none back, the others did. Worker."""
+        out, failed_tier = ffi.new("uint64_t *"), ffi.new("uint32_t *")
+        kept = sum(1 << tier for tier in keep)
+        error = lib.tierd_guest_discard(self._g, max_pages, kept, out, failed_tier)
+        _check_tier(error, "store discard", failed_tier[0])
         return int(out[0])
 
     def compact(self, max_pages: int) -> int:

@@ -8,7 +8,8 @@ import os
 
 class KernelError(OSError):
     """A call of the data plane failed: errno, and what was being done (to which guest is known to the caller). `tier`: the number
-    of the one that did not take pages; 0: it is not about one. `moved_bytes`: of an eviction or a demotion, what went before."""
+    of the one that did not take pages, or gave no room back; 0: it is not about one. `moved_bytes`: of an eviction or a
+    demotion, what went before."""
 
     tier = moved_bytes = 0
 

@@ -586,6 +586,12 @@ int tierd_batch_copy(struct tierd_batch *b, struct tierd_batch_result *ret)
 
 /* --- write -------------------------------------------------------------------------------------------------------------- */
 
+static void discard_failed(struct tierd_guest *g, unsigned int tier, int error)
+{
+	count_add(&g->tier_counts[tier].write_errors, 1);
+	count_error(g, &g->count.store_write_errors, error);
+}
+
 /* How many of the slots could be given to `tier`, no pool, as far as its capacity goes. */
 static uint64_t room_in(const struct tierd_batch *b, unsigned int tier)
 {
@@ -1012,7 +1018,7 @@ static void forget_written(struct tierd_batch *b, uint32_t slot)
 	error = tier_discard(b->g, b->to[slot], b->pages[slot], 1);
 	worker_io_end(b->g);
 	if (error)
-		count_error(b->g, &b->g->count.store_write_errors, error);
+		discard_failed(b->g, b->to[slot], error);
 }
 
 /* The word of a page that its new tier has. */
@@ -1118,7 +1124,7 @@ static int drop_run(struct tierd_batch *b, uint32_t first, uint32_t n, struct ti
 
 /* Pages that were stored before and are of one word now: the tier's old bytes are of no use. The worker is the only one who
  * writes or discards, so nothing can land in that space meanwhile. */
-static int discard_zeroed(struct tierd_batch *b)
+static int discard_zeroed(struct tierd_batch *b, struct tierd_batch_result *ret)
 {
 	int first = 0;
 
@@ -1129,8 +1135,11 @@ static int discard_zeroed(struct tierd_batch *b)
 		if (b->to[i] != TIER_ZERO || !word_copy(b->words[i]))
 			continue;
 		error = tier_discard(b->g, word_tier(b->words[i]), b->pages[i], 1);
-		if (error && !first)
+		if (error && !first) {
 			first = error;
+			discard_failed(b->g, word_tier(b->words[i]), error);
+			ret->failed_tier = word_tier(b->words[i]);
+		}
 		if (page_move(b->g, b->pages[i], b->words[i], to)) {
 			b->g->copies[word_tier(b->words[i])]--;
 			b->words[i] = to;
@@ -1254,6 +1263,10 @@ static int drop_demoted(struct tierd_batch *b, struct tierd_batch_result *ret)
 			error = failed;
 	}
 	worker_io_end(b->g);
+	if (error) {
+		discard_failed(b->g, b->from, error);
+		ret->failed_tier = b->from;
+	}
 	return error;
 }
 
@@ -1265,10 +1278,12 @@ static int drop(struct tierd_batch *b, struct tierd_batch_result *ret)
 		return drop_staged(b, ret);
 	if (moving(b))
 		return drop_demoted(b, ret);
-	first = discard_zeroed(b);
+	first = discard_zeroed(b, ret);
 	b->count = claim_dropping(b, 0, b->count);
 	error = drop_slots(b, 0, b->count, ret);
-	return first ? first : error;
+	if (error)
+		ret->failed_tier = 0;
+	return error ? error : first;
 }
 
 int tierd_batch_drop(struct tierd_batch *b, struct tierd_batch_result *ret)
@@ -1280,7 +1295,7 @@ int tierd_batch_drop(struct tierd_batch *b, struct tierd_batch_result *ret)
 	if (error)
 		return error;
 	error = drop(b, ret);
-	if (error)
+	if (error && !ret->failed_tier)
 		count_error(g, &g->count.kernel_errors, error);
 	b->count = 0;
 	b->step = DROPPED;
@@ -1520,7 +1535,7 @@ int tierd_batch_window(struct tierd_batch *b, uint64_t window_ns_max, struct tie
 		return 0;
 	}
 	if (!b->first)
-		discarded = discard_zeroed(b); /* an I/O of the store: before the guest is held */
+		discarded = discard_zeroed(b, ret); /* an I/O of the store: before the guest is held */
 	began_ns = sys_now_ns();
 	atomic_store(&g->in_window, true);
 	error = g->engine->set_async(g->uffd, false);
@@ -1538,12 +1553,14 @@ int tierd_batch_window(struct tierd_batch *b, uint64_t window_ns_max, struct tie
 	failed = window_end(b, began_ns);
 	if (!error)
 		error = failed;
-	if (!error)
-		error = discarded;
-	ret->left_pages = b->count - b->first;
-	if (error)
+	if (error) {
+		ret->failed_tier = 0;
 		count_error(g, &g->count.kernel_errors, error);
-	else if (!ret->left_pages)
+	} else {
+		error = discarded;
+	}
+	ret->left_pages = b->count - b->first;
+	if (!error && !ret->left_pages)
 		b->step = EMPTY;
 	guest_leave(g);
 	return error;
@@ -1615,13 +1632,14 @@ int tierd_guest_write_failed(struct tierd_guest *g, uint32_t tier, int32_t error
 }
 
 /* A tier that fails is passed over from then on: what is stale in the others takes room, of the pool the host's memory. */
-int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint32_t keep, uint64_t *discarded)
+int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint32_t keep, uint64_t *discarded,
+			uint32_t *failed_tier)
 {
 	uint32_t failed = 0; /* tiers */
 	int error = guest_enter(g), first = 0;
 	uint64_t n;
 
-	*discarded = 0;
+	*discarded = *failed_tier = 0;
 	if (error)
 		return error;
 	for (uint64_t page = 0; page < g->pages && *discarded < max_pages && anything_stored(g); page += n ? n : 1) {
@@ -1636,6 +1654,8 @@ int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint32_t keep
 		worker_io_end(g);
 		if (error) {
 			failed |= 1u << tier;
+			discard_failed(g, tier, error);
+			*failed_tier = first ? *failed_tier : tier;
 			first = first ? first : error;
 			continue;
 		}
@@ -1650,8 +1670,6 @@ int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint32_t keep
 			}
 		}
 	}
-	if (first)
-		count_error(g, &g->count.store_write_errors, first);
 	guest_leave(g);
 	return first;
 }

@@ -241,7 +241,7 @@ struct tierd_batch_result {
 	uint64_t next_page;     /* select: where to look next; == pages of the guest at the end */
 	uint64_t left_pages;    /* window: still to leave, in another one */
 	uint64_t refused_pages; /* write: no tier took them */
-	uint64_t failed_tier;   /* write: after an error, which tier did not take the pages; 0: it is not known */
+	uint64_t failed_tier;   /* after an error: the tier that took no pages, or gave no space back; 0: none */
 	uint64_t offered_pages; /* write: to tiers that Python asks */
 	uint64_t select_ns, hold_ns, copy_ns, write_ns, drop_ns, release_ns;
 	uint64_t stopped_ns; /* drop: a thread of the VMM, 0: none was */
@@ -393,8 +393,9 @@ int tierd_guest_unclean(struct tierd_guest *g, uint32_t tier);
 int tierd_guest_read_failed(struct tierd_guest *g, uint32_t tier, int32_t error);
 int tierd_guest_write_failed(struct tierd_guest *g, uint32_t tier, int32_t error);
 /* Gives back store space of pages that were fetched since; but, in the tiers of `keep` (bit i: tier i), not of those that nobody has
- * written to since. */
-int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint32_t keep, uint64_t *discarded);
+ * written to since. After an error the others' went, and *failed_tier did not give any back; 0: it is not about one. */
+int tierd_guest_discard(struct tierd_guest *g, uint64_t max_pages, uint32_t keep, uint64_t *discarded,
+			uint32_t *failed_tier);
 /* Pages that `tier`, one that Python asks, need not keep: the first run of them from first_page on, at most max_pages long. Python
  * has the store discard them and then says that they are gone: no batch may write there meanwhile. -ENODEV: no such tier. */
 int tierd_guest_garbage(struct tierd_guest *g, uint32_t tier, uint64_t first_page, uint64_t max_pages, uint64_t *page,
