@@ -234,8 +234,9 @@ def config_check(options: Options, config: Path | None, probe: bool, as_json: bo
 
 def _load_whole(path: Path, probe: bool) -> int:
     """With what stores say of their keys; how many guest rules there are. ConfigErrors."""
-    from tierd.config import load, named_stores
+    from tierd.config import named_stores
     from tierd.document import ConfigErrors
+    from tierd.load import load
 
     config = load(path)
     if probe or named_stores(config) & config.asked.keys():
@@ -273,8 +274,9 @@ def _check_guest(options: Options, pid: int) -> list[Finding]:
     from tierd.attach.preflight import findings
     from tierd.attach.procfs import read_spec
     from tierd.check import guest_findings
-    from tierd.config import Policy, load
+    from tierd.config import Policy
     from tierd.engine import EngineUnavailable, choose, fitting
+    from tierd.load import load
 
     try:
         spec = read_spec(pid)

@@ -27,10 +27,11 @@ from tierd.attach import GuestSpec, Handed, Refused
 from tierd.attach.holders import HolderScan
 from tierd.attach.procfs import Discovery, boot_id, read_spec, start_ticks
 from tierd.check import engine_findings
-from tierd.config import Config, Policy, changes, load, named_stores, with_seconds
+from tierd.config import Config, Policy, changes, named_stores, with_seconds
 from tierd.document import ConfigError, ConfigErrors
 from tierd.engine import EngineUnavailable, choose
 from tierd.guest import Ending, Guest, Host
+from tierd.load import load
 from tierd.resume import Resumed
 from tierd.serve import (
     SUFFIX,

@@ -16,8 +16,9 @@ import trio
 
 from tierd.attach.preflight import swap_can_receive
 from tierd.attach.procfs import boot_id, start_ticks
-from tierd.config import load, with_seconds
+from tierd.config import with_seconds
 from tierd.engine import choose
+from tierd.load import load
 from tierd.native import STATES
 from tierd.parking import Parking, Turns
 from tierd.restore import restore_all

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.need import need
-from tierd.config import Config, load
+from tierd.config import Config
+from tierd.load import load
 from tierd.quantities import parse_time
 
 ROOT = Path(__file__).parent.parent.parent

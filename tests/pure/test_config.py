@@ -22,9 +22,9 @@ from tierd.config import (
     Policy,
     Tier,
     changes,
-    load,
 )
 from tierd.document import ConfigErrors
+from tierd.load import load
 from tierd.quantities import parse_rate, parse_size, parse_time
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.fuzz import fuzz
-from tierd import config
+from tierd import load as loading
 from tierd.attach import Refused
 from tierd.attach.procfs import (
     NAME_BYTES_MAX,
@@ -25,8 +25,9 @@ from tierd.attach.procfs import (
     ram_regions,
     split_options,
 )
-from tierd.config import Config, load
+from tierd.config import Config
 from tierd.document import FILE_BYTES_MAX, ConfigErrors
+from tierd.load import load
 from tierd.systemd import Notifier, listen_fds, watchdog_interval_s
 
 SECONDS_MAX = 20.0  # on a machine that does other things as well
@@ -56,7 +57,7 @@ def judged(data: bytes, name: str = "tierd.yaml") -> None:
         except ConfigErrors as caught:
             assert caught.errors
             assert all(str(error).isprintable() for error in caught.errors)
-            assert len(caught.errors) <= config.ERRORS_MAX + 1
+            assert len(caught.errors) <= loading.ERRORS_MAX + 1
         assert time.monotonic() - began < SECONDS_MAX
 
 

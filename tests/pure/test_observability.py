@@ -17,7 +17,7 @@ from prometheus_client.exposition import generate_latest
 from tests.daemon.fake import FakeDaemon, FakeGuest, counters
 from tests.need import need
 from tierd.cli import cli
-from tierd.config import load
+from tierd.load import load
 from tierd.metrics import TierdCollector
 
 ROOT = Path(__file__).resolve().parents[2]
