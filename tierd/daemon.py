@@ -238,6 +238,7 @@ class Daemon:
         if order is RESTART and what == "keep" and (why := await self._why_nobody_adopts()):
             log.warning("restart_restores", why=why, action="bringing every guest back first, in spite of on_restart")
             what = "restore"
+        self._keep_of_unserved()
         guests = [
             guest
             for guest in self._guests.values()
@@ -450,9 +451,20 @@ class Daemon:
             os.close(fd)
         if handed is not None:
             handed.close()
-        if fd is not None or key in self._kept:
+        if key in self._kept or key in self.host.at_manager:
             self._fds_to_remove.add(key)
             self._kept.discard(key)
+            self.host.at_manager.discard(key)
+
+    def _keep_of_unserved(self) -> None:
+        """Guests that wait to be adopted again cannot be brought back: whatever their VMMs do, somebody has to have the
+        userfaultfd that their pages hang on."""
+        if not self.notifier.keeps_fds:
+            return
+        for key, fd in self.host.kept_uffds.items():
+            guest, told = self._guests.get(key), key in self.host.at_manager
+            if guest and not guest.served and not told and self._tell(self.notifier.store_fds, key, [fd]):
+                self.host.at_manager.add(key)
 
     async def _adopt(self, path: Path) -> None:
         try:
@@ -928,7 +940,7 @@ async def _run(config: Config, config_path: Path, resumed: Resumed) -> None:
                 log.error(
                     "store_cannot_be_written", store=store.name, error=store.trouble, action="what is in it is served"
                 )
-        kept = resumed.kept_uffds, resumed.kept_handed
+        kept = resumed.kept_uffds, set(resumed.kept_uffds), resumed.kept_handed
         host = Host(choose(config.engine), stores, guests_dir, boot_id(), HolderScan(), notifier, *kept)
         await Daemon(config, config_path, host, resumed).run()
     finally:

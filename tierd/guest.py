@@ -14,6 +14,7 @@ import enum
 import errno
 import os
 import random
+import time
 from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ LOST_TOLD_MAX = 32  # addresses in one line of the log
 THREADS_MAX = 3  # of Python, a guest at once: a store that hangs holds the threads of its guests, not those of others
 SPENT_BYTES_MAX = 64 << 20  # of anonymous memory, fetched and still in the staging area
 BACK_OFF_S_MAX = 300.0
+MANAGER_S_MAX = 5.0  # for its socket to have room
 STORED, LOST = STATES.index("stored"), STATES.index("lost")
 
 
@@ -73,6 +75,7 @@ class Host:
     holders: HolderScan
     notifier: Notifier
     kept_uffds: dict[str, int] = field(default_factory=dict)  # by key: a copy that outlives whatever befalls a Guest
+    at_manager: set[str] = field(default_factory=set)  # by key: those of them that the service manager has, too
     kept_handed: dict[str, Handed] = field(default_factory=dict)  # by key: what the manager kept of VMMs that connected
     shares: Shares = field(default_factory=Shares)  # of the stores
     turns: dict[str, Turns] = field(default_factory=dict)  # of stores that trio asks, by name
@@ -82,6 +85,17 @@ class Host:
     space_trouble: dict[tuple[str, str], str] = field(
         default_factory=dict
     )  # the same -> what is wrong there though its pages come and go
+
+    def keep_uffd(self, key: str, uffd: int) -> None:
+        """Should its VMM close its own and the Guest end by an error, stored pages hang on this copy. OSError: there are too
+        many descriptors."""
+        old = self.kept_uffds.get(key)
+        if old is not None and same_open_file(old, uffd):
+            return
+        self.kept_uffds[key] = os.dup(uffd)
+        if old is not None:  # its VMM has connected with another one
+            os.close(old)
+            self.at_manager.discard(key)
 
     def turns_of(self, store: AskedStore) -> Turns:
         """All guests' calls of a store share them."""
@@ -125,7 +139,7 @@ class Guest:
         handed: Handed | None = None,
     ) -> None:
         """`state_path`: adopt what a predecessor left there, instead of attaching. `resumed`: that is under way.
-        `kept_uffd`: the service manager kept the guest's userfaultfd; it stays the caller's. `handed`: what the VMM
+        `kept_uffd`: a copy of the guest's userfaultfd; it stays the caller's. `handed`: what the VMM
         brought; closed by `run`."""
         self.spec, self.policy = spec, policy
         self.key = key_of(spec)
@@ -140,7 +154,6 @@ class Guest:
         self._failures = 0
         self._hanging: dict[str, int] = {}  # stores that were told, and how many pages they had given and taken then
         self._lost_told = self._grown_told = 0
-        self._uffd_kept = kept_uffd is not None
         self._fragile = self._fragile_told = False
         self._threads = trio.CapacityLimiter(THREADS_MAX)
         self._not_before = -1e9
@@ -240,7 +253,13 @@ class Guest:
     def _begin(self) -> Served:
         """Attach or adopt. Worker thread."""
         try:
-            return self._attach_or_adopt()
+            served = self._attach_or_adopt()
+            try:
+                self._host.keep_uffd(self.key, served.uffd)
+            except OSError:  # its state file is there: it is adopted again
+                served.close()
+                raise
+            return served
         finally:
             if self._handed is not None:
                 self._handed.close()
@@ -433,15 +452,17 @@ class Guest:
             if self._state != "refused":
                 await self._give_up(served, refused)
                 return False
+        except OSError as error:
+            if not await self._is_over(served, error):
+                self._failed(error)
+            return False
         return True
 
     def _secure(self, served: Served) -> None:
         """The VMM closed its copy of the userfaultfd: ours is the last, and with us every stored page would turn into zeros.
         Worker."""
         self._fragile = True
-        if self.key not in self._host.kept_uffds:
-            self._host.kept_uffds[self.key] = os.dup(served.uffd)
-        if self._uffd_kept:
+        if self.key in self._host.at_manager:
             return
         try:
             served.give_uffd_back()
@@ -449,32 +470,51 @@ class Guest:
             trouble = str(error)
         else:
             self._fragile = False
-            os.close(self._host.kept_uffds.pop(self.key))
             self._log.warning("userfaultfd_put_back", descriptor=served.uffd_in_vmm, why="the VMM had closed its copy")
             return
         if self._host.notifier.keeps_fds:
-            self._host.notifier.store_fds(self.key, [served.uffd])
-            self._uffd_kept = True
-            self._log.warning("userfaultfd_kept", by="the service manager", why=f"the VMM closed its copy; {trouble}")
-        elif not self.policy.allow_fragile:
+            try:
+                self._give_to_manager(served.uffd)
+            except OSError as error:
+                trouble += f"; the service manager does not take it: {error}"
+            else:
+                self._log.warning(
+                    "userfaultfd_kept", by="the service manager", why=f"the VMM closed its copy; {trouble}"
+                )
+                return
+        if not self.policy.allow_fragile:
             raise Refused(
                 "fragile",
                 "the VMM closed its copy of the userfaultfd: if tierd died now, stored pages would read as zeros",
                 f"pid {self.pid}: descriptor {served.uffd_in_vmm}; {trouble}",
                 "run tierd as a systemd service with FileDescriptorStoreMax=, or set allow_fragile: true",
             )
-        elif not self._fragile_told:
+        if not self._fragile_told:
             self._fragile_told = True
             self._log.error(
                 "guest_is_fragile", why="the VMM closed its copy of the userfaultfd", action="do not stop tierd"
             )
+
+    def _give_to_manager(self, uffd: int) -> None:
+        """Its socket may be full for a moment. OSError: it is for longer, or gone. Worker."""
+        until = time.monotonic() + MANAGER_S_MAX
+        while True:
+            try:
+                self._host.notifier.store_fds(self.key, [uffd])
+            except OSError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.05)
+            else:
+                self._host.at_manager.add(self.key)
+                return
 
     def ends_with_us(self, restart: bool) -> bool:
         """Whether stored pages would turn into zeros if we ended now: ours is the last copy of the userfaultfd, or the service
         manager's is, which it drops when we do not start again at once."""
         if self._served is None or self._served.vmm_holds_uffd():
             return False
-        return not (restart and self._uffd_kept)
+        return not (restart and self.key in self._host.at_manager)
 
     async def _unstage(self, served: Served) -> None:
         """Of anonymous memory, whatever the state and the policy: what was fetched is there twice until then."""

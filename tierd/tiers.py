@@ -76,16 +76,24 @@ class Tiers:
     def capacity(self, tier: ServedTier, policy: Policy, claimed_bytes: int | None = None) -> int:
         """What the tier may hold of this guest, by the policy, by its store and by the host. Bytes. `claimed_bytes`: right now,
         so much of what is free is other guests' already."""
-        store, used = self._stores.get(tier.name), tier.space.used_bytes()
-        free = store.free_bytes(now=claimed_bytes is not None) if store is not None else 0
+        used, (of_all, free) = tier.space.used_bytes(), self._figures(tier, now=claimed_bytes is not None)
         capacity = used + max(free - (claimed_bytes or 0), 0)
-        if tier.space.kind is TierKind.MEMORY and store is not None:
+        if tier.space.kind is TierKind.MEMORY:
             guests = max(self._shares.guests, 1)  # who is first must not take all of it, nor is it kept for who has no use
-            capacity = min(capacity, max((store.used_bytes() + free) // guests, used + free // guests))
+            capacity = min(capacity, max((of_all + free) // guests, used + free // guests))
         own = next(
             (t.capacity for t in policy.tiers if t.name == tier.name), 0
         )  # 0: the policy has no such tier any more
         return capacity if own is None else min(capacity, own)
+
+    def _figures(self, tier: ServedTier, *, now: bool = False) -> tuple[int, int]:
+        """What its store holds of all guests, and what is free there. Bytes. None is where that cannot be found out: daemon.py,
+        which asks every store again and again, tells why."""
+        store = self._stores.get(tier.name)
+        try:
+            return (store.used_bytes(), store.free_bytes(now=now)) if store is not None else (0, 0)
+        except OSError:
+            return 0, 0
 
     def room(self, tier: ServedTier, policy: Policy) -> int:
         """Bytes that the tier may still take of this guest."""
@@ -257,15 +265,15 @@ class Tiers:
         return self._in_claims(to, policy, most, move)
 
     def _sample(self, tier: ServedTier, policy: Policy) -> policies.TierSample:
-        store = self._stores.get(tier.name)
+        store_used_bytes, store_free_bytes = self._figures(tier)
         edges, page_bytes = policies.idle_edges(policy), self._served.page_bytes
         idle = self._served.native.idle_pages(edges, tier.number)
         return policies.TierSample(
             stored_bytes=sum(idle) * page_bytes,
             used_bytes=tier.space.used_bytes(),
             capacity_bytes=self.capacity(tier, policy),
-            store_used_bytes=store.used_bytes() if store is not None else 0,
-            store_free_bytes=store.free_bytes() if store is not None else 0,
+            store_used_bytes=store_used_bytes,
+            store_free_bytes=store_free_bytes,
             idle=tuple((edge, pages * page_bytes) for edge, pages in zip(edges, idle, strict=True)),
             elapsed_s=policy.interval_s,
         )

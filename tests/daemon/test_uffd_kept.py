@@ -112,6 +112,50 @@ def test_an_orderly_end_brings_it_back_where_nobody_would_hold_it(
         vmm.verify()
 
 
+@pytest.mark.parametrize("how", ["full", "gone"])
+def test_a_service_manager_that_does_not_take_it(
+    daemon: Daemon, boot: Boot, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Everything is brought back while that can be done, and a restart does not take `keep` at its word."""
+    monkeypatch.setenv("FDSTORE", "8")
+    daemon.write(on_restart="keep")
+    vmm = boot("web")
+    daemon.start()
+    evicted(daemon, "web", vmm)
+    if how == "gone":
+        daemon.notify_path.unlink()
+    else:
+        wait_for(lambda: daemon.logged("notify_failed"), "nobody reads, so the socket is full")
+    close_copy_behind_a_filter(vmm)
+    (entry,) = wait_for(lambda: daemon.logged("guest_refused"), "it is told")
+    assert "the service manager does not take it" in entry["reason"]
+    wait_for(lambda: not daemon.stored_bytes("web"), "everything is brought back")
+    assert not daemon.logged("guest_not_served")
+    daemon.signal(signal.SIGUSR1)
+    assert daemon.wait() == 0
+    vmm.verify()
+
+
+def test_a_service_manager_that_is_busy_for_a_moment(
+    daemon: Daemon, boot: Boot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FDSTORE", "8")
+    vmm = boot("web")
+    daemon.start()
+    evicted(daemon, "web", vmm)
+    wait_for(lambda: daemon.logged("notify_failed"), "nobody reads, so the socket is full")
+    close_copy_behind_a_filter(vmm)
+    kept, name = received(daemon.notify)
+    try:
+        wait_for(lambda: daemon.logged("userfaultfd_kept"), "it is told")
+        daemon.kill()
+        start_with(daemon, kept, name)
+        assert daemon.logged("guest_adopted")
+        vmm.verify()
+    finally:
+        os.close(kept)
+
+
 def received(notify: socket.socket) -> tuple[int, str]:
     (fd,), name = all_received(notify)
     return fd, name
