@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,6 +117,7 @@ class Daemon:
         self._nursery: trio.Nursery
         self._stopping = self._manager_deaf = self._reload_failed = False
         self._unseen_told = False
+        self._survived: dict[str, str] = {}  # what could not be done -> why, as it was told
         self._fds_to_remove: set[str] = set()  # by key: of the manager's, of guests that are gone or were left
         self._asked_at = dict.fromkeys(host.stores, trio.current_time())  # by store: when it answered last
         self._figures = dict.fromkeys(host.stores, (0, 0))  # by store: used, free; in bytes
@@ -135,11 +136,13 @@ class Daemon:
                 await self._start_socket("handshake", self._start_handshake)  # soon: VMMs may wait to come again
                 self._nursery.start_soon(keep_keys_swept, self.host.guests_dir.parent, self._may_be_needed)
                 for name, store in self.host.stores.items():
-                    self._figures[name] = await trio.to_thread.run_sync(_ask, store)
+                    with self._survives(f"asking the store {name} how full it is"):
+                        self._figures[name] = await trio.to_thread.run_sync(_ask, store)
                     if isinstance(store, AskedStore):
                         self._nursery.start_soon(keep_swept, store, self._may_be_needed)
                     else:
-                        await self._sweep(store)
+                        with self._survives(f"sweeping the store {name}"):
+                            await self._sweep(store)
                 await self._start_socket("api", self._start_api)
                 self._nursery.start_soon(self._watch_guests)
                 for store in self.host.stores.values():
@@ -239,10 +242,12 @@ class Daemon:
             log.warning("restart_restores", why=why, action="bringing every guest back first, in spite of on_restart")
             what = "restore"
         self._keep_of_unserved()
+        served = [guest for guest in self._guests.values() if guest.served]
+        lacking = await self._lacking(served) if what == "keep" else set()
         guests = [
             guest
-            for guest in self._guests.values()
-            if guest.served and (what == "restore" or guest.ends_with_us(order is RESTART))
+            for guest in served
+            if what == "restore" or guest.key in lacking or guest.ends_with_us(order is RESTART)
         ]
         if not guests:
             return
@@ -284,6 +289,25 @@ class Daemon:
                 return f"the next tierd cannot use the store {name}, in which are {pages} pages: {why}"
         return ""
 
+    async def _lacking(self, guests: Sequence[Guest]) -> set[str]:
+        """Those whose pages the next tierd could not have, by key."""
+        lacking: set[str] = set()
+
+        async def look(guest: Guest) -> None:
+            try:
+                missing = await guest.missing()
+                why = f"{missing} was removed, moved or replaced" if missing is not None else ""
+            except OSError as error:
+                why = str(error)
+            if why:
+                log.warning("guest_not_kept", guest=guest.name, why=why, action="bringing it back first")
+                lacking.add(guest.key)
+
+        async with trio.open_nursery() as nursery:
+            for guest in guests:
+                nursery.start_soon(look, guest)
+        return lacking
+
     async def _why_not_made(self, name: str, config: Config) -> str:
         """By its keys and the files that they name, and those of its second; nobody is asked."""
         both = [each for each in (name, config.asked[name].second) if each is not None]
@@ -321,6 +345,18 @@ class Daemon:
                 guest.watch()
             self._tell_unseen()
             await trio.sleep(WATCH_S)
+
+    @contextlib.contextmanager
+    def _survives(self, what: str) -> Iterator[None]:
+        """An error of the machine, too many open files say, never ends a daemon that serves guests. It is told once."""
+        try:
+            yield
+        except OSError as error:
+            if self._survived.get(what) != str(error):
+                log.error("not_done", what=what, error=str(error), action="trying again")
+            self._survived[what] = str(error)
+        else:
+            self._survived.pop(what, None)
 
     def _tell_unseen(self) -> None:
         unseen = self.host.holders.unseen
@@ -386,7 +422,8 @@ class Daemon:
         while True:
             if interval_s:
                 self._tell(self.notifier.watchdog)
-            self._forget_dead()
+            with self._survives("looking for VMMs that have ended"):
+                self._forget_dead()
             # again for as long as the manager is busy: it keeps what it is not told to give up
             self._fds_to_remove = {key for key in self._fds_to_remove if not self._told_to_remove(key)}
             self._tell(self.notifier.status, self._summary())
@@ -419,7 +456,7 @@ class Daemon:
         """Whether the stored pages of guest `key` may be the only copy of something: its VMM lives, served by us or not (a
         state file that was refused, another tierd on the same store), or its state file is there."""
         pid, _, ticks = key.partition("-")
-        return start_ticks(int(pid)) == int(ticks) or (self.host.guests_dir / (key + SUFFIX)).exists()
+        return _lives(int(pid), int(ticks)) or (self.host.guests_dir / (key + SUFFIX)).exists()
 
     # --- guests -------------------------------------------------------------------------------------------------------------
 
@@ -470,9 +507,7 @@ class Daemon:
         try:
             guest = await trio.to_thread.run_sync(self._guest_of_state, path)
         except Stale as stale:
-            log.info("state_swept", why=str(stale))
-            with contextlib.suppress(OSError):  # the next start tries again
-                stale.sweep()
+            await self._sweep_stale(stale)
             return
         except (StateError, Refused, OSError) as error:
             log.error("state_refused", path=str(path), error=str(error))
@@ -481,6 +516,11 @@ class Daemon:
         self._nursery.start_soon(self._run_guest, guest)
         with trio.move_on_after(ADOPT_S_MAX):  # one whose store or predecessor hangs does not hold up the others
             await guest.begun.wait()
+
+    async def _sweep_stale(self, stale: Stale) -> None:
+        log.info("state_swept", why=str(stale))
+        with contextlib.suppress(OSError), trio.move_on_after(ADOPT_S_MAX):  # the next start tries again
+            await trio.to_thread.run_sync(stale.sweep, abandon_on_cancel=True)
 
     def _guest_of_state(self, path: Path) -> Guest:
         left = read_state(path, self.host.boot_id)
@@ -499,7 +539,10 @@ class Daemon:
     async def _discover(self) -> None:
         """Look for new VMMs. One pass over /proc reads only the processes that are new; after a reload, all."""
         while True:
-            for pid, name, cmdline in await trio.to_thread.run_sync(lambda: list(self._discovery.new())):
+            found: list[tuple[int, str, str]] = []
+            with self._survives("looking for new VMMs"):
+                found = await trio.to_thread.run_sync(lambda: list(self._discovery.new()))
+            for pid, name, cmdline in found:
                 policy = self.config.match(name, pid, cmdline)
                 known = pid in self._picked or any(guest.pid == pid for guest in self._guests.values())
                 if policy is not None and policy.enabled and not known and not self._stopping:
@@ -574,14 +617,14 @@ class Daemon:
             try:
                 ending = await guest.run()
             except Stale as stale:  # between the look at its state file and the adoption
-                log.info("state_swept", why=str(stale))
-                with contextlib.suppress(OSError):  # the next start tries again
-                    stale.sweep()
-                await sweep_keys(self.host.guests_dir.parent, self._may_be_needed)
+                await self._sweep_stale(stale)
+                with self._survives("removing keys of VMMs that have ended"):
+                    await sweep_keys(self.host.guests_dir.parent, self._may_be_needed)
                 self._guests.pop(guest.key, None)
                 self._forget_kept(guest.key)
                 return str(stale)
-            except Exception as error:
+            except Exception as raised:
+                error = _cause(raised)
                 guest.refuse(error)
                 expected = isinstance(error, Refused | StateError | StoreError | OSError)
                 if not path.exists():
@@ -590,7 +633,7 @@ class Daemon:
                             "attach_failed", guest=guest.name, pid=guest.pid, action="nothing of it was changed"
                         )
                     return guest.status().reason
-                if start_ticks(guest.pid) != guest.spec.start_ticks:
+                if not _lives(guest.pid, guest.spec.start_ticks):
                     await self._bury(guest, path)
                     return guest.status().reason
                 delay_s = min(READOPT_S * 2**tries, READOPT_S_MAX)
@@ -948,6 +991,21 @@ async def _run(config: Config, config_path: Path, resumed: Resumed) -> None:
         os.close(lock)
 
 
+def _cause(error: BaseException) -> BaseException:
+    """What a nursery has wrapped."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def _lives(pid: int, ticks: int) -> bool:
+    """As far as that can be seen: with too many open files it cannot."""
+    try:
+        return start_ticks(pid) == ticks
+    except OSError:
+        return True
+
+
 def _ask(store: Store) -> tuple[int, int]:
     return store.used_bytes(), store.free_bytes()
 
@@ -960,9 +1018,7 @@ def main(config_path: Path, resumed: Resumed) -> int:
     try:
         trio.run(_run, config, config_path, resumed)
     except (StateError, StoreError, EngineUnavailable, AlreadyRunning, BaseExceptionGroup) as error:
-        cause: BaseException = error
-        while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
-            cause = cause.exceptions[0]
+        cause = _cause(error)
         from tierd.api import SocketUnusable  # only now: faults come first
 
         if not isinstance(

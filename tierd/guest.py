@@ -60,6 +60,7 @@ LOST_TOLD_MAX = 32  # addresses in one line of the log
 THREADS_MAX = 3  # of Python, a guest at once: a store that hangs holds the threads of its guests, not those of others
 SPENT_BYTES_MAX = 64 << 20  # of anonymous memory, fetched and still in the staging area
 BACK_OFF_S_MAX = 300.0
+MISSING_S_MAX = 2.0
 MANAGER_S_MAX = 5.0  # for its socket to have room
 STORED, LOST = STATES.index("stored"), STATES.index("lost")
 
@@ -102,6 +103,12 @@ class Host:
         from tierd.parking import Turns
 
         return self.turns.setdefault(store.name, Turns(store.concurrency))
+
+    def store(self, name: str) -> Store:
+        """StoreError: it could not be used when tierd started."""
+        if name not in self.stores:
+            raise StoreError(f"the store {name} could not be used when tierd started: put it right, then restart tierd")
+        return self.stores[name]
 
     def troubled(self, store: str, key: str) -> bool:
         """This store, for this guest."""
@@ -242,10 +249,12 @@ class Guest:
                         self._end_failure = error
                         raise
                     finally:
-                        if self._parking is not None:  # after a failure the pages are whose who adopts the guest again
-                            over = self._ending is not Ending.KEPT and self._end_failure is None
-                            await self._parking.close(delete=over)
-                        self._ended.set()
+                        try:
+                            if self._parking is not None:  # after a failure the pages are whose who adopts the guest again
+                                over = self._ending is not Ending.KEPT and self._end_failure is None
+                                await self._parking.close(delete=over)
+                        finally:
+                            self._ended.set()
         assert self._ending is not None
         self._log.info("guest_ended", how=self._ending.value)
         return self._ending
@@ -290,7 +299,7 @@ class Guest:
         return attach(
             self.spec,
             engine=engine,
-            stores=[host.stores[tier.name] for tier in policy.tiers],
+            stores=[host.store(tier.name) for tier in policy.tiers],
             guests_dir=host.guests_dir,
             tuning=tuning,
             swap_can_receive=swappable,
@@ -332,13 +341,22 @@ class Guest:
                     descriptor=served.uffd_in_vmm,
                     action="none: the VMM could not be entered to close it, and nothing is registered with it",
                 )
-        if self._ending is Ending.EXITED:
-            served.forget()
+            elif self._ending is Ending.EXITED:
+                served.forget()
+        when = "that happens when tierd starts" + (" after its VMM has ended" if self._ending is Ending.DETACHED else "")
         for name, error in served.undeleted.items():
-            self._log.warning("pages_not_deleted", store=name, error=str(error), action="the next start of tierd does it")
+            self._log.warning("pages_not_deleted", store=name, error=str(error), action=when)
         self._host.forget_trouble(self.key)
         self._host.forget_trouble(f"{self.key} hangs")
         self._host.forget_trouble(f"{self.key} not open")
+
+    async def missing(self) -> Path | None:
+        """What a successor would not find of it. None as well where a store does not say so at once."""
+        served, path = self._served, None
+        with trio.move_on_after(MISSING_S_MAX):
+            if served is not None:
+                path = await trio.to_thread.run_sync(served.missing, abandon_on_cancel=True)
+        return path
 
     def _stop_cycle(self) -> None:
         """In trio's thread. What the worker has asked of a store is called off, too."""
@@ -874,7 +892,9 @@ class Guest:
         if self._end_failure is not None:
             raise RequestRefused(
                 f"every page of guest {self.name} is back, but its VMM could not be left ({self._end_failure})",
-                "if the VMM is stopped or frozen, let it run, and try again; tierd goes on serving it",
+                "if the VMM is stopped or frozen, let it run, and try again; tierd goes on serving it"
+                if served.state_path.exists()
+                else "a userfaultfd that nothing is registered with may be left in it; tierd does not serve it any more",
             ) from self._end_failure
 
     def _must_not_be_lost(self, served: Served) -> None:

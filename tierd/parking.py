@@ -19,7 +19,7 @@ import errno
 import math
 import os
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,6 +42,7 @@ READ_TOLD_S = 10.0  # between two errors of reads that are told, of one store
 LOSS_TOLD_S = 600.0  # between two losses: one that has lost a part gives pages meanwhile
 CALL_S_MIN, CALL_DEADLINES = 60.0, 6  # what a call in the background may take: so many of its store's deadlines
 Work = Callable[..., Awaitable[Any]]  # on a PageSpace and a run of pages
+CLOSE_S_MAX = 5.0
 DELETE_S_MAX = 10.0  # for the pages of a guest that is over; then the sweep has them
 
 
@@ -164,7 +165,7 @@ class Parking:
     @property
     def space_troubles(self) -> Mapping[str, str]:
         """By name of the store, second ones included: what is wrong though pages come and go; "": nothing."""
-        return {name: getattr(space, "trouble", "") for name, space in self._as_opened.items()}
+        return {name: _trouble_of(space) for name, space in self._as_opened.items()}
 
     def compressed_to(self, tier: int) -> float:
         """What became of a byte that was written there; 0: none was."""
@@ -350,12 +351,8 @@ class Parking:
 
     async def close(self, *, delete: bool) -> None:
         """When nobody asks any more. `delete`: the guest is over, or every page is with it."""
-        for key in self._keys.values() if delete else ():
-            if key is not None:
-                key.destroy()  # first of all: whatever becomes of the pages, nobody can read them
-        if delete:  # and keys for stores that the configuration has no more, or that could not be opened
-            for directory in {store.keys_dir for store in self._stores.values() if isinstance(store, AskedStore)}:
-                keys.sweep(directory, lambda guest: guest != self._key)
+        if delete:  # first of all: whatever becomes of the pages, nobody can read them
+            self._destroy_keys()
         with trio.move_on_after(DELETE_S_MAX, shield=True):
             async with trio.open_nursery() as nursery:
                 for number, space in self._spaces.items():
@@ -366,11 +363,29 @@ class Parking:
         self._spaces.clear()
         self._keys.clear()
 
+    def _destroy_keys(self) -> None:
+        """Those for stores that the configuration has no more, or that could not be opened, as well."""
+        try:
+            for key in self._keys.values():
+                if key is not None:
+                    key.destroy()
+            for directory in {store.keys_dir for store in self._stores.values() if isinstance(store, AskedStore)}:
+                keys.sweep(directory, lambda guest: guest != self._key)
+        except OSError as error:
+            self._log.warning("key_not_destroyed", error=str(error), action="the sweep does it, once the VMM has ended")
+
     async def _let_go(self, name: str, space: PageSpace, delete: bool) -> None:
         try:
-            await (space.delete() if delete else space.aclose())
+            if delete:
+                await space.delete()
         except Exception as error:  # a plug-in's may be any
             self._log.warning("pages_not_deleted", store=name, error=str(error), action="the sweep does it")
+        finally:
+            with trio.move_on_after(CLOSE_S_MAX, shield=True):
+                try:
+                    await space.aclose()
+                except Exception as error:
+                    self._log.warning("space_not_closed", store=name, error=str(error), action="none")
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -467,7 +482,7 @@ class Parking:
 
     def pieces(self, tier: int, runs: Sequence[tuple[int, Sequence[bytes]]]) -> list[tuple[int, Sequence[bytes]]]:
         """Runs as the store likes them. Any thread."""
-        count = getattr(self._store(tier).pages, "piece_bytes", UNLIMITED) // self._served.page_bytes
+        count = max(getattr(self._store(tier).pages, "piece_bytes", UNLIMITED) // self._served.page_bytes, 1)
         return [(page + n, pages[n : n + count]) for page, pages in runs for n in range(0, len(pages), count)]
 
     def each(self, tier: int, work: Work, runs: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -507,10 +522,11 @@ class Asked:
         self._parking = parking
 
     def write(self, tier: int, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
-        pieces = self._parking.pieces(tier, runs)
+        with _failures_of(tier, STORE_WRITE):
+            pieces, takes_runs = self._parking.pieces(tier, runs), self._parking.takes_runs(tier)
         if not pieces:
             return  # a store that is given nothing is not asked
-        if self._parking.takes_runs(tier):
+        if takes_runs:
             self._each(tier, STORE_WRITE, write_runs, [(pieces,)])
         else:
             self._each(tier, STORE_WRITE, lambda space, page, pages: space.write(page, pages), pieces)
@@ -522,12 +538,26 @@ class Asked:
         self._each(tier, "store discard", lambda space, page, count: space.discard(page, count), runs)
 
     def _each(self, tier: int, noun: str, work: Work, runs: Sequence[tuple[Any, ...]]) -> list[Any]:
-        try:
+        with _failures_of(tier, noun):
             return self._parking.each(tier, work, runs)
-        except Exception as error:  # a plug-in's may be any
-            failure = KernelError(_errno_of(error), f"{noun} ({error})")
-            failure.tier = tier
-            raise failure from error
+
+
+@contextlib.contextmanager
+def _failures_of(tier: int, noun: str) -> Iterator[None]:
+    """KernelError of this tier, instead of whatever else: a plug-in's may be any."""
+    try:
+        yield
+    except Exception as error:
+        failure = KernelError(_errno_of(error), f"{noun} ({str(error) or repr(error)})")
+        failure.tier = tier
+        raise failure from error
+
+
+def _trouble_of(space: PageSpace) -> str:
+    try:
+        return str(getattr(space, "trouble", ""))
+    except Exception as error:  # a plug-in's may be any
+        return str(error) or repr(error)
 
 
 def _space(tier: ServedTier) -> AskedSpace:

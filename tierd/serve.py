@@ -80,7 +80,7 @@ from tierd.native import (
 )
 from tierd.store import Space, Store, StoreError, memory
 from tierd.store.asked import AskedSpace
-from tierd.store.directory import file_system_of, open_ours
+from tierd.store.directory import GuestFile, file_system_of, is_at, open_ours
 from tierd.store.file import FileStore, reopen
 from tierd.store.keys import FileKey
 
@@ -275,6 +275,14 @@ class Served:
                 if error.errno != errno.EBUSY or stored or time.monotonic() > until:
                     raise
                 time.sleep(0.001)
+
+    def missing(self) -> Path | None:
+        """What a successor would not find of this guest, because somebody has removed or moved it: we have it open. Blocks as
+        the stores do."""
+        if not is_at(self.table_fd, self.state_path):
+            return self.state_path
+        files = [tier.space for tier in self.tiers.values() if isinstance(tier.space, GuestFile)]
+        return next((path for space in files if (path := space.missing()) is not None), None)
 
     def forget(self) -> None:
         """Remove the state file and the stored pages. Only for a guest that is gone or needs none of them. What cannot be

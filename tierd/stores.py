@@ -32,8 +32,8 @@ log = structlog.get_logger()
 
 
 async def open_stores(config: Config, notifier: Notifier) -> dict[str, Store]:
-    """By name. Where there are guests of a predecessor, one that is asked and cannot be used keeps tierd from none of them,
-    whoever names it. One that hangs is waited for, and the manager is told so: guests that were resumed are served meanwhile."""
+    """By name. Where there are guests of a predecessor, one that cannot be used keeps tierd from none of them, whoever names it.
+    One that hangs is waited for, and the manager is told so: guests that were resumed are served meanwhile."""
 
     async def tell() -> None:
         await trio.sleep(ANSWERS_S)
@@ -44,15 +44,22 @@ async def open_stores(config: Config, notifier: Notifier) -> dict[str, Store]:
                 notifier.status(f"waiting for the store {config.store.path}, which does not answer")
             await trio.sleep(ANSWERS_S)
 
-    file = config.store
+    file, stores = config.store, dict[str, Store]()
+    unusable: OSError | StoreError | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(tell)
         make = partial(FileStore, file.path, file.capacity, file.direct, _keys_of_files(config))
-        store = await trio.to_thread.run_sync(make, abandon_on_cancel=True)
+        try:
+            stores["file"] = await trio.to_thread.run_sync(make, abandon_on_cancel=True)
+        except (OSError, StoreError) as error:
+            unusable = error
         nursery.cancel_scope.cancel()
-    stores: dict[str, Store] = {store.name: store}
     named = named_stores(config)
     states = sorted((config.runtime_dir / "guests").glob(f"*{SUFFIX}"))
+    if unusable is not None:
+        if not states:
+            raise unusable
+        log.error("store_unusable", store="file", error=str(unusable), action="put it right, then restart tierd")
     if "memory" in named or _pools_of(config).exists():  # what is in there may have to be swept
         try:
             stores["memory"] = memory = _open_memory(config)
@@ -140,7 +147,10 @@ async def keep_swept(store: AskedStore, may_be_needed: Callable[[str], bool]) ->
 async def keep_keys_swept(runtime_dir: Path, may_be_needed: Callable[[str], bool]) -> None:
     """For as long as tierd runs, whatever stores there are and whatever they encrypt now."""
     while True:
-        await sweep_keys(runtime_dir, may_be_needed)
+        try:
+            await sweep_keys(runtime_dir, may_be_needed)
+        except OSError as error:  # too many open files, say
+            log.warning("keys_not_swept", error=str(error), action="trying again in a while")
         await trio.sleep(SWEEP_EVERY_S)
 
 

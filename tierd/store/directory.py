@@ -34,11 +34,25 @@ class GuestFile:
         return os.fstat(self.fd).st_blocks * 512
 
     def close(self) -> None:
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1
+        with contextlib.suppress(OSError):  # it is closed all the same, and what counts was synced
+            os.close(fd)
 
     def delete(self) -> None:
-        """Remove the file, open or closed. It may be gone already."""
+        """Remove the file, open or closed. It may be gone already. OSError: it cannot be removed; or it is open, and somewhere
+        else now."""
+        moved = self.fd >= 0 and os.fstat(self.fd).st_nlink and not self.is_there()
         self.path.unlink(missing_ok=True)
+        if moved:
+            raise FileNotFoundError(errno.ENOENT, "it was moved, or something is mounted over it", str(self.path))
+
+    def is_there(self) -> bool:
+        """Whether who opens its path finds this file, which is open."""
+        return is_at(self.fd, self.path)
+
+    def missing(self) -> Path | None:
+        """What a successor would not find."""
+        return None if self.is_there() else self.path
 
 
 class DirectoryStore:
@@ -103,6 +117,14 @@ class DirectoryStore:
             self._used, self._used_at = used, time.monotonic()
             return used
         return self._used
+
+
+def is_at(fd: int, path: Path) -> bool:
+    """Whether who opens `path` finds the file that is open as `fd`."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def left_over(path: Path, key: str, may_be_needed: Callable[[str], bool]) -> bool:

@@ -38,10 +38,15 @@ class FileSpace(GuestFile):
         self.direct, self.drop_cache = direct, not direct
         self.late = file_system_of(path.parent) not in LOCAL_FILE_SYSTEMS
 
+    def missing(self) -> Path | None:
+        return super().missing() or (self._key.path if self._key and not self._key.path.exists() else None)
+
     def delete(self) -> None:
-        if self._key:
-            self._key.destroy()  # first of all: whatever becomes of the file, nobody can read it
-        super().delete()
+        try:
+            if self._key:
+                self._key.destroy()  # first of all: whatever becomes of the file, nobody can read it
+        finally:
+            super().delete()
 
 
 class FileStore(DirectoryStore):
