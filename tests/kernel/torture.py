@@ -49,6 +49,8 @@ DETACH_S_MAX = 0.2
 READY_S_MAX = 60.0 * SLOWNESS
 DESTROYED_MAX = 24
 IN_VAIN_MAX = 4  # times as many kills as wanted, and nothing happened in between
+# once there were as many as wanted, each life may be so much longer than the one before: the machine may be slow
+LONGER, SLOWEST = 1.2, 16.0
 WORKERS_LIMIT = 320 * MIB
 TABLE_HEADER_BYTES = 65536
 STORED = STATES.index("stored")
@@ -314,6 +316,8 @@ def torture(
             try:
                 while not enough() and not failed.is_set():
                     one.round()
+                    if so_far() > kills:
+                        one.slowness = min(one.slowness * LONGER, SLOWEST * slowness)
                 if not failed.is_set():
                     one.finish()
             except BaseException:

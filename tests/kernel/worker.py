@@ -43,6 +43,16 @@ def say(*words: object) -> None:
 
 
 def serve(pid: int, tmpfs_dir: Path, disk_dir: Path, options: Options) -> Served:
+    """As the daemon: tried again where the VMM got no CPU in time for a call inside of it."""
+    while True:
+        try:
+            return serve_once(pid, tmpfs_dir, disk_dir, options)
+        except OSError as error:
+            if error.errno != errno.ETIMEDOUT:
+                raise
+
+
+def serve_once(pid: int, tmpfs_dir: Path, disk_dir: Path, options: Options) -> Served:
     anonymous = "kind=anonymous" in cmdline_of(pid)
     engine, guests_dir = ForcedEngine(options, anonymous), prepare_runtime_dir(tmpfs_dir)
     swap = swap_can_receive(pid)
