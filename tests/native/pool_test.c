@@ -522,6 +522,18 @@ _Noreturn static void life(uint64_t number, bool by_itself)
 		table_step();
 }
 
+/* Until the child has looked at every page, however slow the machine is, or has ended. `before`: it was born. */
+static void wait_verified(pid_t child, uint64_t before)
+{
+	siginfo_t ended = {0};
+
+	while (atomic_load(&table->verified) == before && !ended.si_pid) {
+		usleep(100);
+		if (waitid(P_PID, (id_t)child, &ended, WEXITED | WNOHANG | WNOWAIT))
+			fail("waitid", errno);
+	}
+}
+
 static void kills(uint64_t first, uint64_t count, bool by_itself)
 {
 	int status;
@@ -533,11 +545,14 @@ static void kills(uint64_t first, uint64_t count, bool by_itself)
 		fail("cannot make a pool", errno);
 	pool_close(pool);
 	for (uint64_t i = 0; i < count; i++) {
+		uint64_t before = atomic_load(&table->verified);
 		pid_t child = fork();
 
 		if (!child)
 			life(i * 1000003, by_itself);
 		if (child > 0 && !by_itself) {
+			if (i % 2)
+				wait_verified(child, before);
 			usleep((useconds_t)roll(4000));
 			kill(child, SIGKILL);
 		}

@@ -28,7 +28,8 @@ from tierd.store.objects import INDEX_SUFFIX, ObjectOptions, ObjectSpace, Object
 PAGE = 4096
 PAGES = 192
 KEY = "4711-123456"
-LIFE_S_MEAN = 0.06  # it takes half of that to open and read everything
+LIFE_S_MEAN = 0.06  # it takes half of that to open and read everything, or ten times as long where others want the CPU
+OPEN_S_MAX = 60.0
 DISCARDED = 1 << 40  # in place of a version
 COUNTED = ("lives", "read", "written", "discarded", "moved")
 
@@ -49,6 +50,9 @@ class Truth:
 
     def count(self, what: str, by: int = 1) -> None:
         self._rest[1 + COUNTED.index(what)] += by
+
+    def changed(self) -> int:
+        return self.counts()["written"] + self.counts()["discarded"]
 
     def counts(self) -> dict[str, int]:
         return dict(zip(COUNTED, self._rest[1:], strict=True))
@@ -124,6 +128,15 @@ def child(make: Callable[[], ObjectStore], truth: Truth, seed: int) -> None:
     os._exit(1)  # a life ends by a kill
 
 
+def wait_changed(truth: Truth, pid: int) -> None:
+    """Until the child has, or has ended."""
+    before, until = truth.changed(), time.monotonic() + OPEN_S_MAX
+    while truth.changed() == before and time.monotonic() < until:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.001)
+
+
 @click.command()
 @click.option("--kills", default=300)
 @click.option("--seed", default=1)
@@ -141,6 +154,8 @@ def main(kills: int, seed: int, disk: Path, directory: Path) -> None:
         pid = os.fork()
         if pid == 0:
             child(make, truth, seed << 32 | kill)
+        if kill % 2:  # it is let look at everything, and change something, however slow the machine is
+            wait_changed(truth, pid)
         time.sleep(rng.expovariate(1 / LIFE_S_MEAN))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
