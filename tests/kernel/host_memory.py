@@ -78,6 +78,7 @@ def scratch_swap(disk_dir: Path) -> Iterator[None]:
         assert not libc.swapoff(str(file).encode())
 
 
-def swapped_kb() -> int:
-    """Of all processes: what is in the scratch file."""
-    return sum(int(row.split()[3]) for row in Path("/proc/swaps").read_text().splitlines()[1:])
+def swapped_kb(pid: int) -> int:
+    """Of the process. (Of others the kernel may swap out what it likes, and so may DAMON.)"""
+    rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(row.split()[1]) for row in rows if row.startswith("Swap:"))

@@ -13,11 +13,14 @@ from tierd.engine import choose
 from tierd.tiers import Shares, Tiers
 
 Start = Callable[..., Vmm]
-ARRIVING = 6  # of the states of a page: internal.h
 
 
 def _written(tiered: Tiered) -> int:
     return int(tiered.native.tier_counters(1)["written_pages"])
+
+
+def _wait_settled(tiered: Tiered) -> None:
+    wait_for(lambda: not tiered.arriving_pages, "all have come")
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +38,7 @@ def test_a_guest_that_only_reads_is_written_once(start_vmm: Start, host: Host) -
         assert once > 1800
         for _ in range(3):
             vmm.verify()
+            _wait_settled(tiered)
             assert tiered.native.discard(1 << 20, keep=[1]) == 0, "the copies stay"
             tiered.evict_all()
         assert _written(tiered) == once
@@ -51,6 +55,7 @@ def test_what_is_written_to_is_written_again(start_vmm: Start, host: Host) -> No
         once = _written(tiered)
         vmm.verify()
         vmm.ask("fill", 256, 512)
+        _wait_settled(tiered)
         assert tiered.native.discard(1 << 20, keep=[1]) >= 512, "their copies are of no use any more"
         tiered.evict_all()
         assert once + 512 <= _written(tiered) < once + 1024
@@ -71,6 +76,7 @@ def test_a_copy_that_is_not_kept_is_made_again(start_vmm: Start, host: Host) -> 
         tiered.evict_all()
         once = _written(tiered)
         vmm.verify()
+        _wait_settled(tiered)
         assert tiered.native.discard(1 << 20) == once
         tiered.evict_all()
         assert _written(tiered) == 2 * once
@@ -111,10 +117,7 @@ def test_no_copy_is_relied_on_after_a_read_that_failed(start_vmm: Start, host: H
         tiered.native.set_store_faults(seed=5, read_error=300)
         vmm.verify()
         tiered.native.set_store_faults(seed=0)
-        wait_for(
-            lambda: tiered.counters()["state_pages"][ARRIVING] == 0,
-            "all have come: a page's word comes after its bytes",
-        )
+        _wait_settled(tiered)
         tiers._look_at_errors()
         tiered.evict_all()
         assert _written(tiered) == 2 * once

@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import platform
 import signal
-import time
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +14,7 @@ from tests.kernel.vmm import MIB, PAGE, Host, Tiered, Vmm, wait_for
 from tierd.native.inject import inject
 
 Start = Callable[..., Vmm]
+HANG_S = 6.0  # all that is to happen meanwhile takes half of that on a machine that is not busy
 GETPID = {"x86_64": 39, "aarch64": 172}[platform.machine()]
 
 
@@ -118,8 +118,7 @@ def test_a_store_that_hangs_stops_only_who_needs_it(start_vmm: Start, host: Host
     with host.attached(vmm, readahead_pages=1) as tiered:
         tiered.evict_all()
         vmm.ask("verify", 0, half)
-        tiered.native.set_store_faults(seed=1, read_hang=1000, hang_us=3_000_000)
-        began = time.monotonic()
+        tiered.native.set_store_faults(seed=1, read_hang=1000, hang_us=int(HANG_S * 1e6))
         vmm.send("verify", half, 1)
         wait_for(lambda: tiered.native.health(0.05).hung_threads == 1, "the thread hangs")
         tiered.native.start()
@@ -127,8 +126,7 @@ def test_a_store_that_hangs_stops_only_who_needs_it(start_vmm: Start, host: Host
         tiered.native.set_store_faults(seed=0)
         tiered.evict(max_bytes=64 * PAGE)
         assert tiered.native.health(0.05).fault_threads == 2
-        assert tiered.native.health(0.05).hung_threads == 1
-        assert time.monotonic() - began < 3, "the read hung no longer than all of this took"
+        assert tiered.native.health(0.05).hung_threads == 1, "the read hung no longer than all of this took"
         wait_for(vmm.answered, "the read came back")
         assert tiered.native.health(0.05).hung_threads == 0
         vmm.verify()
@@ -142,7 +140,7 @@ def test_a_thread_that_cannot_be_stopped_now_is_let_go_when_it_can(start_vmm: St
     vmm.ask("fill")
     with host.attached(vmm) as tiered:
         tiered.evict_all()
-        tiered.native.set_store_faults(seed=1, read_hang=1000, hang_us=3_000_000)
+        tiered.native.set_store_faults(seed=1, read_hang=1000, hang_us=int(HANG_S * 1e6))
         vmm.send("splice", 7)
         wait_for(lambda: tiered.native.health(0.05).hung_threads == 1, "the thread waits in the kernel")
         with pytest.raises(OSError, match="inside the VMM") as caught:

@@ -24,7 +24,7 @@ from tierd.attach.procfs import boot_id, read_spec
 from tierd.config import Policy
 from tierd.engine import choose, fitting
 from tierd.engine.stock import StockEngine
-from tierd.native import GUEST_TIER, STAGING_TIER, NativeBatch, NativeGuest, probe
+from tierd.native import GUEST_TIER, STAGING_TIER, STATES, NativeBatch, NativeGuest, probe
 from tierd.serve import Served, adopt, attach, prepare_runtime_dir
 
 HERE = Path(__file__).parent
@@ -33,6 +33,7 @@ MIB = 1 << 20
 VMM_SOURCES = ("vmm.c", "vmm_hazards.c", "vmm_handshake.c", "child.c")
 SLOWNESS = float(os.environ.get("TIERD_SLOWNESS", "1"))
 ANSWER_S_MAX = 60.0 * SLOWNESS
+ARRIVING = STATES.index("arriving")
 WNOTHREAD = 0x20000000  # wait(2): only children of the calling thread
 SAFE = Policy(min_idle_s=0.1, unsafe_min_idle=True, interval_s=0.1)
 
@@ -184,6 +185,11 @@ class Tiered:
     def stored_pages(self) -> int:
         """In the staging area, too."""
         return int(self.counters()["state_pages"][4])
+
+    @property
+    def arriving_pages(self) -> int:
+        """A page's word comes after its bytes, and so after whoever waited for them."""
+        return int(self.counters()["state_pages"][ARRIVING])
 
     @property
     def staged_pages(self) -> int:
