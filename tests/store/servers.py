@@ -23,7 +23,7 @@ from redis.exceptions import ConnectionError, RedisError, TimeoutError
 
 # Debian has one binary that is server, sentinel and checker, by the name it is called; package redis-tools starts no service
 BINARY = shutil.which("redis-check-rdb") or "redis-server"
-READY_IN_S = 60.0
+READY_IN_S = 120.0
 FIRST_PORT = 10000
 
 
@@ -151,7 +151,10 @@ class Sentinel(Server):
 
 
 class Watched:
-    """A primary, a replica, and three sentinels."""
+    """A primary, a replica, and three sentinels. Patient: as Cluster."""
+
+    def __init__(self, patient: bool = False) -> None:
+        self._patient = patient
 
     def __enter__(self) -> Watched:
         self._stack = ExitStack()
@@ -161,6 +164,9 @@ class Watched:
             self.replica = stack.enter_context(Server(*replica_of))
             self.sentinels = [stack.enter_context(Sentinel(self.primary)) for _ in range(3)]
             wait_for(self._ready, lambda: "\n".join(server.log() for server in (self.primary, *self.sentinels)))
+            if self._patient:
+                for sentinel in self.sentinels:
+                    sentinel.ask("SENTINEL SET", "main", "down-after-milliseconds", 60000)
             self._stack = stack.pop_all()
         return self
 
@@ -187,10 +193,11 @@ def cluster_node() -> Server:
 
 
 class Cluster:
-    """Three primaries, each with `replicas`."""
+    """Three primaries, each with `replicas`. Patient: on a machine that is full a node, or its disk, may say nothing for seconds,
+    and none is to be given up."""
 
-    def __init__(self, replicas: int = 0, size: int = 3) -> None:
-        self._replicas, self._size = replicas, size
+    def __init__(self, replicas: int = 0, size: int = 3, patient: bool = False) -> None:
+        self._replicas, self._size, self._patient = replicas, size, patient
 
     def __enter__(self) -> Cluster:
         self._stack = ExitStack()
@@ -198,6 +205,9 @@ class Cluster:
             self.servers = [stack.enter_context(cluster_node()) for _ in range(self._size * (1 + self._replicas))]
             self.cli("--cluster", "create", *self.addresses, "--cluster-replicas", str(self._replicas))
             wait_for(self._ready, lambda: "\n".join(server.log() for server in self.servers))
+            if self._patient:
+                for server in self.servers:
+                    server.ask("CONFIG SET", "cluster-node-timeout", "60000")
             self._stack = stack.pop_all()
         return self
 

@@ -26,9 +26,7 @@ pytestmark = pytest.mark.usefixtures("redis_there")
 
 @pytest.fixture(scope="module")
 def cluster(redis_there: None) -> Iterator[Cluster]:
-    with Cluster() as cluster:
-        for server in cluster.servers:  # on a machine that is full a node may say nothing for seconds: none is to be given up
-            server.ask("CONFIG SET", "cluster-node-timeout", "60000")
+    with Cluster(patient=True) as cluster:
         yield cluster
 
 
@@ -196,7 +194,7 @@ def test_slots_that_move_in_mid_run() -> None:
         where = ["--cluster-from", source, "--cluster-to", target, "--cluster-slots", "1000"]
         cluster.cli("--cluster", "reshard", cluster.addresses[0], *where)
 
-    with Cluster() as cluster:
+    with Cluster(patient=True) as cluster:
         trio.run(with_store(of(cluster, addresses=cluster.addresses[2:], deadline_s=30), run))
 
 
@@ -254,7 +252,7 @@ def test_a_write_that_a_replica_has_not_confirmed_is_an_error() -> None:
 
 @pytest.fixture(scope="module")
 def watched(redis_there: None) -> Iterator[Watched]:
-    with Watched() as watched:
+    with Watched(patient=True) as watched:
         yield watched
 
 
