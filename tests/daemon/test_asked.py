@@ -248,7 +248,7 @@ def test_of_two_stores_of_one_guest_the_one_that_hangs_does_not_delay_the_other(
     """Both are asked by Python. Of pages at random those in the store that answers come, also when many wait for the other."""
     (disk_dir / "bucket").mkdir(mode=0o700)
     objects = {"scheme": "fs", "options": {"root": str(disk_dir / "bucket")}}
-    stores = {"redis": {"addresses": [redis.address], "deadline_s": 30}, "objects": objects}
+    stores = {"redis": {"addresses": [redis.address], "deadline_s": 60}, "objects": objects}
     with_tiers(daemon, {"name": "redis", "capacity": "6MiB"}, "objects", stores=stores)
     daemon.start()
     evicted(daemon, "web", web)
@@ -273,7 +273,7 @@ def test_of_two_stores_of_one_guest_the_one_that_hangs_does_not_delay_the_other(
         before = len(came)
         assert before < 48
         begin(pages[48:])
-        wait_for(lambda: len(came) > before + 12, "those of the store that answers have come", 5)
+        wait_for(lambda: len(came) > before + 12, "those of the store that answers have come", 30)
         assert daemon.logged("store_hangs")[0]["stores"] == ["redis"], "only that one"
         assert {name: tier["healthy"] for name, tier in tiers(daemon).items()} == {"redis": False, "objects": True}
     finally:

@@ -247,7 +247,7 @@ def test_the_last_write_counts(tier: Tier, boot: Boot) -> None:
 def test_a_successor_finds_everything(tier: Tier, boot: Boot) -> None:
     """Tierd is killed while pages leave, and when they have left; of a guest that ended meanwhile nothing stays."""
     web, doomed = boot("web", 2 * SIZE, "compressible"), boot("doomed", SIZE, "compressible")
-    tier.start(evict_rate_max="10MiB/s")
+    tier.start(evict_rate_max="2MiB/s")
     wait_for(lambda: tier.daemon.stored_bytes("web"), "pages leave")
     tier.daemon.kill()
     web.send("verify")
