@@ -185,10 +185,6 @@ class Machine:
         """As the machine numbers it; 0: there is none."""
         return int(self.show("MainPID", unit))
 
-    def is_replaced(self, pid: int, unit: str = "tierd") -> bool:
-        """Whether main process `pid` of the unit is gone; 0 for a moment, or its successor."""
-        return self.main_pid(unit) != pid
-
     def kill(self, name: str, unit: str = "tierd") -> None:
         self.systemctl("kill", "--kill-whom=main", f"--signal={name}", unit)
 

@@ -33,7 +33,7 @@ def lives(machine: Machine) -> list[tuple[str, ...]]:
 
 
 def wait_lives(machine: Machine, count: int) -> list[tuple[str, ...]]:
-    wait_for(lambda: len(lives(machine)) == count, f"it has started {count} times")
+    wait_for(lambda: len(lives(machine)) == count, f"it has started {count} times", 60)
     return lives(machine)
 
 

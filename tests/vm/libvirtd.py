@@ -21,7 +21,7 @@ from typing import Self
 
 from tierd.demo.guest import BOOT_S_MAX, Console, GuestError, build, memory_bytes, this_platform
 
-LIBVIRT_S_MAX = 30.0
+LIBVIRT_S_MAX = 90.0
 GUEST_LIFE_S = 600
 # where Debian's libvirtd keeps things, and what that is in our directory
 PLACES = {

@@ -65,7 +65,7 @@ def survives_kills_of_the_daemon(daemon: Daemon, guest: RealGuest) -> None:
     guest.console.send("verify")
     for _ in range(2):
         daemon.start()
-        wait_for(fetches, "the guest fetches what is stored")
+        wait_for(fetches, "the guest fetches what is stored", VERIFY_S_MAX)
         daemon.kill()
     daemon.start()
     said = numbers(verified[0]) if verified else guest.console.expect("VERIFIED", VERIFY_S_MAX)
@@ -93,4 +93,4 @@ def detached_it_is_as_before(daemon: Daemon, guest: RealGuest) -> None:
     assert not daemon.guests()
     assert not list(daemon.store_dir.iterdir())
     assert guest.verify() == (guest.used_bytes, 0)
-    assert guest.console.expect("TICK", 10)["wrong"] == 0
+    assert guest.console.expect("TICK", VERIFY_S_MAX)["wrong"] == 0
