@@ -326,7 +326,7 @@ def test_huge_pages_pass_compressed_memory_by(start_vmm: Start, host: Host) -> N
         vmm.kill()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("memory", ["memfd", "anonymous"])
 def test_torture(vmm_binary: Path, memory: Any) -> None:
     """Three tiers of three kinds; everything as in the other torture runs, while pages sink and the pool is compacted."""
