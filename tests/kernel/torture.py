@@ -303,20 +303,23 @@ def torture(
         def so_far() -> int:
             return sum(one.kills.total() for one in tortured)
 
-        def enough() -> bool:
-            """Pages have left and come back, too, from and to each tier: on a slow machine the first lives may be too short for
-            that."""
+        def in_vain() -> bool:
+            """Pages have not yet left and come back, from and to each tier: on a slow machine the first lives may be too short
+            for that."""
             each = ((one.evicted, one.faults, one.kills["in_service"]) for one in tortured)
             ladders = ((one.demoted, one.out_of_asked, *map(one.destroyed_in, TierKind)) for one in tortured)
             met = [*zip(*each, strict=True), *(zip(*ladders, strict=True) if ladder else ())]
-            wanted = kills if all(map(sum, met)) else IN_VAIN_MAX * kills
+            return not all(map(sum, met))
+
+        def enough() -> bool:
+            wanted = IN_VAIN_MAX * kills if in_vain() else kills
             return so_far() >= wanted and time.monotonic() - began >= seconds
 
         def run(one: Tortured) -> None:
             try:
                 while not enough() and not failed.is_set():
                     one.round()
-                    if so_far() > kills:
+                    if so_far() > kills and in_vain():
                         one.slowness = min(one.slowness * LONGER, SLOWEST * slowness)
                 if not failed.is_set():
                     one.finish()
