@@ -168,7 +168,7 @@ class Daemon:
 
 
 def evicted(daemon: Daemon, name: str, vmm: Vmm) -> None:
-    wait_for(lambda: daemon.stored_bytes(name) > 0.9 * vmm.pages * vmm.page_bytes, f"guest {name} is evicted")
+    wait_for(lambda: daemon.stored_bytes(name) > 0.9 * vmm.pages * vmm.page_bytes, f"guest {name} is evicted", 60)
 
 
 def with_tiers(daemon: Daemon, *tiers: object, **settings: Any) -> None:
