@@ -498,7 +498,7 @@ class Daemon:
         userfaultfd that their pages hang on."""
         if not self.notifier.keeps_fds:
             return
-        for key, fd in self.host.kept_uffds.items():
+        for key, fd in list(self.host.kept_uffds.items()):
             guest, told = self._guests.get(key), key in self.host.at_manager
             if guest and not guest.served and not told and self._tell(self.notifier.store_fds, key, [fd]):
                 self.host.at_manager.add(key)
@@ -980,9 +980,9 @@ async def _run(config: Config, config_path: Path, resumed: Resumed) -> None:
         stores: dict[str, Store] = await open_stores(config, notifier)
         for store in stores.values():
             if store.trouble:
-                log.error(
-                    "store_cannot_be_written", store=store.name, error=store.trouble, action="what is in it is served"
-                )
+                later = "it is tried again" if isinstance(store, AskedStore) else "restart tierd when it can be written"
+                action = f"what is in it is served; {later}"
+                log.error("store_cannot_be_written", store=store.name, error=store.trouble, action=action)
         kept = resumed.kept_uffds, set(resumed.kept_uffds), resumed.kept_handed
         host = Host(choose(config.engine), stores, guests_dir, boot_id(), HolderScan(), notifier, *kept)
         await Daemon(config, config_path, host, resumed).run()

@@ -161,7 +161,7 @@ class Guest:
         self._failures = 0
         self._hanging: dict[str, int] = {}  # stores that were told, and how many pages they had given and taken then
         self._lost_told = self._grown_told = 0
-        self._fragile = self._fragile_told = False
+        self._fragile = self._fragile_told = self._manager_is_deaf = False
         self._threads = trio.CapacityLimiter(THREADS_MAX)
         self._not_before = -1e9
         self._cycles = 0
@@ -514,13 +514,14 @@ class Guest:
             )
 
     def _give_to_manager(self, uffd: int) -> None:
-        """Its socket may be full for a moment. OSError: it is for longer, or gone. Worker."""
-        until = time.monotonic() + MANAGER_S_MAX
+        """Its socket may be full for a moment. OSError: it is for longer, or gone; then it is tried once a cycle. Worker."""
+        until = time.monotonic() + (0 if self._manager_is_deaf else MANAGER_S_MAX)
         while True:
             try:
                 self._host.notifier.store_fds(self.key, [uffd])
             except OSError:
-                if time.monotonic() > until:
+                if time.monotonic() >= until:
+                    self._manager_is_deaf = True
                     raise
                 time.sleep(0.05)
             else:

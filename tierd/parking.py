@@ -305,7 +305,15 @@ class Parking:
 
     async def _one_space_of(self, store: AskedStore, tier: ServedTier, *, is_second: bool = False) -> PageSpace:
         served = self._served
-        space = await store.pages.open(self._key, served.native.pages, served.page_bytes)
+        open_space = partial(store.pages.open, self._key, served.native.pages, served.page_bytes)
+        try:
+            space = await open_space()
+        except StoreError:
+            if served.adoption is not None:
+                raise
+            # of another size, perhaps: what an attach before this one could not delete, and nobody needs
+            await store.pages.sweep(lambda guest: guest != self._key)
+            space = await open_space()
         try:
             if self._keys.get(store.name) is None:  # else of a try before
                 new = served.adoption is None

@@ -16,7 +16,7 @@ from tests.daemon.process import OURS, POLICY, Boot, Daemon, evicted, tiers, wit
 from tests.daemon.test_asked import install
 from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
 from tests.kernel.disks import damaged, hanging_disk, loop_disk
-from tests.kernel.vmm import MIB, wait_for
+from tests.kernel.vmm import MIB, Vmm, wait_for
 from tests.store.servers import Server
 
 
@@ -35,6 +35,11 @@ def disk(daemon: Daemon, disk_dir: Path) -> Iterator[Path]:
 def detached(daemon: Daemon, name: str) -> None:
     done = daemon.tierd("detach", f"{name}{OURS}")
     assert done.returncode == 0, done.stderr
+
+
+def somebody_has(daemon: Daemon, size: int) -> bool:
+    """A guest whose name is of its pid, since it was attached by that."""
+    return any(sum(guest["stored_bytes"].values()) > size for guest in daemon.guests().values())
 
 
 # --- directories ----------------------------------------------------------------------------------------------------------------
@@ -108,7 +113,7 @@ def test_a_bucket_that_is_read_only_at_the_end(daemon: Daemon, boot: Boot, disk:
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     done = daemon.tierd("attach", str(web.pid))
     assert done.returncode == 0, done.stderr
-    wait_for(lambda: any(sum(g["stored_bytes"].values()) > 8 * MIB for g in daemon.guests().values()), "evicted again")
+    wait_for(lambda: somebody_has(daemon, 8 * MIB), "evicted again")
     web.verify()
     detached(daemon, "web")
     web.verify()
@@ -152,6 +157,31 @@ def test_a_vmm_that_ends_unserved_while_its_store_hangs(daemon: Daemon, boot: Bo
         finally:
             disk.go_on()
             daemon.kill()
+
+
+def test_a_guest_that_has_grown_since_its_pages_could_not_be_deleted(
+    daemon: Daemon, vmm_binary: Path, tmp_path: Path
+) -> None:
+    """Detached and attached again, as `guest_grew` says, while the server was down."""
+    qemu = tmp_path / "qemu-system-test"
+    qemu.symlink_to(vmm_binary)
+    name = f"guest=web{OURS},debug-threads=on"
+    with Server() as redis:
+        with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}})
+        with Vmm(vmm_binary, f"bytes={8 * MIB}", "compressible", "-name", name, arg0=str(qemu)) as web:
+            web.ask("fill")
+            daemon.start()
+            evicted(daemon, "web", web)
+            assert daemon.tierd("restore", f"web{OURS}").returncode == 0
+            web.ask("add", 8 * MIB)
+            redis.kill()
+            detached(daemon, "web")
+            assert daemon.logged("pages_not_deleted")
+            redis.start()
+            done = daemon.tierd("attach", str(web.pid))
+            assert done.returncode == 0, done.stderr
+            wait_for(lambda: somebody_has(daemon, 4 * MIB), "evicted again")
+            web.verify()
 
 
 # --- keys, and what a successor needs -------------------------------------------------------------------------------------------

@@ -415,7 +415,13 @@ def test_no_descriptor_for_another_try_ends_no_daemon(monkeypatch: pytest.Monkey
     assert ticks is not None
     (tmp_path / "1-2.state").touch()
     host: Any = SimpleNamespace(
-        notifier=Notifier(""), engine=choose(), stores={}, guests_dir=tmp_path, kept_uffds={}, kept_handed={}
+        notifier=Notifier(""),
+        engine=choose(),
+        stores={},
+        guests_dir=tmp_path,
+        kept_uffds={},
+        at_manager=set(),
+        kept_handed={},
     )
     monkeypatch.setattr(daemons, "Guest", Adopted)
 
