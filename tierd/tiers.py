@@ -90,8 +90,11 @@ class Tiers:
         """What its store holds of all guests, and what is free there. Bytes. None is where that cannot be found out: daemon.py,
         which asks every store again and again, tells why."""
         store = self._stores.get(tier.name)
+        if store is None:
+            return 0, 0
         try:
-            return (store.used_bytes(), store.free_bytes(now=now)) if store is not None else (0, 0)
+            free = store.free_bytes(now=now)  # first: `now` is of both
+            return store.used_bytes(), free
         except OSError:
             return 0, 0
 
