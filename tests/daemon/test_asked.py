@@ -521,7 +521,7 @@ def test_a_reload_that_is_refused_leaves_no_store_behind(daemon: Daemon, web: Vm
     (disk_dir / "bucket").mkdir(mode=0o700)
     objects = {"scheme": "fs", "options": {"root": str(disk_dir / "bucket")}}
     redis.kill()
-    with_tiers(daemon, "objects", "redis", stores={"objects": objects, "redis": {"addresses": [redis.address]}})
+    with_tiers(daemon, "file", "objects", "redis", stores={"objects": objects, "redis": {"addresses": [redis.address]}})
     daemon.signal(signal.SIGHUP)
     wait_for(lambda: daemon.logged("reload_failed"), "it is refused")
     assert {store["name"] for store in daemon.status()["stores"]} == {"file"}
