@@ -518,9 +518,11 @@ class Daemon:
             await guest.begun.wait()
 
     async def _sweep_stale(self, stale: Stale) -> None:
+        """In a thread, because a store may hang, but to its end: a VMM that was left may be attached anew, and what that makes
+        has the same names. Whoever waits here keeps it from that: the guest's task, or the start."""
         log.info("state_swept", why=str(stale))
-        with contextlib.suppress(OSError), trio.move_on_after(ADOPT_S_MAX):  # the next start tries again
-            await trio.to_thread.run_sync(stale.sweep, abandon_on_cancel=True)
+        with contextlib.suppress(OSError):  # the next start tries again
+            await trio.to_thread.run_sync(stale.sweep)
 
     def _guest_of_state(self, path: Path) -> Guest:
         left = read_state(path, self.host.boot_id)

@@ -373,14 +373,17 @@ class Parking:
 
     def _destroy_keys(self) -> None:
         """Those for stores that the configuration has no more, or that could not be opened, as well."""
-        try:
-            for key in self._keys.values():
+        for key in self._keys.values():
+            try:
                 if key is not None:
                     key.destroy()
-            for directory in {store.keys_dir for store in self._stores.values() if isinstance(store, AskedStore)}:
+            except OSError as error:
+                self._log.warning(
+                    "key_not_destroyed", error=str(error), action="the sweep does it, once the VMM has ended"
+                )
+        for directory in {store.keys_dir for store in self._stores.values() if isinstance(store, AskedStore)}:
+            with contextlib.suppress(OSError):  # the directory cannot be listed: the sweep does it, too
                 keys.sweep(directory, lambda guest: guest != self._key)
-        except OSError as error:
-            self._log.warning("key_not_destroyed", error=str(error), action="the sweep does it, once the VMM has ended")
 
     async def _let_go(self, name: str, space: PageSpace, delete: bool) -> None:
         try:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.daemon.process import OURS, Boot, Daemon, evicted
 from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
-from tests.kernel.disks import loop_disk
+from tests.kernel.disks import loop_disk, sparse
 from tests.kernel.vmm import MIB, Vmm, userfaultfds, wait_for
 
 NOBODY = 65534
@@ -233,9 +233,7 @@ def test_a_restart_on_a_store_that_cannot_be_written(
     daemon: Daemon, boot: Boot, disk_dir: Path, trouble: str, direct: str
 ) -> None:
     """What is in it comes back all the same."""
-    image = disk_dir / "image"
-    with image.open("wb") as file:
-        file.truncate(400 * MIB)  # tierd leaves 256 MiB to others
+    image = sparse(disk_dir / "image", 400 * MIB)  # tierd leaves 256 MiB to others
     with loop_disk(disk_dir, image) as mount:
         daemon.store_dir = mount / "store"
         daemon.write(store={"path": str(daemon.store_dir), "direct": direct})

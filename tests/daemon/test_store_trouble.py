@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.daemon.process import OURS, POLICY, Boot, Daemon, evicted
 from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
-from tests.kernel.disks import damaged, frozen_at_will, hanging_disk, in_the_kernel, loop_disk
+from tests.kernel.disks import damaged, frozen_at_will, hanging_disk, in_the_kernel, loop_disk, sparse
 from tests.kernel.vmm import MIB, PAGE, userfaultfds, wait_for
 
 
@@ -96,10 +96,7 @@ def test_a_store_that_does_not_answer_at_all(daemon: Daemon, boot: Boot, disk_di
 def test_a_file_system_that_turns_read_only(daemon: Daemon, boot: Boot, disk_dir: Path) -> None:
     """What ext4 does when it finds itself damaged. That is told, what is stored comes back, and guests are left or end as if
     nothing were wrong; what cannot be removed is told, too."""
-    image = disk_dir / "image"
-    with image.open("wb") as file:
-        file.truncate(512 * MIB)
-    with loop_disk(disk_dir, image, errors="remount-ro") as mount:
+    with loop_disk(disk_dir, sparse(disk_dir / "image", 512 * MIB), errors="remount-ro") as mount:
         daemon.store_dir = mount / "store"
         on_disk(daemon, mount)
         try:

@@ -16,6 +16,13 @@ from tests.kernel.vmm import MIB, wait_for
 from tests.need import need
 
 
+def sparse(path: Path, size: int) -> Path:
+    """A new file of so many bytes, all of it a hole."""
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
 @contextlib.contextmanager
 def loop_disk(directory: Path, image: Path, errors: str = "continue") -> Iterator[Path]:
     """An ext4 on a loop device over `image`, at directory/disk; what it does at `errors` is in ext4(5). What uses it must have
@@ -63,10 +70,7 @@ class FrozenDisk:
 @contextlib.contextmanager
 def frozen_at_will(directory: Path, size: int = 256 * MIB) -> Iterator[FrozenDisk]:
     """What uses it must have ended."""
-    image = directory / "image"
-    with image.open("wb") as file:
-        file.truncate(size)
-    with loop_disk(directory, image) as mount:
+    with loop_disk(directory, sparse(directory / "image", size)) as mount:
         disk = FrozenDisk(mount)
         try:
             yield disk
@@ -95,10 +99,8 @@ def hanging_disk(directory: Path, size: int = 256 * MIB) -> Iterator[HangingDisk
     need("root", os.geteuid() == 0, "mounting needs root")
     need("fuse2fs", shutil.which("fuse2fs") is not None, "fuse2fs is missing")
     need("fuse2fs", os.path.exists("/dev/fuse"), "the kernel has no FUSE")
-    image, mount = directory / "fuse-image", directory / "fuse"
+    image, mount = sparse(directory / "fuse-image", size), directory / "fuse"
     mount.mkdir()
-    with image.open("wb") as file:
-        file.truncate(size)
     subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
     server = subprocess.Popen(
         ["setpriv", "--pdeathsig", "KILL", "fuse2fs", "-f", image, mount], stderr=subprocess.DEVNULL, process_group=0

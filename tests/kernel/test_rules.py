@@ -19,7 +19,7 @@ from typing import Literal
 
 import pytest
 
-from tests.kernel.disks import damaged, loop_disk
+from tests.kernel.disks import damaged, loop_disk, sparse
 from tests.kernel.host_memory import large_folios_kb
 from tests.kernel.vmm import MIB, PAGE, SAFE, SLOWNESS, Host, Tiered, Vmm, userfaultfds, vm_flags, wait_for
 from tests.need import need
@@ -139,9 +139,7 @@ def test_a_file_system_that_turns_read_only_loses_nothing(
     vmm_binary: Path, disk_dir: Path, tmpfs_dir: Path, direct: Literal["on", "off"]
 ) -> None:
     """What ext4 does when it finds itself damaged. What is stored comes back, the rest stays with the guest."""
-    image = disk_dir / "image"
-    with image.open("wb") as file:
-        file.truncate(128 * MIB)
+    image = sparse(disk_dir / "image", 128 * MIB)
     with loop_disk(disk_dir, image, errors="remount-ro") as mount, Vmm(vmm_binary, f"bytes={16 * MIB}") as vmm:
         vmm.ask("fill")
         with Host(tmpfs_dir, mount).attached(vmm, direct=direct) as tiered:
@@ -175,9 +173,7 @@ def test_a_device_that_lies_is_a_memory_error(
     pool.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", pool], check=True)
     try:
-        image = pool / "image"
-        with image.open("wb") as file:
-            file.truncate(128 * MIB)
+        image = sparse(pool / "image", 128 * MIB)
         with loop_disk(disk_dir, image) as mount, Vmm(vmm_binary, f"bytes={48 * MIB}") as vmm:
             vmm.ask("fill")
             with Host(tmpfs_dir, mount).attached(vmm, direct=direct) as tiered:

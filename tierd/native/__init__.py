@@ -294,13 +294,6 @@ def _fields(struct: Any, cls: type[Any], **others: Any) -> Any:
     return cls(**others, **{name: getattr(struct, name) for name in cls.__dataclass_fields__ if name not in others})
 
 
-def _check_tier(error: int, noun: str, tier: int) -> None:
-    if error < 0:
-        failure = KernelError(-error, noun)
-        failure.tier = tier
-        raise failure
-
-
 def probe() -> Probe:
     """Try on a few pages of our own what this kernel can do. Blocks for some milliseconds; leaves nothing behind."""
     out = ffi.new("struct tierd_probe *")
@@ -472,7 +465,7 @@ class NativeBatch:
         self._b = ffi.NULL
 
     def _done(self, error: int, noun: str) -> BatchResult:
-        _check_tier(error, noun, self._result.failed_tier)
+        check(error, noun, self._result.failed_tier)
         result: BatchResult = _fields(self._result, BatchResult)
         return result
 
@@ -837,7 +830,7 @@ class NativeGuest:
         out, failed_tier = ffi.new("uint64_t *"), ffi.new("uint32_t *")
         kept = sum(1 << tier for tier in keep)
         error = lib.tierd_guest_discard(self._g, max_pages, kept, out, failed_tier)
-        _check_tier(error, "store discard", failed_tier[0])
+        check(error, "store discard", failed_tier[0])
         return int(out[0])
 
     def compact(self, max_pages: int) -> int:

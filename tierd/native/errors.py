@@ -17,7 +17,9 @@ class KernelError(OSError):
         return f"{self.strerror}: {os.strerror(self.errno or 0)} (errno {self.errno})"
 
 
-def check(result: int, noun: str) -> None:
-    """Raise KernelError unless `result` is 0 or positive."""
+def check(result: int, noun: str, tier: int = 0) -> None:
+    """Raise KernelError, of `tier`, unless `result` is 0 or positive."""
     if result < 0:
-        raise KernelError(-result, noun)
+        error = KernelError(-result, noun)
+        error.tier = tier
+        raise error
