@@ -51,12 +51,12 @@ from tierd.stores import (
     asked_or_errors,
     keep_keys_swept,
     keep_swept,
-    made,
     memory_or_errors,
     open_stores,
     probe,
     sweep_keys,
 )
+from tierd.successor import why_nobody_adopts, without_their_files
 from tierd.systemd import Notifier, watchdog_interval_s
 from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused, StoreStatus
 
@@ -238,12 +238,14 @@ class Daemon:
         what = self.config.on_restart if order is RESTART else self.config.on_stop
         log.info("stopping", signal=order.name, **{key: what}, stop_timeout_s=timeout_s)
         self._tell(self.notifier.stopping, f"{key}: {what}")
-        if order is RESTART and what == "keep" and (why := await self._why_nobody_adopts()):
-            log.warning("restart_restores", why=why, action="bringing every guest back first, in spite of on_restart")
-            what = "restore"
+        if order is RESTART and what == "keep":
+            why = await why_nobody_adopts(self.config, self.config_path, self.host, list(self._guests.values()))
+            if why:
+                log.warning("restart_restores", why=why, action="bringing every guest back first, in spite of on_restart")
+                what = "restore"
         self._keep_of_unserved()
         served = [guest for guest in self._guests.values() if guest.served]
-        lacking = await self._lacking(served) if what == "keep" else set()
+        lacking = await without_their_files(served) if what == "keep" else set()
         guests = [
             guest
             for guest in served
@@ -261,62 +263,6 @@ class Daemon:
             log.error(
                 "stop_timeout", stop_timeout_s=timeout_s, action="what is still stored is kept for the next tierd"
             )
-
-    async def _why_nobody_adopts(self) -> str:
-        """What keeps a tierd that starts now from adopting our guests, or from their pages, "" for nothing."""
-        try:
-            new = await trio.to_thread.run_sync(load, self.config_path)
-        except ConfigErrors as errors:
-            return f"the next tierd will not start: {errors.errors[0]}"
-        ours = self.host.guests_dir.parent
-        if ours != new.runtime_dir:
-            return (
-                f"the next tierd will not find them: runtime_dir is {ours} now, {new.runtime_dir} in {self.config_path}"
-            )
-        listens = self.config.handshake.socket
-        if listens != new.handshake.socket and any(guest.spec.handshake for guest in self._guests.values()):
-            return (
-                f"the VMMs that connected will not find the next tierd: handshake.socket is {listens} now, "
-                f"{new.handshake.socket} in {self.config_path}"
-            )
-        for name, store in self.host.stores.items():
-            pages = sum(guest.pages_in(name) for guest in self._guests.values())
-            if pages and isinstance(store, AskedStore) and name not in new.asked:
-                return (
-                    f"the next tierd will not have the store {name}, in which are {pages} pages: see {self.config_path}"
-                )
-            if pages and isinstance(store, AskedStore) and (why := await self._why_not_made(name, new)):
-                return f"the next tierd cannot use the store {name}, in which are {pages} pages: {why}"
-        return ""
-
-    async def _lacking(self, guests: Sequence[Guest]) -> set[str]:
-        """Those whose pages the next tierd could not have, by key."""
-        lacking: set[str] = set()
-
-        async def look(guest: Guest) -> None:
-            try:
-                missing = await guest.missing()
-                why = f"{missing} was removed, moved or replaced" if missing is not None else ""
-            except OSError as error:
-                why = str(error)
-            if why:
-                log.warning("guest_not_kept", guest=guest.name, why=why, action="bringing it back first")
-                lacking.add(guest.key)
-
-        async with trio.open_nursery() as nursery:
-            for guest in guests:
-                nursery.start_soon(look, guest)
-        return lacking
-
-    async def _why_not_made(self, name: str, config: Config) -> str:
-        """By its keys and the files that they name, and those of its second; nobody is asked."""
-        both = [each for each in (name, config.asked[name].second) if each is not None]
-        for each in both:
-            try:
-                await (await made(each, config.asked[each], config.runtime_dir)).aclose()
-            except Exception as error:  # a plug-in's may be any
-                return str(error) or repr(error)
-        return ""
 
     async def _restore_for_stop(self, guest: Guest) -> None:
         told_at = 0.0

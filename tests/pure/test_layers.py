@@ -37,6 +37,7 @@ ORDER = [
     "stores",
     "salvage",
     "guest",
+    "successor",
     "metrics",
     "routes",
     "api",
