@@ -919,6 +919,12 @@ static void run_seed(uint64_t seed)
 		daemon_spawn();
 	}
 	join(guests, 2);
+	if (S.losses && shared->life) {
+		/* killed in a retry of a page whose reader had zapped the poison: STORED again, and nobody to find out */
+		wait_until_served();
+		start(guests, 1, run_final_read);
+		join(guests, 1);
+	}
 	atomic_store(&shared->all_read, true);
 	if (daemon_pid)
 		daemon_end(false);
