@@ -47,16 +47,18 @@ def wait_for(condition: Callable[[], bool], otherwise: Callable[[], str]) -> Non
 
 
 class Server:
-    """One redis-server, with an append-only file unless `settings` say otherwise. Leaving the block ends it."""
+    """One redis-server, with an append-only file unless `settings` say otherwise. Leaving the block ends it.
+
+    Those that watch each other are not on a disk: each vote is synced, and while a busy disk takes seconds for that, none of them
+    is elected."""
 
     program = "redis-server"
 
-    def __init__(self, *settings: str) -> None:
+    def __init__(self, *settings: str, on_disk: bool = True) -> None:
         self.port = free_ports(1)[0]
         self._tls = "--tls-cert-file" in settings
-        self.directory = Path(
-            tempfile.mkdtemp(prefix="tierd-redis-", dir=os.environ.get("TIERD_TEST_DISK", "/var/tmp"))
-        )
+        disk = os.environ.get("TIERD_TEST_DISK", "/var/tmp")
+        self.directory = Path(tempfile.mkdtemp(prefix="tierd-redis-", dir=disk if on_disk else "/dev/shm"))
         self.settings = list(settings)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -133,7 +135,7 @@ class Sentinel(Server):
     program = "redis-sentinel"
 
     def __init__(self, primary: Server, *settings: str) -> None:
-        super().__init__(*settings)
+        super().__init__(*settings, on_disk=False)
         lines = [
             f"port {self.port}",
             "bind 127.0.0.1",
@@ -159,11 +161,11 @@ class Watched:
     def __enter__(self) -> Watched:
         self._stack = ExitStack()
         with self._stack as stack:
-            self.primary = stack.enter_context(Server())
+            self.primary = stack.enter_context(Server(on_disk=False))
             replica_of = ("--replicaof", f"127.0.0.1 {self.primary.port}")
-            self.replica = stack.enter_context(Server(*replica_of))
+            self.replica = stack.enter_context(Server(*replica_of, on_disk=False))
             self.sentinels = [stack.enter_context(Sentinel(self.primary)) for _ in range(3)]
-            wait_for(self._ready, lambda: "\n".join(server.log() for server in (self.primary, *self.sentinels)))
+            wait_for(self._ready, self.log)
             if self._patient:
                 for sentinel in self.sentinels:
                     sentinel.ask("SENTINEL SET", "main", "down-after-milliseconds", 60000)
@@ -177,6 +179,9 @@ class Watched:
     def addresses(self) -> list[str]:
         return [sentinel.address for sentinel in self.sentinels]
 
+    def log(self) -> str:
+        return "\n".join(server.log() for server in (self.primary, self.replica, *self.sentinels))
+
     def _ready(self) -> bool:
         def knows_all(sentinel: Sentinel) -> bool:
             seen = sentinel.ask("SENTINEL MASTER", "main")
@@ -189,7 +194,7 @@ class Watched:
 def cluster_node() -> Server:
     """One that knows no other yet."""
     bus = str(free_ports(1)[0])
-    return Server("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port", bus)
+    return Server("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-port", bus, on_disk=False)
 
 
 class Cluster:
@@ -204,7 +209,7 @@ class Cluster:
         with self._stack as stack:
             self.servers = [stack.enter_context(cluster_node()) for _ in range(self._size * (1 + self._replicas))]
             self.cli("--cluster", "create", *self.addresses, "--cluster-replicas", str(self._replicas))
-            wait_for(self._ready, lambda: "\n".join(server.log() for server in self.servers))
+            wait_for(self._ready, self.log)
             if self._patient:
                 for server in self.servers:
                     server.ask("CONFIG SET", "cluster-node-timeout", "60000")
@@ -227,6 +232,9 @@ class Cluster:
     def primaries(self) -> list[Server]:
         """As they see themselves, of those that answer."""
         return [server for server in self.servers if self._info(server).get("role") == "master"]
+
+    def log(self) -> str:
+        return "\n".join(server.log() for server in self.servers)
 
     def _ready(self) -> bool:
         def ready(server: Server) -> bool:

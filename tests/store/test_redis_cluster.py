@@ -212,8 +212,7 @@ def test_a_node_that_is_killed_in_mid_run_loses_nothing() -> None:
             await trio.to_thread.run_sync(victim.kill)
             for writer in writers:
                 await writer.has_failed()
-            while len(cluster.primaries()) < 3:
-                await trio.sleep(0.1)
+            await trio.to_thread.run_sync(wait_for, lambda: len(cluster.primaries()) == 3, cluster.log)
             nursery.cancel_scope.cancel()
         for writer in writers:
             await writer.verify()
@@ -305,8 +304,9 @@ def test_a_primary_that_is_killed_in_mid_run_loses_nothing() -> None:
             await writer.has_written(30)
             await trio.to_thread.run_sync(watched.primary.kill)
             await writer.has_failed()
-            while (await trio.to_thread.run_sync(watched.replica.ask, "INFO"))["role"] != "master":
-                await trio.sleep(0.1)
+            await trio.to_thread.run_sync(
+                wait_for, lambda: watched.replica.ask("INFO")["role"] == "master", watched.log
+            )
             nursery.cancel_scope.cancel()
         await writer.verify()
         await writer.space.aclose()
