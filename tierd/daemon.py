@@ -52,6 +52,7 @@ from tierd.stores import (
     keep_keys_swept,
     keep_swept,
     memory_or_errors,
+    open_files,
     open_stores,
     probe,
     sweep_keys,
@@ -149,6 +150,8 @@ class Daemon:
                     self._nursery.start_soon(self._watch_store, store)
                     if store.trouble and isinstance(store, AskedStore):
                         self._nursery.start_soon(self._probe_again, store)
+                if "file" not in self.host.stores:
+                    self._nursery.start_soon(self._open_files_again)
                 self._nursery.start_soon(self._discover)
                 self._nursery.start_soon(self._feed_watchdog)
                 await self._tell_ready()
@@ -331,6 +334,30 @@ class Daemon:
             await probe(store)
         self.host.store_trouble.pop((store.name, "probe"), None)
         log.info("store_can_be_written", store=store.name)
+
+    async def _open_files_again(self) -> None:
+        """The directory of stored pages could not be used at the start, or hung, and there were guests."""
+        config = self.config  # another path is for the next start
+        self.host.files_lack = f"{config.store.path} does not answer"
+        while True:
+            try:
+                store = await open_files(config)
+            except (OSError, StoreError) as error:
+                self.host.files_lack = str(error)
+                await trio.sleep(PROBE_AGAIN_S)
+            else:
+                break
+        self.host.files_lack = ""
+        self._add_store(store)
+        log.info("store_can_be_used", store=store.name)
+        _tell_trouble(store)
+        self._try_all_again()
+        with self._survives(f"sweeping the store {store.name}"):
+            await self._sweep(store)
+
+    def _lacking_files(self) -> list[StoreStatus]:
+        path, why = str(self.config.store.path), self.host.files_lack
+        return [StoreStatus("file", path, capacity_bytes=0, used_bytes=0, healthy=False, reason=why)] if why else []
 
     def _store_status(self, store: Store) -> StoreStatus:
         reasons, troubles = (
@@ -640,7 +667,7 @@ class Daemon:
         with contextlib.suppress(OSError):  # the next start tries again
             path.unlink(missing_ok=True)
             await sweep_keys(self.host.guests_dir.parent, self._may_be_needed)
-            for store in self.host.stores.values():  # those that are asked: soon, `keep_swept` does it
+            for store in list(self.host.stores.values()):  # those that are asked: soon, `keep_swept` does it
                 await self._sweep(store)
         self._guests.pop(guest.key, None)
         self._forget_kept(guest.key)
@@ -769,6 +796,10 @@ class Daemon:
             await again.wait()
         self._waiting.pop(f"{pid}", None)
 
+    def _try_all_again(self) -> None:
+        for event in self._waiting.values():
+            event.set()
+
     def _try_again(self, pid: int) -> None:
         event = self._waiting.get(f"{pid}")
         if event is not None:
@@ -809,8 +840,7 @@ class Daemon:
                 guest.set_policy(policy)
             elif guest.served:
                 self._nursery.start_soon(self._detach_unmatched, guest)
-        for event in self._waiting.values():
-            event.set()
+        self._try_all_again()
         self._discovery.forget()  # a rule may be for a VM that none was for
         return told
 
@@ -877,7 +907,7 @@ class Daemon:
             pid=os.getpid(),
             uptime_s=trio.current_time() - self._began,
             guests=[guest.status() for guest in self._guests.values()],
-            stores=[self._store_status(store) for store in self.host.stores.values()],
+            stores=[*(self._store_status(store) for store in self.host.stores.values()), *self._lacking_files()],
             unserved=self._unserved(),
             reload_failed=self._reload_failed,
         )
@@ -927,10 +957,7 @@ async def _run(config: Config, config_path: Path, resumed: Resumed) -> None:
     try:
         stores: dict[str, Store] = await open_stores(config, notifier)
         for store in stores.values():
-            if store.trouble:
-                later = "it is tried again" if isinstance(store, AskedStore) else "restart tierd when it can be written"
-                action = f"what is in it is served; {later}"
-                log.error("store_cannot_be_written", store=store.name, error=store.trouble, action=action)
+            _tell_trouble(store)
         kept = resumed.kept_uffds, set(resumed.kept_uffds), resumed.kept_handed
         host = Host(choose(config.engine), stores, guests_dir, boot_id(), HolderScan(), notifier, *kept)
         await Daemon(config, config_path, host, resumed).run()
@@ -952,6 +979,13 @@ def _lives(pid: int, ticks: int) -> bool:
         return start_ticks(pid) == ticks
     except OSError:
         return True
+
+
+def _tell_trouble(store: Store) -> None:
+    if store.trouble:
+        later = "it is tried again" if isinstance(store, AskedStore) else "restart tierd when it can be written"
+        action = f"what is in it is served; {later}"
+        log.error("store_cannot_be_written", store=store.name, error=store.trouble, action=action)
 
 
 def _ask(store: Store) -> tuple[int, int]:

@@ -70,7 +70,7 @@ class Host:
     """What all guests of this daemon share."""
 
     engine: Engine
-    stores: dict[str, Store]  # by name
+    stores: dict[str, Store]  # by name; "file" comes later where it could not be used at the start
     guests_dir: Path
     boot_id: str
     holders: HolderScan
@@ -78,6 +78,7 @@ class Host:
     kept_uffds: dict[str, int] = field(default_factory=dict)  # by key: a copy that outlives whatever befalls a Guest
     at_manager: set[str] = field(default_factory=set)  # by key: those of them that the service manager has, too
     kept_handed: dict[str, Handed] = field(default_factory=dict)  # by key: what the manager kept of VMMs that connected
+    files_lack: str = ""  # why there is no "file" yet, which is tried again
     shares: Shares = field(default_factory=Shares)  # of the stores
     turns: dict[str, Turns] = field(default_factory=dict)  # of stores that trio asks, by name
     store_trouble: dict[tuple[str, str], str] = field(
@@ -106,6 +107,8 @@ class Host:
 
     def store(self, name: str) -> Store:
         """StoreError: it could not be used when tierd started."""
+        if name == "file" and self.files_lack:
+            raise StoreError(f"the store file cannot be used: {self.files_lack}")
         if name not in self.stores:
             raise StoreError(f"the store {name} could not be used when tierd started: put it right, then restart tierd")
         return self.stores[name]

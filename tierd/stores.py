@@ -32,8 +32,8 @@ log = structlog.get_logger()
 
 
 async def open_stores(config: Config, notifier: Notifier) -> dict[str, Store]:
-    """By name. Where there are guests of a predecessor, one that cannot be used keeps tierd from none of them, whoever names it.
-    One that hangs is waited for, and the manager is told so: guests that were resumed are served meanwhile."""
+    """By name. Where there are guests of a predecessor, one that cannot be used or hangs keeps tierd from none of them, whoever
+    names it: "file" is not among them then, and is to be tried again. Else it is waited for, and the manager is told so."""
 
     async def tell() -> None:
         await trio.sleep(ANSWERS_S)
@@ -44,22 +44,21 @@ async def open_stores(config: Config, notifier: Notifier) -> dict[str, Store]:
                 notifier.status(f"waiting for the store {config.store.path}, which does not answer")
             await trio.sleep(ANSWERS_S)
 
-    file, stores = config.store, dict[str, Store]()
-    unusable: OSError | StoreError | None = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(tell)
-        make = partial(FileStore, file.path, file.capacity, file.direct, _keys_of_files(config))
-        try:
-            stores["file"] = await trio.to_thread.run_sync(make, abandon_on_cancel=True)
-        except (OSError, StoreError) as error:
-            unusable = error
-        nursery.cancel_scope.cancel()
-    named = named_stores(config)
+    named, stores = named_stores(config), dict[str, Store]()
     states = sorted((config.runtime_dir / "guests").glob(f"*{SUFFIX}"))
-    if unusable is not None:
-        if not states:
-            raise unusable
-        log.error("store_unusable", store="file", error=str(unusable), action="put it right, then restart tierd")
+    if states:
+        try:
+            with trio.fail_after(ANSWERS_S):
+                stores["file"] = await open_files(config)
+        except (trio.TooSlowError, OSError, StoreError) as error:
+            silent = isinstance(error, trio.TooSlowError)
+            why = f"{config.store.path} has not answered for {ANSWERS_S:g} s" if silent else str(error)
+            log.error("store_unusable", store="file", error=why, action="put it right; it is tried again")
+    else:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tell)
+            stores["file"] = await open_files(config)
+            nursery.cancel_scope.cancel()
     if "memory" in named or _pools_of(config).exists():  # what is in there may have to be swept
         try:
             stores["memory"] = memory = _open_memory(config)
@@ -73,6 +72,13 @@ async def open_stores(config: Config, notifier: Notifier) -> dict[str, Store]:
         for name in sorted(with_seconds(config, named | needed) & config.asked.keys()):
             nursery.start_soon(_open_into, stores, name, config, bool(states))
     return stores
+
+
+async def open_files(config: Config) -> FileStore:
+    """OSError, StoreError: it cannot be used. Waits for as long as the disk hangs; cancelled, it leaves a thread there."""
+    file = config.store
+    make = partial(FileStore, file.path, file.capacity, file.direct, _keys_of_files(config))
+    return await trio.to_thread.run_sync(make, abandon_on_cancel=True)
 
 
 async def _open_into(stores: dict[str, Store], name: str, config: Config, needed: bool) -> None:

@@ -35,7 +35,7 @@ async def why_nobody_adopts(config: Config, config_path: Path, host: Host, guest
             f"the VMMs that connected will not find the next tierd: handshake.socket is {listens} now, "
             f"{new.handshake.socket} in {config_path}"
         )
-    for name, store in host.stores.items():
+    for name, store in list(host.stores.items()):
         pages = sum(guest.pages_in(name) for guest in guests)
         if pages and isinstance(store, AskedStore) and name not in new.asked:
             return f"the next tierd will not have the store {name}, in which are {pages} pages: see {config_path}"

@@ -117,7 +117,7 @@ def test_a_bucket_that_is_read_only_at_the_end(daemon: Daemon, boot: Boot, disk:
 
 
 def test_a_start_with_a_directory_that_others_may_read(daemon: Daemon, boot: Boot) -> None:
-    """Guests of a predecessor who have nothing in there are served; who needs it is not attached."""
+    """Guests of a predecessor who have nothing in there are served; who needs it is not attached until it is put right."""
     daemon.write(guests=[{"name": f"web{OURS}", **POLICY, "tiers": ["memory"]}, {"name": f"*{OURS}", **POLICY}])
     web = boot("web", 16 * MIB, "compressible")
     daemon.start()
@@ -130,7 +130,12 @@ def test_a_start_with_a_directory_that_others_may_read(daemon: Daemon, boot: Boo
     assert "chmod 0700" in told["error"]
     web.verify()
     wait_for(lambda: daemon.stored_bytes("web") > 8 * MIB, "evicted again")
-    wait_for(lambda: "put it right" in daemon.guests().get("other", {}).get("reason", ""), "the other one is refused")
+    wait_for(lambda: "chmod 0700" in daemon.guests().get("other", {}).get("reason", ""), "the other one is refused")
+    assert "chmod 0700" in str(daemon.status()["stores"])
+    daemon.store_dir.chmod(0o700)
+    wait_for(lambda: daemon.logged("store_can_be_used"), "it is tried again")
+    wait_for(lambda: daemon.stored_bytes("other") > 8 * MIB, "the other one is attached")
+    assert all(store["healthy"] for store in daemon.status()["stores"])
 
 
 def test_a_vmm_that_ends_unserved_while_its_store_hangs(daemon: Daemon, boot: Boot, disk_dir: Path) -> None:

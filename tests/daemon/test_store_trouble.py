@@ -12,6 +12,7 @@ from tests.daemon.process import OURS, POLICY, Boot, Daemon, evicted
 from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
 from tests.kernel.disks import damaged, frozen_at_will, hanging_disk, in_the_kernel, loop_disk, sparse
 from tests.kernel.vmm import MIB, PAGE, userfaultfds, wait_for
+from tests.store.servers import Server
 
 
 def on_disk(daemon: Daemon, mount: Path, **settings: object) -> None:
@@ -83,14 +84,64 @@ def test_a_store_that_does_not_answer_at_all(daemon: Daemon, boot: Boot, disk_di
         disk.go_on()
         daemon.wait()
         disk.hang()
-        daemon.spawn()
-        daemon.wait_told("EXTEND_TIMEOUT_USEC")
+        daemon.start()
+        (lacking,) = daemon.status()["stores"]
+        assert not lacking["healthy"]
+        assert "does not answer" in str(lacking["reason"])
         disk.go_on()
-        daemon.wait_told("READY=1")
+        wait_for(lambda: daemon.logged("store_can_be_used"), "it is there again")
         wait_for(web.answered, "everything was verified", 60)
         web.verify()
         daemon.signal(signal.SIGTERM)
         assert daemon.wait() == 0
+
+
+def test_a_disk_that_does_not_answer_at_the_start(daemon: Daemon, boot: Boot, disk_dir: Path) -> None:
+    """Guests whose pages are elsewhere are served, and go on as ever; who needs the disk waits for it, and need not wait for a
+    restart. Where there are no guests, tierd waits for it, and the service manager knows."""
+    with Server() as redis, hanging_disk(disk_dir, 512 * MIB) as disk:
+        far = {"name": f"far{OURS}", **POLICY, "tiers": ["redis"]}
+        on_disk(
+            daemon,
+            disk.mount,
+            stores={"redis": {"addresses": [redis.address]}},
+            guests=[far, {"name": f"*{OURS}", **POLICY}],
+        )
+        try:
+            disk.hang()
+            daemon.spawn()
+            daemon.wait_told("EXTEND_TIMEOUT_USEC")
+            disk.go_on()
+            daemon.wait_told("READY=1")
+            guests = {name: boot(name) for name in ("far", "near")}
+            for name, vmm in guests.items():
+                evicted(daemon, name, vmm)
+            daemon.kill()
+            disk.hang()
+            daemon.start()
+            assert "has not answered" in daemon.logged("store_unusable")[0]["error"]
+            guests["far"].verify()
+            evicted(daemon, "far", guests["far"])
+            guests["near"].send("verify")
+            boot("late")
+            wait_for(
+                lambda: "does not answer" in daemon.guests().get("late", {}).get("reason", ""), "it is not attached"
+            )
+            (ill,) = [store for store in daemon.status()["stores"] if store["name"] == "file"]
+            assert not ill["healthy"]
+            assert "does not answer" in ill["reason"]
+            disk.go_on()
+            wait_for(guests["near"].answered, "everything was verified", 60)
+            wait_for(lambda: daemon.logged("store_can_be_used"), "it is told")
+            for name in ("near", "late"):
+                wait_for(lambda name=name: daemon.stored_bytes(name) > 8 * MIB, f"{name} is evicted", 60)
+            assert all(store["healthy"] for store in daemon.status()["stores"])
+            guests["near"].verify()
+            daemon.signal(signal.SIGTERM)
+            assert daemon.wait() == 0
+        finally:
+            disk.go_on()
+            daemon.kill()
 
 
 def test_a_file_system_that_turns_read_only(daemon: Daemon, boot: Boot, disk_dir: Path) -> None:

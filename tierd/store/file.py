@@ -115,7 +115,7 @@ class FileStore(DirectoryStore):
             raise StoreError(f"{self.path} cannot be used: {error.strerror}; free space or set store.path") from error
         finally:
             os.close(fd)
-            scratch.unlink()
+            scratch.unlink(missing_ok=True)  # a try before this one may hang no more, and have removed it
 
     def takes(self, page_bytes: int) -> bool:
         return not self.keys_dir or page_bytes <= SEALED_PAGE_BYTES_MAX
