@@ -480,7 +480,11 @@ class Daemon:
         try:
             guest = await trio.to_thread.run_sync(self._guest_of_state, path)
         except Stale as stale:
-            await self._sweep_stale(stale)
+            self._running.add(key := path.name.removesuffix(SUFFIX))
+            swept = trio.Event()
+            self._nursery.start_soon(self._sweep_at_start, key, stale, swept)
+            with trio.move_on_after(ADOPT_S_MAX):
+                await swept.wait()
             return
         except (StateError, Refused, OSError) as error:
             log.error("state_refused", path=str(path), error=str(error))
@@ -490,9 +494,14 @@ class Daemon:
         with trio.move_on_after(ADOPT_S_MAX):  # one whose store or predecessor hangs does not hold up the others
             await guest.begun.wait()
 
+    async def _sweep_at_start(self, key: str, stale: Stale, swept: trio.Event) -> None:
+        await self._sweep_stale(stale)
+        self._running.discard(key)
+        swept.set()
+
     async def _sweep_stale(self, stale: Stale) -> None:
         """In a thread, because a store may hang, but to its end: a VMM that was left may be attached anew, and what that makes
-        has the same names. Whoever waits here keeps it from that: the guest's task, or the start."""
+        has the same names. Until then its key is taken."""
         log.info("state_swept", why=str(stale))
         with contextlib.suppress(OSError):  # the next start tries again
             await trio.to_thread.run_sync(stale.sweep)
@@ -552,6 +561,9 @@ class Daemon:
         for key in [key for key, guest in self._guests.items() if guest.pid == pid and key not in self._running]:
             del self._guests[key]
 
+    def _is_served(self, key: str) -> bool:
+        return key in self._guests and self._guests[key].served
+
     def _begin(self, guest: Guest) -> None:
         """Its key is this guest's alone, until the task that runs it ends. To be called without an await after the look at
         whether that is free."""
@@ -567,7 +579,7 @@ class Daemon:
             return str(error)
         key = key_of(spec)
         if key in self._running:
-            return None if self._guests[key].served else f"guest {spec.name} is being attached or left just now"
+            return None if self._is_served(key) else f"guest {spec.name} is being attached or left just now"
         guest = Guest(spec, policy, self.host)
         self._begin(guest)
         return await self._run_guest(guest)
@@ -683,7 +695,7 @@ class Daemon:
         """`handed` is the caller's."""
         key = key_of(spec)
         if key in self._running:
-            now = "served already" if self._guests[key].served else "being attached, adopted or left"
+            now = "served already" if self._is_served(key) else "being attached, adopted or left"
             raise RequestRefused(f"guest {spec.name} (pid {spec.pid}) is {now}", "see `tierd status`")
         policy = self.config.match(spec.name, spec.pid, " ".join(spec.cmdline)) or self.config.defaults
         guest = Guest(spec, policy, self.host, handed=handed.dup() if handed else None)

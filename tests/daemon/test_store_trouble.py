@@ -97,8 +97,8 @@ def test_a_store_that_does_not_answer_at_all(daemon: Daemon, boot: Boot, disk_di
 
 
 def test_a_disk_that_does_not_answer_at_the_start(daemon: Daemon, boot: Boot, disk_dir: Path) -> None:
-    """Guests whose pages are elsewhere are served, and go on as ever; who needs the disk waits for it, and need not wait for a
-    restart. Where there are no guests, tierd waits for it, and the service manager knows."""
+    """Guests whose pages are elsewhere are served, and go on as ever; who needs the disk waits for it, and for no restart; what
+    a dead one has left there waits, too. Where there are no guests, tierd waits for it, and the service manager knows."""
     with Server() as redis, hanging_disk(disk_dir, 512 * MIB) as disk:
         far = {"name": f"far{OURS}", **POLICY, "tiers": ["redis"]}
         on_disk(
@@ -113,10 +113,11 @@ def test_a_disk_that_does_not_answer_at_the_start(daemon: Daemon, boot: Boot, di
             daemon.wait_told("EXTEND_TIMEOUT_USEC")
             disk.go_on()
             daemon.wait_told("READY=1")
-            guests = {name: boot(name) for name in ("far", "near")}
+            guests = {name: boot(name) for name in ("far", "near", "dead")}
             for name, vmm in guests.items():
                 evicted(daemon, name, vmm)
             daemon.kill()
+            guests["dead"].kill()
             disk.hang()
             daemon.start()
             assert "has not answered" in daemon.logged("store_unusable")[0]["error"]
@@ -136,6 +137,8 @@ def test_a_disk_that_does_not_answer_at_the_start(daemon: Daemon, boot: Boot, di
             for name in ("near", "late"):
                 wait_for(lambda name=name: daemon.stored_bytes(name) > 8 * MIB, f"{name} is evicted", 60)
             assert all(store["healthy"] for store in daemon.status()["stores"])
+            left = f"guest-{guests['dead'].pid}-*"
+            wait_for(lambda: not list((disk.mount / "store").glob(left)), "what the dead one left is gone")
             guests["near"].verify()
             daemon.signal(signal.SIGTERM)
             assert daemon.wait() == 0
