@@ -611,6 +611,22 @@ def test_staged_pages_that_the_vmm_drops(vmm: Vmm, host: Host) -> None:
         vmm.ask("verify", 22, vmm.pages - 22)
 
 
+def test_the_vmm_touches_the_staging_area(vmm: Vmm, host: Host) -> None:
+    """Where it has no business, and where nothing is: an error there, and the end of it. The page is the guest's as before."""
+    with host.attached(vmm, readahead_pages=1) as tiered:
+        (staging,) = (r.staging for r in tiered.served.spec.regions if r.address == vmm.addresses[0])
+        for page in (20, 21):
+            with pytest.raises(OSError, match="Bad address"):
+                inject(vmm.pid, "socketpair", NUMBER["socketpair"], 1, 1, 0, staging + page * PAGE)
+            tiered.evict_all()
+        assert tiered.counters()["kernel_errors"] < 100
+        vmm.verify()
+        tiered.evict_all()
+        vmm.verify()
+        tiered.leave()
+    vmm.verify()
+
+
 def test_a_balloon_while_pages_leave(start_vmm: Start, host: Host) -> None:
     vmm = start_vmm(f"bytes={4 * MIB}", "kind=anonymous")
     vmm.ask("fill")

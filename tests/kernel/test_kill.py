@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import random
+import select
 import signal
 import subprocess
 import sys
@@ -185,10 +187,10 @@ def test_a_guest_whose_state_file_is_gone_is_left_blocked(start_vmm: Start, host
         assert vmm._answer()[1:] == [str(vmm.pages), "0"]
 
 
-def blocked(vmm: Vmm) -> bool:
-    """A thread of the VMM waits for a page."""
+def blocked(vmm: Vmm) -> int:
+    """Threads of the VMM that wait for a page."""
     tasks = Path(f"/proc/{vmm.pid}/task")
-    return any("handle_userfault" in (tasks / tid / "wchan").read_text() for tid in os.listdir(tasks))
+    return sum("handle_userfault" in (tasks / tid / "wchan").read_text() for tid in os.listdir(tasks))
 
 
 def test_faults_wait_for_the_successor(start_vmm: Start, host: Host) -> None:
@@ -214,3 +216,39 @@ def test_disarm_is_refused_while_a_page_is_stored(start_vmm: Start, host: Host) 
             tiered.served.leave()
         assert caught.value.errno == 16
         vmm.verify()
+
+
+def test_killed_while_pages_go_back_into_an_unmapped_file(start_vmm: Start, host: Host) -> None:
+    """The VMM has unmapped its memory; tierd brings the bytes back into the file and is killed, again and again. A page is in
+    there with its bytes, or not at all: what is written by a mapping is zeros there for a moment."""
+    vmm = start_vmm(f"bytes={32 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm, direct="off") as tiered:
+        tiered.evict_all()
+    vmm.ask("unmap", 0, vmm.pages)
+    chance, kills = random.Random(1), 0
+    while killed(host, vmm, chance.random() * 0.003):
+        kills += 1
+    assert kills > 20
+    with host.adopted(vmm, direct="off") as tiered:
+        tiered.restore_all()
+    vmm.ask("map-again", 0, vmm.pages, 0, 0)
+    vmm.verify()
+
+
+def killed(host: Host, vmm: Vmm, after_s: float) -> bool:
+    """A tierd that adopts the guest and brings everything back, so long after it began; False: it had done so."""
+    told, tell = os.pipe()
+    pid = os.fork()
+    if not pid:
+        with host.adopted(vmm, direct="off") as tiered:
+            os.write(tell, b"adopted")
+            tiered.restore_all()
+            os._exit(0)
+    os.close(tell)
+    with os.fdopen(told, "rb") as pipe:
+        assert select.select([pipe], [], [], 60)[0], "not adopted"
+        assert pipe.read(1), "not adopted"
+    time.sleep(after_s)
+    os.kill(pid, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])

@@ -385,3 +385,17 @@ def test_a_second_mapper_that_comes_later(start_vmm: Start, host: Host) -> None:
         tiered.evict_all()
         vmm.verify()
         tiered.leave()
+
+
+@pytest.mark.parametrize("use_pagemap", [False, True])
+def test_memory_of_the_vmm_s_own_where_the_guest_s_was(start_vmm: Start, host: Host, use_pagemap: bool) -> None:
+    """Unmapped after the look at the mappings, which is one a cycle, and before the pass; the VMM's next mmap, a stack say, may
+    be given these addresses. Where swap is on, or pages are huge, the pass has MADV_DONTNEED called in there."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm, zap=Zap.INJECT, use_pagemap=use_pagemap) as tiered:
+        tiered.scan()
+        vmm.ask("map-other", 512, 256)
+        vmm.ask("fill", 512, 256)
+        tiered.scan()
+        assert vmm.ask("verify", 512, 256)[1] == 0

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.kernel.test_kill import blocked
 from tests.kernel.vmm import MIB, PAGE, Host, Tiered, Vmm, wait_for
 from tierd.native.inject import inject
 
@@ -131,6 +132,34 @@ def test_a_store_that_hangs_stops_only_who_needs_it(start_vmm: Start, host: Host
         assert tiered.native.health(0.05).hung_threads == 0
         vmm.verify()
         assert tiered.counters()["pages_lost"] == 0
+
+
+def test_a_fault_that_came_together_with_one_that_hangs(start_vmm: Start, host: Host) -> None:
+    """Two threads of the guest fault at the same time: one needs the store, which hangs, the other one a page of zeros. Whoever
+    waits for the store must not have the other's message in hand."""
+    vmm = start_vmm(f"bytes={4 * MIB}", "threads=1")
+    vmm.ask("fill")
+    vmm.ask("zero", 7, 1)
+    with host.attached(vmm, readahead_pages=1) as tiered:
+        tiered.evict_all()
+        vmm.ask("hot", vmm.pages // 2, 1)
+        tiered.native.set_store_faults(seed=1, read_hang=1000, hang_us=int(HANG_S * 1e6))
+        tiered.native.stop()  # until both wait
+        vmm.send("run", 0, 0)
+        wait_for(vmm.answered, "it runs")
+        wait_for(lambda: blocked(vmm) == 1, "one waits for a page that is in the store")
+        vmm.send("splice", 7)
+        wait_for(lambda: blocked(vmm) == 2, "another one waits for zeros")
+        tiered.native.start()
+        wait_for(lambda: tiered.native.health(0.05).hung_threads == 1, "the thread hangs")
+        tiered.native.start()  # as the watchdog does
+        wait_for(vmm.answered, "the other one goes on")
+        assert tiered.native.health(0.05).hung_threads == 1, "the read hung no longer than all of this took"
+        tiered.native.set_store_faults(seed=0)
+        wait_for(lambda: not tiered.native.health(0.05).hung_threads, "the store answers")
+        vmm.ask("unsplice")
+        vmm.ask("stop")
+        vmm.verify()
 
 
 def test_a_thread_that_cannot_be_stopped_now_is_let_go_when_it_can(start_vmm: Start, host: Host) -> None:

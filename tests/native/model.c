@@ -631,6 +631,8 @@ ssize_t sys_pagemap_scan(int pagemap, uint64_t start, uint64_t end, struct sys_s
 		/* whether a large entry maps it is asked of one page by itself: whatever is answered, no byte is lost */
 		if (M.anon && M.present[first + i] && wanted.all_of & SYS_PAGE_HUGE && model_chance(400))
 			is |= SYS_PAGE_HUGE;
+		if (!M.anon && M.present[first + i])
+			is |= SYS_PAGE_FILE;
 		if (in_staging(start))
 			is = M.staged[first + i] ? SYS_PAGE_PRESENT | SYS_PAGE_WRITTEN : 0;
 		matches = ((is ^ wanted.inverted) & wanted.all_of) == wanted.all_of &&
@@ -693,7 +695,7 @@ ssize_t sys_pagemap_read(int pagemap, uint64_t *entries, size_t count, uint64_t 
 		uint32_t i = (skip + n) / per_page;
 
 		entries[n] = M.present[first + i]
-				     ? 1ull << 63 | (first + i + 1) |
+				     ? 1ull << 63 | (M.anon ? 0 : 1ull << 61) | (first + i + 1) |
 					       (uint64_t)(M.protected[first + i] || M.rwp_protected[first + i]) << 57
 			     : M.marker[first + i]   ? 1ull << 62 | 1ull << 57
 			     : M.poisoned[first + i] ? 1ull << 62
@@ -951,12 +953,37 @@ ssize_t sys_mem_write(int memfd, const void *from, size_t bytes, uint64_t offset
 		return -EINVAL;
 	model_enter();
 	for (size_t done = 0; done < bytes; done += MODEL_PAGE_BYTES, page++) {
-		M.cached[page] = true;
+		if (!M.cached[page]) { /* the page of zeros that a mapping is given first: a process that dies leaves it so */
+			memset(M.bytes[page], 0, MODEL_PAGE_BYTES);
+			M.cached[page] = true;
+			model_pause();
+			if (model_dying()) {
+				model_exit();
+				return -EFAULT;
+			}
+		}
 		M.zeroed[page] = M.swapped[page] = false;
 		memcpy(M.bytes[page], (const char *)from + done, MODEL_PAGE_BYTES);
 	}
 	model_exit();
 	return (ssize_t)bytes;
+}
+
+int sys_mem_place(int memfd, const void *from, size_t bytes, uint64_t offset)
+{
+	uint32_t page = file_page(memfd, offset);
+	int error;
+
+	if (M.huge || bytes != MODEL_PAGE_BYTES)
+		return -EINVAL;
+	model_enter();
+	error = M.cached[page] ? -EEXIST : 0;
+	if (!error) {
+		M.cached[page] = true;
+		memcpy(M.bytes[page], from, MODEL_PAGE_BYTES);
+	}
+	model_exit();
+	return error;
 }
 
 /* Page by page, as the truncation of shmem goes; markers survive, nobody is woken. hugetlbfs unmaps all of it first. */

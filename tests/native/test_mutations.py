@@ -825,7 +825,6 @@ MORE = {
     "resolver_does_not_own_its_page": ("--from", "12001"),  # it stalls for a whole cycle
     "late_write_lands_in_used_space": ("--late-io", "--from", "4001"),
     "copy_whose_discard_failed_is_relied_on": ("--from", "26401"),
-    "adoption_takes_zeros_left_by_a_punch_of_a_filled_page": ("--from", "6201"),
     "fetched_under_a_hold_is_taken_for_clean": ("--from", "3601"),
     "adopted_page_is_clean_still": ("--from", "4001"),
     "page_claimed_whatever_its_tier": ("--ladder",),

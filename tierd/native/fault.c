@@ -11,8 +11,9 @@
 #include "internal.h"
 
 enum {
-	MESSAGES = 16,
-	STREAMS = 4,    /* sequential walks followed at once */
+	MESSAGES =
+		1,   /* who reads one for a store that hangs must not have others in hand: nobody else would get them */
+	STREAMS = 4, /* sequential walks followed at once */
 	READ_TRIES = 2, /* at once: with its neighbours, then alone */
 	RETRY_PAUSE_US_MIN = 1000,
 	RETRY_PAUSE_US_MAX = 1000000,
@@ -478,9 +479,14 @@ static int fetch_later(struct tierd_worker *w, struct parked *p)
 /* After a read that failed: when to try again; false: the deadline has passed. */
 static bool schedule_retry(struct tierd_guest *g, struct parked *p, uint64_t now_ns)
 {
+	uint64_t began_ns = p->due_ns;
+
 	if (!p->failed_ns)
 		p->failed_ns = now_ns;
-	if (now_ns - p->failed_ns >= atomic_load(&g->read_deadline_ns))
+	if (began_ns < p->failed_ns)
+		began_ns = p->failed_ns;
+	/* The try that decides began after the deadline: tierd, or the host, may have stood still in the one before. */
+	if (began_ns - p->failed_ns >= atomic_load(&g->read_deadline_ns))
 		return false;
 	p->pause_us = !p->pause_us                           ? RETRY_PAUSE_US_MIN
 		      : p->pause_us * 2 < RETRY_PAUSE_US_MAX ? p->pause_us * 2

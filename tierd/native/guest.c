@@ -96,9 +96,8 @@ int mem_put(struct tierd_guest *g, struct region *r, uint64_t page, const void *
 
 	if (data < 0 || data == (int64_t)offset || r->memfd < 0)
 		return data < 0 ? (int)data : 0;
-	if (!g->huge)
-		return sys_mem_write(r->memfd, bytes, g->page_bytes, offset) == (ssize_t)g->page_bytes ? 0 : -EIO;
-	error = sys_huge_place(&r->huge, offset - r->offset, bytes);
+	error = g->huge ? sys_huge_place(&r->huge, offset - r->offset, bytes)
+			: sys_mem_place(r->memfd, bytes, g->page_bytes, offset);
 	return error == -EEXIST ? mem_exists(g, page) : error;
 }
 

@@ -280,6 +280,35 @@ static int deactivate_touched(struct tierd_guest *g, uint64_t first_page, uint64
 	return count ? g->engine->deactivate(g, ranges, count, ret) : 0;
 }
 
+/* DONTNEED is harmless where a file has the bytes. What is private is memory of the VMM's own, where it had the guest's until a moment
+ * ago (the mappings are looked at once a cycle): it stays as it is, and counts as touched. */
+static int pass_over_private(struct tierd_guest *g, uint64_t first_page, uint64_t pages)
+{
+	const struct sys_scan shared = {.all_of = SYS_PAGE_PRESENT | SYS_PAGE_FILE, .any_of = SYS_PAGE_PRESENT};
+	uint64_t entries[ENTRIES], done = 0;
+
+	if (!g->use_pagemap) {
+		int error = scan_for(g, address_of(g, first_page), pages, shared, g->other);
+
+		for (uint64_t i = 0; !error && i < bitmap_bytes(pages) / 8; i++)
+			g->touched[i] &= g->other[i];
+		return error;
+	}
+	while (done < pages) {
+		ssize_t n = sys_pagemap_read(g->pagemap, entries, entries_at_once(g, pages - done),
+					     address_of(g, first_page + done));
+
+		if (n == -EINTR)
+			continue;
+		if (n < (ssize_t)sizeof(entries[0]))
+			return n < 0 ? (int)n : -ESRCH;
+		for (size_t i = 0; i < (size_t)n / sizeof(entries[0]); i++, done++)
+			if (!(entries[i] >> 61 & 1)) /* of a file, or shared anonymous */
+				bit_clear(g->touched, done);
+	}
+	return 0;
+}
+
 /* The rest of the chunk in which `ret` says to go on. */
 static int pass(struct tierd_guest *g, struct tierd_pass *ret)
 {
@@ -308,7 +337,10 @@ static int pass(struct tierd_guest *g, struct tierd_pass *ret)
 	stamp(g, first_page, pages, epoch, false);
 	age(g, first_page / g->chunk_pages, epoch);
 	scanned_ns = sys_now_ns();
-	error = deactivate_touched(g, first_page, pages, ret);
+	if (g->zap == TIERD_ZAP_INJECT && !g->anon)
+		error = pass_over_private(g, first_page, pages);
+	if (!error)
+		error = deactivate_touched(g, first_page, pages, ret);
 	if (epoch_next(g) != epoch)
 		stamp(g, first_page, pages, epoch_next(g), true);
 	ret->scan_ns += scanned_ns - began_ns;

@@ -154,14 +154,34 @@ static bool must_be_staged(page_word w)
 	       (word_state(w) == STORED || word_state(w) == MOVING || word_state(w) == ARRIVING);
 }
 
+static bool poison_there(struct tierd_guest *g, uint64_t page, uint64_t address)
+{
+	uint64_t waits = waits_now(g);
+	page_word w = page_load(g, page), ours = w;
+	int error;
+
+	if (word_state(w) == RESIDENT)
+		ours = word_with_state(w, RESOLVING);
+	else if (word_state(w) == STORED || word_state(w) == MOVING)
+		ours = word_with_state(w, ARRIVING);
+	/* owned, so that no page comes there, or leaves from there, meanwhile: poison in its place would look like the page */
+	if (ours == w ? !must_be_staged(w) && word_state(w) != LOST : !page_move(g, page, w, ours))
+		return false;
+	error = sys_uffd_poison(g->uffd, address, g->page_bytes);
+	if (ours != w && !page_move(g, page, ours, w))
+		abort();
+	wake_waiters(g, page, 1, waits);
+	return !error;
+}
+
 bool staged_poison(struct tierd_guest *g, uint64_t address)
 {
 	for (uint32_t i = 0; i < g->region_count; i++) {
 		struct region *r = &g->regions[i];
 
 		if (g->anon && address - r->staging < r->bytes)
-			return must_be_staged(page_load(g, r->first_page + (address - r->staging) / g->page_bytes)) &&
-			       !sys_uffd_poison(g->uffd, address & ~((uint64_t)g->page_bytes - 1), g->page_bytes);
+			return poison_there(g, r->first_page + (address - r->staging) / g->page_bytes,
+					    address & ~((uint64_t)g->page_bytes - 1));
 	}
 	return false;
 }

@@ -442,6 +442,25 @@ ssize_t sys_mem_write(int memfd, const void *from, size_t bytes, uint64_t offset
 	return n < 0 ? -errno : n;
 }
 
+int sys_mem_place(int memfd, const void *from, size_t bytes, uint64_t offset)
+{
+	struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_MISSING_SHMEM};
+	int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+	void *at = uffd < 0 ? MAP_FAILED : mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, (off_t)offset);
+	int error = at == MAP_FAILED ? -errno : uffd_ioctl(uffd, UFFDIO_API, &api);
+	uint64_t done;
+
+	if (!error)
+		error = sys_uffd_register(uffd, (uintptr_t)at, bytes, UFFDIO_REGISTER_MODE_MISSING);
+	if (!error)
+		error = sys_uffd_copy(uffd, (uintptr_t)at, from, bytes, false, &done);
+	if (at != MAP_FAILED)
+		munmap(at, bytes);
+	if (uffd >= 0)
+		close(uffd);
+	return error;
+}
+
 int sys_mem_punch(int memfd, uint64_t offset, uint64_t bytes)
 {
 	return fallocate(memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)bytes) ? -errno : 0;

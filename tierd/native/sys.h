@@ -18,7 +18,13 @@
 struct sys_page_region { /* struct page_region of PAGEMAP_SCAN */
 	uint64_t start, end, categories;
 };
-enum { SYS_PAGE_PRESENT = 1 << 3, SYS_PAGE_SWAPPED = 1 << 4, SYS_PAGE_WRITTEN = 1 << 1, SYS_PAGE_HUGE = 1 << 6 };
+enum {
+	SYS_PAGE_PRESENT = 1 << 3,
+	SYS_PAGE_SWAPPED = 1 << 4,
+	SYS_PAGE_WRITTEN = 1 << 1,
+	SYS_PAGE_HUGE = 1 << 6,
+	SYS_PAGE_FILE = 1 << 2
+};
 /* Only on a kernel that is rwp: on one that is rfc the same bits mean something else. */
 enum { SYS_RWP_ACCESSED = 1 << 9, SYS_RWP_REGISTER_MODE = 1 << 3, SYS_RWP_FAULT = 1 << 3 };
 /* Only on one that is rfc. */
@@ -112,6 +118,9 @@ ssize_t sys_mem_read(int memfd, void *to, size_t bytes, uint64_t offset);
 /* Whole pages. A page that the file does not hold is made for itself alone: write(2) may make a large folio there, and what is
  * stored of its neighbours would be zeros in memory. */
 ssize_t sys_mem_write(int memfd, const void *from, size_t bytes, uint64_t offset);
+/* One page that the file does not hold (-EEXIST: it does), in whole or not at all, whenever we are killed. A mapping that is written to is
+ * given a page of zeros first, and who dies before its bytes are there leaves what a successor would take for the guest's. */
+int sys_mem_place(int memfd, const void *from, size_t bytes, uint64_t offset);
 int sys_mem_punch(int memfd, uint64_t offset, uint64_t bytes);
 /* first offset >= offset that holds data; -ENXIO when there is none */
 int64_t sys_mem_seek_data(int memfd, uint64_t offset);
