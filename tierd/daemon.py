@@ -59,6 +59,7 @@ from tierd.stores import (
 )
 from tierd.successor import why_nobody_adopts, without_their_files
 from tierd.systemd import Notifier, watchdog_interval_s
+from tierd.threads import in_thread
 from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused, StoreStatus
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class Daemon:
         self._offers: dict[str, _Offer] = {}  # by key: for the next try at an adoption
         self._left: set[str] = set()  # detached by an operator: not picked up again
         self._discovery = Discovery()
+        self._reloading = trio.Lock()
         self._picked: set[int] = set()  # by pid: VMMs that are to be attached
         self._began = trio.current_time()
         self._engine_notes = [finding.says for finding in engine_findings(host.engine.found, config.engine)]
@@ -138,7 +140,7 @@ class Daemon:
                 self._nursery.start_soon(keep_keys_swept, self.host.guests_dir.parent, self._may_be_needed)
                 for name, store in self.host.stores.items():
                     with self._survives(f"asking the store {name} how full it is"):
-                        self._figures[name] = await trio.to_thread.run_sync(_ask, store)
+                        self._figures[name] = await in_thread(_ask, store)
                     if isinstance(store, AskedStore):
                         self._nursery.start_soon(keep_swept, store, self._may_be_needed)
                     else:
@@ -168,7 +170,7 @@ class Daemon:
 
     async def _sweep(self, store: Store) -> None:
         """Pages of guests that are gone."""
-        if swept := await trio.to_thread.run_sync(store.sweep, self._may_be_needed):
+        if swept := await in_thread(store.sweep, self._may_be_needed):
             log.info("store_swept", store=store.name, guests=swept)
 
     async def _start_socket(self, name: str, start: Callable[[], Awaitable[None]]) -> None:
@@ -319,7 +321,7 @@ class Daemon:
         while True:
             await trio.sleep(STORE_ASK_S)
             try:
-                self._figures[store.name] = await trio.to_thread.run_sync(_ask, store, abandon_on_cancel=True)
+                self._figures[store.name] = await in_thread(_ask, store, abandon_on_cancel=True)
             except OSError as error:
                 trouble[store.name, "figures"] = f"{store.path}: {error.strerror}"
             else:
@@ -478,7 +480,7 @@ class Daemon:
 
     async def _adopt(self, path: Path) -> None:
         try:
-            guest = await trio.to_thread.run_sync(self._guest_of_state, path)
+            guest = await in_thread(self._guest_of_state, path)
         except Stale as stale:
             self._running.add(key := path.name.removesuffix(SUFFIX))
             swept = trio.Event()
@@ -504,7 +506,7 @@ class Daemon:
         has the same names. Until then its key is taken."""
         log.info("state_swept", why=str(stale))
         with contextlib.suppress(OSError):  # the next start tries again
-            await trio.to_thread.run_sync(stale.sweep)
+            await in_thread(stale.sweep)
 
     def _guest_of_state(self, path: Path) -> Guest:
         left = read_state(path, self.host.boot_id)
@@ -525,7 +527,7 @@ class Daemon:
         while True:
             found: list[tuple[int, str, str]] = []
             with self._survives("looking for new VMMs"):
-                found = await trio.to_thread.run_sync(lambda: list(self._discovery.new()))
+                found = await in_thread(lambda: list(self._discovery.new()))
             for pid, name, cmdline in found:
                 policy = self.config.match(name, pid, cmdline)
                 known = pid in self._picked or any(guest.pid == pid for guest in self._guests.values())
@@ -574,7 +576,7 @@ class Daemon:
     async def _try_attach(self, pid: int, name: str, policy: Any) -> str | None:
         """None when the guest was served (and is over), or is, because its VMM connected; else why not."""
         try:
-            spec = await trio.to_thread.run_sync(read_spec, pid, name)
+            spec = await in_thread(read_spec, pid, name)
         except (Refused, OSError) as error:
             return str(error)
         key = key_of(spec)
@@ -689,7 +691,7 @@ class Daemon:
 
     async def attach(self, pid: int, name: str | None) -> GuestView:
         """Preflight and attach, whatever the rules say about names. Refused, OSError, RequestRefused."""
-        return await self._attach(await trio.to_thread.run_sync(read_spec, pid, name), None)
+        return await self._attach(await in_thread(read_spec, pid, name), None)
 
     async def _attach(self, spec: GuestSpec, handed: Handed | None) -> Guest:
         """`handed` is the caller's."""
@@ -739,7 +741,7 @@ class Daemon:
         elif (self.host.guests_dir / (key + SUFFIX)).exists():
             guest = await self._hand_over(key, hand)
         else:
-            spec = await trio.to_thread.run_sync(hand.spec)
+            spec = await in_thread(hand.spec)
             try:
                 guest = await self._attach(spec, hand.brought.handed)
             except RequestRefused:  # the VMM is told; it may come again
@@ -820,7 +822,8 @@ class Daemon:
     async def reload(self) -> Sequence[str]:
         """Read the configuration again: whole, or ConfigErrors and nothing."""
         try:
-            told = await self._reload()
+            async with self._reloading:  # SIGHUP and the API: a store that is new must be made once
+                told = await self._reload()
         except ConfigErrors:
             self._reload_failed = True
             raise
@@ -828,7 +831,7 @@ class Daemon:
         return told
 
     async def _reload(self) -> Sequence[str]:
-        new = await trio.to_thread.run_sync(load, self.config_path)
+        new = await in_thread(load, self.config_path)
         self._must_keep_its_tiers(self._policies(new))
         opened: list[Store] = []
         if "memory" in named_stores(new) and "memory" not in self.host.stores:

@@ -48,6 +48,7 @@ from tierd.serve import (
 from tierd.store import Store, StoreError
 from tierd.store.asked import AskedStore
 from tierd.systemd import Notifier
+from tierd.threads import in_thread
 from tierd.tiers import Shares, Tiers
 from tierd.view import GuestStatus, Progress, RequestRefused, State
 
@@ -358,7 +359,7 @@ class Guest:
         served, path = self._served, None
         with trio.move_on_after(MISSING_S_MAX):
             if served is not None:
-                path = await trio.to_thread.run_sync(served.missing, abandon_on_cancel=True)
+                path = await in_thread(served.missing, abandon_on_cancel=True)
         return path
 
     def _stop_cycle(self) -> None:
@@ -936,7 +937,7 @@ class Guest:
 
     async def _in_worker(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run in a thread; a cancellation waits for it (each call covers a bounded stretch, unless the store hangs)."""
-        return await trio.to_thread.run_sync(function, *args, limiter=self._threads)
+        return await in_thread(function, *args, limiter=self._threads)
 
     # --- what others see --------------------------------------------------------------------------------------------------
 

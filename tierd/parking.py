@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -34,6 +35,7 @@ from tierd.store.asked import UNLIMITED, AskedSpace, AskedStore
 from tierd.store.mirror import MirroredSpace
 from tierd.store.records import RecordSpace, each, write_runs
 from tierd.store.seal import SealKey
+from tierd.threads import in_thread
 
 TAKEN_MAX = 64  # requests at a time
 REOPEN_S, REOPEN_S_MAX = 0.5, 10.0
@@ -144,6 +146,7 @@ class Parking:
         self._spaces: dict[int, PageSpace] = {}
         self._keys: dict[str, SealKey | None] = {}  # by store; None: it is not sealed
         self._opened = {number: trio.Event() for number in self._tiers}
+        self._noted: dict[int, AskedStore] = {}
         self._troubles: dict[int, str] = {}
         self._broken: set[str] = set()  # stores
         self._wrong: set[int] = set()
@@ -156,6 +159,7 @@ class Parking:
         self._takers = trio.lowlevel.ParkingLot()  # tasks that have served their request
         for number, tier in self._tiers.items():
             _space(tier).counted = partial(_stored_bytes, served, number)
+            _space(tier).missing = self._missing_key
 
     @property
     def troubles(self) -> Mapping[str, str]:
@@ -179,6 +183,10 @@ class Parking:
             if _stored_bytes(self._served, number):
                 raise OSError(errno.EAGAIN, f"pages in store {self._tiers[number].name} cannot be had: {why}")
 
+    def _missing_key(self) -> Path | None:
+        """Of a key that we have open, and a successor would not find. Any thread, as long as the spaces are open."""
+        return next((key.path for key in list(self._keys.values()) if key is not None and not key.is_there()), None)
+
     # --- life ---------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -193,8 +201,8 @@ class Parking:
             self.cut()
             for number, tier in self._tiers.items():
                 _space(tier).opened = _space(tier).ready = False
-                if self._opened[number].is_set():
-                    self._store(number).forget(_space(tier))
+                if number in self._noted:  # there, whatever is called so by now
+                    self._noted.pop(number).forget(_space(tier))
                 _space(tier).counted = int  # the data plane may be gone soon
 
     def cut(self) -> None:
@@ -207,6 +215,7 @@ class Parking:
         """Its space, as soon as the store can be had."""
         store = await self._open_once(tier)
         store.note(_space(tier))
+        self._noted[tier.number] = store
         self._opened[tier.number].set()
         _space(tier).opened = True
         if not self._all_sealed(store):
@@ -258,24 +267,51 @@ class Parking:
         return space
 
     async def _spaces_of(self, store: AskedStore, tier: ServedTier) -> PageSpace:
-        first = await self._one_space_of(store, tier)
         if store.second is None:
-            return first
+            return await self._one_space_of(store, tier)
+        second = self._stores.get(store.second)
+        if not isinstance(second, AskedStore):
+            raise StoreError(
+                f"the configuration has no store {store.second}, which holds second copies of {store.name}"
+            )
+        both = store, second
+        first = await self._one_of_two(both, tier, is_second=False)
         try:
-            second = self._stores.get(store.second)
-            if not isinstance(second, AskedStore):
-                raise StoreError(
-                    f"the configuration has no store {store.second}, which holds second copies of {store.name}"
-                )
-            other = await self._one_space_of(second, tier, is_second=True)
+            other = await self._one_of_two(both, tier, is_second=True)
+            if isinstance(first, OpenedLater) and isinstance(other, OpenedLater):
+                raise first.error
             patience_s = min(store.deadline_s / 2, PATIENCE_S)
-            both = store, second
             tell = partial(self._tell_wrong, tier), partial(self._tell_missing, both), partial(self._copy_read, both)
             return MirroredSpace(first, other, patience_s, self._served.native.is_right, *tell)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await first.aclose()
             raise
+
+    async def _one_of_two(self, both: Sequence[AskedStore], tier: ServedTier, *, is_second: bool) -> PageSpace:
+        """Where pages are stored already, one of two that cannot be had is waited for by nobody: the other one has them."""
+        store = both[is_second]
+
+        async def opened() -> PageSpace:
+            space = await self._one_space_of(store, tier, is_second=is_second)
+            if not self._all_sealed(both[0]) and _space(tier).ready:
+                with trio.CancelScope(shield=True):
+                    await space.aclose()
+                raise StoreError(f"pages of this guest are in {store.name} that were not encrypted; restart tierd")
+            return space
+
+        try:
+            return await opened()
+        except (OSError, StoreError) as error:
+            if self._served.adoption is None or not _stored_bytes(self._served, tier.number):
+                raise
+            self._log.error(
+                "copy_not_opened",
+                store=store.name,
+                error=str(error),
+                action="its pages are read from the other store, and none is written; trying again",
+            )
+            return OpenedLater(opened, error)
 
     def _tell_wrong(self, tier: ServedTier, page: int) -> None:
         """Once for each store: there may be many."""
@@ -320,7 +356,7 @@ class Parking:
                 anything = not new and _stored_bytes(served, tier.number)  # else of what is there nothing counts
                 if anything and is_second:
                     anything = await space.used_bytes()
-                self._keys[store.name] = await trio.to_thread.run_sync(self._seal_key, store, bool(anything))
+                self._keys[store.name] = await in_thread(self._seal_key, store, bool(anything))
             key = self._keys[store.name]
             self._as_opened[store.name] = space
             return RecordSpace(space, served.page_bytes, key)
@@ -355,7 +391,8 @@ class Parking:
     def _all_sealed(self, store: AskedStore) -> bool:
         """Those that should be."""
         both = (store, self._stores[store.second]) if store.second else (store,)
-        return all(self._keys[each.name] is not None for each in both if isinstance(each, AskedStore) and each.encrypt)
+        asked = [each for each in both if isinstance(each, AskedStore) and each.encrypt]
+        return all(self._keys[each.name] is not None for each in asked if each.name in self._keys)
 
     async def close(self, *, delete: bool) -> None:
         """When nobody asks any more. `delete`: the guest is over, or every page is with it."""
@@ -524,6 +561,52 @@ class Parking:
                     return await work(space, *run)
 
         return await each(in_turn, runs, store.concurrency)
+
+
+class OpenedLater:
+    """Implements store.PageSpace: one of two, whose store could not be had. A call tries again now and then, else it fails."""
+
+    def __init__(self, open_space: Callable[[], Awaitable[PageSpace]], error: OSError | StoreError) -> None:
+        self._open, self.error = open_space, error
+        self._space: PageSpace | None = None
+        self._again_at = trio.current_time() + REOPEN_S_MAX
+        self._opening = trio.Lock()
+
+    async def _opened(self) -> PageSpace:
+        async with self._opening:
+            if self._space is None:
+                if trio.current_time() < self._again_at:
+                    raise self.error.with_traceback(None)  # each raise adds to it
+                self._again_at = trio.current_time() + REOPEN_S_MAX
+                try:
+                    self._space = await self._open()
+                except (OSError, StoreError) as error:
+                    self.error = error
+                    raise
+            return self._space
+
+    async def write(self, first_page: int, records: Sequence[bytes]) -> None:
+        await (await self._opened()).write(first_page, records)
+
+    async def write_runs(self, runs: Sequence[tuple[int, Sequence[bytes]]]) -> None:
+        await write_runs(await self._opened(), runs)
+
+    async def read(self, first_page: int, count: int) -> list[bytes | None]:
+        return await (await self._opened()).read(first_page, count)
+
+    async def discard(self, first_page: int, count: int) -> None:
+        await (await self._opened()).discard(first_page, count)
+
+    async def used_bytes(self) -> int:
+        """As far as it can be told."""
+        return await self._space.used_bytes() if self._space is not None else 0
+
+    async def delete(self) -> None:
+        await (await self._opened()).delete()
+
+    async def aclose(self) -> None:
+        if self._space is not None:
+            await self._space.aclose()
 
 
 class Asked:

@@ -25,6 +25,7 @@ from tierd.restore import restore_all
 from tierd.serve import SUFFIX, Served, StateError, adopt, lock_runtime_dir, memory_available_bytes, prepare_runtime_dir
 from tierd.store import Store
 from tierd.stores import open_asked
+from tierd.threads import in_thread
 from tierd.view import Progress
 
 STORED, LOST = STATES.index("stored"), STATES.index("lost")
@@ -83,14 +84,14 @@ async def _put_right(served: Served, key: str, config_path: Path, runtime_dir: P
 
 async def _bring_back_and_leave(served: Served, parking: Parking | None, progress: Progress) -> int:
     pid = served.spec.pid
-    restored = await restore_all(served, parking, trio.to_thread.run_sync, progress)
+    restored = await restore_all(served, parking, in_thread, progress)
     lost = served.native.counters()["state_pages"][LOST]
     if lost:
         raise StateError(
             f"{lost} pages of process {pid} are lost: without tierd they would read as zeros; repair "
             "the store, start tierd and `tierd retry`, or end the VM"
         )
-    if not await trio.to_thread.run_sync(served.leave):
+    if not await in_thread(served.leave):
         raise StateError(
             f"every page of process {pid} is back; what we kept in it stays, which hurts nobody: it could not be entered"
         )
@@ -100,7 +101,7 @@ async def _bring_back_and_leave(served: Served, parking: Parking | None, progres
 @contextlib.asynccontextmanager
 async def _asked_stores(served: Served, config_path: Path, runtime_dir: Path) -> AsyncIterator[dict[str, Store]]:
     """Those that its pages may be in, opened as the daemon opens them."""
-    config = await trio.to_thread.run_sync(load, config_path)
+    config = await in_thread(load, config_path)
     names = {tier.name for tier in served.tiers.values() if tier.number in served.native.asked_tiers}
     stores: dict[str, Store] = {}
     async with contextlib.AsyncExitStack() as stack:

@@ -281,8 +281,8 @@ class Served:
         the stores do."""
         if not is_at(self.table_fd, self.state_path):
             return self.state_path
-        files = [tier.space for tier in self.tiers.values() if isinstance(tier.space, GuestFile)]
-        return next((path for space in files if (path := space.missing()) is not None), None)
+        spaces = [tier.space for tier in self.tiers.values() if isinstance(tier.space, GuestFile | AskedSpace)]
+        return next((path for space in spaces if (path := space.missing()) is not None), None)
 
     def forget(self) -> None:
         """Remove the state file and the stored pages. Only for a guest that is gone or needs none of them. What cannot be

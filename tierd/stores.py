@@ -22,6 +22,7 @@ from tierd.store.asked import UNLIMITED, AskedStore
 from tierd.store.file import FileStore
 from tierd.store.memory import MemoryStore
 from tierd.systemd import Notifier
+from tierd.threads import in_thread
 
 ANSWERS_S = 5.0  # a store that is silent for longer hangs
 PROBE_S_MAX = 20.0
@@ -67,7 +68,7 @@ async def open_stores(config: Config, notifier: Notifier) -> dict[str, Store]:
             if "memory" in named and not (states and "memory" in stores):  # else guests wait who need other stores
                 raise
             log.warning("memory_unusable", error=str(error), action="none for guests that do not have it")
-    needed = await trio.to_thread.run_sync(_needed_stores, states)
+    needed = await in_thread(_needed_stores, states)
     async with trio.open_nursery() as nursery:
         for name in sorted(with_seconds(config, named | needed) & config.asked.keys()):
             nursery.start_soon(_open_into, stores, name, config, bool(states))
@@ -78,7 +79,7 @@ async def open_files(config: Config) -> FileStore:
     """OSError, StoreError: it cannot be used. Waits for as long as the disk hangs; cancelled, it leaves a thread there."""
     file = config.store
     make = partial(FileStore, file.path, file.capacity, file.direct, _keys_of_files(config))
-    return await trio.to_thread.run_sync(make, abandon_on_cancel=True)
+    return await in_thread(make, abandon_on_cancel=True)
 
 
 async def _open_into(stores: dict[str, Store], name: str, config: Config, needed: bool) -> None:
@@ -162,7 +163,7 @@ async def keep_keys_swept(runtime_dir: Path, may_be_needed: Callable[[str], bool
 
 async def sweep_keys(runtime_dir: Path, may_be_needed: Callable[[str], bool]) -> None:
     """Once, those of all stores: they are in one directory."""
-    if swept := await trio.to_thread.run_sync(keys.sweep, runtime_dir / KEYS, may_be_needed):
+    if swept := await in_thread(keys.sweep, runtime_dir / KEYS, may_be_needed):
         log.info("keys_swept", guests=swept)
 
 
@@ -170,15 +171,15 @@ class _MadeLater:
     """Implements store.PageStore: of one that must not keep tierd from starting. What is wrong with its keys or its files is told
     whenever it is asked, until that was put right."""
 
-    def __init__(self, make: Callable[[], Awaitable[PageStore]]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[trio.CapacityLimiter], Awaitable[PageStore]]) -> None:
+        self._make, self._thread = make, trio.CapacityLimiter(1)  # whoever tries next waits for one that hangs
         self._made: PageStore | None = None
         self._making = trio.Lock()
 
     async def _store(self) -> PageStore:
         async with self._making:
             if self._made is None:
-                self._made = await self._make()
+                self._made = await self._make(self._thread)
         return self._made
 
     @property
@@ -203,12 +204,14 @@ class _MadeLater:
             await self._made.aclose()
 
 
-async def made(name: str, config: AskedStoreConfig, runtime_dir: Path) -> PageStore:
-    """StoreError: its keys are wrong, or files that they name."""
+async def made(
+    name: str, config: AskedStoreConfig, runtime_dir: Path, limiter: trio.CapacityLimiter | None = None
+) -> PageStore:
+    """StoreError: its keys are wrong, or files that they name. Cancelled while one of those hangs, it leaves a thread there."""
     from tierd.store.plugins import make_store  # only where one is named: it imports what the store needs
 
     context = StoreContext(runtime_dir, config.concurrency, config.deadline_s)
-    return await trio.to_thread.run_sync(make_store, name, config.options, context)
+    return await in_thread(make_store, name, config.options, context, abandon_on_cancel=True, limiter=limiter)
 
 
 async def asked_or_errors(name: str, store: AskedStoreConfig, runtime_dir: Path, path: Path) -> AskedStore:

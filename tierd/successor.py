@@ -15,6 +15,9 @@ from tierd.guest import Guest, Host
 from tierd.load import load
 from tierd.store.asked import AskedStore
 from tierd.stores import made
+from tierd.threads import in_thread
+
+MADE_S_MAX = 2.0
 
 log = structlog.get_logger()
 
@@ -23,7 +26,7 @@ async def why_nobody_adopts(config: Config, config_path: Path, host: Host, guest
     """What keeps a tierd that starts now, with what is in `config_path`, from adopting these guests, or from their pages, "" for
     nothing. `config`: what they are served with."""
     try:
-        new = await trio.to_thread.run_sync(load, config_path)
+        new = await in_thread(load, config_path)
     except ConfigErrors as errors:
         return f"the next tierd will not start: {errors.errors[0]}"
     ours = host.guests_dir.parent
@@ -49,7 +52,8 @@ async def _why_not_made(name: str, config: Config) -> str:
     both = [each for each in (name, config.asked[name].second) if each is not None]
     for each in both:
         try:
-            await (await made(each, config.asked[each], config.runtime_dir)).aclose()
+            with trio.move_on_after(MADE_S_MAX):  # who hangs now is no reason, and must not hold up the end
+                await (await made(each, config.asked[each], config.runtime_dir)).aclose()
         except Exception as error:  # a plug-in's may be any
             return str(error) or repr(error)
     return ""

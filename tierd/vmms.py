@@ -26,6 +26,7 @@ from tierd.attach import GuestSpec, Refused
 from tierd.attach.handshake import MESSAGE_BYTES_MAX, Brought, Malformed, look, parse, spec_of
 from tierd.serve import StateError
 from tierd.store import StoreError
+from tierd.threads import in_thread
 from tierd.view import RequestRefused
 
 BACKLOG = 128
@@ -158,7 +159,7 @@ class _Door:
         said = parse(message, len(unknown))
         pid, pidfd = peer(sock)
         owned.callback(os.close, pidfd)
-        brought = await trio.to_thread.run_sync(
+        brought = await in_thread(
             look, said, list(unknown), pid, pidfd, limiter=self._threads, abandon_on_cancel=True
         )
         while unknown:  # what they are is known now
@@ -175,7 +176,7 @@ class _Door:
 
         if fds:
             with trio.move_on_after(CLOSE_S):
-                await trio.to_thread.run_sync(close, limiter=self._threads, abandon_on_cancel=True)
+                await in_thread(close, limiter=self._threads, abandon_on_cancel=True)
 
     def _refuse(self, sock: socket.socket, error: Exception) -> None:
         """Told each time; logged when it is something new."""

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
+import http.client
 import random
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +20,7 @@ import pytest
 
 from tests.daemon.process import OURS, POLICY, Boot, Daemon, evicted, tiers, with_tiers
 from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
+from tests.kernel.disks import hanging_disk
 from tests.kernel.vmm import MIB, Vmm, wait_for
 from tests.store.servers import Server
 from tierd.serve import key_of
@@ -82,7 +86,7 @@ def test_a_ladder_of_four(daemon: Daemon, web: Vmm, redis: Server, disk_dir: Pat
     daemon.signal(signal.SIGTERM)
     assert daemon.wait() == 0
     web.verify()
-    assert not list((disk_dir / "bucket").rglob("*.000*")), "nothing of the guest is left"
+    assert not list((disk_dir / "bucket").rglob(f"{web.pid}-*.*")), "nothing of the guest is left"
 
 
 def install(disk_dir: Path, monkeypatch: pytest.MonkeyPatch, factory: str) -> Path:
@@ -371,7 +375,7 @@ def test_two_copies(daemon: Daemon, web: Vmm, redis: Server, disk_dir: Path) -> 
     daemon.signal(signal.SIGTERM)
     assert daemon.wait() == 0
     web.verify()
-    assert not list((disk_dir / "bucket").rglob("*.000*")), "nothing of the guest is left"
+    assert not list((disk_dir / "bucket").rglob(f"{web.pid}-*.*")), "nothing of the guest is left"
     assert not list((daemon.runtime_dir / "keys").iterdir())
 
 
@@ -510,11 +514,13 @@ def test_pages_that_are_far_apart_are_few_objects(
     evicted(daemon, "web", web)
     pages = tiers(daemon)["redis" if second else "objects"]["stored_bytes"] // 4096
     assert pages > 500
-    assert 0 < len(list(bucket.rglob("*.0000*"))) < pages / 20
+    assert 0 < len(list(bucket.rglob(f"{web.pid}-*.*"))) < pages / 20
     web.verify()
 
 
-def test_a_reload_that_is_refused_leaves_no_store_behind(daemon: Daemon, web: Vmm, redis: Server, disk_dir: Path) -> None:
+def test_a_reload_that_is_refused_leaves_no_store_behind(
+    daemon: Daemon, web: Vmm, redis: Server, disk_dir: Path
+) -> None:
     """Of two that are new the second cannot be used: the first one's keys may be others by the next try."""
     with_tiers(daemon, "file")
     daemon.start()
@@ -527,7 +533,9 @@ def test_a_reload_that_is_refused_leaves_no_store_behind(daemon: Daemon, web: Vm
     assert {store["name"] for store in daemon.status()["stores"]} == {"file"}
     redis.start()
     daemon.signal(signal.SIGHUP)
-    wait_for(lambda: {store["name"] for store in daemon.status()["stores"]} == {"file", "objects", "redis"}, "it is taken")
+    wait_for(
+        lambda: {store["name"] for store in daemon.status()["stores"]} == {"file", "objects", "redis"}, "it is taken"
+    )
 
 
 def test_what_cannot_be_used_is_told_at_the_start(daemon: Daemon, redis: Server) -> None:
@@ -786,3 +794,123 @@ def test_a_plug_in_whose_trial_is_broken_is_told(
     said = daemon.log_path.read_text()
     assert "the store broken cannot be used: 'nothing'" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_a_start_while_one_of_two_stores_is_away(
+    daemon: Daemon, web: Vmm, redis: Server, disk_dir: Path, which: str
+) -> None:
+    """Every page is in the other one. When it is back, pages leave again."""
+    (disk_dir / "bucket").mkdir(mode=0o700)
+    bucket: dict[str, Any] = {"scheme": "fs", "options": {"root": str(disk_dir / "bucket")}}
+    server: dict[str, Any] = {"addresses": [redis.address]}
+    if which == "first":
+        stores = {"redis": {**server, "second": "objects"}, "objects": bucket}
+    else:
+        stores = {"objects": {**bucket, "second": "redis"}, "redis": server}
+    with_tiers(daemon, "redis" if which == "first" else "objects", stores=stores)
+    daemon.start()
+    evicted(daemon, "web", web)
+    daemon.kill()
+    redis.kill()
+    daemon.start()
+    web.verify()
+    assert daemon.logged("copy_not_opened")[0]["store"] == "redis"
+    redis.start()
+    evicted(daemon, "web", web)
+    web.verify()
+    daemon.signal(signal.SIGTERM)
+    assert daemon.wait() == 0
+    web.verify()
+
+
+def test_a_bucket_that_hangs_at_the_start_holds_up_nobody_else(
+    daemon: Daemon, boot: Boot, redis: Server, disk_dir: Path
+) -> None:
+    with hanging_disk(disk_dir, 512 * MIB) as disk:
+        root = disk.mount / "bucket"
+        root.mkdir(mode=0o700)
+        daemon.write(
+            guests=[
+                {"name": f"web{OURS}", **POLICY, "tiers": ["redis"]},
+                {"name": f"other{OURS}", **POLICY, "tiers": ["objects"]},
+            ],
+            stores={
+                "redis": {"addresses": [redis.address]},
+                "objects": {"scheme": "fs", "options": {"root": str(root)}},
+            },
+        )
+        web, other = (boot(name, 16 * MIB, "compressible") for name in ("web", "other"))
+        daemon.start()
+        for name, vmm in ("web", web), ("other", other):
+            evicted(daemon, name, vmm)
+        daemon.kill()
+        disk.hang()
+        try:
+            daemon.start()
+            web.verify()
+            other.send("verify")
+            disk.go_on()
+            wait_for(other.answered, "its pages have come", 60)
+        finally:
+            disk.go_on()
+            daemon.kill()
+
+
+SLOW = """
+import trio
+from tierd_plain import PlainStore
+
+class SlowStore(PlainStore):
+    async def probe(self):
+        await super().probe()
+        await trio.sleep(2)
+"""
+
+
+def test_two_reloads_at_once(daemon: Daemon, web: Vmm, disk_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a signal, and by the API: a store that is new is made once."""
+    (install(disk_dir, monkeypatch, "slow:SlowStore") / "slow.py").write_text(SLOW)
+    daemon.write(guests=[{"name": "nobody", **POLICY}])
+    daemon.start()
+    with_tiers(
+        daemon, "plain", stores={"plain": {"path": str(disk_dir / "pages"), "encrypt": False, "capacity": "4MiB"}}
+    )
+    daemon.signal(signal.SIGHUP)
+    daemon.wait_told("RELOADING=1")
+    with contextlib.closing(http.client.HTTPConnection("tierd")) as connection:
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(60)
+        connection.sock.connect(str(daemon.socket))
+        connection.request("POST", "/reload")
+        assert connection.getresponse().status == 200
+    wait_for(lambda: daemon.logged("reloaded"), "reloaded")
+    wait_for(lambda: daemon.stored_bytes("web") > 2 * MIB, "some pages have left", 60)
+    assert tiers(daemon)["plain"]["stored_bytes"] <= 4 * MIB
+    done = daemon.tierd("detach", f"web{OURS}")
+    assert done.returncode == 0, done.stderr
+    web.verify()
+    assert daemon.status()["version"]
+    assert len(daemon.logged("guest_attached")) == 1, "an operator has left it"
+
+
+def test_a_tierd_that_stood_still_asks_once_more(daemon: Daemon, web: Vmm, redis: Server) -> None:
+    """In an outage that ended meanwhile: that the deadline has passed says nothing."""
+    rules = [{"name": f"*{OURS}", **POLICY, "tiers": ["redis"], "read_deadline_s": 5}]
+    daemon.write(guests=rules, stores={"redis": {"addresses": [redis.address], "deadline_s": 2, "timeout_s": 1}})
+    daemon.start()
+    evicted(daemon, "web", web)
+    assert daemon.tierd("pause", f"web{OURS}").returncode == 0
+    redis.signal(signal.SIGSTOP)
+    try:
+        web.send("verify")
+        wait_for(lambda: daemon.guests()["web"]["counters"]["store_read_errors"], "a read has failed", 30)
+        time.sleep(0.5)  # the next one is under way
+        daemon.signal(signal.SIGSTOP)
+    finally:
+        redis.signal(signal.SIGCONT)
+    time.sleep(7)
+    daemon.signal(signal.SIGCONT)
+    wait_for(web.answered, "its pages have come", 60)
+    assert daemon.guests()["web"]["counters"]["pages_lost"] == 0
+    web.verify()

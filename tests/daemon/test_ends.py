@@ -4,6 +4,7 @@ true, and who has nothing to do with it notices nothing."""
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from tests.daemon.test_asked import install
 from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
 from tests.kernel.disks import damaged, hanging_disk, loop_disk, sparse
 from tests.kernel.vmm import MIB, Vmm, wait_for
+from tests.need import need
 from tests.store.servers import Server
 
 
@@ -291,3 +293,48 @@ def test_no_descriptors_are_left(daemon: Daemon, boot: Boot) -> None:
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
     evicted(daemon, "web", web)
     web.verify()
+
+
+@pytest.mark.parametrize("order", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_key_of_a_store_that_is_asked_is_gone(daemon: Daemon, boot: Boot, order: signal.Signals) -> None:
+    """Its guest is brought back before the end, though the others are kept: who comes next could not read its pages."""
+    with Server() as redis:
+        with_tiers(daemon, "redis", stores={"redis": {"addresses": [redis.address]}}, on_restart="keep", on_stop="keep")
+        web = boot("web", 16 * MIB, "compressible")
+        daemon.start()
+        evicted(daemon, "web", web)
+        (path,) = (daemon.runtime_dir / "keys").glob(f"{web.pid}-*")
+        path.unlink()
+        daemon.signal(order)
+        assert daemon.wait() == 0
+        (told,) = daemon.logged("guest_not_kept")
+        assert str(path) in told["why"]
+        web.verify()
+
+
+def test_no_thread_is_left(daemon: Daemon, boot: Boot) -> None:
+    """TasksMax=, pids.max, threads-max. As with descriptors: guests that are served are served on."""
+    pids = Path("/sys/fs/cgroup/pids") if Path("/sys/fs/cgroup/pids/cgroup.procs").exists() else Path("/sys/fs/cgroup")
+    group = pids / f"tierd-test-{os.getpid()}"
+    controllers = pids / "cgroup.subtree_control"
+    here = pids.name == "pids" or (controllers.exists() and "pids" in controllers.read_text().split())
+    need("kernel", os.geteuid() == 0 and here, "no control group for the number of threads")
+    web = boot("web")
+    with_tiers(daemon, "memory", "file")
+    daemon.start()
+    evicted(daemon, "web", web)
+    assert daemon.process is not None
+    group.mkdir()
+    try:
+        (group / "cgroup.procs").write_text(str(daemon.process.pid))
+        (group / "pids.max").write_text("1")
+        wait_for(lambda: "no thread can be started" in daemon.log_path.read_text(), "none is left", 60)
+        assert daemon.running
+        web.verify()
+        (group / "pids.max").write_text("max")
+        evicted(daemon, "web", web)
+        web.verify()
+    finally:
+        (group / "pids.max").write_text("max")
+        daemon.kill()
+        group.rmdir()

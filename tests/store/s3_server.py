@@ -9,6 +9,7 @@ force when `ok` comes back.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import threading
@@ -31,9 +32,16 @@ class Faulty:
         self._lock = threading.Lock()
         self._fault: list[str] = ["none"]
         self._left = 0
+        self._release = threading.Event()
+        self._landed = 0
 
     def set(self, line: str) -> None:
         words = line.split()
+        if words[0] == "release":
+            self._release.set()
+            while not self._landed:
+                time.sleep(0.01)
+            return
         with self._lock:
             self._fault = words
             self._left = int(words[1]) if words[0] == "503" and len(words) > 1 else 1 << 60
@@ -53,6 +61,13 @@ class Faulty:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response("503 Slow Down", [("Content-Length", "0")])
             return []
+        if fault == "late" and environ["REQUEST_METHOD"] == "PUT":
+            data = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            environ["wsgi.input"] = io.BytesIO(data)
+            self._release.wait()
+            body = self._app(environ, start_response)
+            self._landed += 1
+            return body
         body = self._app(environ, start_response)
         if fault in ("cut", "flip") and environ["REQUEST_METHOD"] == "GET" and environ.get("HTTP_RANGE"):
             data = b"".join(body)

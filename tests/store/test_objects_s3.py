@@ -269,3 +269,50 @@ def test_a_server_that_is_killed(given: Given) -> None:
             await space.aclose()
 
     run(test)
+
+
+def test_a_list_that_hangs_stops_no_other_thread(server: Server, given: Given) -> None:
+    """The sweep lists, once a minute: meanwhile faults are served, the API answers, and the watchdog is fed."""
+    given = replace(given, deadline_s=3.0, retries=0)
+
+    async def test() -> None:
+        store, worst, last = given.store(), 0.0, trio.current_time()
+        assert await answered(store.sweep, lambda key: True) == []
+
+        async def beat() -> None:
+            nonlocal worst, last
+            while True:
+                await trio.sleep(0.01)
+                worst, last = max(worst, trio.current_time() - last), trio.current_time()
+
+        async with trio.open_nursery() as nursery:
+            last = trio.current_time()
+            nursery.start_soon(beat)
+            await trio.to_thread.run_sync(server.fault, "hang")
+            with pytest.raises(OSError):
+                await store.sweep(lambda key: True)
+            nursery.cancel_scope.cancel()
+        assert worst < 2.0, "a call took 3 s"
+        await store.aclose()
+
+    run(test)
+
+
+def test_a_write_that_lands_after_its_guest_was_left_and_attached_again(server: Server, given: Given) -> None:
+    """The object has a name that nobody has had."""
+
+    async def test() -> None:
+        space = await opened(replace(given, deadline_s=2.0, retries=0))
+        server.fault("late")
+        with pytest.raises(OSError):
+            await space.write(0, pages(0, 4, 1))
+        server.fault("none")
+        await space.delete()
+        await space.aclose()
+        again = await opened(given)
+        await again.write(0, pages(0, 4, 2))
+        await trio.to_thread.run_sync(server.fault, "release")
+        assert await again.read(0, 4) == pages(0, 4, 2)
+        await again.aclose()
+
+    run(test)

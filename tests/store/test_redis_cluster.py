@@ -321,3 +321,41 @@ def test_a_primary_that_is_killed_in_mid_run_loses_nothing() -> None:
 
     with Watched() as watched:
         trio.run(with_store(by_sentinels(watched, replicas=1, timeout_s=2, deadline_s=60), run))
+
+
+def failed_over(watched: Watched) -> None:
+    """And all sentinels name the other one."""
+    watched.primary.kill()
+    wait_for(lambda: watched.replica.ask("INFO")["role"] == "master", watched.log)
+    port = watched.replica.port
+
+    def named(sentinel: Server) -> bool:
+        return int(sentinel.ask("SENTINEL GET-MASTER-ADDR-BY-NAME", "main")[1]) == port
+
+    wait_for(lambda: all(map(named, watched.sentinels)), watched.log)
+
+
+def test_a_host_that_is_idle_keeps_its_lease_over_a_failover() -> None:
+    """Nobody reads or writes there, and nobody else would look for the new primary: who has the same host_id would sweep it. A
+    guest can be attached, too."""
+
+    async def run(store: RedisStore) -> None:
+        await store.probe()
+        assert await store.sweep(lambda key: True) == []
+        await trio.to_thread.run_sync(failed_over, watched)
+        with pytest.raises(OSError):
+            await store.blocking(store._take_lease)
+        assert await store.sweep(lambda key: True) == []
+        assert watched.replica.ask("PTTL", store._lease_key + store._boot) > 0
+
+    async def attach(store: RedisStore) -> None:
+        await store.probe()
+        await trio.to_thread.run_sync(failed_over, watched)
+        with pytest.raises(OSError):
+            await store.open(new_key(), PAGES, PAGE)
+        space = await store.open(new_key(), PAGES, PAGE)
+        await space.aclose()
+
+    for test in run, attach:
+        with Watched() as watched:
+            trio.run(with_store(by_sentinels(watched, timeout_s=2, deadline_s=60), test))

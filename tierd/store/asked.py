@@ -31,6 +31,7 @@ class AskedSpace:
         self.opened = False  # by tierd.parking: pages can be read
         self.ready = False  # and be written
         self.counted: Callable[[], int] = int  # bytes of guest memory that are stored, by the data plane
+        self.missing: Callable[[], Path | None] = lambda: None  # what a successor would not find: by tierd.parking
 
     def used_bytes(self) -> int:
         return self.counted()

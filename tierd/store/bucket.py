@@ -4,6 +4,7 @@ blocks, for as long as its deadline and retries say; any thread may call it."""
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import errno
 import os
@@ -167,11 +168,12 @@ class Bucket:
     def entries(self, path: str) -> list[Listed]:
         """What is in a directory (its path ends with a slash), but for itself. Nothing, if there is none. OSError."""
 
-        def listed() -> list[Listed]:
-            entries = self._operator.list(path)
-            return [Listed(entry.path, entry.metadata.content_length) for entry in entries if entry.path != path]
+        async def listed() -> list[Listed]:
+            entries = await self._operator.to_async_operator().list(path)
+            return [Listed(e.path, e.metadata.content_length) async for e in entries if e.path != path]
 
-        return _call(f"list {path}", listed)
+        # not its own blocking one: that keeps Python's lock, and so all other threads, until the service has answered
+        return _call(f"list {path}", lambda: asyncio.run(listed()))
 
     def delete(self, path: str) -> None:
         """It may be gone already. OSError."""

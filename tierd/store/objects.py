@@ -30,6 +30,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from secrets import randbelow
 from typing import Annotated, TypeVar
 
 import trio
@@ -44,7 +45,7 @@ from tierd.store.directory import KEY
 from tierd.store.leases import LEASE_RENEW_S, Stillness
 from tierd.store.options import HostId, host_id, parse
 from tierd.store.segment_index import Index
-from tierd.store.segments import DamagedError, Place, Record, Row, Run, Usage
+from tierd.store.segments import NUMBER_MAX, DamagedError, Place, Record, Row, Run, Usage
 
 INDEX_SUFFIX = ".segments"
 READ_TRIES_MAX = 8  # a record that is read may be moved meanwhile
@@ -115,10 +116,11 @@ class ObjectStore:
         self._renewed_at = -math.inf  # our lease; trio's time
         self._renewing = trio.CapacityLimiter(1)  # it waits for no other write
         self._leases = Stillness()  # of other boots
+        self._probing = trio.CapacityLimiter(1)  # it may be given up, and end later
 
     async def probe(self) -> None:
         try:
-            await self.in_thread(self._try)
+            await trio.to_thread.run_sync(self._try, limiter=self._probing, abandon_on_cancel=True)
         except OSError as error:
             what = _WHAT_TO_DO.get(error.errno or 0, "see to the service, the network and the store's options")
             raise StoreError(
@@ -277,7 +279,8 @@ class ObjectSpace:
                 self._usages[int(match[1], 16)] = Usage(entry.size_bytes)
         index = segment_index.reopen(self._index_path, self._directory, self._pages, self._page_bytes)
         if index is None:
-            index = await self._rebuild() if self._usages else self._create(1, None)
+            # not 1: an earlier life of this guest, before it was detached, may have writes under way by such names
+            index = await self._rebuild() if self._usages else self._create(1 + randbelow(NUMBER_MAX // 2), None)
         self._index = index
         try:
             await store.in_thread(self._count)
@@ -492,8 +495,10 @@ class ObjectSpace:
         for number in numbers:
             try:
                 found += self._live(number)
-            except DamagedError as error:
-                self._damage = str(error.strerror)
+            except OSError as error:
+                if error.errno not in (errno.EBADMSG, errno.ENOENT):
+                    raise
+                self._damage = str(error.strerror)  # or gone, or cut off: it must not keep the others
         return found
 
     def _live(self, number: int) -> list[tuple[int, Record]]:

@@ -249,8 +249,10 @@ class RedisStore:
         try:
             await space.close_writers()
             await space.begin()
-        except BaseException:
+        except BaseException as error:
             await space.aclose()
+            if isinstance(error, OSError):
+                await self.blocking(self.look_again)
             raise
         return space
 
@@ -268,7 +270,11 @@ class RedisStore:
 
     async def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
         """Those of another boot only once its lease is over: another machine may have the same host_id. Renews ours."""
-        await self.blocking(self._take_lease)
+        try:
+            await self.blocking(self._take_lease)
+        except OSError:  # a replica has taken over, and nobody has read or written since
+            await self.blocking(self.look_again)
+            await self.blocking(self._take_lease)
         (found,) = await self.read([Command("HGETALL", self.spaces_key)])
         over = await self._over(sorted({entry.decode().partition("/")[0] for entry in found} - {self._boot}))
         swept = []

@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tierd.native.records import TAG_BYTES
 from tierd.store import IntegrityError, StoreError, keys
+from tierd.store.directory import is_at
 
 KEY_BYTES = 32
 FILE = struct.Struct("<8s32sQ")  # magic, key, the first nonce that is not taken
@@ -127,6 +128,10 @@ class SealKey:
     def destroy(self) -> None:
         """Nobody can read what was sealed with it any more: not even who has the file open. Then close."""
         keys.destroy(self._fd, self.path)
+
+    def is_there(self) -> bool:
+        """Whether a successor would find it."""
+        return is_at(self._fd, self.path)
 
     def close(self) -> None:
         os.close(self._fd)
