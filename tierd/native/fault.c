@@ -10,10 +10,17 @@
 
 #include "internal.h"
 
+/* Who reads one for a store that hangs must not have others in hand: nobody else would get them. In the model, where that is no
+ * matter, several come at once. */
+#ifdef TIERD_MODEL
+enum { MESSAGES_AT_ONCE = 16 };
+#else
+enum { MESSAGES_AT_ONCE = 1 };
+#endif
+
 enum {
-	MESSAGES =
-		1,   /* who reads one for a store that hangs must not have others in hand: nobody else would get them */
-	STREAMS = 4, /* sequential walks followed at once */
+	MESSAGES = MESSAGES_AT_ONCE,
+	STREAMS = 4,    /* sequential walks followed at once */
 	READ_TRIES = 2, /* at once: with its neighbours, then alone */
 	RETRY_PAUSE_US_MIN = 1000,
 	RETRY_PAUSE_US_MAX = 1000000,
