@@ -19,6 +19,7 @@ ORDER = [
     "document",
     "load",
     "systemd",
+    "threads",
     "view",
     "attach",
     "check",
