@@ -30,7 +30,7 @@ from tierd.document import FILE_BYTES_MAX, ConfigErrors
 from tierd.load import load
 from tierd.systemd import Notifier, listen_fds, watchdog_interval_s
 
-SECONDS_MAX = 20.0  # on a machine that does other things as well
+SECONDS_MAX = 20.0  # of CPU: the machine does other things as well
 
 # --- configuration ------------------------------------------------------------------------------------------------------------
 
@@ -51,14 +51,14 @@ def judged(data: bytes, name: str = "tierd.yaml") -> None:
         Path(directory, "guests.d").mkdir()
         Path(directory, "tierd.yaml").write_bytes(b"")
         Path(directory, name).write_bytes(data)
-        began = time.monotonic()
+        began = time.process_time()
         try:
             assert isinstance(load(Path(directory, "tierd.yaml")), Config)
         except ConfigErrors as caught:
             assert caught.errors
             assert all(str(error).isprintable() for error in caught.errors)
             assert len(caught.errors) <= loading.ERRORS_MAX + 1
-        assert time.monotonic() - began < SECONDS_MAX
+        assert time.process_time() - began < SECONDS_MAX
 
 
 @fuzz
