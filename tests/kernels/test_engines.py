@@ -108,7 +108,7 @@ class Engine:
         said = sections["driver"]
         assert said.status == 0, said.output
         figures = {name: int(count) for count, name in re.findall(r"[:,] (\d+) ([a-z ]+)", said.output)}
-        assert figures["pages evicted"] > 0, said.output  # how many is a matter of how fast the machine is
+        assert figures["pages evicted"] > SEEDS, said.output
         assert figures["kills in service"] > 0, said.output
 
     def test_the_seeded_driver_in_large_folios(self, sections: dict[str, Section]) -> None:
