@@ -905,7 +905,7 @@ def test_a_tierd_that_stood_still_asks_once_more(daemon: Daemon, web: Vmm, redis
     try:
         web.send("verify")
         wait_for(lambda: daemon.guests()["web"]["counters"]["store_read_errors"], "a read has failed", 30)
-        time.sleep(0.5)  # the next one is under way
+        time.sleep(0.5)  # the next one is under way: between them are milliseconds, and each takes a second
         daemon.signal(signal.SIGSTOP)
     finally:
         redis.signal(signal.SIGCONT)
