@@ -101,10 +101,17 @@ int scan_for(struct tierd_guest *g, uint64_t address, uint64_t pages, struct sys
 	return 0;
 }
 
-/* Entries are of the system's pages; of a huge page the first one speaks for all. */
-static uint64_t entries_at_once(const struct tierd_guest *g, uint64_t pages)
+/* Of the pages from `at` on, one at least; how many, or an error. Entries are of the system's pages; of a huge page the first one
+ * speaks for all. */
+static ssize_t read_entries(struct tierd_guest *g, uint64_t *entries, uint64_t at, uint64_t pages)
 {
-	return g->huge ? 1 : pages < ENTRIES ? pages : ENTRIES;
+	uint64_t want = g->huge ? 1 : pages < ENTRIES ? pages : ENTRIES;
+	ssize_t n;
+
+	do
+		n = sys_pagemap_read(g->pagemap, entries, want, at);
+	while (n == -EINTR);
+	return n < 0 ? n : n < (ssize_t)sizeof(*entries) ? -ESRCH : n / (ssize_t)sizeof(*entries);
 }
 
 /* Kernels before 6.7, so with the stock engine: the same answer from 64-bit entries. Bit 63 present, 62 swap entry (a marker
@@ -115,16 +122,11 @@ static int scan_by_reading(struct tierd_guest *g, uint64_t start, uint64_t end, 
 	uint64_t at = start;
 
 	while (at < end) {
-		uint64_t want = entries_at_once(g, (end - at) / g->page_bytes);
-		ssize_t n = sys_pagemap_read(g->pagemap, entries, want, at);
+		ssize_t n = read_entries(g, entries, at, (end - at) / g->page_bytes);
 
-		if (n == -EINTR)
-			continue;
 		if (n < 0)
 			return (int)n;
-		if (n < (ssize_t)sizeof(entries[0]))
-			return -ESRCH;
-		for (size_t i = 0; i < (size_t)n / sizeof(entries[0]); i++, at += g->page_bytes) {
+		for (ssize_t i = 0; i < n; i++, at += g->page_bytes) {
 			if (entries[i] >> 63)
 				bit_set(touched, (at - start) / g->page_bytes);
 			else if (marked && (entries[i] >> 62 & 1) && (entries[i] >> 57 & 1))
@@ -153,14 +155,11 @@ int scan_protected(struct tierd_guest *g, uint64_t first_page, uint64_t pages, u
 	memset(bare, 0, bitmap_bytes(pages));
 	memset(protected, 0, bitmap_bytes(pages));
 	while (done < pages) {
-		ssize_t n = sys_pagemap_read(g->pagemap, entries, entries_at_once(g, pages - done),
-					     address_of(g, first_page + done));
+		ssize_t n = read_entries(g, entries, address_of(g, first_page + done), pages - done);
 
-		if (n == -EINTR)
-			continue;
-		if (n < (ssize_t)sizeof(entries[0]))
-			return n < 0 ? (int)n : -ESRCH;
-		for (size_t i = 0; i < (size_t)n / sizeof(entries[0]); i++, done++)
+		if (n < 0)
+			return (int)n;
+		for (ssize_t i = 0; i < n; i++, done++)
 			if (entries[i] >> 63)
 				bit_set(entries[i] >> 57 & 1 ? protected : bare, done);
 	}
@@ -295,14 +294,11 @@ static int pass_over_private(struct tierd_guest *g, uint64_t first_page, uint64_
 		return error;
 	}
 	while (done < pages) {
-		ssize_t n = sys_pagemap_read(g->pagemap, entries, entries_at_once(g, pages - done),
-					     address_of(g, first_page + done));
+		ssize_t n = read_entries(g, entries, address_of(g, first_page + done), pages - done);
 
-		if (n == -EINTR)
-			continue;
-		if (n < (ssize_t)sizeof(entries[0]))
-			return n < 0 ? (int)n : -ESRCH;
-		for (size_t i = 0; i < (size_t)n / sizeof(entries[0]); i++, done++)
+		if (n < 0)
+			return (int)n;
+		for (ssize_t i = 0; i < n; i++, done++)
 			if (!(entries[i] >> 61 & 1)) /* of a file, or shared anonymous */
 				bit_clear(g->touched, done);
 	}
