@@ -45,22 +45,18 @@ from tierd.serve import (
     read_state,
 )
 from tierd.store import Store, StoreError
-from tierd.store.asked import AskedStore
 from tierd.stores import (
-    ANSWERS_S,
     asked_or_errors,
     keep_keys_swept,
-    keep_swept,
     memory_or_errors,
-    open_files,
     open_stores,
-    probe,
     sweep_keys,
 )
 from tierd.successor import why_nobody_adopts, without_their_files
 from tierd.systemd import Notifier, watchdog_interval_s
 from tierd.threads import in_thread
-from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused, StoreStatus
+from tierd.view import DaemonStatus, GuestView, Progress, RequestRefused
+from tierd.watch import StoreWatch, tell_trouble
 
 if TYPE_CHECKING:
     from tierd.vmms import Hand
@@ -73,8 +69,6 @@ READOPT_S, READOPT_S_MAX = 0.5, 10.0
 STOP_GRACE_S = 5.0
 SOCKET_RETRY_S = 2.0
 WATCH_S = 0.25  # between looks at the fault threads
-STORE_ASK_S = 1.0
-PROBE_AGAIN_S = 5.0
 ADOPT_S_MAX = 5.0  # for the start to wait for a guest
 HAND_OVER_S_MAX = 60.0  # for an adoption with what a VMM brought
 END_S_MAX = 5.0  # for calls that are under way when everything else has ended
@@ -118,12 +112,11 @@ class Daemon:
         self._began = trio.current_time()
         self._engine_notes = [finding.says for finding in engine_findings(host.engine.found, config.engine)]
         self._nursery: trio.Nursery
+        self._stores: StoreWatch
         self._stopping = self._manager_deaf = self._reload_failed = False
         self._unseen_told = False
         self._survived: dict[str, str] = {}  # what could not be done -> why, as it was told
         self._fds_to_remove: set[str] = set()  # by key: of the manager's, of guests that are gone or were left
-        self._asked_at = dict.fromkeys(host.stores, trio.current_time())  # by store: when it answered last
-        self._figures = dict.fromkeys(host.stores, (0, 0))  # by store: used, free; in bytes
 
     @property
     def guests(self) -> Mapping[str, GuestView]:
@@ -135,25 +128,14 @@ class Daemon:
         """Serve until told to stop."""
         with trio.open_signal_receiver(*STOP, RESTART, signal.SIGHUP) as signals:
             async with trio.open_nursery() as self._nursery:
+                self._stores = StoreWatch(self.host, self.config, self._nursery, self._may_be_needed, self._survives)
                 await self._adopt_all()
                 await self._start_socket("handshake", self._start_handshake)  # soon: VMMs may wait to come again
                 self._nursery.start_soon(keep_keys_swept, self.host.guests_dir.parent, self._may_be_needed)
-                for name, store in self.host.stores.items():
-                    with self._survives(f"asking the store {name} how full it is"):
-                        self._figures[name] = await in_thread(_ask, store)
-                    if isinstance(store, AskedStore):
-                        self._nursery.start_soon(keep_swept, store, self._may_be_needed)
-                    else:
-                        with self._survives(f"sweeping the store {name}"):
-                            await self._sweep(store)
+                await self._stores.begin()
                 await self._start_socket("api", self._start_api)
                 self._nursery.start_soon(self._watch_guests)
-                for store in self.host.stores.values():
-                    self._nursery.start_soon(self._watch_store, store)
-                    if store.trouble and isinstance(store, AskedStore):
-                        self._nursery.start_soon(self._probe_again, store)
-                if "file" not in self.host.stores:
-                    self._nursery.start_soon(self._open_files_again)
+                self._stores.watch(self._try_all_again)
                 self._nursery.start_soon(self._discover)
                 self._nursery.start_soon(self._feed_watchdog)
                 await self._tell_ready()
@@ -167,11 +149,6 @@ class Daemon:
                 await self._obey(signals)
                 self._end_at_last()
                 self._nursery.cancel_scope.cancel()
-
-    async def _sweep(self, store: Store) -> None:
-        """Pages of guests that are gone."""
-        if swept := await in_thread(store.sweep, self._may_be_needed):
-            log.info("store_swept", store=store.name, guests=swept)
 
     async def _start_socket(self, name: str, start: Callable[[], Awaitable[None]]) -> None:
         """SocketUnusable ends a tierd that serves nobody. One that has adopted guests goes on without it: their faults are
@@ -314,71 +291,6 @@ class Daemon:
         if unseen and not self._unseen_told:
             log.warning("holders_unseen", processes=unseen, why=UNSEEN_WHY, action=UNSEEN_ACTION)
         self._unseen_told = self._unseen_told or bool(unseen)
-
-    async def _watch_store(self, store: Store) -> None:
-        """Its figures are asked for in a thread: a store that hangs must not hold whoever asks us for a status."""
-        trouble = self.host.store_trouble
-        while True:
-            await trio.sleep(STORE_ASK_S)
-            try:
-                self._figures[store.name] = await in_thread(_ask, store, abandon_on_cancel=True)
-            except OSError as error:
-                trouble[store.name, "figures"] = f"{store.path}: {error.strerror}"
-            else:
-                trouble.pop((store.name, "figures"), None)
-            self._asked_at[store.name] = trio.current_time()
-
-    async def _probe_again(self, store: AskedStore) -> None:
-        """It could not be used at the start, and there were guests: until it can be, no page is written there."""
-        while store.trouble:
-            self.host.store_trouble[store.name, "probe"] = store.trouble
-            await trio.sleep(PROBE_AGAIN_S)
-            await probe(store)
-        self.host.store_trouble.pop((store.name, "probe"), None)
-        log.info("store_can_be_written", store=store.name)
-
-    async def _open_files_again(self) -> None:
-        """The directory of stored pages could not be used at the start, or hung, and there were guests."""
-        config = self.config  # another path is for the next start
-        self.host.files_lack = f"{config.store.path} does not answer"
-        while True:
-            try:
-                store = await open_files(config)
-            except (OSError, StoreError) as error:
-                self.host.files_lack = str(error)
-                await trio.sleep(PROBE_AGAIN_S)
-            else:
-                break
-        self.host.files_lack = ""
-        self._add_store(store)
-        log.info("store_can_be_used", store=store.name)
-        _tell_trouble(store)
-        self._try_all_again()
-        with self._survives(f"sweeping the store {store.name}"):
-            await self._sweep(store)
-
-    def _lacking_files(self) -> list[StoreStatus]:
-        path, why = str(self.config.store.path), self.host.files_lack
-        return [StoreStatus("file", path, capacity_bytes=0, used_bytes=0, healthy=False, reason=why)] if why else []
-
-    def _store_status(self, store: Store) -> StoreStatus:
-        reasons, troubles = (
-            sorted({why for (name, _), why in told.items() if name == store.name})
-            for told in (self.host.store_trouble, self.host.space_trouble)
-        )
-        silent_s = trio.current_time() - self._asked_at[store.name]
-        if silent_s > ANSWERS_S:
-            reasons.append(f"{store.path} has not answered for {silent_s:.0f} s")
-        used_bytes, free_bytes = self._figures[store.name]
-        return StoreStatus(
-            name=store.name,
-            path=str(store.path),
-            capacity_bytes=used_bytes + free_bytes,
-            used_bytes=used_bytes,
-            healthy=not reasons,
-            reason="; ".join(reasons),
-            trouble="; ".join(troubles),
-        )
 
     def _end_at_last(self, seconds: float = END_S_MAX) -> None:
         """By then every guest is left or kept. A call of the store that hangs is not waited for: to be kept, a guest needs
@@ -681,8 +593,7 @@ class Daemon:
         with contextlib.suppress(OSError):  # the next start tries again
             path.unlink(missing_ok=True)
             await sweep_keys(self.host.guests_dir.parent, self._may_be_needed)
-            for store in list(self.host.stores.values()):  # those that are asked: soon, `keep_swept` does it
-                await self._sweep(store)
+            await self._stores.sweep()
         self._guests.pop(guest.key, None)
         self._forget_kept(guest.key)
         log.info("guest_ended", guest=guest.name, pid=guest.pid, how="the VMM ended while it was not served")
@@ -846,7 +757,7 @@ class Daemon:
             self._must_keep_its_tiers(policies)
             undone.pop_all()
         for store in opened:
-            self._add_store(store)
+            self._stores.add(store)
         told = changes(self.config, new)
         self.config = new
         for key, policy in policies.items():
@@ -861,14 +772,6 @@ class Daemon:
 
     def _policies(self, config: Config) -> dict[str, Policy | None]:
         return {key: _policy_of(guest, config) for key, guest in self._guests.items()}
-
-    def _add_store(self, store: Store) -> None:
-        """One that no policy has named before."""
-        self.host.stores[store.name] = store
-        self._asked_at[store.name], self._figures[store.name] = trio.current_time(), (0, 0)
-        self._nursery.start_soon(self._watch_store, store)
-        if isinstance(store, AskedStore):
-            self._nursery.start_soon(keep_swept, store, self._may_be_needed)
 
     def _must_keep_its_tiers(self, policies: Mapping[str, Policy | None]) -> None:
         """ConfigErrors: a tier would be taken from a guest that has pages in it."""
@@ -922,7 +825,7 @@ class Daemon:
             pid=os.getpid(),
             uptime_s=trio.current_time() - self._began,
             guests=[guest.status() for guest in self._guests.values()],
-            stores=[*(self._store_status(store) for store in self.host.stores.values()), *self._lacking_files()],
+            stores=self._stores.status(),
             unserved=self._unserved(),
             reload_failed=self._reload_failed,
         )
@@ -972,7 +875,7 @@ async def _run(config: Config, config_path: Path, resumed: Resumed) -> None:
     try:
         stores: dict[str, Store] = await open_stores(config, notifier)
         for store in stores.values():
-            _tell_trouble(store)
+            tell_trouble(store)
         kept = resumed.kept_uffds, set(resumed.kept_uffds), resumed.kept_handed
         host = Host(choose(config.engine), stores, guests_dir, boot_id(), HolderScan(), notifier, *kept)
         await Daemon(config, config_path, host, resumed).run()
@@ -994,17 +897,6 @@ def _lives(pid: int, ticks: int) -> bool:
         return start_ticks(pid) == ticks
     except OSError:
         return True
-
-
-def _tell_trouble(store: Store) -> None:
-    if store.trouble:
-        later = "it is tried again" if isinstance(store, AskedStore) else "restart tierd when it can be written"
-        action = f"what is in it is served; {later}"
-        log.error("store_cannot_be_written", store=store.name, error=store.trouble, action=action)
-
-
-def _ask(store: Store) -> tuple[int, int]:
-    return store.used_bytes(), store.free_bytes()
 
 
 def main(config_path: Path, resumed: Resumed) -> int:

@@ -39,6 +39,7 @@ ORDER = [
     "salvage",
     "guest",
     "successor",
+    "watch",
     "metrics",
     "routes",
     "api",
