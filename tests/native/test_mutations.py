@@ -510,8 +510,8 @@ HUGETLBFS = [
     Mutation(
         "huge_page_described_by_its_neighbours_entries",
         "scan.c",
-        "	return g->huge ? 1 : pages < ENTRIES ? pages : ENTRIES;",
-        "	return pages < ENTRIES ? pages : ENTRIES;",
+        "	uint64_t want = g->huge ? 1 : pages < ENTRIES ? pages : ENTRIES;",
+        "	uint64_t want = pages < ENTRIES ? pages : ENTRIES;",
     ),
 ]
 MUTATIONS += HUGETLBFS
