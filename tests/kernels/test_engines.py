@@ -45,7 +45,7 @@ def sections(request: pytest.FixtureRequest, children: Path, selftest: Path) -> 
     tests = [*REST, *RACES] if request.cls.rest_first else [*RACES, *REST]
     suite = f"(cd {HERE}; {pytest_in_there(tests, str(theirs), plugin='tests.kernels.suite')})"
     races = {
-        "driver": f"{children}/real --engine {name} --slowness 25 --seeds {SEEDS} --store /var/tmp",
+        "driver": f"{children}/real --engine {name} --slowness 40 --seeds {SEEDS} --store /var/tmp",
         "large": f"echo always >{LARGE}; {children}/real --engine {name} --slowness 25 --seeds {LARGE_SEEDS} "
         f"--store /var/tmp --large; status=$?; echo never >{LARGE}; (exit $status)",
         "anonymous": f"{children}/real --engine {name} --slowness 60 --seeds {ANONYMOUS_SEEDS} --store /var/tmp --anon",
