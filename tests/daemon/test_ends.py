@@ -16,7 +16,7 @@ import pytest
 from tests.daemon.process import OURS, POLICY, Boot, Daemon, evicted, tiers, with_tiers
 from tests.daemon.test_asked import install
 from tests.kernel.conftest import kernel  # noqa: F401  (a fixture)
-from tests.kernel.disks import damaged, hanging_disk, loop_disk, sparse
+from tests.kernel.disks import damaged, hanging_disk, loop_disk, repaired, sparse
 from tests.kernel.vmm import MIB, Vmm, wait_for
 from tests.need import need
 from tests.store.servers import Server
@@ -80,12 +80,7 @@ def test_who_deletes_what_could_not_be_deleted(daemon: Daemon, boot: Boot, disk:
     assert told["action"] == "that happens when tierd starts after its VMM has ended"
     daemon.signal(signal.SIGTERM)
     assert daemon.wait() == 0
-    device = subprocess.run(
-        ["findmnt", "-no", "SOURCE", disk], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    subprocess.run(["umount", disk], check=True)
-    subprocess.run(["e2fsck", "-fy", device], capture_output=True)  # its status says that it has repaired something
-    subprocess.run(["mount", device, disk], check=True)
+    repaired(disk, disk.with_name("image"))
     assert list(daemon.store_dir.iterdir())
     web.kill()
     daemon.start()

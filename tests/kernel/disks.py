@@ -50,6 +50,17 @@ def damaged(mount: Path) -> None:
     Path(f"/sys/fs/ext4/{name}/trigger_fs_error").write_text("a test")
 
 
+def repaired(mount: Path, image: Path) -> None:
+    """What an administrator does after that. A copy is repaired: while another has a copy of our mounts (a guest of libvirt, a
+    machine of tests/boot), the file system stays in use after it was unmounted, as it is."""
+    subprocess.run(["umount", mount], check=True)
+    copy = image.with_suffix(".repaired")
+    subprocess.run(["cp", "--sparse=always", image, copy], check=True)
+    done = subprocess.run(["e2fsck", "-fy", copy], capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stdout + done.stderr  # e2fsck(8): no errors, errors corrected
+    subprocess.run(["mount", "-o", "loop", copy, mount], check=True)
+
+
 @dataclass
 class FrozenDisk:
     """Every write waits in the kernel, where no signal reaches its thread; reads go on."""
