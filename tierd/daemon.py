@@ -9,6 +9,7 @@ keeps at once. SIGUSR1 is a stop that a start follows (RestartKillSignal= of the
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -66,6 +67,7 @@ RETRY_S = (0.2, 0.3, 0.5, 1, 2, 5, 10)
 RETRY_S_MAX = 60.0
 READY_TRIES = 50
 READOPT_S, READOPT_S_MAX = 0.5, 10.0
+OF_THE_MACHINE = {errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # errors that pass
 STOP_GRACE_S = 5.0
 SOCKET_RETRY_S = 2.0
 WATCH_S = 0.25  # between looks at the fault threads
@@ -280,11 +282,14 @@ class Daemon:
         try:
             yield
         except OSError as error:
-            if self._survived.get(what) != str(error):
-                log.error("not_done", what=what, error=str(error), action="trying again")
-            self._survived[what] = str(error)
+            self._not_done(what, error)
         else:
             self._survived.pop(what, None)
+
+    def _not_done(self, what: str, error: OSError) -> None:
+        if self._survived.get(what) != str(error):
+            log.error("not_done", what=what, error=str(error), action="trying again")
+        self._survived[what] = str(error)
 
     def _tell_unseen(self) -> None:
         unseen = self.host.holders.unseen
@@ -401,12 +406,23 @@ class Daemon:
                 await swept.wait()
             return
         except (StateError, Refused, OSError) as error:
-            log.error("state_refused", path=str(path), error=str(error))
+            if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+                self._nursery.start_soon(self._adopt_later, path, error)
+            else:
+                log.error("state_refused", path=str(path), error=str(error))
+            return
+        if guest.key in self._running:  # its VMM has come by itself meanwhile
             return
         self._begin(guest)
         self._nursery.start_soon(self._run_guest, guest)
         with trio.move_on_after(ADOPT_S_MAX):  # one whose store or predecessor hangs does not hold up the others
             await guest.begun.wait()
+
+    async def _adopt_later(self, path: Path, error: OSError) -> None:
+        self._not_done(f"adopting the guest of {path}", error)
+        await trio.sleep(READOPT_S_MAX)
+        if path.exists() and not self._stopping:
+            await self._adopt(path)
 
     async def _sweep_at_start(self, key: str, stale: Stale, swept: trio.Event) -> None:
         await self._sweep_stale(stale)
@@ -451,6 +467,8 @@ class Daemon:
     async def _pick_up(self, pid: int, name: str, cmdline: str) -> None:
         try:
             await self._attach_in_time(pid, name, cmdline)
+        except Exception:  # a process may be made to mislead; a daemon that serves others goes on
+            log.exception("attach_failed", guest=name, pid=pid, action="it is left alone until the next reload or start")
         finally:
             self._picked.discard(pid)
 
@@ -809,6 +827,8 @@ class Daemon:
             for error in errors.errors:
                 log.error("config_error", error=str(error))
             log.error("reload_failed", action="the old configuration stays in force")
+        except OSError as error:  # no thread can be started
+            log.error("reload_failed", error=str(error), action="the old configuration stays in force; try again")
         else:
             log.info("reloaded", changes=list(told))
         await self._tell_ready()

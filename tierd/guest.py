@@ -62,6 +62,7 @@ THREADS_MAX = 3  # of Python, a guest at once: a store that hangs holds the thre
 SPENT_BYTES_MAX = 64 << 20  # of anonymous memory, fetched and still in the staging area
 BACK_OFF_S_MAX = 300.0
 MISSING_S_MAX = 2.0
+END_AGAIN_S = 0.5
 MANAGER_S_MAX = 5.0  # for its socket to have room
 STORED, LOST = STATES.index("stored"), STATES.index("lost")
 
@@ -173,6 +174,7 @@ class Guest:
         self._orders = 0  # that wait for it
         self._ending: Ending | None = None
         self._ended = trio.Event()
+        self._teardown_began = False
         self._end_failure: Exception | None = None
         self._scope = trio.CancelScope()
         self._wake = trio.Event()
@@ -248,7 +250,7 @@ class Guest:
                 async with self._worker:
                     self._served = None
                     try:
-                        await self._in_worker(self._end, served)
+                        await self._end_in_worker(served)
                     except Exception as error:
                         self._end_failure = error
                         raise
@@ -336,8 +338,23 @@ class Guest:
         finally:
             self._ending = self._ending or Ending.KEPT
 
+    async def _end_in_worker(self, served: Served) -> Any:
+        """Waits until there is a thread: what is not ended would keep the page table's lock."""
+        told = False
+        while True:
+            try:
+                return await self._in_worker(self._end, served)
+            except OSError as error:
+                if self._teardown_began:
+                    raise
+                if not told:
+                    self._log.error("not_done", what="leaving this guest", error=str(error), action="trying again")
+                told = True
+            await trio.sleep(END_AGAIN_S)
+
     def _end(self, served: Served) -> None:
         """Teardown, backwards. Worker thread. KEPT leaves the state file and the store for the next tierd."""
+        self._teardown_began = True
         with served:
             if self._ending is Ending.DETACHED and not served.leave():
                 self._log.warning(

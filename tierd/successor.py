@@ -29,6 +29,8 @@ async def why_nobody_adopts(config: Config, config_path: Path, host: Host, guest
         new = await in_thread(load, config_path)
     except ConfigErrors as errors:
         return f"the next tierd will not start: {errors.errors[0]}"
+    except OSError as error:
+        return f"whether the next tierd will start is not known: {error}"
     ours = host.guests_dir.parent
     if ours != new.runtime_dir:
         return f"the next tierd will not find them: runtime_dir is {ours} now, {new.runtime_dir} in {config_path}"

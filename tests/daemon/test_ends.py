@@ -4,14 +4,18 @@ true, and who has nothing to do with it notices nothing."""
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import structlog
+import trio
 
 from tests.daemon.process import OURS, POLICY, Boot, Daemon, evicted, tiers, with_tiers
 from tests.daemon.test_asked import install
@@ -20,6 +24,7 @@ from tests.kernel.disks import damaged, hanging_disk, loop_disk, repaired, spars
 from tests.kernel.vmm import MIB, Vmm, wait_for
 from tests.need import need
 from tests.store.servers import Server
+from tierd import guest as guests
 
 
 @pytest.fixture
@@ -307,6 +312,28 @@ def test_a_key_of_a_store_that_is_asked_is_gone(daemon: Daemon, boot: Boot, orde
         web.verify()
 
 
+def test_a_guest_ends_when_there_is_a_thread_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not ended has the lock of its page table: nobody could serve it again."""
+    monkeypatch.setattr(guests, "END_AGAIN_S", 0.01)
+    guest: Any = object.__new__(guests.Guest)
+    guest._teardown_began, guest._log, tries = False, structlog.get_logger(), []
+
+    async def in_worker(end: Callable[[object], object], served: object) -> object:
+        tries.append(served)
+        if len(tries) < 3:
+            raise OSError(errno.EAGAIN, "no thread can be started")
+        return end(served)
+
+    def end(served: object) -> None:
+        guest._teardown_began = True
+        raise OSError(errno.EIO, "of the end itself")
+
+    guest._in_worker, guest._end = in_worker, end
+    with pytest.raises(OSError, match="of the end itself"):
+        trio.run(guest._end_in_worker, "it")
+    assert tries == ["it"] * 3
+
+
 def test_no_thread_is_left(daemon: Daemon, boot: Boot) -> None:
     """TasksMax=, pids.max, threads-max. As with descriptors: guests that are served are served on."""
     pids = Path("/sys/fs/cgroup/pids") if Path("/sys/fs/cgroup/pids/cgroup.procs").exists() else Path("/sys/fs/cgroup")
@@ -314,10 +341,11 @@ def test_no_thread_is_left(daemon: Daemon, boot: Boot) -> None:
     controllers = pids / "cgroup.subtree_control"
     here = pids.name == "pids" or (controllers.exists() and "pids" in controllers.read_text().split())
     need("kernel", os.geteuid() == 0 and here, "no control group for the number of threads")
-    web = boot("web")
+    web, other = boot("web"), boot("other")
     with_tiers(daemon, "memory", "file")
     daemon.start()
     evicted(daemon, "web", web)
+    daemon.wait_active("other")
     assert daemon.process is not None
     group.mkdir()
     try:
@@ -326,7 +354,10 @@ def test_no_thread_is_left(daemon: Daemon, boot: Boot) -> None:
         wait_for(lambda: "no thread can be started" in daemon.log_path.read_text(), "none is left", 60)
         assert daemon.running
         web.verify()
+        other.kill()
         (group / "pids.max").write_text("max")
+        wait_for(lambda: daemon.logged("guest_ended"), "it has ended")
+        assert not list((daemon.runtime_dir / "guests").glob(f"{other.pid}-*"))
         evicted(daemon, "web", web)
         web.verify()
     finally:

@@ -435,6 +435,39 @@ def test_no_descriptor_for_another_try_ends_no_daemon(monkeypatch: pytest.Monkey
     assert tries == [None, None]
 
 
+def test_a_page_table_that_cannot_be_read_now_is_read_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """EMFILE at the start: nothing is wrong with it. What is wrong with another is told once, and left to the operator."""
+    tried: list[str] = []
+    adopted = trio.Event()
+
+    def read(path: Path, _: str) -> None:
+        tried.append(path.name)
+        if path.name == "1-1.state":
+            raise serve.StateError("damaged")
+        if len(tried) < 4:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        trio.from_thread.run_sync(adopted.set)
+        raise serve.StateError("damaged, too")
+
+    monkeypatch.setattr(daemons, "read_state", read)
+    monkeypatch.setattr(daemons, "READOPT_S_MAX", 0.01)
+    paths = [tmp_path / name for name in ("1-1.state", "2-2.state")]
+    for path in paths:
+        path.touch()
+    host: Any = SimpleNamespace(notifier=Notifier(""), engine=choose(), boot_id="", guests_dir=tmp_path)
+
+    async def run() -> None:
+        under_test = daemons.Daemon(Config(), tmp_path, host, resume.Resumed(tmp_path))
+        async with trio.open_nursery() as under_test._nursery:
+            for path in paths:
+                await under_test._adopt(path)
+            with trio.fail_after(20):
+                await adopted.wait()
+
+    trio.run(run)
+    assert tried == ["1-1.state", *["2-2.state"] * 3]
+
+
 # --- two at once ------------------------------------------------------------------------------------------------------
 
 

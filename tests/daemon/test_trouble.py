@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,27 @@ def test_killed_again_and_again_while_guests_work(daemon: Daemon, boot: Boot) ->
     assert daemon.wait() == 0
     for vmm in vmms:
         vmm.verify()
+
+
+NO_VMM = """
+import mmap, os, sys
+fd = os.memfd_create("x\\rzzz a b c:d e f")
+os.ftruncate(fd, 1 << 24)
+memory = mmap.mmap(fd, 1 << 24)
+sys.stdin.read()
+"""
+
+
+def test_a_process_that_is_made_to_mislead(daemon: Daemon, boot: Boot) -> None:
+    """It calls itself a VMM that a rule is for, and its mappings what no parser expects; who is it but any user's?"""
+    web = boot("web")
+    daemon.start()
+    daemon.wait_active("web")
+    command = ["qemu-system-x86_64", "-c", NO_VMM, "-name", f"web{OURS}"]
+    with subprocess.Popen(command, executable=sys.executable, stdin=subprocess.PIPE) as process:
+        wait_for(lambda: [e for e in daemon.logged("guest_refused") if e["pid"] == process.pid], "it is refused")
+    evicted(daemon, "web", web)
+    web.verify()
 
 
 def test_a_broken_state_file_is_told_and_nothing_is_touched(daemon: Daemon, boot: Boot) -> None:

@@ -4,12 +4,13 @@ the hazard is gone. What this machine cannot really have (VFIO, nested KVM, a vh
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tierd.attach import GuestSpec, Refused
 from tierd.attach import preflight as checks
 from tierd.attach.holders import HolderScan
 from tierd.attach.preflight import CHECKS, findings, preflight, recheck, swap_can_receive
-from tierd.attach.procfs import read_spec
+from tierd.attach.procfs import maps_of, read_spec
 from tierd.attach.ptrace import pick_thread
 from tierd.engine import choose
 from tierd.engine.stock import StockEngine
@@ -157,6 +158,48 @@ def test_who_holds_the_files_of_several_guests() -> None:
             holder.kill()
             for fd in fds:
                 os.close(fd)
+
+
+NAMED = """
+import mmap, os, sys
+fd = os.memfd_create(sys.argv[-1])
+os.ftruncate(fd, 4096)
+memory = mmap.mmap(fd, 4096)
+os.close(fd)
+print(os.getpid(), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def mapping_named(name: str) -> Iterator[int]:
+    """A process that maps a memfd of that name; its pid."""
+    command = [sys.executable, "-c", NAMED, name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process.pid
+
+
+@pytest.mark.parametrize("before", ["", "a\r7f0000000000-7f0000001000 rw-s 00000000 "])
+def test_a_mapping_whose_name_looks_like_a_guests_memory(before: str) -> None:
+    """Whoever may start a process may choose it: no guest is to be refused for that."""
+    fd = os.memfd_create("guest")
+    info = os.fstat(fd)
+    file = (info.st_dev, info.st_ino)
+    text = f"{os.major(info.st_dev):02x}:{os.minor(info.st_dev):02x} {info.st_ino} "
+    with mapping_named(f"{before}{text}x") as pid:
+        assert text in Path(f"/proc/{pid}/maps").read_text()
+        assert HolderScan().holders([file], set()) == []
+    os.close(fd)
+
+
+@pytest.mark.parametrize("name", ["x\rzzz a b c:d e f", "x\x0c1-2 a b c:d e f", "x\x85y", "x\udcfcy"])
+def test_a_name_that_looks_like_a_line_of_maps(name: str) -> None:
+    with mapping_named(name) as pid:
+        lines = Path(f"/proc/{pid}/maps").read_bytes().split(b"\n")
+        assert len(maps_of(pid)) == len([line for line in lines if line])
+        assert [found for found in maps_of(pid) if found.path == f"/memfd:{name} (deleted)"]
 
 
 def test_a_private_mapping_of_a_file_is_no_memory_to_tier(start_vmm: Start) -> None:

@@ -6,12 +6,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.need import need
 from tierd.native import Codec
 from tierd.store import StoreError, memory
 from tierd.store.directory import file_system_of
@@ -107,6 +110,43 @@ def test_a_link_in_place_of_the_file_is_not_followed(disk: Path) -> None:
     space = store.create(KEY, 64, PAGE)  # a leftover is replaced, not written through
     space.close()
     assert victim.read_bytes() == b"x" * 64 * PAGE
+
+
+def test_two_tierds_with_one_directory(disk: Path) -> None:
+    """Both find the same VMM in the same second: one of them serves it, and what that one stores keeps its name."""
+    first, second = (FileStore(disk / "store", None, "off") for _ in range(2))
+    space = first.create(KEY, 64, PAGE)
+    with pytest.raises(StoreError, match=r"another tierd's.*store.path"):
+        second.create(KEY, 64, PAGE)
+    assert space.missing() is None
+    adopted = reopen(space.path, 64, PAGE, direct=False)
+    space.close()
+    with pytest.raises(StoreError, match="another tierd's"):
+        second.create(KEY, 64, PAGE)
+    assert adopted.missing() is None
+    adopted.close()
+    again = second.create(KEY, 64, PAGE)  # nobody's any more
+    assert again.missing() is None
+    again.close()
+
+
+IN_A_NAMESPACE = """
+import os, subprocess, sys
+from pathlib import Path
+from tierd.store.directory import file_system_of
+for name in b"\\xfc", b"a\\x0cb", b"a\\rb c", b"a - b":
+    place = os.path.join(os.fsencode(sys.argv[1]), name)
+    os.mkdir(place)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], check=True)
+    assert file_system_of(Path(os.fsdecode(place))) == "tmpfs", name
+assert file_system_of(Path("/proc")) == "proc"
+"""
+
+
+def test_mount_points_may_have_any_name(tmp_path: Path) -> None:
+    """Anybody's, anywhere on the host: a tierd that starts looks through them for its own directories."""
+    need("root", os.geteuid() == 0, "mounting needs root")
+    subprocess.run(["unshare", "--mount", sys.executable, "-c", IN_A_NAMESPACE, tmp_path], check=True)
 
 
 def test_sweep_asks_before_it_removes(disk: Path) -> None:

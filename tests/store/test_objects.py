@@ -371,6 +371,50 @@ def test_an_outage_of_the_service_is_nobodys_end(given: Given) -> None:
     later(test)
 
 
+def test_a_service_that_takes_no_writes_is_nobodys_end(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is full, and lists and deletes: nobody's lease changes, and everybody lives."""
+    copy, put = replace(given, boot="the-copy"), Bucket.put
+
+    def full(self: Bucket, path: str, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    async def test(jump: Callable[[float], None]) -> None:
+        space = await opened(given)
+        await space.write(0, pages(0, 4))
+        store, other = given.store(), copy.store()
+        for minute in range(30):
+            monkeypatch.setattr(Bucket, "put", full if minute % 7 else put)  # there is room for a moment, now and then
+            jump(60)
+            assert await other.sweep(lambda _: True) == []
+            monkeypatch.setattr(Bucket, "put", full)
+            await store.sweep(lambda _: True)
+        assert await space.read(0, 4) == pages(0, 4)
+        await space.aclose()
+
+    later(test)
+
+
+def test_a_lease_that_is_cut_short(given: Given) -> None:
+    """Its host has lost power. It is over as any other, and until then in nobody's way."""
+
+    async def test(jump: Callable[[float], None]) -> None:
+        for key, boot in (("1-1", "boot-0"), ("2-2", "boot-1")):
+            space = await opened(replace(given, boot=boot), key)
+            await space.write(0, pages(0, 4))
+            await space.aclose()
+        (given.index_dir / "1-1.segments").unlink()  # it was on the tmpfs of that boot
+        os.truncate(Path(given.options["root"]) / "host-a" / "boot-0" / "lease", 0)
+        store = given.store()
+        assert await store.sweep(lambda _: False) == ["2-2"]
+        swept = []
+        for _ in range(11):
+            jump(60)
+            swept += await store.sweep(lambda _: False)
+        assert swept == ["1-1"]
+
+    later(test)
+
+
 def test_a_sweep_that_takes_long_renews_the_lease(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "LEASE_RENEW_S", 0.05)
     remove, put, renewed = Bucket.remove, Bucket.put, []

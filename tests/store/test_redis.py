@@ -617,6 +617,66 @@ def test_a_server_that_was_away_or_is_full_is_nobodys_end(server: Server, monkey
     trio.run(with_store(options(server, host_id="away"), run))
 
 
+def test_a_boot_that_a_full_server_took_no_lease_of(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has pages since there was room for a moment, and lives: nobody sweeps it; as little when there is room again. Were
+    it dead, it would be over ten minutes later."""
+
+    async def run(store: RedisStore) -> None:
+        other, lease = RedisStore(store.options, "the-copy"), "tierd:{unleased}:lease:thecopy"
+
+        async def minutes(count: int) -> list[str]:
+            swept = []
+            for _ in range(count):
+                now[0] += 60
+                swept += await store.sweep(lambda key: True)
+            return swept
+
+        now = [1e6]
+        monkeypatch.setattr(redis.time, "monotonic", lambda: now[0])
+        server.ask("CONFIG SET", "maxmemory", "1mb")
+        assert await other.sweep(lambda key: True) == []
+        server.ask("CONFIG SET", "maxmemory", "0")
+        async with space_of(other) as theirs:
+            await theirs.write(0, records(0, 1))
+            assert server.ask("PTTL", lease) == redis.LEASE_MISSING
+            server.ask("CONFIG SET", "maxmemory", "1mb")
+            assert await minutes(8) == []
+            assert server.ask("PTTL", lease) == redis.LEASE_MISSING
+            server.ask("CONFIG SET", "maxmemory", "0")
+            assert await minutes(8) == []
+            assert await theirs.read(0, 1) == records(0, 1)
+            server.ask("PEXPIRE", lease, redis.LEASE_KEPT_MS - redis.LEASE_MS - 1)  # ten minutes later
+            assert len(await minutes(8)) == 1
+        await other.aclose()
+
+    trio.run(with_store(options(server, host_id="unleased"), run))
+
+
+def test_a_server_that_is_told_to_keep_nothing_any_more(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was fine when it was probed. What it has is read."""
+    monkeypatch.setattr(redis, "KEEPS_S", 0.0)
+
+    async def run(store: RedisStore) -> None:
+        async with space_of(store) as space:
+            await space.write(0, records(0, 1))
+            for name, wrong, right, why in (
+                ("appendfsync", "everysec", "always", "loses up to two seconds"),
+                ("maxmemory-policy", "allkeys-lru", "noeviction", "evicts keys"),
+            ):
+                server.ask("CONFIG SET", name, wrong)
+                try:
+                    with pytest.raises(StoreError, match=why):
+                        await space.write(0, records(0, 1, 1))
+                    assert await space.read(0, 1) == records(0, 1)
+                    await space.discard(1, 1)
+                finally:
+                    server.ask("CONFIG SET", name, right)
+            await space.write(0, records(0, 1, 2))
+            assert await space.read(0, 1) == records(0, 1, 2)
+
+    trio.run(with_store(options(server), run))
+
+
 def test_guests_of_other_hosts_and_namespaces_are_not_swept(server: Server) -> None:
     async def run(store: RedisStore) -> None:
         for other in ({"host_id": "neighbour"}, {"namespace": "elsewhere"}):

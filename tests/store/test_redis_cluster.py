@@ -17,7 +17,7 @@ from tests.store.servers import Cluster, Server, Watched, cluster_node, wait_for
 from tests.store.test_redis import NO_CONTEXT, made, options, refused, use_everything, with_store
 from tests.store.writers import Writer
 from tierd.attach.procfs import boot_id
-from tierd.store import PageStore
+from tierd.store import PageStore, StoreError
 from tierd.store.redis import RedisStore, make
 from tierd.testing import PAGE, PAGES, PageStoreContract, new_key, records, space_of
 
@@ -147,6 +147,8 @@ def test_a_late_write_to_where_a_slot_is_on_its_way_to(cluster: Cluster, monkeyp
         slot = key_slot(run_key.encode())
         source = next(server for server in cluster.servers if server.address == str(store.nodes.of(run_key)))
         target = next(server for server in cluster.servers if server is not source)
+        for address in store.nodes.all():
+            store.must_keep(address)  # as each was written a moment ago
         ids = {server: server.ask("CLUSTER MYID") for server in (source, target)}
         target.ask("CLUSTER SETSLOT", slot, "IMPORTING", ids[source])
         source.ask("CLUSTER SETSLOT", slot, "MIGRATING", ids[target])
@@ -196,6 +198,43 @@ def test_slots_that_move_in_mid_run() -> None:
 
     with Cluster(patient=True) as cluster:
         trio.run(with_store(of(cluster, addresses=cluster.addresses[2:], deadline_s=30), run))
+
+
+def test_a_node_that_comes_in_mid_run_and_keeps_nothing() -> None:
+    """With Redis's own defaults. Pages that an administrator moves there are read; no other is written there."""
+
+    async def run(store: RedisStore) -> None:
+        await store.probe()
+        async with space_of(store) as space:
+            await space.write(0, records(0, PAGES))
+            await trio.to_thread.run_sync(reshard)
+            refused = 0
+            for first in range(0, PAGES, 64):
+                try:
+                    await space.write(first, records(first, 64, 1))
+                except StoreError as error:
+                    assert f"{late.address} keeps nothing when it is restarted" in str(error)
+                    refused += 1
+                    assert await space.read(first, 64) == records(first, 64)
+            assert 0 < refused < PAGES // 64
+            late.ask("CONFIG SET", "appendonly", "yes")
+            await space.write(0, records(0, PAGES, 2))
+            assert await space.read(0, PAGES) == records(0, PAGES, 2)
+
+    def knows_all(server: Server) -> bool:
+        info = server.ask("CLUSTER INFO")
+        return info["cluster_state"] == "ok" and int(info["cluster_known_nodes"]) == 4
+
+    def reshard() -> None:
+        late.ask("CONFIG SET", "appendonly", "no")
+        cluster.cli("--cluster", "add-node", late.address, cluster.addresses[0])
+        wait_for(lambda: all(map(knows_all, (*cluster.servers, late))), cluster.log)
+        source, target = (server.ask("CLUSTER MYID").decode() for server in (cluster.servers[0], late))
+        where = ["--cluster-from", source, "--cluster-to", target, "--cluster-slots", "4000"]
+        cluster.cli("--cluster", "reshard", cluster.addresses[0], *where)
+
+    with Cluster(patient=True) as cluster, cluster_node() as late:
+        trio.run(with_store(of(cluster), run))
 
 
 def test_a_node_that_is_killed_in_mid_run_loses_nothing() -> None:

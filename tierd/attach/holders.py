@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from tierd.attach.procfs import comm_of, file_of, read_proc
 from tierd.systemd import Notifier
 
 HOLDER_SCAN_S = 1.0
+_BEFORE_FILE = rb"^[0-9a-f]+-[0-9a-f]+ \S{4} [0-9a-f]+ "  # a line of /proc/PID/maps up to its device
 PF_KTHREAD = 0x00200000  # in field 9 of /proc/PID/stat
 
 
@@ -58,16 +60,18 @@ def _scan_holders(wanted: set[tuple[int, int]]) -> tuple[dict[tuple[int, int], l
     found: dict[tuple[int, int], list[Holder]] = {}
     unseen = 0
     # the kernel prints device and inode of a mapping as text: look for the text, which is far quicker than parsing
-    texts = {f"{os.major(device):02x}:{os.minor(device):02x} {inode} ": (device, inode) for device, inode in wanted}
-    pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
+    texts = {b"%02x:%02x %d " % (os.major(device), os.minor(device), inode): (device, inode) for device, inode in wanted}
+    pattern = re.compile(b"|".join(map(re.escape, texts))) if texts else None
     for name in os.listdir("/proc"):
         if not name.isdecimal():
             continue
         pid = int(name)
         held: dict[tuple[int, int], str] = {}  # a process may hold the files of several guests
         try:
-            for text in set(pattern.findall(read_proc(f"/proc/{pid}/maps"))) if pattern else ():
-                held[texts[text]] = "maps it"
+            maps = Path(f"/proc/{pid}/maps").read_bytes()
+            for text in set(pattern.findall(maps)) if pattern else ():
+                if re.search(_BEFORE_FILE + re.escape(text), maps, re.M):  # or it is in a name that somebody chose
+                    held[texts[text]] = "maps it"
             for fd in os.listdir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(FileNotFoundError):
                     file = file_of(-1, f"/proc/{pid}/fd/{fd}")  # of FUSE, perhaps, and hanging

@@ -65,9 +65,10 @@ class Mapping:
 
 
 def read_proc(path: str | Path, default: str = "") -> str:
-    """A file of /proc or /sys; `default` where this kernel or process has none."""
+    """A file of /proc or /sys; `default` where this kernel or process has none. As the kernel wrote it: a carriage return in
+    a name that somebody chose ends no line (Path.read_text makes it one)."""
     try:
-        return Path(path).read_text(errors="replace")
+        return Path(path).read_bytes().decode(errors="replace")
     except (FileNotFoundError, ProcessLookupError, NotADirectoryError):
         return default
 
@@ -100,14 +101,13 @@ def parse_maps(text: str) -> list[Mapping]:
 
 
 def maps_of(pid: int) -> list[Mapping]:
-    return parse_maps(Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape"))
+    return parse_maps(Path(f"/proc/{pid}/maps").read_bytes().decode(errors="surrogateescape"))
 
 
 def start_ticks(pid: int) -> int | None:
     """Field 22 of /proc/PID/stat; None: no such process, or one that is only a zombie (not only its first thread is)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
+    text = read_proc(f"/proc/{pid}/stat")
+    if not text:
         return None
     fields = text.rpartition(")")[2].split()
     if fields[0] in ("Z", "X") and not _other_threads(pid):

@@ -100,8 +100,8 @@ def pick_thread(pid: int) -> int:
     tids = sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
     for tid in [pid, *tids]:
         with contextlib.suppress(OSError):  # a thread that ended meanwhile
-            comm = Path(f"/proc/{pid}/task/{tid}/comm").read_text().strip()
-            if not comm.startswith(("CPU ", "vcpu", "fc_vcpu")):
+            comm = Path(f"/proc/{pid}/task/{tid}/comm").read_bytes()
+            if not comm.startswith((b"CPU ", b"vcpu", b"fc_vcpu")):
                 return tid
     return pid
 

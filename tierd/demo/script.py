@@ -22,6 +22,7 @@ from typing import Any, Self
 
 import yaml
 
+from tierd.attach.procfs import read_proc
 from tierd.client import Client, Unreachable
 from tierd.demo.display import MIB, Display, Sample, choose, tiers_text
 from tierd.demo.guest import MEMORY_BYTES, SLOWNESS, Backing, DemoGuest, numbers
@@ -80,10 +81,10 @@ class Result:
 
 def filesystem(path: Path) -> str:
     """The type of the file system mounted at `path`; "" where none is."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, after = line.split(" - ")
-        if before.split()[4] == str(path):
-            return after.split()[0]
+    for line in read_proc("/proc/self/mountinfo").split("\n"):
+        before, _, after = line.partition(" - ")
+        if before and before.split(" ")[4] == str(path):
+            return after.split(" ")[0]
     return ""
 
 

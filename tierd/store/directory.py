@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import stat
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tierd.attach.procfs import read_proc
 from tierd.store import StoreError
 
 PREFIX = "guest-"
@@ -88,8 +90,13 @@ class DirectoryStore:
         """A new, empty file, open for reading and writing. StoreError."""
         path = self.path / f"{PREFIX}{key}{self.suffix}"
         try:
-            path.unlink(missing_ok=True)  # it can only be a leftover: pids and start times do not come back
+            _remove_leftover(path)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
+            _hold(fd, path)
+        except (BlockingIOError, FileExistsError) as error:
+            raise StoreError(
+                f"{path} is another tierd's, which serves this guest or is about to; two of them need a {self.setting}.path each"
+            ) from error
         except OSError as error:
             raise StoreError(f"{path} cannot be made: {error.strerror}; see the directory's owner and mode") from error
         return fd, path
@@ -117,6 +124,50 @@ class DirectoryStore:
             self._used, self._used_at = used, time.monotonic()
             return used
         return self._used
+
+
+def open_held(path: Path, flags: int) -> int:
+    """A guest's file, as open_ours does it; for as long as it is open, no other tierd takes it for a leftover."""
+    fd = open_ours(path, flags)
+    _hold(fd, path)
+    return fd
+
+
+def _hold(fd: int, path: Path) -> None:
+    """BlockingIOError: another tierd is removing it, or has. Closes it on any error."""
+    try:
+        if not _locked(fd, fcntl.LOCK_SH) or not is_at(fd, path):
+            raise BlockingIOError(errno.EWOULDBLOCK, "another tierd takes it for a leftover", str(path))
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _remove_leftover(path: Path) -> None:
+    """Of an earlier life: pids and start times do not come back. BlockingIOError: another tierd has it open, which has the same
+    directory, and found the same VMM."""
+    try:
+        fd = open_ours(path, os.O_RDWR)
+    except OSError:  # it is not there, or nobody's
+        path.unlink(missing_ok=True)
+        return
+    try:
+        if not _locked(fd, fcntl.LOCK_EX) or not is_at(fd, path):
+            raise BlockingIOError(errno.EWOULDBLOCK, "another tierd has it", str(path))
+        path.unlink()
+    finally:
+        os.close(fd)
+
+
+def _locked(fd: int, how: int) -> bool:
+    """True also where the file system has no locks: then two tierds are not told apart."""
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def is_at(fd: int, path: Path) -> bool:
@@ -196,8 +247,8 @@ def file_system_of(path: Path) -> str:
     device = os.stat(path).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     kind = ""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
-        if fields[2] == wanted:
+    for line in read_proc("/proc/self/mountinfo").split("\n"):  # the kernel escapes this and spaces, nothing else
+        fields = line.split(" ")
+        if len(fields) > 2 and fields[2] == wanted:
             kind = fields[fields.index("-") + 1]
     return kind

@@ -16,7 +16,7 @@ from typing import Literal
 
 from tierd.native import TierKind
 from tierd.store import StoreError
-from tierd.store.directory import DirectoryStore, GuestFile, file_system_of, open_ours, refuse_memory
+from tierd.store.directory import DirectoryStore, GuestFile, file_system_of, open_held, refuse_memory
 from tierd.store.keys import FileKey
 
 SEALED_PAGE_BYTES_MAX = 16 << 20  # of XTS in one unit, which a page is
@@ -145,11 +145,11 @@ def reopen(path: Path, pages: int, page_bytes: int, *, direct: bool, key: FileKe
     o_direct = os.O_DIRECT if direct else 0
     try:
         try:
-            fd = open_ours(path, os.O_RDWR | o_direct)
+            fd = open_held(path, os.O_RDWR | o_direct)
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise
-            fd = open_ours(path, os.O_RDONLY | o_direct)  # what is in there can still be read
+            fd = open_held(path, os.O_RDONLY | o_direct)  # what is in there can still be read
     except OSError as error:
         raise StoreError(f"{path} cannot be opened: {error.strerror}; nothing was touched") from error
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tierd.native import Codec, TierKind
 from tierd.store import StoreError
-from tierd.store.directory import DirectoryStore, GuestFile, file_system_of, open_ours
+from tierd.store.directory import DirectoryStore, GuestFile, file_system_of, open_held
 
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 RESERVE_BYTES = 16 << 20  # of the file system, where the page tables of guests to come are, too
@@ -71,6 +71,6 @@ class MemoryStore(DirectoryStore):
 def reopen(path: Path) -> PoolSpace:
     """The pool that a predecessor made. StoreError: it is not there."""
     try:
-        return PoolSpace(open_ours(path, os.O_RDWR), path, None)
+        return PoolSpace(open_held(path, os.O_RDWR), path, None)
     except OSError as error:
         raise StoreError(f"{path} cannot be opened: {error.strerror}; nothing was touched") from error

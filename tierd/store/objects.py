@@ -21,7 +21,6 @@ not queue behind an eviction.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import math
 import os
@@ -148,11 +147,14 @@ class ObjectStore:
 
     async def sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
         """What another boot left, once its lease has not changed for LEASE_S. Renews ours, however long that takes."""
+        renewed = await self._renew_lease()
+        if not renewed:  # nor can another boot, perhaps
+            self._leases = Stillness()
         swept: list[str] | OSError = []
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_renewing)
             try:
-                swept = await self._sweep(may_be_needed)
+                swept = await self._sweep(may_be_needed, others_too=renewed)
             except OSError as error:
                 swept = error
             nursery.cancel_scope.cancel()
@@ -160,10 +162,10 @@ class ObjectStore:
             raise swept
         return swept
 
-    async def _sweep(self, may_be_needed: Callable[[str], bool]) -> list[str]:
+    async def _sweep(self, may_be_needed: Callable[[str], bool], *, others_too: bool) -> list[str]:
         entries = await self.in_thread(self.bucket.entries, f"{self.host}/")
         others = [entry.path for entry in entries if entry.path.endswith("/") and entry.path != self.directory]
-        over = await self._over(others)
+        over = await self._over(others) if others_too else []
         found = await self.each(self.bucket.entries, [self.directory, *over])
         gone = []
         for path in [entry.path for paths in found for entry in paths]:
@@ -184,15 +186,18 @@ class ObjectStore:
 
     async def _keep_renewing(self) -> None:
         while True:
-            await self._renew_lease()
             await trio.sleep(LEASE_RENEW_S)
+            await self._renew_lease()
 
-    async def _renew_lease(self) -> None:
+    async def _renew_lease(self) -> bool:
         """Anything that is another one each time. What keeps it from being written is told where pages are."""
         put = partial(self.bucket.put, self.directory + LEASE, os.urandom(LEASE_BYTES))
-        with contextlib.suppress(OSError):
+        try:
             await trio.to_thread.run_sync(put, limiter=self._renewing)
-            self._renewed_at = trio.current_time()
+        except OSError:
+            return False
+        self._renewed_at = trio.current_time()
+        return True
 
     async def _over(self, directories: Sequence[str]) -> list[str]:
         """Those of boots whose lease stands still."""
@@ -204,7 +209,9 @@ class ObjectStore:
     def _lease(self, directory: str) -> bytes:
         try:
             return self.bucket.get(directory + LEASE, 0, LEASE_BYTES)
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EBADMSG):  # it is cut short: its host has lost power
+                raise
             return b""
 
     async def drop_partial(self, may_be_needed: Callable[[str], bool]) -> None:

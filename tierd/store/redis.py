@@ -39,7 +39,7 @@ from tierd.store.options import host_id, parse
 from tierd.store.redis_direct import Direct
 from tierd.store.redis_link import Address, Link, RedisOptions
 from tierd.store.redis_nodes import Command, Nodes, Run, Words, batches, batches_of_words, guarded, nodes_of
-from tierd.store.redis_probe import probe
+from tierd.store.redis_probe import must_keep, probe
 
 RUN_BYTES = 256 << 10
 PIECE_BYTES = 1 << 20  # of a long run: while the server takes one, the others are compressed and sealed
@@ -49,7 +49,9 @@ WRITERS_MAX = 4  # guests at once
 REPLICA_WAIT_SHARE = 0.8  # of timeout_s: WAIT answers before we give up on the connection
 # of a boot: when it was not renewed for so long, and was seen so for a while, any other of the same HOST sweeps what it left.
 # It is there for longer, because a full server renews a key and takes no new one.
+LEASE_MISSING = -2  # PTTL
 LEASE_MS, LEASE_KEPT_MS, LEASE_OVER_S = 600_000, 30 * 86_400_000, 3 * LEASE_RENEW_S
+KEEPS_S = 60.0  # a node that is written is asked so often whether it still keeps what it is given
 BACKOFF_S, BACKOFF_S_MAX = 0.05, 1.0
 
 T = TypeVar("T")
@@ -75,7 +77,7 @@ class RedisSpace:
         self._run_pages = max(RUN_BYTES // page_bytes, 1)
         self._name = store.writer_name(boot, key)
         self._link = Link(store.options, self._name, 1)
-        self._run = Run(store.nodes, self._link, partial(store.close_writers, name=self._name))
+        self._run = Run(store.nodes, self._link, partial(store.close_writers, name=self._name), store.must_keep)
         self._writing = trio.Lock()  # one connection, one group of calls at a time
         self._waiting: list[_Change] = []
         self._stored: int | None = None  # pages; None: not known, count them
@@ -243,6 +245,7 @@ class RedisStore:
         self._writers = trio.CapacityLimiter(WRITERS_MAX)
         self._renewed_at = float("-inf")  # the lease; monotonic
         self._leases = Stillness()  # of other boots
+        self._keeps: dict[Address, float] = {}  # when each node was seen to keep what is written; monotonic
 
     async def open(self, key: str, pages: int, page_bytes: int) -> RedisSpace:
         space = RedisSpace(self, self._boot, key, pages, page_bytes)
@@ -294,8 +297,14 @@ class RedisStore:
         return swept
 
     async def _over(self, boots: Sequence[str]) -> list[str]:
-        """Those whose lease is. The server says how long ago it was renewed, but one that was away says that of everybody's."""
+        """Those whose lease is. The server says how long ago it was renewed, but one that was away says that of everybody's. One
+        that is not there (a failover lost it, or a full server did not take it) is made: it can be renewed on a full server,
+        too, by a boot that lives, and is over ten minutes later if there is none."""
         left = await self.read([Command("PTTL", self._lease_key + boot) for boot in boots]) if boots else []
+        for at, boot in enumerate(boots):
+            if left[at] == LEASE_MISSING:
+                left[at] = LEASE_KEPT_MS
+                await self.blocking(partial(self._make_lease, boot))
         now = time.monotonic()
         old = {boot: left_ms < LEASE_KEPT_MS - LEASE_MS for boot, left_ms in zip(boots, left, strict=True)}
         stood = {boot: self._leases.seconds(boot, old[boot], now) for boot in boots}
@@ -365,6 +374,13 @@ class RedisStore:
             if client["name"] == name:
                 self._link.call(address, "CLIENT KILL", "ID", client["id"])
 
+    def must_keep(self, address: Address) -> None:
+        """A replica that has taken over, and a node that slots were moved to, were not there when the store was probed. Blocks;
+        OSError, StoreError: nothing is to be written there."""
+        if time.monotonic() - self._keeps.get(address, float("-inf")) > KEEPS_S:
+            must_keep(self.options, address, self._link)
+            self._keeps[address] = time.monotonic()
+
     def renew_lease(self) -> None:
         """Before the first write, and now and then; the sweep renews it where nobody writes. Blocks. What goes wrong must not
         stop a write to another node."""
@@ -375,13 +391,16 @@ class RedisStore:
     def _take_lease(self) -> None:
         """This boot lives. A full server cannot take a new one. Blocks; OSError, StoreError."""
         self._renewed_at = time.monotonic()
-        ours = self._lease_key + self._boot
-        if self._run([Command("PEXPIRE", ours, (LEASE_KEPT_MS,))]) == [0]:
-            try:
-                self._run([Command("SET", ours, (b"", "PX", LEASE_KEPT_MS))])
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
+        if self._run([Command("PEXPIRE", self._lease_key + self._boot, (LEASE_KEPT_MS,))]) == [0]:
+            self._make_lease(self._boot)
+
+    def _make_lease(self, boot: str) -> None:
+        """Unless the server is full, or it is there by now. Blocks; OSError, StoreError."""
+        try:
+            self._run([Command("SET", self._lease_key + boot, (b"", "PX", LEASE_KEPT_MS, "NX"))])
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
 
 
 def confirmation(options: RedisOptions) -> Words:

@@ -197,9 +197,16 @@ class Run:
     A node where a connection failed with commands on it may carry them out later: before anything else is sent there, whoever
     sends it, `make_sure` is called. Blocks; OSError, StoreError: it is not sure yet."""
 
-    def __init__(self, nodes: Nodes, link: Link, make_sure: Callable[[Address], None] | None = None) -> None:
+    def __init__(
+        self,
+        nodes: Nodes,
+        link: Link,
+        make_sure: Callable[[Address], None] | None = None,
+        must_keep: Callable[[Address], None] | None = None,
+    ) -> None:
+        """`must_keep` is called before pages are written to a node, and raises OSError or StoreError if they must not be."""
         self._nodes, self._link = nodes, link
-        self._make_sure = make_sure
+        self._make_sure, self._must_keep = make_sure, must_keep
         self._doubtful: set[Address] = set()
 
     def __call__(self, commands: Sequence[Command], confirm: Words = (), *, together: bool = False) -> list[Any]:
@@ -222,6 +229,8 @@ class Run:
         self, address: Address, commands: Sequence[Command], confirm: Words, *, asking: bool = False
     ) -> list[Any]:
         """Answers of the commands; those that are errors are in there. What was done is confirmed."""
+        if self._must_keep is not None and any(command.verb == "HSET" for command in commands):
+            self._must_keep(address)
         if address in self._doubtful and self._make_sure is not None:
             self._make_sure(address)
             self._doubtful.discard(address)

@@ -33,11 +33,21 @@ def probe(options: RedisOptions, nodes: Nodes, link: Link, scratch_key: str, con
 
 def _ask(options: RedisOptions, address: Address, link: Link) -> None:
     info = link.call(address, "INFO")
-    for trouble in (_server, _policy, _persistence, _replicas):
+    for trouble in (_server, _replicas):
         if text := trouble(options, info):
             raise StoreError(f"{address} {text}")
     if options.mode == "cluster":
         _cluster(link.call(address, "CLUSTER INFO"), address)
+    must_keep(options, address, link)
+
+
+def must_keep(options: RedisOptions, address: Address, link: Link) -> None:
+    """OSError, StoreError: what is written to that node may be lost there. Whatever else is wrong with it, or with others, a
+    write itself finds out."""
+    info = link.call(address, "INFO")
+    for trouble in (_policy, _persistence):
+        if text := trouble(options, info):
+            raise StoreError(f"{address} {text}")
     if options.fsync:
         _fsync(address, link)
     elif not (options.replicas or options.allow_volatile):
