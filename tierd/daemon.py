@@ -396,10 +396,10 @@ class Daemon:
                 self.host.at_manager.add(key)
 
     async def _adopt(self, path: Path) -> None:
+        self._running.add(key := path.name.removesuffix(SUFFIX))  # nobody attaches its VMM meanwhile
         try:
             guest = await in_thread(self._guest_of_state, path)
         except Stale as stale:
-            self._running.add(key := path.name.removesuffix(SUFFIX))
             swept = trio.Event()
             self._nursery.start_soon(self._sweep_at_start, key, stale, swept)
             with trio.move_on_after(ADOPT_S_MAX):
@@ -409,10 +409,10 @@ class Daemon:
             if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
                 self._nursery.start_soon(self._adopt_later, path, error)
             else:
+                self._running.discard(key)
                 log.error("state_refused", path=str(path), error=str(error))
             return
-        if guest.key in self._running:  # its VMM has come by itself meanwhile
-            return
+        self._running.discard(key)
         self._begin(guest)
         self._nursery.start_soon(self._run_guest, guest)
         with trio.move_on_after(ADOPT_S_MAX):  # one whose store or predecessor hangs does not hold up the others
@@ -421,7 +421,7 @@ class Daemon:
     async def _adopt_later(self, path: Path, error: OSError) -> None:
         self._not_done(f"adopting the guest of {path}", error)
         await trio.sleep(READOPT_S_MAX)
-        if path.exists() and not self._stopping:
+        if not self._stopping:
             await self._adopt(path)
 
     async def _sweep_at_start(self, key: str, stale: Stale, swept: trio.Event) -> None:
@@ -467,6 +467,9 @@ class Daemon:
     async def _pick_up(self, pid: int, name: str, cmdline: str) -> None:
         try:
             await self._attach_in_time(pid, name, cmdline)
+        except OSError as error:
+            self._not_done(f"attaching process {pid}", error)
+            self._discovery.forget()
         except Exception:  # a process may be made to mislead; a daemon that serves others goes on
             log.exception("attach_failed", guest=name, pid=pid, action="it is left alone until the next reload or start")
         finally:
@@ -749,11 +752,11 @@ class Daemon:
             event.set()
 
     async def reload(self) -> Sequence[str]:
-        """Read the configuration again: whole, or ConfigErrors and nothing."""
+        """Read the configuration again: whole, or ConfigErrors and nothing. OSError, and nothing: of the machine."""
         try:
             async with self._reloading:  # SIGHUP and the API: a store that is new must be made once
                 told = await self._reload()
-        except ConfigErrors:
+        except (ConfigErrors, OSError):
             self._reload_failed = True
             raise
         self._reload_failed = False

@@ -460,7 +460,7 @@ class Guest:
 
     def _recheck(self) -> None:
         """What may have changed since preflight: another mapper, a pin, swap, other regions. Refused says which."""
-        recheck(self.spec, self.policy, self._host.holders)
+        recheck(self.spec, self.policy, self._host.holders, self._served.engine if self._served else None)
         if self._served is not None:
             self._served.adapt(swap_can_receive(self.spec.pid))
             self._tell_grown()

@@ -214,7 +214,8 @@ class Served:
     def vmm_holds_uffd(self) -> bool:
         """Whether the VMM's own copy of the userfaultfd is still open. Without it our death is the end of the context, and
         then evicted pages read as zeros."""
-        return _is_userfaultfd(self.spec.pid, self.uffd_in_vmm)
+        pid, fd = self.spec.pid, self.uffd_in_vmm
+        return _is_userfaultfd(pid, fd) and _same_file(pid, fd, self.uffd)
 
     def give_uffd_back(self) -> None:
         """Put a copy into the VMM again. OSError: it cannot be entered now. Worker."""
@@ -912,6 +913,14 @@ def _is_userfaultfd(pid: int, fd: int) -> bool:
         return False
 
 
+def _same_file(pid: int, fd: int, ours: int) -> bool:
+    """Not another userfaultfd, that the VMM has made since and that has the number now: each has its inode (since Linux 5.12)."""
+    try:
+        return os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), os.fstat(ours))
+    except FileNotFoundError:
+        return False
+
+
 def holders_of(regions: Sequence[Region]) -> bool:
     """Whether any process but us has one of these files."""
     files = {(region.device, region.inode) for region in regions if not region.anonymous}
@@ -935,7 +944,8 @@ def _another_userfaultfd(spec: GuestSpec) -> StateError:
 
 
 def _userfaultfd_again(served: Served, identity: Identity, kept_uffd: int | None, handed: Handed | None) -> int:
-    if handed is None and _is_userfaultfd(identity.pid, served.uffd_in_vmm):
+    in_vmm = handed is None and _is_userfaultfd(identity.pid, served.uffd_in_vmm)
+    if in_vmm and (kept_uffd is None or _same_file(identity.pid, served.uffd_in_vmm, kept_uffd)):
         return pidfd_getfd(served.pidfd, served.uffd_in_vmm)
     if handed is None and kept_uffd is not None:
         return fcntl.fcntl(kept_uffd, fcntl.F_DUPFD_CLOEXEC, 0)

@@ -461,8 +461,11 @@ def test_a_page_table_that_cannot_be_read_now_is_read_later(monkeypatch: pytest.
         async with trio.open_nursery() as under_test._nursery:
             for path in paths:
                 await under_test._adopt(path)
+            assert under_test._running == {"2-2"}, "nobody attaches it meanwhile"
             with trio.fail_after(20):
                 await adopted.wait()
+
+        assert not under_test._running
 
     trio.run(run)
     assert tried == ["1-1.state", *["2-2.state"] * 3]

@@ -267,6 +267,8 @@ def test_a_host_that_makes_large_folios_of_one_size(start_vmm: Start) -> None:
         found = refused(vmm.spec())
         assert found.check == "large-folios"
         assert f"{path} is always" in found.evidence
+        with pytest.raises(Refused, match="always"):
+            recheck(vmm.spec(), SAFE, HolderScan(), choose("stock"))
     with large_shmem("inherit", path):
         accepted(vmm.spec())  # of the setting for all sizes, which is never
         with large_shmem("advise"):
@@ -372,6 +374,18 @@ def test_by_their_traces(start_vmm: Start, monkeypatch: pytest.MonkeyPatch) -> N
     with monkeypatch.context() as patch:
         patch.setattr(checks.os, "readlink", with_vfio)
         assert refused(spec).check == "vfio"
+        with pytest.raises(Refused, match="/dev/vfio/12"):  # plugged in later
+            recheck(spec, SAFE, HolderScan())
+    for words in (
+        ("qemu-system-x86_64", "-object", "sev-guest,id=sev0,cbitpos=51"),
+        ("qemu-system-x86_64", "-machine", "q35,confidential-guest-support=lsec0"),
+        ("cloud-hypervisor", "--platform", "num_pci_segments=1,sev_snp=on"),
+    ):
+        found = refused(replace(spec, cmdline=words))
+        assert (found.check, words[2] in found.evidence) == ("confidential", True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "_readlink", lambda path: "/dev/sev")
+        assert refused(spec).check == "confidential"
     text = checks.read_proc
 
     def nested_on(path: str | Path, default: str = "") -> str:
@@ -390,7 +404,7 @@ def test_every_check_is_provoked_here() -> None:
     """A new check needs a new test."""
     tested = {
         *("alive", "tracer", "seccomp", "backing", "private_mapping", "second_mapping", "other_holders", "vhost_user"),
-        *("vfio", "pins", "mlocked", "large_folios", "registered", "memory_cgroup", "nested"),
+        *("confidential", "vfio", "pins", "mlocked", "large_folios", "registered", "memory_cgroup", "nested"),
     }
     assert {check.__name__ for check in CHECKS} == tested
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.kernel.vmm import MIB, PAGE, SLOWNESS, Host, Vmm, need_anonymous, userfaultfds, vm_flags, wait_for
+from tests.need import need
 from tierd import cycle
 from tierd.attach import Refused
 from tierd.native import KernelError, Zap
@@ -301,3 +303,29 @@ def test_a_real_vcpu(vcpu_binary: Path, host: Host, arguments: tuple[str, ...], 
         vmm.ask("stop")
         vmm.verify()
         assert not userfaultfds(vmm.pid)
+
+
+def pinned_threads() -> list[int]:
+    """Of ours: those that may run on one CPU only."""
+    return [tid for tid in map(int, os.listdir("/proc/self/task")) if len(os.sched_getaffinity(tid)) == 1]
+
+
+def test_a_real_time_vcpu_is_not_followed(start_vmm: Start, host: Host) -> None:
+    """It may poll: a fault thread on its CPU would get no time, and no other vCPU of that guest its pages."""
+    need("kernel", len(os.sched_getaffinity(0)) > 1, "one CPU")
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm, readahead_pages=1) as tiered:
+        tiered.evict_all()
+        os.sched_setaffinity(vmm.pid, {max(os.sched_getaffinity(0))})
+        vmm.ask("verify", 0, 100)
+        assert len(pinned_threads()) == 1, "others are followed"
+        try:
+            os.sched_setscheduler(vmm.pid, os.SCHED_FIFO, os.sched_param(1))
+        except PermissionError as error:
+            need("kernel", False, f"no real-time scheduling: {error}")
+        vmm.ask("verify", 100, 200)
+        assert not pinned_threads()
+        os.sched_setscheduler(vmm.pid, os.SCHED_OTHER, os.sched_param(0))
+        tiered.leave()
+    vmm.verify()

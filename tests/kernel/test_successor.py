@@ -22,8 +22,9 @@ from tests.kernel.vmm import MIB, PAGE, Host, Tiered, Vmm, userfaultfds, wait_fo
 from tests.need import need
 from tierd.attach import Refused
 from tierd.attach.procfs import maps_of, still_mapped
-from tierd.attach.ptrace import close_in_vmm
+from tierd.attach.ptrace import NUMBER, close_in_vmm, pick_thread
 from tierd.native import STATES, Zap, probe
+from tierd.native.inject import inject
 from tierd.serve import Served, Stale, StateError, read_state
 
 Start = Callable[..., Vmm]
@@ -41,6 +42,24 @@ def closed_in_vmm(vmm: Vmm, tiered: Tiered) -> None:
     assert tiered.served.vmm_holds_uffd()
     close_in_vmm(vmm.pid, tiered.served.uffd_in_vmm)
     assert not tiered.served.vmm_holds_uffd()
+
+
+def test_another_userfaultfd_by_the_number_of_ours(start_vmm: Start, host: Host) -> None:
+    """The VMM closes our copy and makes one for itself: that one keeps no stored page from reading as zeros when we die."""
+    vmm = start_vmm(f"bytes={4 * MIB}")
+    vmm.ask("fill")
+    with host.attached(vmm) as tiered:
+        tiered.evict_all()
+        ours = tiered.served.uffd_in_vmm
+        closed_in_vmm(vmm, tiered)
+        assert inject(pick_thread(vmm.pid), "userfaultfd", NUMBER["userfaultfd"], os.O_CLOEXEC).result == ours
+        assert not tiered.served.vmm_holds_uffd()
+        tiered.served.give_uffd_back()
+        assert tiered.served.vmm_holds_uffd()
+        close_in_vmm(vmm.pid, ours)
+    with host.adopted(vmm) as tiered:
+        vmm.verify()
+        tiered.leave()
 
 
 def test_a_vmm_that_closed_its_copy_gets_it_back(start_vmm: Start, host: Host) -> None:

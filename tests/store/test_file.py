@@ -130,6 +130,26 @@ def test_two_tierds_with_one_directory(disk: Path) -> None:
     again.close()
 
 
+def test_no_descriptor_is_left_at_an_attach(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the other tierd's file is taken for a leftover then, nor is one of ours left locked."""
+    store = FileStore(disk / "store", None, "off")
+
+    def none(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tierd.store.file.file_system_of", none)
+        with pytest.raises(StoreError, match="Too many open files"):
+            store.create(KEY, 64, PAGE)
+    space = store.create(KEY, 64, PAGE)
+    with monkeypatch.context() as patch:
+        patch.setattr("tierd.store.directory.open_ours", none)
+        with pytest.raises(StoreError, match="Too many open files"):
+            store.create(KEY, 64, PAGE)
+    assert space.missing() is None
+    space.close()
+
+
 IN_A_NAMESPACE = """
 import os, subprocess, sys
 from pathlib import Path

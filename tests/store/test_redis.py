@@ -618,8 +618,8 @@ def test_a_server_that_was_away_or_is_full_is_nobodys_end(server: Server, monkey
 
 
 def test_a_boot_that_a_full_server_took_no_lease_of(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has pages since there was room for a moment, and lives: nobody sweeps it; as little when there is room again. Were
-    it dead, it would be over ten minutes later."""
+    """A failover has lost it, and the server is full. Whoever lives is not swept; as little when there is room again. Were it
+    dead, it would be over ten minutes later."""
 
     async def run(store: RedisStore) -> None:
         other, lease = RedisStore(store.options, "the-copy"), "tierd:{unleased}:lease:thecopy"
@@ -634,11 +634,12 @@ def test_a_boot_that_a_full_server_took_no_lease_of(server: Server, monkeypatch:
         now = [1e6]
         monkeypatch.setattr(redis.time, "monotonic", lambda: now[0])
         server.ask("CONFIG SET", "maxmemory", "1mb")
-        assert await other.sweep(lambda key: True) == []
+        with pytest.raises(OSError, match="is full"):
+            await other.open(new_key(), PAGES, PAGE)
         server.ask("CONFIG SET", "maxmemory", "0")
         async with space_of(other) as theirs:
             await theirs.write(0, records(0, 1))
-            assert server.ask("PTTL", lease) == redis.LEASE_MISSING
+            assert server.ask("DEL", lease) == 1
             server.ask("CONFIG SET", "maxmemory", "1mb")
             assert await minutes(8) == []
             assert server.ask("PTTL", lease) == redis.LEASE_MISSING
@@ -675,6 +676,27 @@ def test_a_server_that_is_told_to_keep_nothing_any_more(server: Server, monkeypa
             assert await space.read(0, 1) == records(0, 1, 2)
 
     trio.run(with_store(options(server), run))
+
+
+def test_a_server_that_is_a_replica_by_now_says_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a planned failover. Whatever it keeps is of no interest then: the write goes to another server."""
+    monkeypatch.setattr(redis, "KEEPS_S", 0.0)
+
+    async def run(store: RedisStore) -> None:
+        space = await store.open(new_key(), PAGES, PAGE)
+        await space.write(0, records(0, 1))
+        server.ask("REPLICAOF", "127.0.0.1", other.port)
+        server.ask("CONFIG SET", "appendfsync", "everysec")
+        with pytest.raises(OSError, match="is a replica now"):
+            await space.write(0, records(0, 1, 1))
+        server.ask("REPLICAOF", "NO", "ONE")
+        server.ask("CONFIG SET", "appendfsync", "always")
+        await space.write(0, records(0, 1, 2))
+        assert await space.read(0, 1) == records(0, 1, 2)
+        await space.aclose()
+
+    with Server() as server, Server() as other:
+        trio.run(with_store(options(server), run))
 
 
 def test_guests_of_other_hosts_and_namespaces_are_not_swept(server: Server) -> None:

@@ -57,7 +57,7 @@ class Subject:
     holders: HolderScan
     maps: list[Mapping] = field(default_factory=list)
     smaps: str = ""
-    engine: Engine | None = None  # None: in every cycle, where no check asks for it
+    engine: Engine | None = None  # None: it is not known, and may take the least
 
     @property
     def on_hugetlbfs(self) -> bool:
@@ -164,7 +164,23 @@ def vhost_user(s: Subject) -> None:
                 )
 
 
+def confidential(s: Subject) -> None:
+    """SEV and its like: what is read of a page is encrypted for where it lies, and the guest could not read it anywhere else."""
+    flags = [value for flag in ("object", "machine", "M", "platform") for value in option_values(s.spec.cmdline, flag)]
+    for said in [*flags, *(_readlink(f"/proc/{s.spec.pid}/fd/{fd}") for fd in _fds(s.spec.pid))]:
+        if re.search(
+            r"^(sev|sev-snp|tdx)-guest\b|confidential-guest-support=|memory-encryption=|(sev_snp|tdx)=on|^/dev/sev$", said
+        ):
+            raise Refused(
+                "confidential",
+                "the guest's memory is encrypted by the CPU, with a key that the host has not got",
+                f"pid {s.spec.pid}: {said}",
+                "leave it out: enabled: false for its name",
+            )
+
+
 def vfio(s: Subject) -> None:
+    """Its pins are counted as locked memory (type 1), not as pinned; and it may be plugged in later."""
     for name in os.listdir(f"/proc/{s.spec.pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
             target = os.readlink(f"/proc/{s.spec.pid}/fd/{name}")
@@ -200,9 +216,29 @@ def mlocked(s: Subject) -> None:
 
 
 def large_folios(s: Subject) -> None:
+    """Those that are there, and those that may come."""
+    if _takes_large_folios(s):
+        return
+    large_folios_allowed(s)
+    for key in ("ShmemPmdMapped", "FilePmdMapped"):
+        for match in re.finditer(rf"^{key}:\s+(\d+) kB", s.smaps, re.M):
+            if int(match[1]):
+                raise Refused(
+                    "large-folios",
+                    "the guest's memory holds large folios, made before they were switched off",
+                    f"pid {s.spec.pid}: {key} {match[1]} kB",
+                    "restart the VM",
+                )
+
+
+def _takes_large_folios(s: Subject) -> bool:
+    return bool(s.engine and s.engine.holds_reads) or s.on_hugetlbfs or s.spec.anonymous
+
+
+def large_folios_allowed(s: Subject) -> None:
     """A punch inside a shmem large folio with another reference leaves zeros, until their bytes are written back: the guest
-    must wait meanwhile, readers too."""
-    if (s.engine and s.engine.holds_reads) or s.on_hugetlbfs or s.spec.anonymous:
+    must wait meanwhile, readers too. An administrator may allow them at any time."""
+    if _takes_large_folios(s):
         return
     base = Path("/sys/kernel/mm/transparent_hugepage")
     for path in [base / "shmem_enabled", *sorted(base.glob("hugepages-*/shmem_enabled"))]:
@@ -220,15 +256,6 @@ def large_folios(s: Subject) -> None:
             f"{path} is {chosen[1]}",
             f"echo never > {base}/shmem_enabled (and each hugepages-*/shmem_enabled), then restart the VM",
         )
-    for key in ("ShmemPmdMapped", "FilePmdMapped"):
-        for match in re.finditer(rf"^{key}:\s+(\d+) kB", s.smaps, re.M):
-            if int(match[1]):
-                raise Refused(
-                    "large-folios",
-                    "the guest's memory holds large folios, made before they were switched off",
-                    f"pid {s.spec.pid}: {key} {match[1]} kB",
-                    "restart the VM",
-                )
     _tmpfs_huge(s)
 
 
@@ -446,6 +473,7 @@ CHECKS: tuple[Check, ...] = (
     second_mapping,
     other_holders,
     vhost_user,
+    confidential,
     vfio,
     pins,
     mlocked,
@@ -456,7 +484,16 @@ CHECKS: tuple[Check, ...] = (
 )
 # about calls that are made inside the VMM
 CHECKS_OF_ENTERING: tuple[Check, ...] = (tracer, seccomp)
-CHECKS_EVERY_CYCLE: tuple[Check, ...] = (alive, regions_unchanged, private_mapping, second_mapping, other_holders, pins)
+CHECKS_EVERY_CYCLE: tuple[Check, ...] = (
+    alive,
+    regions_unchanged,
+    private_mapping,
+    second_mapping,
+    other_holders,
+    vfio,
+    pins,
+    large_folios_allowed,
+)
 
 
 def _subject(spec: GuestSpec, policy: Policy, holders: HolderScan, engine: Engine | None) -> Subject:
@@ -489,11 +526,12 @@ def findings(spec: GuestSpec, policy: Policy, holders: HolderScan, engine: Engin
     return result
 
 
-def recheck(spec: GuestSpec, policy: Policy, holders: HolderScan) -> None:
-    """What may have changed since: before every cycle. Refused, or ProcessLookupError when the VMM is gone."""
+def recheck(spec: GuestSpec, policy: Policy, holders: HolderScan, engine: Engine | None = None) -> None:
+    """What may have changed since: before every cycle. `engine`: that serves it, None for one that takes the least. Refused, or
+    ProcessLookupError when the VMM is gone."""
     if start_ticks(spec.pid) != spec.start_ticks:
         raise ProcessLookupError(3, f"process {spec.pid} is gone")
-    subject = _subject(spec, policy, holders, None)
+    subject = Subject(spec, policy, holders, maps_of(spec.pid), engine=engine)
     for check in CHECKS_EVERY_CYCLE:
         check(subject)
 

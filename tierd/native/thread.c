@@ -49,6 +49,15 @@ static void cpu_relax(void)
 #endif
 }
 
+/* Whether we get time beside it on its CPU: not beside a real-time vCPU that polls, and then the others would wait for us. */
+static bool gives_way(pid_t tid)
+{
+	int policy = sched_getscheduler(tid);
+
+	return policy >= 0 && (policy & ~SCHED_RESET_ON_FORK) != SCHED_FIFO &&
+	       (policy & ~SCHED_RESET_ON_FORK) != SCHED_RR;
+}
+
 /* Looks whether the faulting thread is pinned, and goes where it is. A tid of another pid namespace names some other thread
  * or none: then we are placed badly, never wrong. */
 static void follow(struct tierd_thread *t, uint32_t tid)
@@ -58,7 +67,7 @@ static void follow(struct tierd_thread *t, uint32_t tid)
 
 	if (!t->g->follow || (t->since_follow++ % FOLLOW_EVERY))
 		return;
-	if (tid && !sched_getaffinity((pid_t)tid, sizeof(set), &set) && CPU_COUNT(&set) == 1)
+	if (tid && !sched_getaffinity((pid_t)tid, sizeof(set), &set) && CPU_COUNT(&set) == 1 && gives_way((pid_t)tid))
 		for (cpu = 0; !CPU_ISSET(cpu, &set); cpu++)
 			;
 	if (cpu == t->cpu)

@@ -23,6 +23,11 @@ USED_CACHE_S = 1.0
 MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "hugetlbfs", "devtmpfs"})
 
 
+# where a thread that is killed in a read or write is gone only when the I/O is: on others (FUSE, NFS) a request that the
+# kernel has given up may still land
+LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "jfs", "nilfs2"})
+
+
 class GuestFile:
     """One guest's file: what all of store.Space's have in common."""
 
@@ -136,7 +141,7 @@ def open_held(path: Path, flags: int) -> int:
 def _hold(fd: int, path: Path) -> None:
     """BlockingIOError: another tierd is removing it, or has. Closes it on any error."""
     try:
-        if not _locked(fd, fcntl.LOCK_SH) or not is_at(fd, path):
+        if not _locked(fd, fcntl.LOCK_SH, path) or not is_at(fd, path):
             raise BlockingIOError(errno.EWOULDBLOCK, "another tierd takes it for a leftover", str(path))
     except BaseException:
         os.close(fd)
@@ -145,28 +150,31 @@ def _hold(fd: int, path: Path) -> None:
 
 def _remove_leftover(path: Path) -> None:
     """Of an earlier life: pids and start times do not come back. BlockingIOError: another tierd has it open, which has the same
-    directory, and found the same VMM."""
+    directory, and found the same VMM. OSError: who has it is not known."""
     try:
         fd = open_ours(path, os.O_RDWR)
-    except OSError:  # it is not there, or nobody's
+    except FileNotFoundError:
+        return
+    except PermissionError:  # not one that a tierd makes
         path.unlink(missing_ok=True)
         return
     try:
-        if not _locked(fd, fcntl.LOCK_EX) or not is_at(fd, path):
+        if not _locked(fd, fcntl.LOCK_EX, path) or not is_at(fd, path):
             raise BlockingIOError(errno.EWOULDBLOCK, "another tierd has it", str(path))
         path.unlink()
     finally:
         os.close(fd)
 
 
-def _locked(fd: int, how: int) -> bool:
-    """True also where the file system has no locks: then two tierds are not told apart."""
+def _locked(fd: int, how: int, path: Path) -> bool:
+    """True also where it is not locked, and two tierds are not told apart: on a network, where a lock that is lost in an outage
+    (NFS) ends all reads of the file."""
+    if file_system_of(path.parent) not in LOCAL_FILE_SYSTEMS | {"tmpfs", "overlay"}:
+        return True
     try:
         fcntl.flock(fd, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:
-        return True
     return True
 
 

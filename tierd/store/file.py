@@ -16,14 +16,18 @@ from typing import Literal
 
 from tierd.native import TierKind
 from tierd.store import StoreError
-from tierd.store.directory import DirectoryStore, GuestFile, file_system_of, open_held, refuse_memory
+from tierd.store.directory import (
+    LOCAL_FILE_SYSTEMS,
+    DirectoryStore,
+    GuestFile,
+    file_system_of,
+    open_held,
+    refuse_memory,
+)
 from tierd.store.keys import FileKey
 
 SEALED_PAGE_BYTES_MAX = 16 << 20  # of XTS in one unit, which a page is
 RESERVE_BYTES = 256 << 20  # of the file system, for others; and so that a full disk is our decision, not an error
-# where a thread that is killed in a read or write is gone only when the I/O is: on others (FUSE, NFS) a request that the
-# kernel has given up may still land
-LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "jfs", "nilfs2"})
 
 
 class FileSpace(GuestFile):
@@ -125,6 +129,7 @@ class FileStore(DirectoryStore):
         try:
             os.ftruncate(fd, pages * page_bytes)
             file_key = FileKey.create(self.keys_dir, self.name, key) if self.keys_dir else None
+            return FileSpace(fd, path, self.direct, file_key)
         except (OSError, StoreError) as error:
             os.close(fd)
             path.unlink(missing_ok=True)
@@ -133,7 +138,6 @@ class FileStore(DirectoryStore):
             raise StoreError(
                 f"{path} cannot be sized: {error.strerror}; does the file system take sparse files?"
             ) from error
-        return FileSpace(fd, path, self.direct, file_key)
 
     def reserve_bytes(self, size: int) -> int:
         return RESERVE_BYTES
@@ -158,7 +162,7 @@ def reopen(path: Path, pages: int, page_bytes: int, *, direct: bool, key: FileKe
             raise StoreError(
                 f"{path} has {info.st_size} bytes, {pages * page_bytes} were expected; nothing was touched"
             )
+        return FileSpace(fd, path, direct, key)
     except BaseException:
         os.close(fd)
         raise
-    return FileSpace(fd, path, direct, key)

@@ -25,7 +25,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -136,6 +136,7 @@ class RedisSpace:
         async with self._writing:
             (found,) = await self._settled([look])
             if found is None:
+                await self._store.blocking(self._store.must_have_lease)
                 enter = Command("HSETNX", self._store.spaces_key, (entry, size))
                 _, found = await self._settled([enter, look])
         if found.decode() != size:
@@ -220,7 +221,7 @@ class RedisSpace:
         self._store.renew_lease()
         try:
             return self._run(commands, confirm, together=together)
-        except OSError:
+        except (OSError, StoreError):
             self._store.look_again()
             raise
 
@@ -298,13 +299,13 @@ class RedisStore:
 
     async def _over(self, boots: Sequence[str]) -> list[str]:
         """Those whose lease is. The server says how long ago it was renewed, but one that was away says that of everybody's. One
-        that is not there (a failover lost it, or a full server did not take it) is made: it can be renewed on a full server,
-        too, by a boot that lives, and is over ten minutes later if there is none."""
+        that is not there (a failover lost it, and the server is full) is made: it can be renewed on a full server, too, by a boot
+        that lives, and is over ten minutes later if there is none. As long as there is no room for it, nobody is over."""
         left = await self.read([Command("PTTL", self._lease_key + boot) for boot in boots]) if boots else []
         for at, boot in enumerate(boots):
             if left[at] == LEASE_MISSING:
                 left[at] = LEASE_KEPT_MS
-                await self.blocking(partial(self._make_lease, boot))
+                await self.blocking(partial(self._make_lease_if_room, boot))
         now = time.monotonic()
         old = {boot: left_ms < LEASE_KEPT_MS - LEASE_MS for boot, left_ms in zip(boots, left, strict=True)}
         stood = {boot: self._leases.seconds(boot, old[boot], now) for boot in boots}
@@ -391,16 +392,30 @@ class RedisStore:
     def _take_lease(self) -> None:
         """This boot lives. A full server cannot take a new one. Blocks; OSError, StoreError."""
         self._renewed_at = time.monotonic()
+        with _unless_full():
+            self.must_have_lease()
+
+    def must_have_lease(self) -> None:
+        """Before a guest's first page: without one, another machine of this host_id could take the guest for gone. Blocks;
+        OSError, StoreError."""
         if self._run([Command("PEXPIRE", self._lease_key + self._boot, (LEASE_KEPT_MS,))]) == [0]:
             self._make_lease(self._boot)
 
     def _make_lease(self, boot: str) -> None:
-        """Unless the server is full, or it is there by now. Blocks; OSError, StoreError."""
-        try:
-            self._run([Command("SET", self._lease_key + boot, (b"", "PX", LEASE_KEPT_MS, "NX"))])
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
+        self._run([Command("SET", self._lease_key + boot, (b"", "PX", LEASE_KEPT_MS, "NX"))])
+
+    def _make_lease_if_room(self, boot: str) -> None:
+        with _unless_full():
+            self._make_lease(boot)
+
+
+@contextlib.contextmanager
+def _unless_full() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
 
 
 def confirmation(options: RedisOptions) -> Words:

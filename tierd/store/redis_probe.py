@@ -43,8 +43,10 @@ def _ask(options: RedisOptions, address: Address, link: Link) -> None:
 
 def must_keep(options: RedisOptions, address: Address, link: Link) -> None:
     """OSError, StoreError: what is written to that node may be lost there. Whatever else is wrong with it, or with others, a
-    write itself finds out."""
+    write itself finds out: that it is a replica by now, for one."""
     info = link.call(address, "INFO")
+    if info["role"] != "master":
+        return
     for trouble in (_policy, _persistence):
         if text := trouble(options, info):
             raise StoreError(f"{address} {text}")
@@ -102,6 +104,8 @@ def _fsync(address: Address, link: Link) -> None:
     try:
         link.call(address, "WAITAOF", 0, 0, 0)
     except OSError as error:
+        if error.errno != errno.EIO:  # it cannot be reached
+            raise
         raise StoreError(
             f"{address} has no WAITAOF ({error.strerror}); set fsync: false, or upgrade to Redis 7.2"
         ) from error
@@ -111,6 +115,8 @@ def _always(address: Address, link: Link) -> None:
     try:
         value = link.call(address, "CONFIG GET", "appendfsync")["appendfsync"]
     except OSError as error:
+        if error.errno != errno.EIO:
+            raise
         raise StoreError(f"{address} does not say when it syncs ({error.strerror}); {OTHERWISE}") from error
     if value != "always":
         raise StoreError(
