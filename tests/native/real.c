@@ -957,6 +957,9 @@ static void guest_main(uint64_t from, uint64_t seeds)
 	for (uint32_t page = 0; page < SCRIPT_PAGES_MAX; page++)
 		pthread_mutex_init(&locks[page], NULL);
 	start(&idle, 1, run_idle);
+	while (!atomic_load(
+		(_Atomic int *)&shared->inject_tid)) /* or the first daemon has no thread to make its calls */
+		usleep(100);
 	for (uint64_t seed = from; seed < from + seeds; seed++) {
 		if (verbose)
 			printf("seed %lu\n", seed);
