@@ -165,8 +165,11 @@ class Machine:
     def pids(self, unit: str) -> list[int]:
         """Processes of a unit of system.slice or machine.slice, as we number them."""
         (top, *_) = [top for top in cgroups() if (top / self.name).is_dir()]
-        found = [path / "cgroup.procs" for path in (top / self.name).glob(f"payload/*.slice/{unit}")]
-        return [int(pid) for path in found for pid in path.read_text().split()]
+        pids: list[int] = []
+        for path in (top / self.name).glob(f"payload/*.slice/{unit}"):
+            with contextlib.suppress(OSError):  # systemd has just removed it, with the last process
+                pids += map(int, (path / "cgroup.procs").read_text().split())
+        return pids
 
     # --- tierd --------------------------------------------------------------------------------------------------------------
 
