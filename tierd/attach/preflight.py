@@ -496,10 +496,10 @@ CHECKS_EVERY_CYCLE: tuple[Check, ...] = (
 )
 
 
-def _subject(spec: GuestSpec, policy: Policy, holders: HolderScan, engine: Engine | None) -> Subject:
+def _subject(spec: GuestSpec, policy: Policy, holders: HolderScan, engine: Engine) -> Subject:
     if start_ticks(spec.pid) != spec.start_ticks:
         return Subject(spec, policy, holders, engine=engine)
-    smaps = read_proc(f"/proc/{spec.pid}/smaps") if engine else ""
+    smaps = read_proc(f"/proc/{spec.pid}/smaps")
     return Subject(spec, policy, holders, maps_of(spec.pid), smaps, engine)
 
 

@@ -47,9 +47,9 @@ BATCH_BYTES = 4 << 20  # sent in one go
 BATCH_KEYS = 1024  # looked at or removed in one go
 WRITERS_MAX = 4  # guests at once
 REPLICA_WAIT_SHARE = 0.8  # of timeout_s: WAIT answers before we give up on the connection
+LEASE_MISSING = -2  # PTTL of what is not there
 # of a boot: when it was not renewed for so long, and was seen so for a while, any other of the same HOST sweeps what it left.
 # It is there for longer, because a full server renews a key and takes no new one.
-LEASE_MISSING = -2  # PTTL
 LEASE_MS, LEASE_KEPT_MS, LEASE_OVER_S = 600_000, 30 * 86_400_000, 3 * LEASE_RENEW_S
 KEEPS_S = 60.0  # a node that is written is asked so often whether it still keeps what it is given
 BACKOFF_S, BACKOFF_S_MAX = 0.05, 1.0
