@@ -689,7 +689,10 @@ def test_a_server_that_is_a_replica_by_now_says_that(monkeypatch: pytest.MonkeyP
         server.ask("CONFIG SET", "appendfsync", "everysec")
         with pytest.raises(OSError, match="is a replica now"):
             await space.write(0, records(0, 1, 1))
+        monkeypatch.setattr(redis, "KEEPS_S", 60.0)
         server.ask("REPLICAOF", "NO", "ONE")
+        with pytest.raises(StoreError, match="loses up to two seconds"):  # it was not looked at while it was one
+            await space.write(0, records(0, 1, 1))
         server.ask("CONFIG SET", "appendfsync", "always")
         await space.write(0, records(0, 1, 2))
         assert await space.read(0, 1) == records(0, 1, 2)

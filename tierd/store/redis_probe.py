@@ -41,12 +41,12 @@ def _ask(options: RedisOptions, address: Address, link: Link) -> None:
     must_keep(options, address, link)
 
 
-def must_keep(options: RedisOptions, address: Address, link: Link) -> None:
-    """OSError, StoreError: what is written to that node may be lost there. Whatever else is wrong with it, or with others, a
-    write itself finds out: that it is a replica by now, for one."""
+def must_keep(options: RedisOptions, address: Address, link: Link) -> bool:
+    """OSError, StoreError: what is written to that node may be lost there. False: it is a replica now, and was not looked at.
+    That, and whatever else is wrong with it or with others, a write itself finds out."""
     info = link.call(address, "INFO")
     if info["role"] != "master":
-        return
+        return False
     for trouble in (_policy, _persistence):
         if text := trouble(options, info):
             raise StoreError(f"{address} {text}")
@@ -54,6 +54,7 @@ def must_keep(options: RedisOptions, address: Address, link: Link) -> None:
         _fsync(address, link)
     elif not (options.replicas or options.allow_volatile):
         _always(address, link)
+    return True
 
 
 def _server(options: RedisOptions, info: Mapping[str, Any]) -> str | None:
