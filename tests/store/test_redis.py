@@ -685,6 +685,7 @@ def test_a_server_that_is_a_replica_by_now_says_that(monkeypatch: pytest.MonkeyP
     async def run(store: RedisStore) -> None:
         space = await store.open(new_key(), PAGES, PAGE)
         await space.write(0, records(0, 1))
+        store._keeps.clear()
         server.ask("REPLICAOF", "127.0.0.1", other.port)
         server.ask("CONFIG SET", "appendfsync", "everysec")
         with pytest.raises(OSError, match="is a replica now"):

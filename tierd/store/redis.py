@@ -378,9 +378,9 @@ class RedisStore:
     def must_keep(self, address: Address) -> None:
         """A replica that has taken over, and a node that slots were moved to, were not there when the store was probed. Blocks;
         OSError, StoreError: nothing is to be written there."""
-        if time.monotonic() - self._keeps.get(address, float("-inf")) > KEEPS_S:
-            if must_keep(self.options, address, self._link):
-                self._keeps[address] = time.monotonic()
+        due = time.monotonic() - self._keeps.get(address, float("-inf")) > KEEPS_S
+        if due and must_keep(self.options, address, self._link):
+            self._keeps[address] = time.monotonic()
 
     def renew_lease(self) -> None:
         """Before the first write, and now and then; the sweep renews it where nobody writes. Blocks. What goes wrong must not
